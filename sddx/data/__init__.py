@@ -1,0 +1,1 @@
+"""Training data: sources, answer checkers, rewriting templates, encoding, shards and self-data."""

@@ -1,0 +1,243 @@
+"""Self-data: the unpruned model writes its own answers, and each is kept only if it passes.
+
+The conditional selection of SDFT (facts A5): an answer is kept where it leaks no template and where its final
+answer agrees with the reference's; elsewhere the reference stays.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sddx.data.encode import ending, padding_id, render
+from sddx.data.templates import leaks
+from sddx.records import Example, UserError
+
+CUT_OFF = "cut off at max_new_tokens"
+TOO_LONG = "prompt too long"
+REASONS = ("empty", CUT_OFF, TOO_LONG, "leak", "wrong answer")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote; `fault` says why it is no whole answer (CUT_OFF, TOO_LONG), or is empty."""
+
+    text: str
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One example with the model's answer beside its reference; `reason` says why it was refused, or is
+    empty."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+    reason: str = ""
+
+
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    progress: Callable[[int], object] | None = None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+) -> list[Answer]:
+    """The model's answer to each prompt (one user turn of the chat template each), in the order of the
+    prompts.
+
+    Greedy where `temperature` is 0. Otherwise sampled from the softmax of logits / temperature within the
+    `top_k` likeliest tokens (0: all) and the smallest set of mass `top_p` (1: all); the choices of a row hang
+    on (seed, its prompt, position) only. So neither its neighbours nor the batch size change a row, up to
+    ties within the arithmetic's precision, and equal prompts get equal answers. The model's own generation
+    settings (penalties, temperature) are not used, except for its end tokens. `progress` is told the rows
+    done, batch by batch.
+
+    An answer ends at the model's or the tokenizer's end token; one that has not ended after `max_new_tokens`,
+    or whose prompt leaves no room for them in the model's context, carries a fault.
+    """
+    texts = [render(tokenizer, prompt) for prompt in prompts]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    room = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    answers = [Answer("", TOO_LONG)] * len(prompts)
+    fitting = [row for row in range(len(prompts)) if len(tokens[row]) + max_new_tokens <= room]
+    if progress and len(fitting) < len(prompts):
+        progress(len(prompts) - len(fitting))
+    fitting.sort(
+        key=lambda row: -len(tokens[row])
+    )  # rows of like length share a batch, the largest batch first
+    ends = end_ids(model, tokenizer)
+    for at in range(0, len(fitting), batch_size):
+        batch = fitting[at : at + batch_size]
+        uniforms = (
+            None if temperature == 0 else _uniforms([texts[row] for row in batch], max_new_tokens, seed)
+        )
+        warpers = _sampling(uniforms, max(len(tokens[row]) for row in batch), temperature, top_p, top_k)
+        written = _continue(
+            model, [tokens[row] for row in batch], warpers, max_new_tokens, ends, padding_id(tokenizer)
+        )
+        for row, ids in zip(batch, written, strict=True):
+            answers[row] = _answer(tokenizer, ids, ends)
+        if progress:
+            progress(len(batch))
+    return answers
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those of the generation config, the tokenizer's, and the chat
+    template's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    known = [configured] if isinstance(configured, int) else list(configured or [])
+    template = tokenizer.convert_tokens_to_ids(ending(tokenizer).token)
+    return sorted({*known, template, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def judge(
+    examples: Sequence[Example], answers: Sequence[Answer], *, check: Callable[[str, str], bool]
+) -> list[Rewrite]:
+    """Set each answer against its example's reference; ids and order are kept.
+
+    Refused are, in this order: an answer with a fault (see `Answer`), an empty one, one that leaks the
+    template, and one whose final answer `check(answer, reference)` finds wrong.
+    """
+    return [
+        Rewrite(
+            example.id,
+            example.prompt,
+            example.response,
+            answer.text,
+            _reason(answer, example.response, check),
+        )
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+
+
+def distil(rewrites: Sequence[Rewrite], *, fallback: str) -> list[Example]:
+    """Training examples: the model's answer (origin `self`) where it was accepted; elsewhere the reference,
+    with the reason as its note (`fallback="reference"`, the method), or no row (`fallback="drop"`).
+
+    Raises UserError for another fallback, and where no example is left.
+    """
+    if fallback not in ("reference", "drop"):
+        raise UserError(f"selfdata.fallback must be reference or drop. Given: {fallback!r}.")
+    kept = rewrites if fallback == "reference" else [rewrite for rewrite in rewrites if not rewrite.reason]
+    if not kept:
+        raise UserError(
+            f"No example is left to train on: {len(rewrites)} answers were written and all were refused, "
+            "with selfdata.fallback=drop. Use fallback=reference, or another rewriting template or check."
+        )
+    return [_example(rewrite) for rewrite in kept]
+
+
+def acceptance(rewrites: Sequence[Rewrite]) -> dict[str, int]:
+    """How many answers were written, accepted, and refused for each reason."""
+    counts = {"examples": len(rewrites), "accepted": sum(not rewrite.reason for rewrite in rewrites)}
+    return counts | {reason: sum(rewrite.reason == reason for rewrite in rewrites) for reason in REASONS}
+
+
+class _Choose(LogitsProcessor):
+    """Sampling as arithmetic: leaves each row the first token whose cumulative probability exceeds the row's
+    uniform number for this position (inverse transform), so that the greedy choice is the sample."""
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int) -> None:
+        self.uniforms, self.prompt_width = uniforms, prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        heaped = scores.double().softmax(-1).cumsum(-1)
+        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_width, None].to(scores.device)
+        chosen = (heaped <= uniform * heaped[:, -1:]).sum(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+def _uniforms(texts: Sequence[str], positions: int, seed: int) -> torch.Tensor:
+    """One number in [0, 1) for every row and position: [batch, positions], float64. Python promises that a
+    generator seeded with a text gives the same numbers in every version and on every machine."""
+    streams = [random.Random(f"{seed}/{text}") for text in texts]
+    return torch.tensor(
+        [[stream.random() for _ in range(positions)] for stream in streams], dtype=torch.float64
+    )
+
+
+def _sampling(
+    uniforms: torch.Tensor | None, prompt_width: int, temperature: float, top_p: float, top_k: int
+) -> LogitsProcessorList:
+    if uniforms is None:
+        return LogitsProcessorList()
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return LogitsProcessorList([*warpers, _Choose(uniforms, prompt_width)])
+
+
+def _continue(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    warpers: LogitsProcessorList,
+    max_new_tokens: int,
+    ends: list[int],
+    pad: int,
+) -> list[list[int]]:
+    """The tokens that the model puts after each prompt, with padding after an end token. Prompts stand at the
+    right, so that all rows go on at the same position."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
+    whole = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=warpers
+    )
+    return whole[:, width:].tolist()
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> Answer:
+    stop = next((place for place, token in enumerate(ids) if token in ends), None)
+    text = tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(text.strip(), "" if stop is not None else CUT_OFF)
+
+
+def _reason(answer: Answer, reference: str, check: Callable[[str, str], bool]) -> str:
+    if answer.fault:
+        return answer.fault
+    if not answer.text.strip():
+        return "empty"
+    if leaks(answer.text):
+        return "leak"
+    return "" if check(answer.text, reference) else "wrong answer"
+
+
+def _example(rewrite: Rewrite) -> Example:
+    if rewrite.reason:
+        return Example(rewrite.id, rewrite.prompt, rewrite.reference, "reference", rewrite.reason)
+    return Example(rewrite.id, rewrite.prompt, rewrite.answer, "self")

@@ -1,0 +1,206 @@
+"""Datasets: rows of a local file or of the hub as examples in one seeded order.
+
+`prompt` and `response` each name a column, or are a format string over columns: "{instruction}\\n{input}".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from sddx.records import Dataset, Example, UserError
+
+_log = logging.getLogger(__name__)
+
+Check = Callable[[str, str], bool]
+
+
+def jsonl(
+    *,
+    path: str,
+    prompt: str,
+    response: str,
+    size: int | None,
+    seed: int,
+    check: Check,
+    rewrite: str,
+    trains: Sequence[str] = (),
+) -> Dataset:
+    """The first `size` rows (None: all), in the order of `seed`, of a local file: JSON lines, one JSON array
+    of objects, or Parquet (`.parquet`).
+
+    Raises UserError for a file that is missing, empty or damaged, for a column that does not exist, where no
+    row has both a prompt and a response, and for more rows than there are.
+    """
+    examples = _examples(read_table(Path(path)), prompt, response, where=path)
+    return Dataset(_head(examples, size, seed, where=path), check, rewrite, tuple(trains))
+
+
+def hub(
+    *,
+    name: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    prompt: str,
+    response: str,
+    size: int | None,
+    seed: int,
+    check: Check,
+    rewrite: str,
+    trains: Sequence[str] = (),
+) -> Dataset:
+    """As `jsonl`, for a dataset of the Hugging Face hub at one `revision` (a commit, for a result to be
+    repeated).
+
+    Raises UserError also where it cannot be reached, or has no such subset, split or revision.
+    """
+    import datasets
+
+    try:
+        rows = list(datasets.load_dataset(name, subset, split=split, revision=revision))
+    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
+        raise UserError(
+            f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
+            f"subset={subset}, split={split}, revision={revision}. Check the name, the network and (for a "
+            "gated dataset) `hf auth login`; a local file is read by sddx.data.sources.jsonl, and "
+            "dataset=tiny_arithmetic needs no network."
+        ) from error
+    examples = _examples(rows, prompt, response, where=name)
+    return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
+
+
+def texts(*, path: str, column: str, size: int | None, seed: int) -> list[str]:
+    """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads.
+    `column` is a column or a format string. Raises UserError as `jsonl` does."""
+    examples = _examples(read_table(Path(path)), column, column, where=path)
+    return [example.prompt for example in _head(examples, size, seed, where=path)]
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines, JSON array or Parquet file. Raises UserError where it is missing, damaged or
+    empty."""
+    if not path.is_file():
+        raise UserError(
+            f"There is no dataset file {path} (looked in {path.absolute().parent}). Mend dataset.path."
+        )
+    rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
+    if not rows:
+        raise UserError(f"The dataset file {path} is empty. Give a file with at least one row.")
+    strange = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if strange:
+        raise UserError(
+            f"Row {strange} of {path} is no object with columns. Given: {str(rows[strange - 1])[:80]!r}. "
+            'Write each row as {"column": "text", ...}.'
+        )
+    return rows
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8, or as Parquet.") from None
+    try:
+        if text.startswith("["):
+            return json.loads(text)
+        # Only "\n" ends a line: str.splitlines would also cut inside texts that hold other separators.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is neither JSON lines nor a JSON array: {error.msg}. Given: {error.doc[:80]!r}. "
+            "Write one JSON object a line."
+        ) from None
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines."
+        ) from None
+
+
+def _examples(rows: Iterable[dict[str, Any]], prompt: str, response: str, *, where: str) -> list[Example]:
+    """One example a row, in the order of the rows; those with an empty prompt or response are left out, with
+    a warning that counts them. An id is a digest of the content, numbered where a row repeats another."""
+    rows = list(rows)
+    columns = sorted({column for row in rows for column in row})
+    prompts, responses = (_fill(template, rows, columns, where) for template in (prompt, response))
+    pairs = [pair for pair in zip(prompts, responses, strict=True) if all(pair)]
+    if not pairs:
+        raise UserError(
+            f"No row of {where} has both a prompt and a response. Given: {len(rows)} rows, "
+            f"prompt={prompt!r}, response={response!r}. Choose columns that hold text: {', '.join(columns)}."
+        )
+    if len(pairs) < len(rows):
+        _log.warning(
+            "%s: %d of %d rows lack a prompt or a response and are left out",
+            where,
+            len(rows) - len(pairs),
+            len(rows),
+        )
+    seen: dict[str, int] = {}
+    return [Example(_id(pair, seen), *pair) for pair in pairs]
+
+
+def _fill(template: str, rows: Sequence[dict[str, Any]], columns: list[str], where: str) -> list[str]:
+    """The template's text for every row, without white space around it. A column that a row lacks is empty
+    there."""
+    template = f"{{{template}}}" if template in columns else template
+    fields = _fields(template)
+    for missing in [field for field in fields if field not in columns] or ([] if fields else [template]):
+        near = get_close_matches(missing, columns, n=3)
+        raise UserError(
+            f"{where} has no column {missing!r}. Given: {template!r}. Columns: {', '.join(columns)}."
+            + (f" Near names: {', '.join(near)}." if near else "")
+            + " Set dataset.prompt and dataset.response to a column, or to a text with {column} in it."
+        )
+    used = set(fields)
+    return [
+        template.format_map({field: "" if row.get(field) is None else row[field] for field in used}).strip()
+        for row in rows
+    ]
+
+
+def _fields(template: str) -> list[str]:
+    """The columns that a format string names; `{choices[0]}` names `choices`."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(
+            f"The template is malformed: {error}. Given: {template!r}. Write columns as {{column}} and a "
+            "brace as {{ or }}."
+        ) from None
+    return [name.split("[")[0].split(".")[0] for name in names]
+
+
+def _id(pair: tuple[str, str], seen: dict[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(pair).encode()).hexdigest()[:16]
+    seen[digest] = seen.get(digest, -1) + 1
+    return f"{digest}-{seen[digest]}" if seen[digest] else digest
+
+
+def _head(examples: list[Example], size: int | None, seed: int, *, where: str) -> list[Example]:
+    """The first `size` examples in the order of `seed`: by a digest of seed and id, so it neither hangs on
+    Python's random numbers nor on the order of the file, and each size is the head of every larger one."""
+    if size is not None and not 1 <= size <= len(examples):
+        raise UserError(
+            f"{where} cannot give dataset.size={size} examples: it has {len(examples)} with a prompt and a "
+            f"response. Give a size from 1 to {len(examples)}, or null for all."
+        )
+    return sorted(examples, key=lambda example: _rank(seed, example.id))[:size]
+
+
+def _rank(seed: int, id: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{id}".encode()).digest()

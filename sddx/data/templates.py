@@ -1,0 +1,73 @@
+"""Rewriting templates: how the unpruned model is asked to write a reference answer anew, and what gives it
+away.
+
+Three kinds as in SDFT (facts A5: system line, task, reference answer, response), in our own words and as a
+single user turn, so that any chat template can carry them.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+
+from sddx.records import UserError
+
+TEMPLATES = {
+    "math": (
+        "You are a careful mathematician. Below is a problem, followed by a reference answer to it. Use the "
+        "reference to be sure of the result, then solve the problem yourself, step by step, and state the "
+        "final number at the end.\n\nProblem:\n{prompt}\n\nReference answer:\n{reference}\n\n"
+        "Write only the solution, as if no reference had been given."
+    ),
+    "instruction": (
+        "Below is a request, followed by a reference answer to it. Let the reference guide you in what to "
+        "say, and answer the request in the way that you would naturally phrase it.\n\nRequest:\n{prompt}\n\n"
+        "Reference answer:\n{reference}\n\nWrite only the answer, as if no reference had been given."
+    ),
+    "code": (
+        "You are an experienced programmer. Below is a task, followed by a reference answer to it. Keep its "
+        "behaviour, names and signatures where the task asks for them, and write the program as you would "
+        "write it.\n\nTask:\n{prompt}\n\nReference answer:\n{reference}\n\n"
+        "Write only the program with what needs explaining, as if no reference had been given."
+    ),
+    "tiny": "{prompt} Reference : {reference} Rewrite it in your own words .",
+}
+
+_LEAKS = (
+    "reference answer",
+    "reference:",
+    "your response",
+    "my response",
+    "your own response",
+    "my own response",
+    "your own words",
+    "my own words",
+    "now it's your turn",
+    "as if no reference",
+)
+
+
+def rewriting_prompt(kind: str, prompt: str, reference: str) -> str:
+    """One user turn that shows the prompt and its reference answer and asks for the model's own answer.
+
+    `kind` names one of TEMPLATES, or is itself a template that holds {prompt} and {reference}.
+    Raises UserError for any other kind.
+    """
+    template = TEMPLATES.get(kind, kind)
+    if "{prompt}" not in template or "{reference}" not in template:
+        near = get_close_matches(kind, TEMPLATES, n=3) or sorted(TEMPLATES)
+        raise UserError(
+            f"There is no rewriting template {kind!r}. Near names: {', '.join(near)}. Set dataset.rewrite to "
+            f"one of {', '.join(sorted(TEMPLATES))}, or to a text of your own that holds {{prompt}} and "
+            f"{{reference}}."
+        )
+    texts = {"prompt": prompt, "reference": reference}
+    return re.sub(r"\{(prompt|reference)\}", lambda field: texts[field[1]], template)
+
+
+def leaks(answer: str) -> bool:
+    """Whether an answer gives the rewriting template away, or is empty: it speaks of the reference, of its
+    own response, or hands the turn back. SDFT's filter (facts A5), with the words of our own templates
+    added."""
+    text = re.sub(r"\s+", " ", answer).strip().lower().replace("’", "'").replace(" :", ":")
+    return not text or text.startswith("your turn") or any(phrase in text for phrase in _LEAKS)

@@ -1,0 +1,188 @@
+"""Uncertainty of scores, recoveries and differences (science.md, "Uncertainty"). numpy and scipy only.
+
+`Scores` are per-item scores by task, in the same order of items for every model that is compared. An average
+over tasks is a macro average: every reported task counts once, whatever its number of items.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr, stdtrit
+
+Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval. `contains` says which uncertainty is in it: "items" or "seeds"."""
+
+    estimate: float
+    low: float
+    high: float
+    contains: str
+    level: float = 0.95
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Standard error of a task's mean: sample standard deviation (n - 1) / sqrt(n). NaN for one item."""
+    items = np.asarray(scores, dtype=float)
+    return float(items.std(ddof=1) / np.sqrt(len(items))) if len(items) > 1 else float("nan")
+
+
+def task_weights(tasks: Sequence[str], part_of: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Weight of each task in the macro average; the weights add up to 1.
+
+    `part_of` names the reported task that a task belongs to (MMLU for its 57 subjects): reported tasks count
+    equally, and so do the parts within one. A task that it does not name is reported itself.
+    """
+    reported = {task: (part_of or {}).get(task, task) for task in tasks}
+    parts = Counter(reported.values())
+    return {task: 1 / (len(parts) * parts[reported[task]]) for task in tasks}
+
+
+def macro_average(scores: Scores, weights: Mapping[str, float] | None = None) -> float:
+    """Weighted mean of the tasks' mean scores (equal weights by default)."""
+    weights = weights or task_weights(list(scores))
+    return float(sum(weights[task] * np.mean(items) for task, items in scores.items()))
+
+
+def resample(
+    models: Sequence[Scores],
+    *,
+    weights: Mapping[str, float] | None = None,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Macro averages [models, replicates] over resampled items.
+
+    Items are resampled with replacement within their task, the same items for every model (science.md,
+    "Uncertainty"). Raises ValueError where the models were not scored on the same tasks and numbers of items.
+    """
+    _same_items(models)
+    weights = weights or task_weights(list(models[0]))
+    generator = np.random.default_rng(seed)
+    averages = np.zeros((len(models), replicates))
+    for task in models[0]:
+        items = np.array([model[task] for model in models], dtype=float)
+        # Items on which all models score alike are interchangeable, so it is enough to draw how often each
+        # combination of scores occurs: the same distribution, and for binary scores a handful of columns.
+        combinations, counts = np.unique(items, axis=1, return_counts=True)
+        total = counts.sum()
+        drawn = generator.multinomial(total, counts / total, size=replicates)
+        averages += weights[task] * (combinations @ drawn.T) / total
+    return averages
+
+
+def _same_items(models: Sequence[Scores]) -> None:
+    for model in models[1:]:
+        if model.keys() != models[0].keys():
+            raise ValueError(f"models were scored on other tasks: {sorted(model)} and {sorted(models[0])}")
+        for task, items in model.items():
+            if len(items) != len(models[0][task]):
+                raise ValueError(f"{task}: {len(items)} and {len(models[0][task])} items; pairs are needed")
+
+
+def ratio_interval(
+    model: Scores,
+    reference: Scores,
+    *,
+    weights: Mapping[str, float] | None = None,
+    level: float = 0.95,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of macro averages, model / reference, recomputed in each replicate; percentile interval.
+
+    With the unpruned model as reference this is the recovery. NaN where the reference scores nothing.
+    """
+    averages = resample([model, reference], weights=weights, replicates=replicates, seed=seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = averages[0] / averages[1]
+        estimate = np.float64(macro_average(model, weights)) / macro_average(reference, weights)
+    low, high = _percentiles(ratios, level)
+    return Interval(float(estimate), low, high, "items", level)
+
+
+def paired_difference(
+    first: Sequence[Scores],
+    second: Sequence[Scores],
+    *,
+    weights: Mapping[str, float] | None = None,
+    level: float = 0.95,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of macro averages, first - second, of two arms on the same items and the same seeds.
+
+    `first[k]` and `second[k]` are the scores under training seed k. One seed: item bootstrap. More: the
+    t(k - 1) interval of the per-seed differences, never a bootstrap over seeds (science.md, "Uncertainty").
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"pairs of seeds are needed, not {len(first)} and {len(second)} runs")
+    _same_items([*first, *second])
+    pairs = zip(first, second, strict=True)
+    differences = [macro_average(a, weights) - macro_average(b, weights) for a, b in pairs]
+    if len(first) > 1:
+        return t_interval(differences, level=level)
+    averages = resample([first[0], second[0]], weights=weights, replicates=replicates, seed=seed)
+    low, high = _percentiles(averages[0] - averages[1], level)
+    return Interval(differences[0], low, high, "items", level)
+
+
+def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean over k seeds with the t(k - 1) interval. Raises ValueError below two seeds."""
+    if len(values) < 2:
+        raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
+    mean = float(np.mean(values))
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * standard_error(values)
+    return Interval(mean, mean - half, mean + half, "seeds", level)
+
+
+def flips(before: Sequence[float], after: Sequence[float]) -> tuple[int, int]:
+    """Items that flipped: (right before and wrong after, wrong before and right after).
+
+    Raises ValueError for scores other than 0 and 1, where right and wrong are not defined.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"pairs are needed, not {len(before)} and {len(after)} items")
+    if not (binary(before) and binary(after)):
+        raise ValueError("right and wrong are defined for scores of 0 and 1 only")
+    right_before, right_after = np.asarray(before) == 1, np.asarray(after) == 1
+    return int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
+
+
+def binary(scores: Sequence[float]) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(np.asarray(scores), (0, 1)).all())
+
+
+def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
+    """Two-sided p of McNemar's exact test: the flips against a fair coin (McNemar 1947, exact binomial form).
+
+    For one task and one seed; binary scores only (ValueError otherwise).
+    """
+    lost, won = flips(before, after)
+    return min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for several claims by Holm's step-down rule (Holm 1979), in the given order."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()

@@ -1,0 +1,55 @@
+"""Quality beyond scores: distance from the unpruned model on text, repetition and length of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sddx.models.outputs import run
+from sddx.records import Batch, Outputs
+
+
+@torch.no_grad()
+def divergence(
+    teacher: Callable[..., Outputs], model: nn.Module, batches: Iterable[Batch], *, chunk: int = 512
+) -> float:
+    """KL(unpruned || model) in nats, the mean over attended tokens of held-out text.
+
+    `teacher(batch, states=False)` gives the unpruned model's outputs. Sum over the vocabulary of
+    p (log p - log q), in float32 and added up in float64; the heads are applied to `chunk` tokens at a time,
+    so that no [batch, time, vocabulary] tensor is made. Raises ValueError where no token is attended.
+    """
+    total, tokens = 0.0, 0
+    for batch in batches:
+        mask = batch.attention_mask.bool()
+        expected, given = teacher(batch, states=False), run(model, batch.input_ids, batch.attention_mask)
+        pairs = zip(expected.hidden[mask].split(chunk), given.hidden[mask].split(chunk), strict=True)
+        total += sum(_divergence(expected.head(p), given.head(q)) for p, q in pairs)
+        tokens += int(mask.sum())
+    if not tokens:
+        raise ValueError("there is no attended token to measure the divergence on")
+    return total / tokens
+
+
+def _divergence(expected: torch.Tensor, given: torch.Tensor) -> float:
+    log_p, log_q = expected.float().log_softmax(-1), given.float().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+
+
+def repetition(responses: Sequence[str], *, n: int = 4) -> float | None:
+    """Share of n-grams of words that occurred before in the same response; None where none has n words."""
+    grams = [_grams(response.split(), n) for response in responses]
+    total = sum(map(len, grams))
+    return 1 - sum(len(set(found)) for found in grams) / total if total else None
+
+
+def _grams(words: Sequence[Any], n: int) -> list[tuple]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def mean_length(responses: Sequence[str]) -> float | None:
+    """Mean number of words of the responses; None where there are none."""
+    return sum(len(response.split()) for response in responses) / len(responses) if responses else None

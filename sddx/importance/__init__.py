@@ -1,0 +1,1 @@
+"""Importance: which blocks change the hidden state least."""

@@ -1,0 +1,1 @@
+"""Models: loading, where their parts sit, one-copy teacher, saving and rebuilding students."""

@@ -1,0 +1,147 @@
+"""Find and load models and tokenizers: safetensors only, no remote code, every weight accounted for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sddx.models.anatomy import decoder
+from sddx.records import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder that holds a model, and its hub commit (None for a local folder).
+
+    An existing folder is used in place. Anything else is taken as a hub id: the local hub cache first, then
+    the network. Raises UserError for a folder without config.json, a model that cannot be reached, a gated
+    model without access, an unknown revision.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is a folder but holds no config.json. Give a model's own folder.")
+        return folder.resolve(), None
+    try:
+        cached = snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True)
+        snapshot = Path(cached)
+        if not _has_weights(snapshot):
+            raise LocalEntryNotFoundError(f"{snapshot} is incomplete")
+    except (LocalEntryNotFoundError, HFValidationError):
+        snapshot = _download(path, revision)
+    return snapshot, snapshot.name
+
+
+def _download(path: str, revision: str | None) -> Path:
+    """Fetch a hub snapshot; every way in which that fails is the user's to mend."""
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{path} is gated and this account has no access. Accept its licence at "
+            f"https://huggingface.co/{path}, then log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{path} has no revision {revision!r}. Give an existing branch, tag or commit."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise UserError(
+            f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub "
+            f"({type(error).__name__}). Give an existing folder or a hub id that can be reached from here; "
+            f"model=tiny needs no network."
+        ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether config and every safetensors shard are there: a cached snapshot may be partial."""
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return all((folder / name).is_file() for name in ("config.json", *shards))
+
+
+def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa", device: str = "cpu") -> Any:
+    """The causal language model in a folder, in eval mode, weights trainable.
+
+    Raises UserError where weights are not safetensors, are missing, left over or of another shape, where the
+    model needs its own code, or where its architecture is not supported.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
+    if not _has_weights(folder):
+        raise UserError(
+            f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
+            f"weights are never loaded: convert them to safetensors, or fetch the model again."
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        tried = f"attention={attention!r}, dtype={dtype!r}"
+        raise UserError(f"{folder} does not load with {tried}: {error}") from error
+    _require_all_weights(report, folder)
+    decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
+    return model.to(device).eval()
+
+
+def _require_all_weights(report: dict[str, Any], folder: Path) -> None:
+    """Missing weights would be freshly initialised and left-over ones dropped, with a warning at most."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report[problem]))
+        if keys:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {len(keys)} "
+                f"{problem.replace('_', ' ')} ({shown}). Check num_hidden_layers, or fetch the model again."
+            )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. The end token pads where no pad token is set; the side is the caller's."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"no tokenizer loads from {folder}: {error}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {folder} has no end token (eos_token). Set one in its config.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def require_chat_template(tokenizer: Any, path: str | Path) -> None:
+    """Raises UserError where prompts cannot be put into the model's own chat form."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {path} has no chat template. Use the instruction-tuned version of the model, "
+            f"or put a chat_template.jinja into its folder."
+        )

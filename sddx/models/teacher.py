@@ -1,0 +1,99 @@
+"""The unpruned model as teacher: inside the student's own weights, or as a second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sddx.models.anatomy import Stack, blocks, decoder, head, is_adapted, set_blocks, stack
+from sddx.models.outputs import logits_of, run
+from sddx.records import Batch, Cut, Outputs, UserError
+
+
+class SharedTeacher:
+    """The unpruned model in the student's frozen weights: all blocks in, the adapter off.
+
+    `unpruned` is what `remove_blocks` returned; peft is applied after that, so no removed block ever has an
+    adapter. Removed blocks are held here and not in the student's module tree: no state dict, optimiser or
+    checkpoint of the student sees them.
+    """
+
+    def __init__(self, student: Any, unpruned: Stack, cut: Cut) -> None:
+        kept = [unpruned.blocks[block] for block in cut.kept]
+        if len(unpruned.blocks) != cut.total or [*map(id, blocks(student))] != [*map(id, kept)]:
+            raise ValueError("the student's blocks are not the blocks that the cut keeps")
+        if not is_adapted(student) and any(weight.requires_grad for weight in student.parameters()):
+            # Full fine-tuning would move the teacher, and an adapter put in later would not be switched off.
+            raise ValueError("a shared teacher needs frozen weights: apply peft, or use SeparateTeacher")
+        self.student, self.full, self.cut = student, unpruned, cut
+        for block in self._removed():
+            block.requires_grad_(False).eval()
+
+    def _removed(self) -> list[nn.Module]:
+        return [self.full.blocks[block] for block in self.cut.removed]
+
+    def to(self, device: torch.device | str) -> SharedTeacher:
+        """Move the removed blocks; the others move with the student."""
+        for block in self._removed():
+            block.to(device)
+        return self
+
+    @contextmanager
+    def unpruned(self) -> Iterator[Any]:
+        """Inside, the student *is* the unpruned model: blocks, depth, per-layer lists and layer indices
+        swapped together, adapter off, eval mode. Everything is put back on leaving, also by an exception."""
+        student, pruned = self.student, stack(self.student)
+        modes = [(module, module.training) for module in student.modules()]
+        # peft freezes the adapter while it is off, and makes it trainable afterwards whatever it was.
+        trainable = [(weight, weight.requires_grad) for weight in student.parameters()]
+        try:
+            with student.disable_adapter() if is_adapted(student) else nullcontext():
+                set_blocks(student, self.full)
+                student.eval()
+                yield student
+        finally:
+            set_blocks(student, pruned)
+            for module, training in modes:
+                module.training = training
+            for weight, wanted in trainable:
+                weight.requires_grad_(wanted)
+
+    def __call__(self, batch: Batch, *, states: bool = False) -> Outputs:
+        """The unpruned model's outputs, without gradients. The head stays valid after the pass."""
+        with torch.no_grad(), self.unpruned():
+            outputs = run(self.student, batch.input_ids, batch.attention_mask, states=states)
+            projection: Any = head(self.student)
+            # An adapter on the head itself hides the frozen projection inside.
+            frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
+            return replace(outputs, head=logits_of(frozen, decoder(self.student).config))
+
+
+class SeparateTeacher:
+    """A second copy of the unpruned model, frozen; for full fine-tuning, or for another model altogether."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    def to(self, device: torch.device | str) -> SeparateTeacher:
+        self.model.to(device)
+        return self
+
+    def __call__(self, batch: Batch, *, states: bool = False) -> Outputs:
+        """The teacher's outputs, without gradients."""
+        with torch.no_grad():
+            return run(self.model, batch.input_ids, batch.attention_mask, states=states)
+
+
+def check_vocabularies(student_config: Any, teacher_config: Any) -> None:
+    """Raises UserError where logits cannot be compared: families pad their vocabularies differently."""
+    student, teacher = student_config.vocab_size, teacher_config.vocab_size
+    if student != teacher:
+        raise UserError(
+            f"the student's vocabulary has {student} entries and the teacher's {teacher}: their logits "
+            f"cannot be compared. Use a teacher with the same tokenizer and the same padded vocabulary."
+        )

@@ -1,0 +1,1 @@
+"""From results to what is read. Nothing here imports torch."""

@@ -1,0 +1,160 @@
+"""The table at the end of a run, for the terminal and as Markdown, from the fields of `summary.json`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sddx.records import Example
+
+MODELS = ("unpruned", "pruned", "recovered")
+ABSENT = "-"
+
+
+def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row per task and one for the average: name, the three models' scores in percent with their standard
+    errors, and recovered / unpruned in percent. A task that was trained on carries an asterisk."""
+    scores = summary["scores"]
+    tasks = [task for task in scores["unpruned"] if task != "average"]
+    return [_row(summary, task) for task in [*tasks, "average"]]
+
+
+def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    scores = [summary["scores"].get(model, {}).get(task) for model in MODELS]
+    errors = [summary["standard_errors"].get(model, {}).get(task) for model in MODELS]
+    name = f"{task} *" if task in summary.get("trained", ()) else task
+    unpruned, _, recovered = scores
+    share = recovered / unpruned if recovered is not None and unpruned else None
+    return (name, *map(_score, scores, errors), percent(share))
+
+
+def _score(score: float | None, error: float | None) -> str:
+    return ABSENT if score is None else f"{100 * score:.1f} ± {100 * (error or 0):.1f}"
+
+
+def percent(share: float | None) -> str:
+    """A share as percent with one decimal, or a dash where it is not defined."""
+    return ABSENT if share is None else f"{100 * share:.1f} %"
+
+
+HEADER = ("task", *MODELS, "recovery")
+
+
+def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What stands under the table, as (label, text): the recoveries and what the run cost."""
+    found = [
+        ("recovery", _with_interval(summary)),
+        ("recovery, pruned model", percent(summary.get("pruned_recovery"))),
+        ("recovery, skills trained on", percent(summary.get("recovery_trained"))),
+        ("recovery, held-out skills", percent(summary.get("recovery_held_out"))),
+        ("recovery above chance", percent(summary.get("recovery_above_chance"))),
+        ("gap closed", percent(summary.get("gap_closed"))),
+        ("fallback rows", percent(summary.get("fallback_share"))),
+        ("training", _training(summary)),
+        ("parameters", _parameters(summary.get("parameters"))),
+        ("seconds", _stages(summary.get("seconds") or {})),
+    ]
+    return [(label, text) for label, text in found if text != ABSENT]
+
+
+def _with_interval(summary: Mapping[str, Any]) -> str:
+    low, high = summary.get("recovery_low"), summary.get("recovery_high")
+    if summary.get("recovery") is None or low is None or high is None:
+        return ABSENT
+    contains = summary.get("recovery_contains", "items")
+    bounds = f"{100 * low:.1f} to {100 * high:.1f}"
+    return f"{percent(summary['recovery'])} (95 % interval over {contains}: {bounds})"
+
+
+def _training(summary: Mapping[str, Any]) -> str:
+    costs = [("examples", "examples"), ("supervised_tokens", "supervised tokens"), ("steps", "steps")]
+    known = [f"{summary[name]:,} {words}" for name, words in costs if summary.get(name) is not None]
+    seconds = (summary.get("seconds") or {}).get("train")
+    return ", ".join(known + ([f"{seconds:.0f} s"] if seconds is not None else [])) or ABSENT
+
+
+def _parameters(parameters: int | Mapping[str, int] | None) -> str:
+    if parameters is None:
+        return ABSENT
+    if isinstance(parameters, int):
+        return f"{parameters:,}"
+    return ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items()) or ABSENT
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the table and the lines under it."""
+    table = Table(title=_title(summary), title_justify="left")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
+    cells = rows(summary)
+    for row in cells[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*cells[-1], style="bold")
+    console.print(table)
+    if summary.get("trained"):
+        console.print("* trained on", style="dim")
+    for label, text in lines(summary):
+        console.print(f"{label + ':':<30}{text}", highlight=False, soft_wrap=True)
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    return "Scores in percent ± standard error" + (f", {summary['name']}" if summary.get("name") else "")
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The same table and lines as Markdown, for `table.md`."""
+    parts = [
+        f"{_title(summary)}.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---" + "|---:" * (len(HEADER) - 1) + "|",
+        *("| " + " | ".join(_escape(row)) + " |" for row in rows(summary)),
+        "",
+        *(["\\* trained on", ""] if summary.get("trained") else []),
+        *(f"- {label}: {text}" for label, text in lines(summary)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _escape(cells: Sequence[str]) -> list[str]:
+    return [cell.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for cell in cells]
+
+
+def acceptance(examples: Sequence[Example], console: Console, *, shown: int = 2) -> None:
+    """Print how many rewrites were accepted and why others were not, then the first few of both kinds.
+
+    Accepted are the examples of origin `self`; `note` says why another fell back to its reference.
+    """
+    table = Table(title="Self-written answers", title_justify="left")
+    table.add_column("outcome")
+    table.add_column("examples", justify="right")
+    table.add_column("share", justify="right")
+    for outcome, count in Counter(map(_outcome, examples)).most_common():
+        table.add_row(escape(outcome), f"{count:,}", percent(count / len(examples)))
+    console.print(table)
+    accepted = [example for example in examples if example.origin == "self"][:shown]
+    refused = [example for example in examples if example.origin != "self"][:shown]
+    for example in [*accepted, *refused]:
+        console.print(_outcome(example), style="bold", markup=False, highlight=False)
+        console.print(_quoted(example), markup=False, highlight=False, soft_wrap=True)
+
+
+def _outcome(example: Example) -> str:
+    if example.origin == "self":
+        return "accepted"
+    return f"refused: {example.note}" if example.note else "reference"
+
+
+def _quoted(example: Example) -> str:
+    texts: Iterable[tuple[str, str]] = (("prompt", example.prompt), ("trained on", example.response))
+    return "\n".join(f"  {label}: " + text.replace("\n", "\n    ") for label, text in texts)

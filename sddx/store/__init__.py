@@ -1,0 +1,299 @@
+"""The store: what a stage made, kept under a key of all that could change it.
+
+Layout: `root/<stage>/<settings>/<key>/`, where artifacts that differ in their sources alone lie side by side.
+A stage is built in `<key>.partial` under the lock `<key>.lock`, which ends with the process that holds it.
+In its folder a stage leaves these names to the store: `manifest.json`, `metrics.jsonl` and, for what it needs
+to resume after a crash and for nothing else, the subfolder `resume/`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from sddx.records import Artifact, UserError
+from sddx.runtime import Runtime
+from sddx.store import digest, manifest, measure
+
+RESUME = "resume"
+ROWS = "metrics.jsonl"
+Stage = Callable[..., Any]
+log = logging.getLogger(__name__)
+
+
+def default_root() -> Path:
+    """The folder named by SDDX_STORE, else `sddx` in the user's cache folder."""
+    return Path(os.environ.get("SDDX_STORE") or platformdirs.user_cache_path("sddx"))
+
+
+class Store:
+    """Artifacts under `root`. Stages named in `accept` go on with an artifact of older source where only
+    source differs; `accepted` lists each such use as {stage, key, changed: the source files that differ}."""
+
+    def __init__(self, root: Path, accept: Collection[str] = ()) -> None:
+        """Raises UserError where `root` cannot be written."""
+        self.root = Path(root).expanduser().absolute()
+        self.accept = {accept} if isinstance(accept, str) else set(accept)
+        self.accepted: list[dict[str, Any]] = []
+        _check_writable(self.root)
+        digest.read_package()
+
+    def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
+        """The artifact of `stage(out, *inputs, runtime=runtime, **spec)`, made only where the store lacks it.
+
+        `spec` and the inputs' keys are hashed, `runtime` is not. The rows that the stage logs belong to the
+        artifact and are logged again when it is found. An exception of the stage is passed on, and what it
+        left in `resume/` is there when the same stage is built again. Raises TypeError where a value of
+        `spec` is not plain JSON.
+        """
+        recipe = digest.recipe(stage, inputs, spec)
+        artifact = Artifact(recipe.stage, recipe.key, self._folder(recipe) / recipe.key)
+        found = artifact if _sound(artifact.path) else self._old(recipe)
+        if found:
+            return _hit(found, runtime)
+        with _lock(artifact):
+            if _sound(artifact.path):
+                return _hit(artifact, runtime)
+            self._explain(recipe, artifact)
+            _make(stage, inputs, artifact, recipe, runtime, spec)
+        return artifact
+
+    def source(self, name: str, path: Path) -> Artifact:
+        """A file, or a folder with its visible files, as an artifact that is used where it lies.
+
+        Its key is a hash of the content: the bytes and, in a folder, the relative names. Raises UserError
+        where there is no file.
+        """
+        path = Path(path).expanduser().absolute()
+        files = _visible_files(path)
+        if not files:
+            raise UserError(f"{name}: there is no file at {path}; give a file, or a folder with files in it")
+        memory = self.root / ".sources" / f"{digest.digest(str(path))}.json"
+        known = _remembered(memory)
+        records = {at: digest.record(file, known.get(at)) for at, file in files.items()}
+        if records != known:
+            memory.parent.mkdir(exist_ok=True)
+            _replace_text(memory, json.dumps(records))
+        return Artifact(name, digest.digest({at: entry["sha256"] for at, entry in records.items()}), path)
+
+    def manifest(self, artifact: Artifact) -> dict[str, Any]:
+        """How an artifact was made: stage, key, created (UTC), seconds, peak_memory (bytes), device, threads,
+        seed, spec, inputs, sources, versions, commit, files. A source has only stage, key and path.
+
+        Raises UserError where the artifact is gone.
+        """
+        if not artifact.path.is_relative_to(self.root):
+            return {"stage": artifact.stage, "key": artifact.key, "path": str(artifact.path)}
+        fields = manifest.read(artifact.path)
+        if fields is None:
+            raise UserError(f"{artifact.path} holds no complete artifact; run the command again to build it")
+        return fields
+
+    def _folder(self, recipe: digest.Recipe) -> Path:
+        return self.root / recipe.stage / recipe.settings[:16]
+
+    def _older(self, recipe: digest.Recipe) -> list[tuple[Path, dict[str, Any]]]:
+        """The artifacts that differ from the recipe in their sources alone, newest first."""
+        folders = [path for path in self._folder(recipe).glob("*") if not path.suffix]
+        others = [path for path in folders if path.name != recipe.key]
+        complete = [(path, fields) for path in others if (fields := manifest.read(path))]
+        return sorted(complete, key=lambda pair: pair[1]["created"], reverse=True)
+
+    def _old(self, recipe: digest.Recipe) -> Artifact | None:
+        """The newest sound artifact of older source, where the user accepts it for this stage."""
+        if recipe.stage not in self.accept:
+            return None
+        for path, fields in self._older(recipe):
+            if _sound(path):
+                changed = _differing(fields["sources"], recipe.sources)
+                self.accepted.append({"stage": recipe.stage, "key": path.name, "changed": changed})
+                log.warning("accepting an old %s: %s changed since", recipe.stage, ", ".join(changed))
+                return Artifact(recipe.stage, path.name, path)
+        return None
+
+    def _explain(self, recipe: digest.Recipe, artifact: Artifact) -> None:
+        """Says what is wrong with an artifact that is there, or which source moved its key."""
+        if artifact.path.exists():
+            wrong = manifest.damage(artifact.path, manifest.read(artifact.path))
+            log.warning("damaged artifact, rebuilding %s %s: %s", recipe.stage, recipe.key, "; ".join(wrong))
+        elif older := self._older(recipe):
+            changed = _differing(older[0][1]["sources"], recipe.sources)
+            log.info("rebuilding %s: %s changed", recipe.stage, ", ".join(changed))
+
+
+def keep_rows(out: Path, before_step: int) -> list[dict[str, Any]]:
+    """The rows that a stage in `out` logged before `before_step` in an earlier, interrupted attempt.
+
+    For a stage that resumes, or starts afresh although `resume/` is there (`before_step=0`): it logs them
+    again before it goes on, since the file of rows is emptied here. Rows without a step are left out, because
+    the stage logs them anew. Without an earlier attempt there are none.
+    """
+    path = out / ROWS
+    rows = _rows(path) if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [row for row in rows if row.get("step", before_step) < before_step]
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the store cannot be written: {root} ({error.strerror}); "
+            "give another folder with store=/path/to/folder or the environment variable SDDX_STORE"
+        ) from error
+
+
+def _sound(folder: Path) -> bool:
+    return (folder / manifest.NAME).exists() and not manifest.damage(folder, manifest.read(folder))
+
+
+def _hit(artifact: Artifact, runtime: Runtime) -> Artifact:
+    """Logs the artifact's rows again and marks it as used now."""
+    for row in _rows(artifact.path / ROWS) if (artifact.path / ROWS).exists() else []:
+        runtime.log(row)
+    with suppress(OSError):  # in a shared store it may be another user's
+        os.utime(artifact.path / manifest.NAME)
+    return artifact
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, without a last one that a crash cut short."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@contextmanager
+def _lock(artifact: Artifact) -> Iterator[None]:
+    """Holds the artifact's lock; the system frees it when this process ends, however it ends."""
+    artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{artifact.path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process that builds %s %s", artifact.stage, artifact.key[:12])
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(
+    stage: Stage,
+    inputs: tuple[Artifact, ...],
+    artifact: Artifact,
+    recipe: digest.Recipe,
+    runtime: Runtime,
+    spec: dict[str, Any],
+) -> None:
+    """Runs the stage in the partial folder and makes that the artifact."""
+    out = _cleared(artifact)
+    modules = list(sys.modules.values())
+    loaded = [file for module in modules if (file := getattr(module, "__file__", None))]
+    measure.reset_peak_memory(runtime.device)
+    start = time.perf_counter()
+    stage(out, *inputs, runtime=replace(runtime, log=_recorder(out / ROWS, runtime.log)), **spec)
+    seconds = time.perf_counter() - start
+    _refuse_edits(recipe, loaded)
+    shutil.rmtree(out / RESUME, ignore_errors=True)
+    manifest.write(out, _description(recipe, runtime, seconds))
+    if artifact.path.exists():
+        manifest.remove(artifact.path)
+    out.rename(artifact.path)
+
+
+def _cleared(artifact: Artifact) -> Path:
+    """The partial folder, emptied; where an earlier attempt left `resume/`, that and the rows stay."""
+    out = artifact.path.with_name(artifact.key + ".partial")
+    out.mkdir(exist_ok=True)
+    stays = {RESUME, ROWS} if (out / RESUME).exists() else set()
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink() and path.name not in stays:
+            shutil.rmtree(path)
+        elif path.name not in stays:
+            path.unlink()
+    return out
+
+
+def _recorder(path: Path, forward: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Appends each row to the file before it hands it on, so that no crash loses a row that was seen."""
+
+    def record(row: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        forward(row)
+
+    return record
+
+
+def _refuse_edits(recipe: digest.Recipe, loaded: list[str]) -> None:
+    """Raises UserError where source was edited since it was hashed and was not in `loaded` before the stage
+    ran: the stage may have loaded either version. Of what was loaded, the hashed version ran."""
+    files = {name: str(recipe.origins[name]) for name in recipe.edited()}
+    before = {os.path.realpath(file) for file in loaded} if files else set()
+    if late := [name for name, file in files.items() if file not in before]:
+        raise UserError(
+            f"{', '.join(late)} was edited while this process ran, so which version the stage {recipe.stage} "
+            "used is not known and its result was not kept; run the command again"
+        )
+
+
+def _description(recipe: digest.Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
+    """The manifest without its files."""
+    return {
+        "stage": recipe.stage,
+        "key": recipe.key,
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "seconds": round(seconds, 3),
+        "peak_memory": measure.peak_memory(runtime.device),
+        "device": runtime.device,
+        "threads": measure.threads(),
+        "seed": recipe.spec.get("seed"),
+        "spec": recipe.spec,
+        "inputs": [{"stage": stage, "key": key} for stage, key in recipe.inputs],
+        "sources": recipe.sources,
+        "versions": measure.versions(),
+        "commit": measure.commit(),
+    }
+
+
+def _differing(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _visible_files(path: Path) -> dict[str, Path]:
+    """The files of a folder by relative name, without hidden ones (`.git`, `.cache`); or a single file."""
+    if path.is_file():
+        return {"": path}
+    inside = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.is_file()]
+    return {at.as_posix(): file for at, file in inside if not any(part.startswith(".") for part in at.parts)}
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """The records of an earlier look at a source; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    return {}
+
+
+def _replace_text(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

@@ -1,0 +1,1 @@
+"""Surgery: choose a cut, remove the blocks, prove that what is left is sound."""

@@ -1,0 +1,292 @@
+"""Training from start to end: plan, loop, progress, held-out loss, resuming."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.loggers.logger import Logger
+from torch import nn
+
+from sddx.records import Cut, UserError
+from sddx.runtime import Runtime
+from sddx.training.batches import Step, StepLoader, micro_batches, plan
+from sddx.training.module import Distiller, Teacher
+from sddx.training.objective import Objective, one_of
+
+if TYPE_CHECKING:
+    from sddx.data.encode import Encoded
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+def fit(
+    student: nn.Module,
+    teacher: Teacher | None,
+    objective: Objective,
+    cut: Cut,
+    rows_train: Sequence[Encoded],
+    rows_validation: Sequence[Encoded],
+    pad_id: int,
+    seed: int,
+    out: Path,
+    runtime: Runtime,
+    *,
+    budget: str = "examples",
+    epochs: int = 3,
+    tokens: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 16,
+    accumulate: int = 1,
+    pool: int = 16,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    precision: str = "32",
+    head_chunk: int = 256,
+    keep: str = "last",
+    validate_every: int | None = None,
+    log_every: int = 10,
+    checkpoint_every: int = 200,
+) -> dict[str, Any]:
+    """Trains the student in place and gives a summary; student and teacher are on `runtime.device` already.
+
+    An optimiser step is batch_size * accumulate examples; `budget` with `epochs`, `tokens` or `steps` says
+    how many there are (`batches.plan`). AdamW with a cosine schedule after a `warmup` share of the steps;
+    `clip` bounds the gradient norm; precision `32` computes in the dtypes that the weights have, `bf16` is
+    automatic mixed precision. The loss on the held-out rows is taken every `validate_every` steps (None: at
+    the end only) and at the end; keep `best` goes back to the weights with the lowest.
+
+    `out/resume` holds a checkpoint of every `checkpoint_every` steps while the training runs. Where there is
+    one, training goes on from it, sees the same examples and ends with the same weights; the rows up to it
+    are logged again (`replay_rows`).
+
+    Returns steps, examples, supervised_tokens, attended_tokens, tokens_per_second (attended tokens over the
+    whole loop of this process), kept_step, and the terms of the last step (`train`) and of the kept weights
+    on the held-out rows (`validation`, empty without such rows). Raises UserError for bad settings, and
+    TrainingDiverged, with step and term, where a loss is not finite.
+    """
+    one_of("precision", precision, tuple(PRECISIONS))
+    one_of("keep", keep, ("last", "best"))
+    if keep == "best" and not rows_validation:
+        raise UserError("trainer.keep=best chooses by held-out rows, and there are none: use keep=last")
+    planned = plan(
+        rows_train,
+        seed,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        budget=budget,
+        epochs=epochs,
+        tokens=tokens,
+        steps=steps,
+        pool=pool,
+    )
+    module = Distiller(
+        student,
+        teacher,
+        objective,
+        cut,
+        seed,
+        steps_total=len(planned),
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        head_chunk=head_chunk,
+    )
+    metrics = Metrics(runtime, planned, log_every)
+    validation = Validation(rows_validation, pad_id, batch_size, validate_every, keep == "best")
+    resume = Resume(out / "resume" / "last.ckpt", checkpoint_every)
+    student.train()
+    loader = StepLoader(rows_train, planned, pad_id)
+    _run(module, loader, [metrics, validation, resume], runtime, precision, out)
+    student.eval()
+    validation.restore_best(module)
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    return {
+        "steps": len(planned),
+        "examples": sum(step.examples for step in planned),
+        "supervised_tokens": module.supervised_tokens,
+        "attended_tokens": sum(step.totals.attended for step in planned),
+        "tokens_per_second": metrics.tokens_per_second,
+        "kept_step": validation.kept_step if keep == "best" and validation.kept_step else len(planned),
+        "train": module.last,
+        "validation": validation.kept,
+    }
+
+
+class Metrics(lightning.Callback):
+    """Rows of metrics and the progress bar. `step` counts finished optimiser steps, from 1."""
+
+    def __init__(self, runtime: Runtime, planned: Sequence[Step], every: int) -> None:
+        self.runtime, self.planned, self.every = runtime, planned, every
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Distiller) -> None:
+        self.bar = self.runtime.progress(total=len(self.planned), what="training", unit="step")
+        self.bar.update(trainer.global_step)
+        self.started = self.logged_at = time.perf_counter()
+        self.tokens = self.tokens_logged = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
+    ) -> None:
+        step = index + 1
+        self.tokens += item[0].totals.attended
+        self.bar.update(1)
+        if step % self.every == 0 or step == len(self.planned):
+            now = time.perf_counter()
+            rate = (self.tokens - self.tokens_logged) / (now - self.logged_at)
+            self.logged_at, self.tokens_logged = now, self.tokens
+            self.bar.set_postfix_str(f"loss {module.last['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            trainer.logger.log_metrics(_named("train", module.last | {"tokens_per_second": rate}), step)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Distiller) -> None:
+        self.tokens_per_second = self.tokens / (time.perf_counter() - self.started)
+        self.bar.close()
+
+    def on_exception(self, trainer: lightning.Trainer, module: Distiller, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class Validation(lightning.Callback):
+    """The loss on held-out rows, every so many steps and at the end; remembers the best weights if asked."""
+
+    def __init__(
+        self, rows: Sequence[Encoded], pad_id: int, batch_size: int, every: int | None, keep_best: bool
+    ) -> None:
+        self.rows, self.pad_id, self.every, self.keep_best = rows, pad_id, every, keep_best
+        self.step = Step.of(rows, range(len(rows)), batch_size)
+        self.kept: dict[str, float] = {}
+        self.kept_step = 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
+    ) -> None:
+        step = index + 1
+        due = step == module.steps_total or (self.every and step % self.every == 0)
+        if not (due and self.rows):
+            return
+        with trainer.precision_plugin.val_step_context():
+            values = module.validate(self.step, micro_batches(self.rows, self.step, self.pad_id))
+        trainer.logger.log_metrics(_named("validation", values), step)
+        if not self.keep_best:
+            self.kept, self.kept_step = values, step
+        elif not self.kept or values["loss"] < self.kept["loss"]:
+            self.kept, self.kept_step = values, step
+            self.weights = {name: value.detach().cpu().clone() for name, value in module.trainable().items()}
+
+    def restore_best(self, module: Distiller) -> None:
+        """Puts the remembered weights back, if any."""
+        with torch.no_grad():
+            for name, value in module.trainable().items():
+                if name in self.weights:
+                    value.copy_(self.weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept, "kept_step": self.kept_step, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.kept_step, self.weights = state["kept"], state["kept_step"], state["weights"]
+
+
+class Resume(lightning.Callback):
+    """Saves what is needed to go on, every so many steps; runs last, so that it saves what others did."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
+    ) -> None:
+        step = index + 1
+        if step % self.every == 0 and step < module.steps_total:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            trainer.save_checkpoint(temporary, weights_only=False)
+            os.replace(temporary, self.path)
+
+
+class Rows(Logger):
+    """A Lightning logger that hands rows of metrics to the runtime."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self.runtime = runtime
+
+    @property
+    def name(self) -> str:
+        return "rows"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.runtime.log({"step": step, **metrics})
+
+
+def replay_rows(out: Path, last_step: int, runtime: Runtime) -> None:
+    """Logs again the rows of an interrupted attempt up to `last_step`, and forgets the later ones.
+
+    The store appends what is logged to `out/metrics.jsonl`, which is emptied here first.
+    """
+    path = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path.unlink(missing_ok=True)
+    for row in rows:
+        if row.get("step", last_step + 1) <= last_step:
+            runtime.log(row)
+
+
+def _run(
+    module: Distiller,
+    loader: StepLoader,
+    callbacks: list[lightning.Callback],
+    runtime: Runtime,
+    precision: str,
+    out: Path,
+) -> None:
+    """One Lightning epoch over the whole plan, from the checkpoint where there is one."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    device = torch.device(runtime.device)
+    trainer = lightning.Trainer(
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
+        precision=PRECISIONS[precision],
+        max_epochs=1,
+        logger=Rows(runtime),
+        callbacks=callbacks,
+        plugins=[LightningEnvironment()],  # one process, whatever cluster this runs on
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+    )
+    checkpoint = out / "resume" / "last.ckpt"
+    found = checkpoint.exists()
+    if checkpoint.parent.exists():
+        replay_rows(out, torch.load(checkpoint, weights_only=True)["global_step"] if found else 0, runtime)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if found else None, weights_only=True)
+
+
+def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}

@@ -1,0 +1,170 @@
+"""The LightningModule: a student, its objective, and optionally a teacher that is only looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from sddx.models.outputs import run
+from sddx.records import Batch, Cut, Outputs, UserError
+from sddx.training.batches import Step
+from sddx.training.head import token_sums
+from sddx.training.objective import Objective, Totals, layer_pairs
+
+Teacher = Callable[..., Outputs]
+
+
+class TrainingDiverged(UserError):
+    """A term or the gradient stopped being finite."""
+
+
+class Distiller(lightning.LightningModule):
+    """Trains the student's trainable parameters; one Lightning batch is one whole optimiser step.
+
+    The step's micro-batches are accumulated here (manual optimisation), each term already divided by the
+    totals of the step, so the gradient does not depend on how the step was cut. The teacher is not a
+    submodule: neither optimiser nor checkpoint sees it. `teacher(batch, states=bool) -> Outputs`.
+    Randomness within a step (dropout) is a function of (seed, step).
+
+    Raises UserError where the objective needs a teacher and has none, or holds layers and the cut leaves no
+    pair of them.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        objective: Objective,
+        cut: Cut,
+        seed: int,
+        *,
+        steps_total: int,
+        learning_rate: float,
+        warmup: float = 0.0,
+        weight_decay: float = 0.0,
+        clip: float | None = 1.0,
+        head_chunk: int = 256,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.student = student
+        object.__setattr__(self, "teacher", teacher)  # past nn.Module, which would register it
+        self.objective, self.cut, self.seed = objective, cut, seed
+        self.steps_total, self.learning_rate, self.warmup = steps_total, learning_rate, warmup
+        self.weight_decay, self.clip, self.head_chunk = weight_decay, clip, head_chunk
+        self.supervised_tokens = 0
+        self.last: dict[str, float] = {}
+        _check(objective, cut, teacher)
+
+    def terms(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
+        """This micro-batch's share of every term of the step, unweighted: name -> scalar."""
+        objective = self.objective
+        # The teacher first: where it shares the student's weights it must be done before a graph exists.
+        teacher = self.teacher(batch, states=objective.needs_states) if objective.needs_teacher else None
+        student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
+        values = {}
+        if objective.token_terms:
+            sums = token_sums(objective.token_terms, student, teacher, batch.labels, chunk=self.head_chunk)
+            values.update({name: value / max(totals.labelled, 1) for name, value in sums.items()})
+        for name, term in objective.layer_terms.items():
+            values[name] = term.value(student, teacher, batch.attention_mask, self.cut, totals)
+        return values
+
+    def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
+        step, batches = item
+        torch.manual_seed(self.seed * 1_000_003 + index)
+        optimizer: Any = self.optimizers()
+        seen: list[dict[str, Tensor]] = []
+        for batch in batches:
+            values = self.terms(batch.to(self.device), step.totals)
+            self.manual_backward(self._weighted(values))
+            seen.append({name: value.detach() for name, value in values.items()})
+        summed = _summed(seen)
+        row = self._finite(summed | {"loss": self._weighted(summed)}, index)
+        group = optimizer.param_groups[0]
+        if self.clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
+            row |= self._finite({"gradient_norm": norm}, index)
+        row["learning_rate"] = group["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        self.lr_schedulers().step()
+        self.supervised_tokens += step.totals.labelled
+        self.last = row | {"supervised_tokens": self.supervised_tokens}
+
+    @torch.no_grad()
+    def validate(self, step: Step, batches: Iterable[Batch]) -> dict[str, float]:
+        """Every term, and the weighted `loss`, over held-out rows taken as one step; dropout off."""
+        self.student.eval()
+        summed = _summed([self.terms(batch.to(self.device), step.totals) for batch in batches])
+        self.student.train()
+        return {name: value.item() for name, value in (summed | {"loss": self._weighted(summed)}).items()}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.trainable().values(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
+        )
+        factor = cosine_with_warmup(self.steps_total, self.warmup)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # micro-batches move one at a time
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainable = self.trainable()
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in trainable}
+        checkpoint["supervised_tokens"] = self.supervised_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["state_dict"].keys() != self.trainable().keys():
+            raise UserError("the checkpoint to resume from holds other parameters than this student trains")
+        self.supervised_tokens = checkpoint["supervised_tokens"]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def _weighted(self, values: dict[str, Tensor]) -> Tensor:
+        return sum(term.weight * values[name] for name, term in self.objective.terms.items())
+
+    def _finite(self, values: dict[str, Tensor], index: int) -> dict[str, float]:
+        """The values as numbers; raises TrainingDiverged, with step and name, where one is not finite."""
+        numbers = {name: value.item() for name, value in values.items()}
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise TrainingDiverged(
+                    f"training stopped at step {index + 1} of {self.steps_total}: {name} is {number}. "
+                    f"The learning rate is {self.learning_rate}: lower it, or look at this step's examples"
+                )
+        return numbers
+
+
+def cosine_with_warmup(steps: int, warmup: float) -> Callable[[int], float]:
+    """The factor of the learning rate at step 0, 1, ..: up a line over the first ceil(warmup * steps) steps,
+    which ends at 1, then down half a cosine that would reach 0 at step `steps`."""
+    rising = math.ceil(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+    return factor
+
+
+def _summed(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([values[name] for values in seen]).sum() for name in seen[0]}
+
+
+def _check(objective: Objective, cut: Cut, teacher: Teacher | None) -> None:
+    if objective.needs_teacher and teacher is None:
+        raise UserError(f"the terms {', '.join(objective.terms)} need a teacher, and there is none")
+    for name, term in objective.layer_terms.items():
+        if not layer_pairs(cut, term.junction):
+            raise UserError(f"{name}, junction={term.junction}: no layer to compare in the cut {cut.kept}")

@@ -1,0 +1,141 @@
+"""What an arm is: the answers it trains on, and named loss terms with weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from torch import Tensor
+
+from sddx.records import Cut, Outputs, UserError
+
+DATA = ("reference", "self", "self_plain")
+JUNCTIONS = ("own", "span_end", "skip")
+REDUCTIONS = ("micro_batch", "token")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the terms of one optimiser step are divided by, over all of its micro-batches."""
+
+    labelled: int
+    attended: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """A token term on labels: `loss(logits [rows, vocabulary], labels [rows]) -> [rows]`."""
+
+    loss: Callable[..., Tensor]
+    weight: float = 1.0
+
+    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        return self.loss(logits, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """A token term on the teacher's logits: `loss(student, teacher [rows, vocabulary]) -> [rows]`."""
+
+    loss: Callable[..., Tensor]
+    weight: float = 1.0
+
+    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        return self.loss(logits, teacher_logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layerwise:
+    """A term on hidden states: `loss(student, teacher, mask)` with one [batch, time, width] per layer pair.
+
+    reduction `micro_batch`: the loss gives one value per layer; they are summed and averaged over the
+    step's micro-batches (the paper's SquareHead; depends on how the step was cut). reduction `token`: the
+    loss gives one value per attended token; they are summed and divided once by the step's attended tokens.
+    `junction` is explained at `layer_pairs`.
+    """
+
+    loss: Callable[..., Tensor]
+    weight: float = 1.0
+    junction: Literal["own", "span_end", "skip"] = "own"
+    reduction: Literal["micro_batch", "token"] = "micro_batch"
+
+    def __post_init__(self) -> None:
+        one_of("junction", self.junction, JUNCTIONS)
+        one_of("reduction", self.reduction, REDUCTIONS)
+
+    def value(self, student: Outputs, teacher: Outputs, mask: Tensor, cut: Cut, totals: Totals) -> Tensor:
+        """This micro-batch's share of the step's value (a scalar)."""
+        pairs = layer_pairs(cut, self.junction)
+        values = self.loss([student.states[s] for s, _ in pairs], [teacher.states[t] for _, t in pairs], mask)
+        divisor = totals.micro_batches if self.reduction == "micro_batch" else totals.attended
+        return values.sum() / max(divisor, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses.
+
+    Raises UserError for unknown data, no terms, or a weight that is not a finite number of at least 0.
+    """
+
+    data: str
+    terms: Mapping[str, Supervised | Distilled | Layerwise]
+
+    def __post_init__(self) -> None:
+        one_of("data", self.data, DATA)
+        if not self.terms:
+            raise UserError("a loss has no terms: give at least one name under `terms`")
+        for name, term in self.terms.items():
+            if not (math.isfinite(term.weight) and term.weight >= 0):
+                raise UserError(f"the weight of {name} must be finite and at least 0, not {term.weight}")
+
+    @property
+    def token_terms(self) -> dict[str, Supervised | Distilled]:
+        return {name: term for name, term in self.terms.items() if not isinstance(term, Layerwise)}
+
+    @property
+    def layer_terms(self) -> dict[str, Layerwise]:
+        return {name: term for name, term in self.terms.items() if isinstance(term, Layerwise)}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(not isinstance(term, Supervised) for term in self.terms.values())
+
+    @property
+    def needs_states(self) -> bool:
+        return bool(self.layer_terms)
+
+
+def layer_pairs(cut: Cut, junction: str) -> list[tuple[int, int]]:
+    """Which teacher block each student block is held to: [(student block, teacher block)], from 0.
+
+    Student block j came from teacher block kept[j] and is held to its output. A block just before removed
+    ones is held to that (`own`), to the output of the last removed block (`span_end`: what the following
+    block was trained on), or to nothing (`skip`). A cut at the very start has no block before it.
+
+    The last state of either model is after the final norm. So where the last blocks were removed, the
+    student's last block has no comparable `own` state and is left out; `span_end` pairs it with the
+    teacher's last block, both after the norm.
+    """
+    following = (*cut.kept[1:], cut.total)
+    pairs = []
+    for block, (own, after) in enumerate(zip(cut.kept, following, strict=True)):
+        if own + 1 == after:
+            pairs.append((block, own))
+        elif junction == "span_end":
+            pairs.append((block, after - 1))
+        elif junction == "own" and after < cut.total:
+            pairs.append((block, own))
+    return pairs
+
+
+def one_of(what: str, given: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError, with the near name where there is one, unless `given` is among `allowed`."""
+    if given not in allowed:
+        near = get_close_matches(str(given), allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{what} must be one of {', '.join(allowed)}, not {given!r}{hint}")

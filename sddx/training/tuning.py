@@ -1,0 +1,50 @@
+"""Which parameters of the student are trained: a LoRA adapter, or all of them."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from sddx.records import UserError
+
+
+def lora(
+    model: nn.Module,
+    seed: int,
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+) -> PeftModel:
+    """Puts a LoRA adapter (2106.09685), scaled by alpha / rank, on the linear layers named in `targets`.
+
+    `all-linear` means every linear layer but the head. The initial adapter is a function of the seed and is
+    float32 even on a bfloat16 base. The base weights are frozen. Raises UserError for a rank below 1 and for
+    a target that names no linear layer.
+    """
+    if rank < 1:
+        raise UserError(f"tuning.rank must be at least 1, not {rank}")
+    if targets != "all-linear":
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def full(model: nn.Module, seed: int) -> nn.Module:
+    """Trains every parameter. Nothing is drawn: the seed is there because every tuning is called with one."""
+    return model.requires_grad_(True)
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise UserError(f"tuning.targets: no linear layer is named {target!r}; there are {known}")

@@ -1,0 +1,88 @@
+"""Tiny random models of every supported family, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 64
+WINDOW = 8
+FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
+
+
+def _config(family: str, blocks: int) -> Any:
+    shape: dict[str, Any] = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    if family == "llama":
+        return LlamaConfig(**shape)
+    if family == "mistral":
+        return MistralConfig(**shape, sliding_window=WINDOW)
+    if family == "qwen3":  # the last blocks slide, the first attend to everything
+        return Qwen3Config(**shape, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
+    kinds = ["full_attention" if block % 3 == 1 else "sliding_attention" for block in range(blocks)]
+    gemma = dict(
+        sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8, final_logit_softcapping=5.0
+    )
+    return Gemma3TextConfig(**shape, **gemma)
+
+
+CLASSES: dict[str, Any] = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "gemma3": Gemma3ForCausalLM,
+}
+
+
+def build(family: str, *, blocks: int = 5, seed: int = 0) -> Any:
+    """A random model in eval mode. Norm weights are random too, so that no norm stands for another."""
+    torch.manual_seed(seed)
+    model = CLASSES[family](_config(family, blocks))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model.eval()
+
+
+def tokens(rows: int = 3, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Random token ids [rows, length], longer than the sliding window."""
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapt(model: Any, seed: int = 1, targets: Any = "all-linear") -> Any:
+    """The model with a LoRA adapter of random matrices: peft's own B is zero and changes nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.2 * torch.randn_like(weight))
+    return adapted.eval()

@@ -1,0 +1,148 @@
+"""Laws of the comparison of two runs, and of the tables that report a run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from sddx import compare
+from sddx.records import Example, UserError
+from sddx.report import table
+
+SETTINGS = {"version": 1.0, "shots": 0, "chat_template": "abcd", "filters": [{"name": "strict"}]}
+
+
+def task(scores: list[float], **settings: object) -> dict:
+    return {
+        "scores": scores,
+        "hashes": [f"item {index}" for index in range(len(scores))],
+        "settings": SETTINGS | settings,
+        "chance": 0.0,
+        "part_of": "",
+    }
+
+
+@pytest.fixture
+def samples() -> dict:
+    found = {"sums": task([1, 0, 0, 0, 0, 0, 1, 1]), "facts": task([1, 1, 0, 0])}
+    return {name: record | {"part_of": name} for name, record in found.items()}
+
+
+def test_paired_differences_by_hand(samples: dict) -> None:
+    """B - A per task and on average, flips and exact p as counted by hand; Holm over the two tasks."""
+    other = copy.deepcopy(samples)
+    other["sums"]["scores"] = [0, 1, 1, 1, 1, 1, 1, 1]
+    found = compare.compare(samples, other)
+    sums, facts = found["tasks"]["sums"], found["tasks"]["facts"]
+    assert sums["difference"].estimate == pytest.approx(4 / 8) and sums["flipped"] == (1, 5)
+    assert sums["p"] == pytest.approx(stats.binomtest(1, 6).pvalue)
+    assert sums["p_holm"] == pytest.approx(2 * sums["p"]) and facts["p_holm"] == 1.0
+    assert found["average"].estimate == pytest.approx(0.25) and found["average"].contains == "items"
+    assert found["average"].low <= 0.25 <= found["average"].high
+
+
+def test_scores_that_are_not_binary_are_compared_without_mcnemar(samples: dict) -> None:
+    """A graded score has a paired difference, and no flips and no p."""
+    samples["facts"]["scores"] = [0.5, 1, 0, 0]
+    facts = compare.compare(samples, samples)["tasks"]["facts"]
+    assert facts["p"] is None and facts["flipped"] is None and facts["difference"].estimate == 0
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda s: s["sums"]["hashes"].reverse(), "sums: the items differ"),
+        (lambda s: s["sums"].update(task([1, 0])), "8 and 2, 2 in common"),
+        (lambda s: s["facts"]["settings"].update(chat_template=None), "chat_template is abcd and None"),
+        (lambda s: s["facts"]["settings"].update(version=2.0), "facts: version is 1.0 and 2.0"),
+        (lambda s: s["facts"]["settings"].update(shots=5), "facts: shots is 0 and 5"),
+        (lambda s: s.pop("facts"), "facts is in one of the two only"),
+    ],
+)
+def test_refused_where_items_or_settings_differ(samples: dict, change, reason: str) -> None:
+    """What was not measured alike is not compared, and the reason is named."""
+    other = copy.deepcopy(samples)
+    change(other)
+    with pytest.raises(UserError, match=reason):
+        compare.compare(samples, other)
+
+
+def written(folder: Path, samples: dict, configuration: str) -> Path:
+    folder.mkdir()
+    (folder / "samples.json").write_text(json.dumps({"unpruned": samples, "recovered": samples}))
+    (folder / "summary.json").write_text("{}")
+    (folder / "config.yaml").write_text(configuration)
+    return folder
+
+
+def test_command_line(tmp_path: Path, samples: dict, capsys: pytest.CaptureFixture) -> None:
+    """Folders and summary files are taken alike; the configuration's differences are named, flat."""
+    first = written(tmp_path / "a", samples, "seed: 0\ntuning: {rank: 8}\n")
+    second = written(tmp_path / "b", samples, "seed: 0\ntuning: {rank: 16}\n")
+    assert compare.main([str(first), str(second / "summary.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "tuning.rank" in printed and "seed" not in printed and "+0.0" in printed
+    assert compare.main([str(first), str(second), "--model", "pruned"]) == 2
+    assert "it has unpruned, recovered" in capsys.readouterr().err
+    assert compare.main([str(first), str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+SUMMARY = {
+    "scores": {
+        "unpruned": {"sums": 0.9, "facts": 0.8, "average": 0.85},
+        "pruned": {"sums": 0.1, "facts": 0.7, "average": 0.4},
+        "recovered": {"sums": 0.81, "facts": 0.72, "average": 0.765},
+    },
+    "standard_errors": {m: {"sums": 0.01, "facts": 0.02, "average": 0.015} for m in table.MODELS},
+    "recovery": 0.9, "recovery_low": 0.88, "recovery_high": 0.93, "recovery_contains": "items",
+    "pruned_recovery": 0.4706, "recovery_trained": 0.9, "recovery_held_out": None, "gap_closed": 0.811,
+    "trained": ["sums"], "fallback_share": 0.125, "examples": 1500, "supervised_tokens": 64000, "steps": 282,
+    "seconds": {"score": 1.24, "train": 30.4}, "parameters": {"unpruned": 2000000, "recovered": 1600000},
+}  # fmt: skip
+
+EXPECTED = [
+    "90.0 ± 1.0", "72.0 ± 2.0", "81.0 ± 1.0", "76.5 ± 1.5", "88.0 to 93.0", "over items", "47.1 %", "81.1 %",
+    "12.5 %", "1,500 examples", "64,000 supervised tokens", "282 steps", "30 s", "1,600,000",
+]  # fmt: skip
+
+
+def test_table_says_what_the_summary_says() -> None:
+    """Every score, recovery and cost of the summary stands in the terminal table and in the Markdown."""
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    table.show(SUMMARY, console)
+    for text in (console.export_text(), table.markdown(SUMMARY)):
+        for expected in EXPECTED:
+            assert expected in text
+        assert "held-out" not in text  # not defined here, so not claimed
+
+
+def test_markdown_table_is_rectangular() -> None:
+    """Every row of the Markdown table has as many cells as its header."""
+    cells = [line.count(" | ") for line in table.markdown(SUMMARY).splitlines() if line.startswith("| ")]
+    assert len(cells) == 4 and set(cells) == {len(table.HEADER) - 1}
+
+
+def test_table_without_a_recovered_model() -> None:
+    """A run that only pruned shows dashes where nothing was measured."""
+    scores = {model: SUMMARY["scores"][model] for model in ("unpruned", "pruned")}
+    assert table.rows(SUMMARY | {"scores": scores})[0][-2:] == ("-", "-")
+
+
+def test_acceptance_counts_reasons_and_shows_examples() -> None:
+    """Accepted are the self-written answers; refused ones are counted by their reason."""
+    examples = [
+        Example("1", "what is [2 + 2]", "it is 4", "self"),
+        Example("2", "what is 3 + 3", "6", "self"),
+        Example("3", "what is 4 + 4", "8", "reference", "wrong answer [/b]"),
+    ]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    table.acceptance(examples, console, shown=1)
+    text = console.export_text()
+    assert "66.7 %" in text and "refused: wrong answer [/b]" in text
+    assert "what is [2 + 2]" in text and "it is 4" in text and "3 + 3" not in text

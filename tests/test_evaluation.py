@@ -1,0 +1,320 @@
+"""lm-eval in process on a tiny random Llama: its numbers recomputed by hand, its settings recorded."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sddx.evaluation import harness, text
+from sddx.records import Batch, Outputs, UserError
+from sddx.runtime import Runtime
+
+WORDS = [f"w{index}" for index in range(40)]
+SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+CHOICE_TASK = """
+task: choosing
+custom_dataset: !function sddx.evaluation.harness.json_lines
+dataset_kwargs: {data_files: {test: choosing.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.5, chance: 0.25}
+"""
+ANSWER_TASK = """
+task: answering
+custom_dataset: !function sddx.evaluation.harness.json_lines
+dataset_kwargs: {data_files: {test: answering.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {until: [], max_gen_toks: 6, do_sample: false}
+filter_list:
+  - name: strict
+    filter: [{function: regex, regex_pattern: "w1 (w[0-9]+)"}, {function: take_first}]
+  - name: flexible
+    filter: [{function: regex, regex_pattern: "(w[0-9]+)", group_select: -1}, {function: take_first}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0, primary: "exact_match,flexible", chance: 0.0}
+"""
+QUIET = Runtime(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", additional_special_tokens=SPECIAL[2:]
+    )
+    built.chat_template = TEMPLATE
+    return built
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=44, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt(tokenizer, question: str) -> str:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def greedy(model, tokenizer, question: str) -> str:
+    ids = tokenizer(prompt(tokenizer, question), return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model, tokenizer) -> Path:
+    """Task files; every third answer is the one that the model gives, so that some are right."""
+    made, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    questions = [" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for _ in range(12)]
+    choices = [[" ".join(draw.choices(WORDS, k=draw.randint(1, 3))) for _ in range(4)] for _ in questions]
+    choosing = [{"question": q, "choices": choices[i], "gold": i % 4} for i, q in enumerate(questions)]
+    own = [greedy(model, tokenizer, question).split()[-1] for question in questions]
+    answers = [word if i % 3 == 0 else "none" for i, word in enumerate(own)]
+    answering = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    for name, rows, yaml in (("choosing", choosing, CHOICE_TASK), ("answering", answering, ANSWER_TASK)):
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (made / f"{name}.yaml").write_text(yaml)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(model, tokenizer, folder: Path) -> dict:
+    return harness.evaluate(
+        model, tokenizer, QUIET, tasks=["choosing", "answering"], include=str(folder), batch_size=5
+    )
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_multiple_choice_is_the_sum_of_log_probabilities(results, model, tokenizer, folder: Path) -> None:
+    """Each choice scores the summed log-probabilities of its tokens after the templated prompt, one row at a
+    time and unpadded; the highest is chosen."""
+    for sample, row in zip(results["tasks"]["choosing"]["samples"], rows_of(folder, "choosing"), strict=True):
+        context = tokenizer(prompt(tokenizer, row["question"]), return_tensors="pt").input_ids
+        sums = []
+        for choice in row["choices"]:
+            answer = tokenizer(choice, return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = model(torch.cat([context, answer], 1)).logits.double()
+            steps = logits[0, context.shape[1] - 1 : -1].log_softmax(-1)
+            sums.append(float(steps.gather(1, answer[0, :, None]).sum()))
+        assert sample["likelihoods"] == pytest.approx(sums, abs=1e-4)
+        assert sample["score"] == float(max(range(4), key=sums.__getitem__) == row["gold"])
+
+
+def test_generated_answers_are_greedy_and_scored_by_filter(results, model, tokenizer, folder: Path) -> None:
+    """Responses equal greedy decoding one by one; strict and flexible scores and unparsed shares follow."""
+    record = results["tasks"]["answering"]
+    strict, flexible = [], []
+    for sample, row in zip(record["samples"], rows_of(folder, "answering"), strict=True):
+        assert sample["response"] == greedy(model, tokenizer, row["question"])
+        strict.append((re.findall(r"w1 (w\d+)", sample["response"]) or ["[invalid]"])[0])
+        flexible.append((re.findall(r"w\d+", sample["response"]) or ["[invalid]"])[-1])
+    answers = [row["answer"] for row in rows_of(folder, "answering")]
+    assert record["metrics"]["exact_match,strict"] == sum(map(str.__eq__, strict, answers)) / 12
+    assert record["score"] == sum(map(str.__eq__, flexible, answers)) / 12 == 4 / 12
+    unparsed = {"strict": strict.count("[invalid]") / 12, "flexible": flexible.count("[invalid]") / 12}
+    assert record["unparsed"] == unparsed
+    assert record["unparsed"]["strict"] > 0
+
+
+def test_records_say_how_they_were_measured(results, tokenizer) -> None:
+    """Version, primary metric, chance, template, shots, filters and seeds stand beside every score."""
+    choosing, answering = results["tasks"]["choosing"], results["tasks"]["answering"]
+    assert choosing["settings"]["version"] == 1.5 and choosing["chance"] == 0.25 and choosing["n"] == 12
+    assert choosing["settings"]["primary"] == "acc,none"
+    assert answering["settings"]["primary"] == "exact_match,flexible"
+    assert [f["name"] for f in answering["settings"]["filters"]] == ["strict", "flexible"]
+    assert answering["settings"]["shots"] == 0 and answering["settings"]["chat_template"]
+    assert results["truncated"] == 0 and results["batch_size"] == 5
+    json.dumps(results)
+
+
+def test_the_batch_size_reaches_the_model(
+    model, tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest batch that the model sees has the size that was asked for (lm-eval can ignore it)."""
+    sizes, forward = [], model.forward
+
+    def counted(*args, **kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        sizes.append(len(ids))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    given = {"tasks": ["answering", "choosing"], "include": str(folder)}
+    for size in (3, 7):
+        sizes.clear()
+        harness.evaluate(model, tokenizer, QUIET, batch_size=size, **given)
+        assert max(sizes) == size
+
+
+def test_batch_size_and_other_tasks_change_no_score(results, model, tokenizer, folder: Path) -> None:
+    """Items score the same alone in another batch size, and the global random state is left as it was."""
+    random.seed(5)
+    torch.manual_seed(5)
+    alone = harness.evaluate(model, tokenizer, QUIET, tasks=["answering"], include=str(folder), batch_size=2)
+    state = random.random(), float(torch.rand(()))
+    random.seed(5)
+    torch.manual_seed(5)
+    assert state == (random.random(), float(torch.rand(())))
+    assert [s["response"] for s in alone["tasks"]["answering"]["samples"]] == [
+        s["response"] for s in results["tasks"]["answering"]["samples"]
+    ]
+
+
+def test_template_and_length_are_settings(results, model, tokenizer, folder: Path) -> None:
+    """Without the template the prompts are others; a length from outside wins; a limit is no first-N."""
+    given = {"tasks": ["answering"], "include": str(folder), "max_new_tokens": 2, "limit": 5}
+    plain = harness.evaluate(model, tokenizer, QUIET, chat_template=False, **given)["tasks"]["answering"]
+    assert plain["settings"]["chat_template"] is None and plain["settings"]["generation"]["max_gen_toks"] == 2
+    assert all(len(sample["response"].split()) <= 2 for sample in plain["samples"])
+    chosen = [sample["doc_id"] for sample in plain["samples"]]
+    assert len(chosen) == 5 and chosen == sorted(chosen) != list(range(5))
+    full = {s["doc_id"]: s for s in results["tasks"]["answering"]["samples"]}
+    assert all(full[s["doc_id"]]["doc_hash"] == s["doc_hash"] for s in plain["samples"])
+    assert all(full[s["doc_id"]]["prompt_hash"] != s["prompt_hash"] for s in plain["samples"])
+
+
+def test_shots_are_set_and_recorded(results, model, tokenizer, folder: Path) -> None:
+    """One example before every question is another prompt, and the record says so."""
+    given = {"tasks": ["choosing"], "include": str(folder)}
+    shot = harness.evaluate(model, tokenizer, QUIET, shots={"choosing": 1}, **given)["tasks"]["choosing"]
+    assert shot["settings"]["shots"] == 1
+    bare = results["tasks"]["choosing"]["samples"]
+    assert all(a["prompt_hash"] != b["prompt_hash"] for a, b in zip(shot["samples"], bare, strict=True))
+
+
+def test_prompts_that_do_not_fit_are_counted(model, tokenizer, folder: Path, capfd) -> None:
+    """lm-eval cuts long prompts from the left; that is counted, and a quiet run prints nothing."""
+    given = {"tasks": ["answering"], "include": str(folder), "max_new_tokens": 60}
+    assert harness.evaluate(model, tokenizer, QUIET, **given)["truncated"] > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_compact_keeps_scores_hashes_and_settings(results) -> None:
+    """One score and one distinct hash per item, JSON all through, and stable from call to call."""
+    found = harness.compact(results)
+    assert json.loads(json.dumps(found)) == harness.compact(json.loads(json.dumps(results)))
+    assert found["choosing"]["scores"] == [s["score"] for s in results["tasks"]["choosing"]["samples"]]
+    assert len(set(found["choosing"]["hashes"])) == 12
+    assert found["answering"]["part_of"] == "answering"
+
+
+def test_groups_are_reported_under_their_name(model, tokenizer, folder: Path, tmp_path: Path) -> None:
+    """A group's tasks know the name they were asked for under, and lm-eval's own figure is kept."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [choosing]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    found = harness.evaluate(model, tokenizer, QUIET, tasks=["both"], include=str(tmp_path))
+    assert found["tasks"]["choosing"]["part_of"] == "both"
+    assert found["groups"]["both"]["acc,none"] == pytest.approx(found["tasks"]["choosing"]["score"])
+    with pytest.raises(UserError, match="asked for twice"):
+        harness.evaluate(model, tokenizer, QUIET, tasks=["both", "choosing"], include=str(tmp_path))
+
+
+def test_unknown_tasks_are_named_with_near_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt task is refused before any work, with what it may have meant."""
+    from lm_eval.tasks import TaskManager
+
+    only_ours = TaskManager(include_path=[folder], include_defaults=False)
+    # The built-in index takes 5 s.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: only_ours)
+    with pytest.raises(UserError, match="'chosing'; near names: choosing"):
+        harness.check_tasks(["answering", "chosing"], str(folder))
+    with pytest.raises(UserError, match="more than once"):
+        harness.check_tasks(["answering", "answering"], str(folder))
+    with pytest.raises(UserError, match="must be a folder"):
+        harness.check_tasks(["answering"], str(folder / "nowhere"))
+    with pytest.raises(UserError, match="is empty"):
+        harness.check_tasks([], str(folder))
+
+
+def test_known_tasks_are_checked_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks whose YAML is in the folder need no index at all."""
+    monkeypatch.setattr(harness, "_task_manager", lambda *given: pytest.fail("the index was read"))
+    harness.check_tasks(["choosing", "answering"], str(folder))
+
+
+def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> None:
+    """Missing data, a missing template, an unknown metric and an answer longer than the context."""
+    (tmp_path / "choosing.yaml").write_text(CHOICE_TASK)
+    with pytest.raises(UserError, match="could not be loaded: FileNotFoundError"):
+        harness.evaluate(model, tokenizer, QUIET, tasks=["choosing"], include=str(tmp_path))
+    given = {"tasks": ["answering"], "include": str(folder)}
+    with pytest.raises(UserError, match="no metric 'f1,strict'; it has exact_match,strict, exact"):
+        harness.evaluate(model, tokenizer, QUIET, primary={"answering": "f1,strict"}, limit=1, **given)
+    with pytest.raises(UserError, match="up to 64 new tokens.*context has 64"):
+        harness.evaluate(model, tokenizer, QUIET, max_new_tokens=64, **given)
+    with pytest.raises(UserError, match="no chat template"):
+        bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+        harness.evaluate(model, bare, QUIET, **given)
+
+
+def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:
+    """0 against itself; equal to torch's kl_div on the attended tokens, in chunks of any size."""
+    torch.manual_seed(1)
+    width, vocabulary = 16, 44
+    head = torch.nn.Linear(width, vocabulary)
+    hidden = torch.randn(2, 7, width)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    ids = torch.randint(4, vocabulary, (2, 7))
+    batch = Batch(ids, mask, torch.full_like(ids, -100))
+
+    def teacher(batch: Batch, states: bool = False) -> Outputs:
+        return Outputs(hidden[:, : batch.input_ids.shape[1]], head)
+
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        expected = torch.nn.functional.kl_div(
+            logits.log_softmax(-1), head(hidden).log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)[mask.bool()]
+    for chunk in (3, 512):
+        assert text.divergence(teacher, model, [batch], chunk=chunk) == pytest.approx(
+            float(expected.mean()), 1e-5
+        )
+    itself = lambda batch, states=False: text.run(model, batch.input_ids, batch.attention_mask)  # noqa: E731
+    assert text.divergence(itself, model, [batch]) == pytest.approx(0.0, abs=1e-7)
+    with pytest.raises(ValueError, match="no attended token"):
+        text.divergence(teacher, model, [])
+
+
+def test_repetition_and_length_by_hand() -> None:
+    """'a b c d' twice over has five 4-grams, one of them seen before; short answers have none."""
+    assert text.repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert text.repetition(["a b c d", "a b c d"]) == 0.0
+    assert text.repetition(["a b"]) is None
+    assert text.mean_length(["a b", "a b c d"]) == 3.0 and text.mean_length([]) is None

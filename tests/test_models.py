@@ -1,0 +1,289 @@
+"""Laws of models: parts are found, weights are all accounted for, students belong to their cut and base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import httpx
+import pytest
+import torch
+from families import FAMILIES, adapt, build, tokens
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sddx.models import load
+from sddx.models.anatomy import blocks, decoder, embeddings, final_norm, head, rotary
+from sddx.models.load import load_model, load_tokenizer, locate, require_chat_template
+from sddx.models.outputs import run
+from sddx.models.student import load_student, save_student
+from sddx.records import Cut, UserError
+from sddx.surgery.remove import remove_blocks
+
+CUT = Cut.without({1, 2}, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_found_with_and_without_an_adapter(family):
+    """The same objects through peft's wrapper."""
+    model = build(family)
+    parts = (decoder, blocks, final_norm, head, rotary, embeddings)
+    bare = [part(model) for part in parts]
+    adapted = adapt(model, targets=["q_proj"])
+    assert all(part(adapted) is found for part, found in zip(parts, bare, strict=True))
+    assert len(blocks(adapted)) == 5
+
+
+def test_other_shapes_are_refused_with_the_families_that_work():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match="Llama, Mistral"):
+        blocks(model)
+
+
+def test_shared_keys_and_values_are_refused_with_the_reason():
+    """Pitfall I."""
+    model = build("llama")
+    model.config.num_kv_shared_layers = 2
+    with pytest.raises(UserError, match="reuse keys and values"):
+        remove_blocks(model, CUT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_run_gives_the_models_own_logits_and_states(family):
+    """Exactly, softcapping included; the last state is after the norm, as transformers' own."""
+    model, ids = build(family), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    outputs = run(model, ids, mask, states=True)
+    own = model(ids, attention_mask=mask, output_hidden_states=True)
+    assert torch.equal(outputs.head(outputs.hidden), own.logits)
+    assert len(outputs.states) == 5
+    assert all(torch.equal(a, b) for a, b in zip(outputs.states, own.hidden_states[1:], strict=True))
+    assert run(model, ids, mask).states == ()
+
+
+def test_gradients_flow_through_states():
+    """Also where the blocks recompute their activations (gradient checkpointing): the same gradients."""
+    gradients = []
+    for recompute in (False, True):
+        model = build("llama").train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        outputs = run(model, tokens(), torch.ones(3, 12), states=True)
+        sum(state.square().mean() for state in outputs.states).backward()
+        gradients.append(blocks(model)[0].mlp.down_proj.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def saved(folder, family="llama"):
+    model = build(family)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_gives_back_what_was_saved(family, tmp_path):
+    """Eval mode, the dtype asked for, the same logits."""
+    model = saved(tmp_path, family)
+    again = load_model(tmp_path)
+    assert not again.training and again.config.use_cache == model.config.use_cache
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert load_model(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(tmp_path, attention="eager").config._attn_implementation == "eager"
+
+
+def change_depth(folder, depth):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = depth
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+DAMAGES = {
+    "missing": lambda folder: change_depth(folder, 7),
+    "unexpected": lambda folder: change_depth(folder, 3),
+    r"missing keys \(model.norm.weight\)": lambda folder: change_weights(
+        folder, lambda w: w.pop("model.norm.weight")
+    ),
+    "does not load": lambda folder: change_weights(folder, lambda w: w.update({NORM: torch.ones(7)})),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_missing_left_over_and_misshapen_weights_are_errors(said, tmp_path):
+    """Pitfall A: transformers would start fresh blocks and say so in a log line."""
+    saved(tmp_path)
+    DAMAGES[said](tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_never_loaded(tmp_path):
+    model = saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(tmp_path)
+
+
+def test_remote_code_is_never_run(tmp_path):
+    """A folder that brings its own architecture is refused, and its file not imported."""
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(UserError, match="does not load"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "bf16"}, {"attention": "no_such"}])
+def test_unknown_dtype_and_attention_are_named(wrong, tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError, match=next(iter(wrong.values()))):
+        load_model(tmp_path, **wrong)
+
+
+def test_locate_takes_a_folder_in_place(tmp_path):
+    saved(tmp_path)
+    assert locate(str(tmp_path)) == (tmp_path.resolve(), None)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json"):
+        locate(str(tmp_path))
+
+
+def test_locate_takes_the_cache_before_the_network(tmp_path, monkeypatch):
+    """A complete snapshot costs no call; a partial one is fetched again."""
+    snapshot, calls = tmp_path / "abc123", []
+    saved(snapshot)
+
+    def download(repo, *, local_files_only=False, **_):
+        calls.append(local_files_only)
+        if not local_files_only:
+            saved(snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(load, "snapshot_download", download)
+    assert locate("some/model") == (snapshot, "abc123") and calls == [True]
+    (snapshot / "model.safetensors").unlink()
+    assert locate("some/model") == (snapshot, "abc123") and calls == [True, True, False]
+
+
+RESPONSE = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+FAILURES = [
+    (GatedRepoError("no", response=RESPONSE), "hf auth login"),
+    (RepositoryNotFoundError("no", response=RESPONSE), "model=tiny needs no network"),
+    (LocalEntryNotFoundError("no"), "Tried: a local folder"),
+    (httpx.ConnectError("no"), "model=tiny needs no network"),
+]
+
+
+@pytest.mark.parametrize("failure, said", FAILURES)
+def test_locate_says_what_was_tried(failure, said, monkeypatch):
+    """Gated is told apart from not found."""
+
+    def download(repo, *, local_files_only=False, **_):
+        raise LocalEntryNotFoundError("not cached") if local_files_only else failure
+
+    monkeypatch.setattr(load, "snapshot_download", download)
+    with pytest.raises(UserError, match=said):
+        locate("some/model")
+
+
+def test_a_path_that_is_no_hub_id_is_refused_without_a_call():
+    with pytest.raises(UserError, match="/no/such/folder/here"):
+        locate("/no/such/folder/here")
+
+
+def tokenizer(**special):
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
+
+
+def test_the_end_token_pads_where_no_pad_token_is(tmp_path):
+    tokenizer(eos_token="</s>").save_pretrained(tmp_path / "plain")
+    tokenizer(eos_token="</s>", pad_token="<unk>").save_pretrained(tmp_path / "padded")
+    assert load_tokenizer(tmp_path / "plain").pad_token_id == 1
+    assert load_tokenizer(tmp_path / "padded").pad_token_id == 0
+
+
+def test_a_tokenizer_without_end_token_or_chat_template_is_refused(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end token"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no chat template"):
+        require_chat_template(tokenizer(), "some/model")
+    chatty = tokenizer()
+    chatty.chat_template = "{{ messages }}"
+    require_chat_template(chatty, "some/model")
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with the unpruned model."""
+    saved(tmp_path / "base", "qwen3")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A saved student with a random adapter, and the logits that it gave."""
+    student = adapt(load_student(base, None, cut=CUT, base="key"))
+    save_student(student, tmp_path / "student", cut=CUT, base="key")
+    return tmp_path / "student", student(tokens()).logits
+
+
+def test_an_adapter_comes_back_on_its_own_blocks(base, adapter):
+    """Base, cut, adapter: the same logits bit for bit; and the adapter matters."""
+    folder, logits = adapter
+    again = load_student(base, folder, cut=CUT, base="key")
+    assert torch.equal(again(tokens()).logits, logits) and not again.training
+    pruned = load_student(base, None, cut=CUT, base="key")
+    assert not torch.allclose(pruned(tokens()).logits, logits, atol=0.1)
+
+
+def test_full_weights_come_back_without_the_base(base, tmp_path):
+    student = load_student(base, None, cut=CUT, base="key")
+    save_student(student, tmp_path / "student", cut=CUT, base="key")
+    shutil.rmtree(base)
+    again = load_student(base, tmp_path / "student", cut=CUT, base="key")
+    assert torch.equal(again(tokens()).logits, student(tokens()).logits)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_another_cut_or_base_is_refused(full, base, adapter, tmp_path):
+    """Pitfall G: the names of the weights would fit, the blocks would not."""
+    folder, _ = adapter
+    if full:
+        folder = tmp_path / "full"
+        save_student(load_student(base, None, cut=CUT, base="key"), folder, cut=CUT, base="key")
+    with pytest.raises(UserError, match=r"blocks \[1, 2\] of 5 removed, and \[2, 3\]"):
+        load_student(base, folder, cut=Cut.without({2, 3}, 5), base="key")
+    with pytest.raises(UserError, match="belongs to base model key, and other"):
+        load_student(base, folder, cut=CUT, base="other")
+    (folder / "cut.json").unlink()
+    with pytest.raises(UserError, match="does not say which cut"):
+        load_student(base, folder, cut=CUT, base="key")
+
+
+def test_an_adapter_that_lost_a_weight_is_refused(base, adapter):
+    """peft itself warns and goes on."""
+    folder, _ = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(sorted(weights)[0])
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="1 weights are missing or left over"):
+        load_student(base, folder, cut=CUT, base="key")

@@ -1,0 +1,179 @@
+"""Laws of self-data: who writes an answer, what is kept of it, and that neighbours change nothing."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from words import tiny_llama, word_tokenizer
+
+from sddx.data import checkers
+from sddx.data.encode import render
+from sddx.data.selfdata import (
+    CUT_OFF,
+    TOO_LONG,
+    Answer,
+    Rewrite,
+    _sampling,
+    acceptance,
+    distil,
+    end_ids,
+    judge,
+    write_answers,
+)
+from sddx.data.shards import read_rows, write_rows
+from sddx.records import Example, UserError
+
+PROMPTS = [
+    "what ?",
+    "how many apples are there ?",
+    "what is 1 plus 2 ?",
+    "the answer is the answer is the answer is what ?",
+    "a b c d",
+    "what is 7 minus 3 plus 1 minus 1 ?",
+    "9",
+]
+GREEDY = {"max_new_tokens": 12, "batch_size": 3, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+SAMPLED = GREEDY | {"temperature": 0.95, "top_p": 0.7, "top_k": 20}
+
+
+def talkative():
+    """A random model and its tokenizer, where a few words end an answer, so that answers differ in length."""
+    tokenizer, model = word_tokenizer(), tiny_llama()
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<end>", "7", "b", "is", "many"])
+    return partial(write_answers, model, tokenizer)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_neighbours_do_not_change_a_row(settings: dict) -> None:
+    """Each prompt alone, in other batches and in another order gets the same answer, in the order of the
+    prompts."""
+    write = talkative()
+    together = write(PROMPTS, **settings)
+    assert together == [write([prompt], **settings)[0] for prompt in PROMPTS]
+    assert together == write(PROMPTS[::-1], **(settings | {"batch_size": 7}))[::-1]
+    assert len({answer.text for answer in together}) > 3
+    assert "" in {answer.fault for answer in together} <= {"", CUT_OFF}
+
+
+def test_an_answer_that_has_not_ended_says_so() -> None:
+    """With little room an answer is either whole, as with more room, or the beginning of one and marked so."""
+    write = talkative()
+    short, long = write(PROMPTS, **(GREEDY | {"max_new_tokens": 3})), write(PROMPTS, **GREEDY)
+    assert {answer.fault for answer in short} == {"", CUT_OFF}
+    for brief, full in zip(short, long, strict=True):
+        assert full.text.startswith(brief.text) if brief.fault else brief == full
+
+
+def test_greedy_equals_a_loop_without_cache_or_padding() -> None:
+    """The written tokens are the arg-max continuation, computed here one whole forward pass at a time; the
+    generation settings that came with the model do not count."""
+    tokenizer, model = word_tokenizer(), tiny_llama()
+    ids = tokenizer(render(tokenizer, PROMPTS[2]), add_special_tokens=False)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + 12 and ids[-1] not in end_ids(model, tokenizer):
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    model.generation_config.update(repetition_penalty=3.0, temperature=0.1, do_sample=True, top_k=3)
+    (answer,) = write_answers(model, tokenizer, [PROMPTS[2]], **GREEDY)
+    assert answer.text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_samples_hang_on_the_seed_alone() -> None:
+    """Same seed, same answers; another seed, others; equal prompts get equal answers."""
+    write = talkative()
+    first = write(PROMPTS, **SAMPLED)
+    torch.manual_seed(123)
+    assert write(PROMPTS, **SAMPLED) == first
+    assert write(PROMPTS, **(SAMPLED | {"seed": 1})) != first
+    twins = write([PROMPTS[0], PROMPTS[1], PROMPTS[0]], **SAMPLED)
+    assert twins[0] == twins[2] == first[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.5, 0.8, 0), (2.0, 1.0, 3)])
+def test_sampling_draws_from_the_filtered_distribution(temperature: float, top_p: float, top_k: int) -> None:
+    """Over evenly spread uniform numbers each token is drawn in proportion to its probability, which is
+    computed here by sorting: softmax at the temperature, the likeliest tokens, renormalised."""
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.0], dtype=torch.float64)
+    draws = 4000
+    uniforms = ((torch.arange(draws, dtype=torch.float64) + 0.5) / draws)[:, None]
+    choose = _sampling(uniforms, 3, temperature, top_p, top_k)
+    chosen = choose(torch.zeros(draws, 3, dtype=torch.long), logits.expand(draws, -1).clone()).argmax(-1)
+    drawn = torch.bincount(chosen, minlength=5) / draws
+
+    order = logits.argsort(descending=True)[: top_k or None]
+    kept = (logits[order] / temperature).softmax(0)
+    kept = kept[: int((kept.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else None]
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[order[: len(kept)]] = kept / kept.sum()
+    assert torch.allclose(drawn.double(), expected, atol=2 / draws)
+
+
+def test_long_prompts_are_refused_and_all_rows_are_reported() -> None:
+    """A prompt that leaves no room in the context is not cut but refused, and progress counts every row
+    once."""
+    tokenizer, model = word_tokenizer(), tiny_llama()
+    done: list[int] = []
+    answers = write_answers(model, tokenizer, ["what " * 50, *PROMPTS], done.append, **GREEDY)
+    assert answers[0] == Answer("", TOO_LONG)
+    assert answers[1:] == write_answers(model, tokenizer, PROMPTS, **GREEDY)
+    assert sum(done) == len(answers)
+
+
+def example(id: str) -> Example:
+    return Example(id, f"prompt {id}", "1 + 2 = 3\n#### 3")
+
+
+EXAMPLES = [example(id) for id in "abcdef"]
+ANSWERS = [
+    Answer("It is 3."),
+    Answer("It is 4."),
+    Answer("As the reference answer says: 3"),
+    Answer("It is 3 and", CUT_OFF),
+    Answer(""),
+    Answer("3.0"),
+]
+REWRITES = judge(EXAMPLES, ANSWERS, check=checkers.last_number)
+
+
+def test_a_wrong_rewrite_falls_back_to_the_reference() -> None:
+    """Ids, prompts and order are kept; an accepted answer is `self`; every refused one gives way to the
+    reference and says why."""
+    examples = distil(REWRITES, fallback="reference")
+    assert [(e.id, e.prompt) for e in examples] == [(e.id, e.prompt) for e in EXAMPLES]
+    assert [e.note for e in examples] == ["", "wrong answer", "leak", CUT_OFF, "empty", ""]
+    for row, answer, source in zip(examples, ANSWERS, EXAMPLES, strict=True):
+        kept = (source.response, "reference") if row.note else (answer.text, "self")
+        assert (row.response, row.origin) == kept
+
+
+def test_dropping_leaves_the_accepted_rows_only() -> None:
+    """With `drop` the refused rows are gone from training but still counted, and the rest is unchanged."""
+    dropped = distil(REWRITES, fallback="drop")
+    assert dropped == [e for e in distil(REWRITES, fallback="reference") if e.origin == "self"]
+    assert acceptance(REWRITES) == {
+        "examples": 6,
+        "accepted": 2,
+        "empty": 1,
+        CUT_OFF: 1,
+        TOO_LONG: 0,
+        "leak": 1,
+        "wrong answer": 1,
+    }
+    with pytest.raises(UserError, match="all were refused"):
+        distil([rewrite for rewrite in REWRITES if rewrite.reason], fallback="drop")
+    with pytest.raises(UserError, match="'refrence'"):
+        distil(REWRITES, fallback="refrence")
+
+
+def test_every_row_needs_its_answer() -> None:
+    """A missing answer is an error, never a silent shift of answers against examples."""
+    with pytest.raises(ValueError):
+        judge(EXAMPLES, ANSWERS[:-1], check=checkers.none)
+
+
+def test_refused_answers_are_kept_for_the_report(tmp_path: Path) -> None:
+    """Rewrites come back from disk as they were, the refused answers' texts among them."""
+    write_rows(REWRITES, tmp_path / "rewrites.jsonl")
+    assert read_rows(Rewrite, tmp_path / "rewrites.jsonl") == REWRITES
+    assert REWRITES[1].answer == "It is 4." and REWRITES[1].reference == EXAMPLES[1].response

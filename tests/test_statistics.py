@@ -1,0 +1,180 @@
+"""Laws of the intervals and tests, and of the recoveries that are made of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sddx.evaluation import statistics
+from sddx.evaluation.recovery import summarise
+from sddx.evaluation.statistics import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
+
+WRONG, RIGHT = 0.0, 1.0
+
+
+def simulated(seed: int, tasks: int = 2, items: int = 150) -> tuple[dict, dict]:
+    """Correlated binary scores of two models: P(first right) = 0.8, P(second right | first) = 0.8 or 0.3."""
+    generator = np.random.default_rng(seed)
+    first, second = {}, {}
+    for task in range(tasks):
+        right = generator.random(items) < 0.8
+        first[str(task)] = right.astype(float)
+        second[str(task)] = (generator.random(items) < np.where(right, 0.8, 0.3)).astype(float)
+    return first, second
+
+
+TRUE_SECOND = 0.8 * 0.8 + 0.2 * 0.3
+
+
+def test_coverage_of_the_recovery_and_of_the_paired_difference() -> None:
+    """A 95 % interval holds the truth in 93 to 97 % of simulated experiments."""
+    ratios, differences = 0, 0
+    for seed in range(1000):
+        first, second = simulated(seed)
+        ratio = ratio_interval(second, first, replicates=300, seed=seed)
+        paired = paired_difference([second], [first], replicates=300, seed=seed)
+        ratios += ratio.low <= TRUE_SECOND / 0.8 <= ratio.high
+        differences += paired.low <= TRUE_SECOND - 0.8 <= paired.high
+    assert 930 <= ratios <= 970
+    assert 930 <= differences <= 970
+
+
+def test_coverage_over_seeds() -> None:
+    """The t interval of three seeds' differences holds the true difference in 93 to 97 % of experiments."""
+    draws = np.random.default_rng(0).normal(0.02, 0.01, size=(2000, 3))
+    held = sum(interval.low <= 0.02 <= interval.high for interval in map(t_interval, draws.tolist()))
+    assert 1860 <= held <= 1940
+
+
+def test_bootstrap_equals_drawing_items_one_by_one() -> None:
+    """Drawing counts of score combinations has the distribution of drawing items: same mean and spread."""
+    generator = np.random.default_rng(1)
+    first, second = generator.random(40), generator.random(40)
+    drawn = generator.integers(0, 40, size=(20000, 40))
+    plain = np.array([first[drawn].mean(1), second[drawn].mean(1)])
+    ours = statistics.resample([{"t": first}, {"t": second}], replicates=20000)
+    assert ours.mean(1) == pytest.approx(plain.mean(1), abs=2e-3)
+    assert np.cov(ours) == pytest.approx(np.cov(plain), rel=0.06, abs=3e-5)
+
+
+def test_bootstrap_is_a_function_of_its_seed() -> None:
+    """The same seed gives the same interval, bit for bit; another seed gives another."""
+    first, second = simulated(0)
+    assert ratio_interval(second, first, seed=3) == ratio_interval(second, first, seed=3)
+    assert ratio_interval(second, first, seed=3) != ratio_interval(second, first, seed=4)
+
+
+def test_a_model_recovers_itself_without_doubt() -> None:
+    """The same items are drawn for both models, so a model against itself has recovery 1 throughout."""
+    first, _ = simulated(0)
+    interval = ratio_interval(first, first)
+    assert (interval.estimate, interval.low, interval.high) == (1.0, 1.0, 1.0)
+    assert paired_difference([first], [first]).half_width == 0
+
+
+def test_pairs_are_refused_where_items_differ() -> None:
+    """Other tasks, or another number of items, cannot be paired."""
+    with pytest.raises(ValueError, match="other tasks"):
+        ratio_interval({"a": [1.0]}, {"b": [1.0]})
+    with pytest.raises(ValueError, match="3 and 2 items"):
+        paired_difference([{"a": [1, 0]}], [{"a": [1, 0, 1]}])
+
+
+def test_one_seed_contains_items_and_several_contain_seeds() -> None:
+    """One seed is bootstrapped over items; from two on the interval is t(k - 1) of the seeds' differences."""
+    runs = [simulated(seed) for seed in range(3)]
+    one = paired_difference([runs[0][1]], [runs[0][0]])
+    assert one.contains == "items" and one.low < one.estimate < one.high
+    several = paired_difference([second for _, second in runs], [first for first, _ in runs])
+    differences = [np.mean([*second.values()]) - np.mean([*first.values()]) for first, second in runs]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(differences), scale=stats.sem(differences))
+    assert several.contains == "seeds"
+    assert (several.low, several.high) == pytest.approx((low, high))
+    with pytest.raises(ValueError, match="at least two"):
+        t_interval([0.1])
+
+
+def test_macro_average_counts_reported_tasks_equally() -> None:
+    """Two parts of one reported task weigh a quarter each beside one other task, whatever their items."""
+    weights = statistics.task_weights(["algebra", "law", "sums"], {"algebra": "mmlu", "law": "mmlu"})
+    assert weights == {"algebra": 0.25, "law": 0.25, "sums": 0.5}
+    scores = {"algebra": [1, 1, 1, 1], "law": [0], "sums": [1, 0]}
+    assert statistics.macro_average(scores, weights) == 0.25 + 0 + 0.25
+    assert statistics.macro_average(scores) == pytest.approx((1 + 0 + 0.5) / 3)
+
+
+def test_standard_error_by_hand() -> None:
+    """Sample standard deviation over the root of n; not defined for one item."""
+    assert statistics.standard_error([1, 0, 1, 1]) == pytest.approx(stats.sem([1, 0, 1, 1]))
+    assert math.isnan(statistics.standard_error([1]))
+
+
+@pytest.mark.parametrize("lost, won", [(0, 0), (1, 0), (3, 9), (10, 10), (0, 6)])
+def test_mcnemar_is_the_binomial_test_of_the_flips(lost: int, won: int) -> None:
+    """Equal to scipy's exact binomial test of the discordant pairs, and 1 where nothing flipped."""
+    before = [RIGHT] * lost + [WRONG] * won + [RIGHT, WRONG]
+    after = [WRONG] * lost + [RIGHT] * won + [RIGHT, WRONG]
+    assert flips(before, after) == (lost, won)
+    expected = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert mcnemar(before, after) == pytest.approx(expected)
+
+
+def test_mcnemar_refuses_scores_that_are_not_binary() -> None:
+    """Half right is neither right nor wrong."""
+    with pytest.raises(ValueError, match="0 and 1 only"):
+        mcnemar([0.5, 1], [1, 0])
+
+
+def test_holm_by_hand() -> None:
+    """Sorted p times 4, 3, 2, 1, never falling and never above 1, given back in the caller's order."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+MODELS = {
+    "unpruned": {"sums": [1, 1, 1, 1], "facts": [1, 1, 0, 1]},
+    "pruned": {"sums": [0, 0, 0, 1], "facts": [1, 0, 1, 0]},
+    "recovered": {"sums": [1, 1, 0, 1], "facts": [1, 0, 1, 0]},
+}
+
+
+def test_recoveries_by_hand() -> None:
+    """Averages are 7/8, 3/8 and 5/8: every ratio follows."""
+    found = summarise(MODELS, chance={"sums": 0.0, "facts": 0.25}, trained=["sums"])
+    assert found["scores"]["recovered"] == {"sums": 0.75, "facts": 0.5, "average": 0.625}
+    assert found["recovery"] == pytest.approx(5 / 7)
+    assert found["recovery_low"] <= 5 / 7 <= found["recovery_high"]
+    assert found["pruned_recovery"] == pytest.approx(3 / 7)
+    assert found["recovery_trained"] == pytest.approx(0.75)
+    assert found["recovery_held_out"] == pytest.approx(0.5 / 0.75)
+    assert found["gap_closed"] == pytest.approx(0.5)
+    assert found["recovery_above_chance"] == pytest.approx((0.625 - 0.125) / (0.875 - 0.125))
+    assert found["flipped"]["recovered"]["sums"] == {"right_to_wrong": 1, "wrong_to_right": 0}
+    assert found["flipped"]["pruned"]["facts"] == {"right_to_wrong": 2, "wrong_to_right": 1}
+
+
+def test_what_is_not_defined_is_none() -> None:
+    """Nothing trained on, nothing pruned away, no chance level, no recovered model: None, not a number."""
+    same = {"unpruned": MODELS["unpruned"], "pruned": MODELS["unpruned"], "recovered": MODELS["unpruned"]}
+    found = summarise(same, chance={"sums": 0.0, "facts": None})
+    assert found["recovery"] == 1 and found["gap_closed"] is None
+    assert found["recovery_trained"] is None and found["recovery_held_out"] == 1
+    assert found["recovery_above_chance"] is None
+    without = {model: MODELS[model] for model in ("unpruned", "pruned")}
+    pruned_only = summarise(without, chance={}, trained=["sums"])
+    assert pruned_only["recovery"] is None and pruned_only["pruned_recovery"] == pytest.approx(3 / 7)
+    nothing = {"unpruned": {"sums": [0, 0]}, "recovered": {"sums": [0, 1]}}
+    assert summarise(nothing, chance={})["recovery"] is None
+
+
+def test_parts_of_a_reported_task_are_averaged_without_weights() -> None:
+    """Parts become one row; its standard error is the root of the summed squares over the number of parts."""
+    part_of = {"sums": "school", "facts": "school"}
+    found = summarise(MODELS, chance={}, part_of=part_of, trained=["school"])
+    assert found["scores"]["unpruned"] == {"school": 0.875, "average": 0.875}
+    assert found["standard_errors"]["unpruned"]["school"] == pytest.approx(stats.sem([1, 1, 0, 1]) / 2)
+    assert found["recovery_trained"] == pytest.approx(5 / 7) and found["recovery_held_out"] is None
