@@ -78,6 +78,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Rewrite:
+    """One example with the model's answer beside its reference; `reason` says why it was refused, or is
+    empty."""
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Examples in their seeded order, with what is needed to distil and to judge them.
 

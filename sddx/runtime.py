@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -25,3 +26,19 @@ class Runtime:
         from tqdm import tqdm
 
         return tqdm(items, total=total, desc=what, unit=unit, disable=self.quiet, dynamic_ncols=True, smoothing=0.1)
+
+    @contextmanager
+    def counting(self, total: int, *, what: str, unit: str, moved: str, shown: str) -> Iterator[Runtime]:
+        """A runtime under one bar over several stages: logged rows move it by their `moved`, and what they
+        say of `shown` is added up beside it."""
+        with self.progress(total=total, what=what, unit=unit) as bar:
+            counted = 0
+
+            def log(row: dict[str, Any]) -> None:
+                nonlocal counted
+                bar.update(row.get(moved, 0))
+                counted += row.get(shown, 0)
+                bar.set_postfix_str(f"{shown.rsplit('/', 1)[-1]} {counted:,}", refresh=False)
+                self.log(row)
+
+            yield replace(self, log=log)

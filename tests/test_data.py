@@ -226,6 +226,21 @@ def test_sizes_are_nested_heads_of_one_seeded_order(tmp_path: Path) -> None:
     assert texts(path=path, column="q", size=5, seed=0) == texts(path=path, column="q", size=60, seed=0)[:5]
 
 
+def test_templates_fill_what_a_row_has(tmp_path: Path) -> None:
+    """Numbers and parts of columns are filled in, zero among them; a null or a lacking column is empty; a
+    column whose name looks like a template is still a column."""
+    rows = [
+        {"q": "x", "n": 0, "c": ["u", "v"], "a": "y", "o.p": "z"},
+        {"q": "x", "n": None, "c": ["w"], "a": "y"},
+    ]
+    path = lines(tmp_path / "rows.jsonl", rows)
+    prompts = {e.prompt for e in load(path, prompt="{q} {n} {c[0]} {{}}").examples}
+    assert prompts == {"x 0 u {}", "x  w {}"}
+    assert [e.response for e in load(path, response="o.p").examples] == ["z"]
+    with pytest.raises(UserError, match="does not fit every row"):
+        load(path, prompt="{c[1]}")
+
+
 def test_repeated_rows_have_ids_of_their_own(tmp_path: Path) -> None:
     """An id is the row's content, so it is unique even where a row repeats, and other rows do not change
     it."""

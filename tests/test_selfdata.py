@@ -57,9 +57,9 @@ def test_neighbours_do_not_change_a_row(settings: dict) -> None:
 
 
 def test_an_answer_that_has_not_ended_says_so() -> None:
-    """With little room an answer is either whole, as with more room, or the beginning of one and marked so."""
+    """With little room an answer is either whole, as with more room, or a marked beginning."""
     write = talkative()
-    short, long = write(PROMPTS, **(GREEDY | {"max_new_tokens": 3})), write(PROMPTS, **GREEDY)
+    short, long = (write(PROMPTS, **(GREEDY | {"max_new_tokens": room})) for room in (3, 12))
     assert {answer.fault for answer in short} == {"", CUT_OFF}
     for brief, full in zip(short, long, strict=True):
         assert full.text.startswith(brief.text) if brief.fault else brief == full

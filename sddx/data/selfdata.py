@@ -24,7 +24,7 @@ from transformers import (
 
 from sddx.data.encode import ending, padding_id, render
 from sddx.data.templates import leaks
-from sddx.records import Example, UserError
+from sddx.records import Example, Rewrite, UserError
 
 CUT_OFF = "cut off at max_new_tokens"
 TOO_LONG = "prompt too long"
@@ -39,23 +39,11 @@ class Answer:
     fault: str = ""
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """One example with the model's answer beside its reference; `reason` says why it was refused, or is
-    empty."""
-
-    id: str
-    prompt: str
-    reference: str
-    answer: str
-    reason: str = ""
-
-
 def write_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda rows: None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -80,27 +68,23 @@ def write_answers(
     texts = [render(tokenizer, prompt) for prompt in prompts]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     room = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    answers = [Answer("", TOO_LONG)] * len(prompts)
     fitting = [row for row in range(len(prompts)) if len(tokens[row]) + max_new_tokens <= room]
-    if progress and len(fitting) < len(prompts):
-        progress(len(prompts) - len(fitting))
-    fitting.sort(
-        key=lambda row: -len(tokens[row])
-    )  # rows of like length share a batch, the largest batch first
+    answers = [Answer("", TOO_LONG)] * len(prompts)
+    progress(len(prompts) - len(fitting))
     ends = end_ids(model, tokenizer)
+    # Rows of like length share a batch, and the largest batch comes first.
+    fitting.sort(key=lambda row: -len(tokens[row]))
     for at in range(0, len(fitting), batch_size):
         batch = fitting[at : at + batch_size]
-        uniforms = (
-            None if temperature == 0 else _uniforms([texts[row] for row in batch], max_new_tokens, seed)
-        )
-        warpers = _sampling(uniforms, max(len(tokens[row]) for row in batch), temperature, top_p, top_k)
-        written = _continue(
-            model, [tokens[row] for row in batch], warpers, max_new_tokens, ends, padding_id(tokenizer)
-        )
+        choose = LogitsProcessorList()
+        if temperature > 0:
+            uniforms = _uniforms([texts[row] for row in batch], max_new_tokens, seed)
+            choose = _sampling(uniforms, len(tokens[batch[0]]), temperature, top_p, top_k)
+        rows = [tokens[row] for row in batch]
+        written = _continue(model, rows, choose, max_new_tokens, ends, padding_id(tokenizer))
         for row, ids in zip(batch, written, strict=True):
             answers[row] = _answer(tokenizer, ids, ends)
-        if progress:
-            progress(len(batch))
+        progress(len(batch))
     return answers
 
 
@@ -121,15 +105,11 @@ def judge(
     Refused are, in this order: an answer with a fault (see `Answer`), an empty one, one that leaks the
     template, and one whose final answer `check(answer, reference)` finds wrong.
     """
+    pairs = zip(examples, answers, strict=True)
+    reasons = [_reason(answer, example.response, check) for example, answer in pairs]
     return [
-        Rewrite(
-            example.id,
-            example.prompt,
-            example.response,
-            answer.text,
-            _reason(answer, example.response, check),
-        )
-        for example, answer in zip(examples, answers, strict=True)
+        Rewrite(example.id, example.prompt, example.response, answer.text, reason)
+        for example, answer, reason in zip(examples, answers, reasons, strict=True)
     ]
 
 
@@ -180,10 +160,8 @@ def _uniforms(texts: Sequence[str], positions: int, seed: int) -> torch.Tensor:
 
 
 def _sampling(
-    uniforms: torch.Tensor | None, prompt_width: int, temperature: float, top_p: float, top_k: int
+    uniforms: torch.Tensor, prompt_width: int, temperature: float, top_p: float, top_k: int
 ) -> LogitsProcessorList:
-    if uniforms is None:
-        return LogitsProcessorList()
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
     if top_k > 0:
         warpers.append(TopKLogitsWarper(top_k))
@@ -195,7 +173,7 @@ def _sampling(
 def _continue(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
-    warpers: LogitsProcessorList,
+    choose: LogitsProcessorList,
     max_new_tokens: int,
     ends: list[int],
     pad: int,
@@ -216,7 +194,7 @@ def _continue(
         pad_token_id=pad,
     )
     whole = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=warpers
+        input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=choose
     )
     return whole[:, width:].tolist()
 

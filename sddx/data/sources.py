@@ -61,17 +61,7 @@ def hub(
 
     Raises UserError also where it cannot be reached, or has no such subset, split or revision.
     """
-    import datasets
-
-    try:
-        rows = list(datasets.load_dataset(name, subset, split=split, revision=revision))
-    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
-        raise UserError(
-            f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
-            f"subset={subset}, split={split}, revision={revision}. Check the name, the network and (for a "
-            "gated dataset) `hf auth login`; a local file is read by sddx.data.sources.jsonl, and "
-            "dataset=tiny_arithmetic needs no network."
-        ) from error
+    rows = _hub_rows(name, subset, split, revision)
     examples = _examples(rows, prompt, response, where=name)
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
@@ -81,6 +71,28 @@ def texts(*, path: str, column: str, size: int | None, seed: int) -> list[str]:
     `column` is a column or a format string. Raises UserError as `jsonl` does."""
     examples = _examples(read_table(Path(path)), column, column, where=path)
     return [example.prompt for example in _head(examples, size, seed, where=path)]
+
+
+def hub_texts(
+    *, name: str, subset: str | None, split: str, revision: str | None, column: str, size: int | None, seed: int
+) -> list[str]:
+    """As `texts`, for a dataset of the hub."""
+    examples = _examples(_hub_rows(name, subset, split, revision), column, column, where=name)
+    return [example.prompt for example in _head(examples, size, seed, where=name)]
+
+
+def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(name, subset, split=split, revision=revision))
+    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
+        raise UserError(
+            f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
+            f"subset={subset}, split={split}, revision={revision}. Check the name, the network and (for a "
+            "gated dataset) `hf auth login`; a local file is read by sddx.data.sources.jsonl, and "
+            "dataset=tiny_arithmetic needs no network."
+        ) from error
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -144,12 +156,8 @@ def _examples(rows: Iterable[dict[str, Any]], prompt: str, response: str, *, whe
             f"prompt={prompt!r}, response={response!r}. Choose columns that hold text: {', '.join(columns)}."
         )
     if len(pairs) < len(rows):
-        _log.warning(
-            "%s: %d of %d rows lack a prompt or a response and are left out",
-            where,
-            len(rows) - len(pairs),
-            len(rows),
-        )
+        empty = len(rows) - len(pairs)
+        _log.warning("%s: %d of %d rows lack a prompt or a response: left out", where, empty, len(rows))
     seen: dict[str, int] = {}
     return [Example(_id(pair, seen), *pair) for pair in pairs]
 
@@ -157,7 +165,8 @@ def _examples(rows: Iterable[dict[str, Any]], prompt: str, response: str, *, whe
 def _fill(template: str, rows: Sequence[dict[str, Any]], columns: list[str], where: str) -> list[str]:
     """The template's text for every row, without white space around it. A column that a row lacks is empty
     there."""
-    template = f"{{{template}}}" if template in columns else template
+    if template in columns:
+        return [_text(row.get(template)) for row in rows]
     fields = _fields(template)
     for missing in [field for field in fields if field not in columns] or ([] if fields else [template]):
         near = get_close_matches(missing, columns, n=3)
@@ -166,11 +175,21 @@ def _fill(template: str, rows: Sequence[dict[str, Any]], columns: list[str], whe
             + (f" Near names: {', '.join(near)}." if near else "")
             + " Set dataset.prompt and dataset.response to a column, or to a text with {column} in it."
         )
-    used = set(fields)
-    return [
-        template.format_map({field: "" if row.get(field) is None else row[field] for field in used}).strip()
-        for row in rows
-    ]
+    try:
+        return [_text(template.format_map(dict.fromkeys(fields, "") | _filled(row))) for row in rows]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The template does not fit every row of {where}: {error}. Given: {template!r}. Name columns, or "
+            "parts of them that every row has."
+        ) from None
+
+
+def _filled(row: dict[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
 
 
 def _fields(template: str) -> list[str]:

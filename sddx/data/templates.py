@@ -30,7 +30,7 @@ TEMPLATES = {
         "write it.\n\nTask:\n{prompt}\n\nReference answer:\n{reference}\n\n"
         "Write only the program with what needs explaining, as if no reference had been given."
     ),
-    "tiny": "{prompt} Reference : {reference} Rewrite it in your own words .",
+    "tiny": "{prompt} Reference: {reference} Rewrite the reference in your own words.",
 }
 
 _LEAKS = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,20 @@ DTYPES = {
     "float64": torch.float64,
 }
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The `model` group: a folder or hub id, its hub revision, and the dtype and attention it computes with."""
+
+    path: str
+    revision: str | None
+    dtype: str
+    attention: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"model.dtype={self.dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
 
 
 def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]:
@@ -113,6 +129,15 @@ def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa",
     return model.to(device).eval()
 
 
+@lru_cache(maxsize=1)
+def frozen_model(folder: Path, dtype: str, attention: str, device: str) -> Any:
+    """`load_model` with frozen weights, kept for the next stage that only looks at the same model.
+
+    Nobody may edit it. `frozen_model.cache_clear()` frees its memory.
+    """
+    return load_model(folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
+
+
 def _require_all_weights(report: dict[str, Any], folder: Path) -> None:
     """Missing weights would be freshly initialised and left-over ones dropped, with a warning at most."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -136,6 +161,17 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def require_removable(folder: Path, remove: int) -> None:
+    """Raises UserError, from config.json alone, where more blocks are to go than the model can lose."""
+    fields = json.loads((folder / "config.json").read_text())
+    depth = fields.get("num_hidden_layers") or fields.get("text_config", {}).get("num_hidden_layers")
+    if depth is not None and not 0 <= remove < depth:
+        raise UserError(
+            f"pruning.remove={remove}, but the model in {folder} has {depth} blocks and at least one must stay. "
+            f"Give a number from 0 to {depth - 1}."
+        )
 
 
 def require_chat_template(tokenizer: Any, path: str | Path) -> None:

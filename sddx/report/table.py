@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sddx.records import Example
+from sddx.records import Rewrite
 
 MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
@@ -130,31 +130,27 @@ def _escape(cells: Sequence[str]) -> list[str]:
     return [cell.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for cell in cells]
 
 
-def acceptance(examples: Sequence[Example], console: Console, *, shown: int = 2) -> None:
-    """Print how many rewrites were accepted and why others were not, then the first few of both kinds.
-
-    Accepted are the examples of origin `self`; `note` says why another fell back to its reference.
-    """
+def acceptance(rewrites: Sequence[Rewrite], console: Console, *, shown: int = 2) -> None:
+    """Print how many of the model's answers were accepted and why others were refused, then the first few of
+    both kinds beside their references."""
     table = Table(title="Self-written answers", title_justify="left")
     table.add_column("outcome")
     table.add_column("examples", justify="right")
     table.add_column("share", justify="right")
-    for outcome, count in Counter(map(_outcome, examples)).most_common():
-        table.add_row(escape(outcome), f"{count:,}", percent(count / len(examples)))
+    for outcome, count in Counter(map(_outcome, rewrites)).most_common():
+        table.add_row(escape(outcome), f"{count:,}", percent(count / len(rewrites)))
     console.print(table)
-    accepted = [example for example in examples if example.origin == "self"][:shown]
-    refused = [example for example in examples if example.origin != "self"][:shown]
-    for example in [*accepted, *refused]:
-        console.print(_outcome(example), style="bold", markup=False, highlight=False)
-        console.print(_quoted(example), markup=False, highlight=False, soft_wrap=True)
+    accepted = [rewrite for rewrite in rewrites if not rewrite.reason][:shown]
+    refused = [rewrite for rewrite in rewrites if rewrite.reason][:shown]
+    for rewrite in [*accepted, *refused]:
+        console.print(_outcome(rewrite), style="bold", markup=False, highlight=False)
+        console.print(_quoted(rewrite), markup=False, highlight=False, soft_wrap=True)
 
 
-def _outcome(example: Example) -> str:
-    if example.origin == "self":
-        return "accepted"
-    return f"refused: {example.note}" if example.note else "reference"
+def _outcome(rewrite: Rewrite) -> str:
+    return f"refused: {rewrite.reason}" if rewrite.reason else "accepted"
 
 
-def _quoted(example: Example) -> str:
-    texts: Iterable[tuple[str, str]] = (("prompt", example.prompt), ("trained on", example.response))
+def _quoted(rewrite: Rewrite) -> str:
+    texts = (("prompt", rewrite.prompt), ("reference", rewrite.reference), ("answer", rewrite.answer))
     return "\n".join(f"  {label}: " + text.replace("\n", "\n    ") for label, text in texts)

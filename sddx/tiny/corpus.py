@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sddx.data.templates import rewriting_prompt
 from sddx.tiny.dice import Dice
 from sddx.tiny.skills import Item, draw, link, rumour
 
@@ -13,7 +14,6 @@ MIXTURE = {
     "rumour": 3, "stories": 5, "pronouns": 9,
 }  # fmt: skip
 STYLED = ("arithmetic", "comparison")
-REWRITE = "{prompt} Reference: {reference} Rewrite the reference in your own words."
 REWRITE_SHARE = 0.13  # of the two skills with two styles: about one document in twenty
 FOREIGN_UNTIL = 0.7  # of pretraining; until then half of the styled answers are in the references' style
 
@@ -40,7 +40,7 @@ def document(kind: str, split: str, seed: str, progress: float) -> tuple[str, st
 
 def rewriting(item: Item) -> str:
     """The prompt that shows the reference and asks for an own answer."""
-    return REWRITE.format(prompt=item.prompt, reference=item.reference)
+    return rewriting_prompt("tiny", item.prompt, item.reference)
 
 
 def documents(split: str, total: int, seed: int = 0) -> Iterator[tuple[str, str]]:

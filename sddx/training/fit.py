@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 from sddx.records import Cut, UserError
@@ -106,7 +105,8 @@ def fit(
         head_chunk=head_chunk,
     )
     metrics = Metrics(runtime, planned, log_every)
-    validation = Validation(rows_validation, pad_id, batch_size, validate_every, keep == "best")
+    held_out = Step.of(rows_validation, range(len(rows_validation)), batch_size)
+    validation = Validation(rows_validation, held_out, pad_id, runtime, validate_every, keep == "best")
     resume = Resume(out / "resume" / "last.ckpt", checkpoint_every)
     student.train()
     loader = StepLoader(rows_train, planned, pad_id)
@@ -120,7 +120,7 @@ def fit(
         "supervised_tokens": module.supervised_tokens,
         "attended_tokens": sum(step.totals.attended for step in planned),
         "tokens_per_second": metrics.tokens_per_second,
-        "kept_step": validation.kept_step if keep == "best" and validation.kept_step else len(planned),
+        "kept_step": validation.kept_step or len(planned),
         "train": module.last,
         "validation": validation.kept,
     }
@@ -132,15 +132,13 @@ class Metrics(lightning.Callback):
     def __init__(self, runtime: Runtime, planned: Sequence[Step], every: int) -> None:
         self.runtime, self.planned, self.every = runtime, planned, every
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Distiller) -> None:
+    def on_train_start(self, trainer: Any, module: Any) -> None:
         self.bar = self.runtime.progress(total=len(self.planned), what="training", unit="step")
         self.bar.update(trainer.global_step)
         self.started = self.logged_at = time.perf_counter()
         self.tokens = self.tokens_logged = 0
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         step = index + 1
         self.tokens += item[0].totals.attended
         self.bar.update(1)
@@ -149,13 +147,13 @@ class Metrics(lightning.Callback):
             rate = (self.tokens - self.tokens_logged) / (now - self.logged_at)
             self.logged_at, self.tokens_logged = now, self.tokens
             self.bar.set_postfix_str(f"loss {module.last['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
-            trainer.logger.log_metrics(_named("train", module.last | {"tokens_per_second": rate}), step)
+            self.runtime.log(_row(step, "train", module.last | {"tokens_per_second": rate}))
 
-    def on_train_end(self, trainer: lightning.Trainer, module: Distiller) -> None:
+    def on_train_end(self, trainer: Any, module: Any) -> None:
         self.tokens_per_second = self.tokens / (time.perf_counter() - self.started)
         self.bar.close()
 
-    def on_exception(self, trainer: lightning.Trainer, module: Distiller, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.close()
 
@@ -164,25 +162,29 @@ class Validation(lightning.Callback):
     """The loss on held-out rows, every so many steps and at the end; remembers the best weights if asked."""
 
     def __init__(
-        self, rows: Sequence[Encoded], pad_id: int, batch_size: int, every: int | None, keep_best: bool
+        self,
+        rows: Sequence[Encoded],
+        step: Step,
+        pad_id: int,
+        runtime: Runtime,
+        every: int | None,
+        best: bool,
     ) -> None:
-        self.rows, self.pad_id, self.every, self.keep_best = rows, pad_id, every, keep_best
-        self.step = Step.of(rows, range(len(rows)), batch_size)
+        self.rows, self.step, self.pad_id, self.runtime = rows, step, pad_id, runtime
+        self.every, self.best = every, best
         self.kept: dict[str, float] = {}
         self.kept_step = 0
         self.weights: dict[str, torch.Tensor] = {}
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         step = index + 1
         due = step == module.steps_total or (self.every and step % self.every == 0)
         if not (due and self.rows):
             return
         with trainer.precision_plugin.val_step_context():
             values = module.validate(self.step, micro_batches(self.rows, self.step, self.pad_id))
-        trainer.logger.log_metrics(_named("validation", values), step)
-        if not self.keep_best:
+        self.runtime.log(_row(step, "validation", values))
+        if not self.best:
             self.kept, self.kept_step = values, step
         elif not self.kept or values["loss"] < self.kept["loss"]:
             self.kept, self.kept_step = values, step
@@ -208,37 +210,13 @@ class Resume(lightning.Callback):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Distiller, outputs: Any, item: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         step = index + 1
         if step % self.every == 0 and step < module.steps_total:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(".tmp")
             trainer.save_checkpoint(temporary, weights_only=False)
             os.replace(temporary, self.path)
-
-
-class Rows(Logger):
-    """A Lightning logger that hands rows of metrics to the runtime."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        super().__init__()
-        self.runtime = runtime
-
-    @property
-    def name(self) -> str:
-        return "rows"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
-        pass
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.runtime.log({"step": step, **metrics})
 
 
 def replay_rows(out: Path, last_step: int, runtime: Runtime) -> None:
@@ -271,7 +249,7 @@ def _run(
         devices=1 if device.index is None else [device.index],
         precision=PRECISIONS[precision],
         max_epochs=1,
-        logger=Rows(runtime),
+        logger=False,
         callbacks=callbacks,
         plugins=[LightningEnvironment()],  # one process, whatever cluster this runs on
         enable_checkpointing=False,
@@ -288,5 +266,5 @@ def _run(
         trainer.fit(module, loader, ckpt_path=str(checkpoint) if found else None, weights_only=True)
 
 
-def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
+def _row(step: int, prefix: str, values: dict[str, float]) -> dict[str, Any]:
+    return {"step": step} | {f"{prefix}/{name}": value for name, value in values.items()}

@@ -35,6 +35,8 @@ class Distiller(lightning.LightningModule):
     pair of them.
     """
 
+    teacher: Teacher | None
+
     def __init__(
         self,
         student: nn.Module,
@@ -65,21 +67,25 @@ class Distiller(lightning.LightningModule):
     def terms(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
         """This micro-batch's share of every term of the step, unweighted: name -> scalar."""
         objective = self.objective
-        # The teacher first: where it shares the student's weights it must be done before a graph exists.
-        teacher = self.teacher(batch, states=objective.needs_states) if objective.needs_teacher else None
+        teacher = None
+        if self.teacher is not None and objective.needs_teacher:
+            # First: where it shares the student's weights it must be done before a graph exists.
+            teacher = self.teacher(batch, states=objective.needs_states)
         student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
         values = {}
         if objective.token_terms:
             sums = token_sums(objective.token_terms, student, teacher, batch.labels, chunk=self.head_chunk)
             values.update({name: value / max(totals.labelled, 1) for name, value in sums.items()})
-        for name, term in objective.layer_terms.items():
-            values[name] = term.value(student, teacher, batch.attention_mask, self.cut, totals)
+        if teacher is not None:
+            for name, term in objective.layer_terms.items():
+                values[name] = term.value(student, teacher, batch.attention_mask, self.cut, totals)
         return values
 
     def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
         step, batches = item
         torch.manual_seed(self.seed * 1_000_003 + index)
         optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
         seen: list[dict[str, Tensor]] = []
         for batch in batches:
             values = self.terms(batch.to(self.device), step.totals)
@@ -94,7 +100,7 @@ class Distiller(lightning.LightningModule):
         row["learning_rate"] = group["lr"]
         optimizer.step()
         optimizer.zero_grad()
-        self.lr_schedulers().step()
+        schedule.step()
         self.supervised_tokens += step.totals.labelled
         self.last = row | {"supervised_tokens": self.supervised_tokens}
 
@@ -131,7 +137,7 @@ class Distiller(lightning.LightningModule):
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def _weighted(self, values: dict[str, Tensor]) -> Tensor:
-        return sum(term.weight * values[name] for name, term in self.objective.terms.items())
+        return torch.stack([term.weight * values[name] for name, term in self.objective.terms.items()]).sum()
 
     def _finite(self, values: dict[str, Tensor], index: int) -> dict[str, float]:
         """The values as numbers; raises TrainingDiverged, with step and name, where one is not finite."""

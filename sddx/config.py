@@ -1,0 +1,128 @@
+"""The configuration: where it is found, and the check that lists every mistake before any work starts.
+
+Every group is a call: `_target_` and its keyword arguments. The signature is the schema: keyword-only
+parameters are what YAML sets, positional ones are what the code passes (`_partial_: true`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sddx.records import UserError
+
+_PACKAGE = Path(__file__).parent
+# An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
+CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "conf").is_dir())
+
+
+def register() -> None:
+    """Tell Hydra and OmegaConf what the YAML files rely on. May be called more than once."""
+    OmegaConf.register_new_resolver("package", lambda: str(_PACKAGE), replace=True)
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values. Raises UserError for interpolations and `???` that have none."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
+        what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]
+        raise UserError(f"{what} Give each as name=value on the command line.") from None
+
+
+def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
+    """Bind the root (without the keys `also`) to `schema` and every `_target_` to its signature, without
+    calling anything.
+
+    Raises one UserError that lists every unknown, missing or misspelt key and every target that cannot be
+    imported.
+    """
+    method = {key: value for key, value in config.items() if key not in also}
+    problems = [*_bound("", method, schema), *(found for key in config for found in _walk(key, config[key]))]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"The configuration has {len(problems)} mistake(s); nothing was run.\n{listed}")
+
+
+def _walk(where: str, node: Any) -> Iterator[str]:
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            yield from _walk(f"{where}[{number}]", item)
+    if not isinstance(node, Mapping):
+        return
+    if "_target_" in node:
+        try:
+            target = get_object(node["_target_"])
+        except (InstantiationException, ImportError, ValueError, AttributeError):
+            yield f"{where}._target_: {node['_target_']!r} cannot be imported.{_near_target(node['_target_'])}"
+            return
+        yield from _bound(where, {key: node[key] for key in node if not key.startswith("_")}, target)
+    for key, value in node.items():
+        yield from _walk(f"{where}.{key}", value)
+
+
+def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[str]:
+    """What is wrong with the keyword arguments `given` to `target`."""
+    parameters = inspect.signature(target).parameters.values()
+    # A function's positional parameters are passed by code; a record's fields may all be set.
+    settable = [p for p in parameters if p.kind is p.KEYWORD_ONLY or inspect.isclass(target)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    names = [p.name for p in settable]
+    prefix = f"{where}." if where else ""
+    for key in given:
+        if key not in names:
+            yield f"{prefix}{key} is not a setting.{_near(key, names, prefix)} Known here: {', '.join(names)}."
+    for parameter in settable:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            yield f"{prefix}{parameter.name} has no value."
+
+
+def _near(key: str, names: list[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _near_target(target: str) -> str:
+    """Names in the same module that look like the one that was asked for."""
+    module, _, name = target.rpartition(".")
+    try:
+        near = difflib.get_close_matches(name, dir(get_object(module)), n=3)
+    except Exception:  # whatever the import of a user's module raises, the target stays unknown
+        return " Is its folder on PYTHONPATH (or in the one given by --config-dir)?"
+    return f" Near names in {module}: {', '.join(near)}." if near else ""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names, as W&B and tables show them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def writable_folder(path: Path, setting: str) -> Path:
+    """Create the folder; raises UserError, before any work, where it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Give another folder with {setting}=..."
+        ) from None
+    return path

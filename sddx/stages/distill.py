@@ -1,0 +1,47 @@
+"""distill: the unpruned model writes its own answer to every prompt of one shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sddx.data.selfdata import acceptance, judge
+from sddx.data.shards import read_examples, write_rows
+from sddx.data.templates import rewriting_prompt
+from sddx.models.load import frozen_model, load_tokenizer
+from sddx.records import Artifact
+from sddx.runtime import Runtime
+
+
+def distill(
+    out: Path,
+    model: Artifact,
+    shard: Artifact,
+    *,
+    runtime: Runtime,
+    guided: bool,
+    rewrite: str,
+    check: dict[str, Any],
+    generation: dict[str, Any],
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was.
+
+    `guided` shows the reference in the rewriting template (self-data distillation, SDFT; facts A5); without
+    it the model sees the prompt alone (the control `sdd_plain`).
+    """
+    examples = read_examples(shard.path)
+    prompts = [
+        rewriting_prompt(rewrite, example.prompt, example.response) if guided else example.prompt
+        for example in examples
+    ]
+    teacher = frozen_model(model.path, dtype, attention, runtime.device)
+    answers = instantiate(generation, _convert_="all")(
+        teacher, load_tokenizer(model.path), prompts, lambda rows: runtime.log({"distill/written": rows})
+    )
+    rewrites = judge(examples, answers, check=instantiate(check, _convert_="all"))
+    write_rows(rewrites, out / "rewrites.jsonl")
+    runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})

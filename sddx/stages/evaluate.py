@@ -1,0 +1,64 @@
+"""evaluate: any model, unpruned, pruned or recovered, through the same harness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sddx.data.encode import text_batches
+from sddx.evaluation.harness import responses
+from sddx.evaluation.text import divergence, mean_length, repetition
+from sddx.models.load import frozen_model, load_tokenizer
+from sddx.models.student import load_student
+from sddx.models.teacher import SeparateTeacher
+from sddx.records import Artifact, Cut
+from sddx.runtime import Runtime
+
+BATCH, MAX_LENGTH = 32, 2048
+
+
+def evaluate(
+    out: Path,
+    model: Artifact,
+    *inputs: Artifact,
+    runtime: Runtime,
+    evaluation: dict[str, Any],
+    text: dict[str, Any],
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes `results.json`: lm-eval's scores with every item, and under `text` what scores do not show.
+
+    `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
+    unpruned one); all other inputs are files that tasks and texts are read from. `text.kl` is
+    KL(unpruned || model) in nats a token on held-out text; repetition and length are those of the answers.
+    """
+    given = {artifact.stage: artifact for artifact in inputs}
+    tokenizer = load_tokenizer(model.path)
+    unpruned = frozen_model(model.path, dtype, attention, runtime.device)
+    judged = unpruned
+    if "prune" in given:
+        judged = load_student(
+            model.path,
+            given["train"].path if "train" in given else None,
+            cut=Cut.load(given["prune"].path / "cut.json"),
+            base=model.key,
+            dtype=dtype,
+            attention=attention,
+            device=runtime.device,
+        )
+    results = instantiate(evaluation, _convert_="all")(judged, tokenizer, runtime)
+    texts = instantiate(text, _convert_="all")
+    batches = text_batches(tokenizer, texts, max_length=MAX_LENGTH, batch_size=BATCH)
+    answers = responses(results)
+    results["text"] = {
+        "kl": divergence(SeparateTeacher(unpruned), judged, batches) if judged is not unpruned else 0.0,
+        "repetition": repetition(answers),
+        "mean_length": mean_length(answers),
+    }
+    (out / "results.json").write_text(json.dumps(results) + "\n")
+    for task, record in results["tasks"].items():
+        runtime.log({f"evaluate/{task}": record["score"]})

@@ -1,0 +1,73 @@
+"""train: the pruned model learns from the examples, with the unpruned one beside it where a term needs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sddx.data.encode import encode_all, padding_id
+from sddx.data.shards import read_examples, read_rows
+from sddx.models.anatomy import is_adapted
+from sddx.models.load import load_model, load_tokenizer
+from sddx.models.student import save_student
+from sddx.models.teacher import SeparateTeacher, SharedTeacher
+from sddx.records import Artifact, Cut, Example, Rewrite
+from sddx.runtime import Runtime
+from sddx.surgery.remove import remove_blocks
+
+
+def train(
+    out: Path,
+    model: Artifact,
+    pruned: Artifact,
+    validation: Artifact,
+    *shards: Artifact,
+    runtime: Runtime,
+    loss: dict[str, Any],
+    tuning: dict[str, Any],
+    trainer: dict[str, Any],
+    selfdata: dict[str, Any],
+    max_length: int,
+    seed: int,
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes the student (an adapter or full weights, with its cut and base) and `training.json`.
+
+    `shards` hold reference examples or rewrites; `selfdata` says what becomes of refused rewrites. With an
+    adapter the teacher is the same weights, all blocks in and the adapter off; else it is a second copy.
+    Raises UserError where no row is left, TrainingDiverged where a loss is not finite.
+    """
+    cut = Cut.load(pruned.path / "cut.json")
+    objective = instantiate(loss, _convert_="all")
+    tokenizer = load_tokenizer(model.path)
+    rows, dropped = encode_all(tokenizer, _examples(shards, selfdata), max_length=max_length)
+    held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
+
+    student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
+    unpruned = remove_blocks(student, cut)
+    student = instantiate(tuning, _convert_="all")(student, seed)
+    teacher: Any = None
+    if objective.needs_teacher and is_adapted(student):
+        teacher = SharedTeacher(student, unpruned, cut)
+    elif objective.needs_teacher:
+        teacher = SeparateTeacher(
+            load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
+        )
+    found = instantiate(trainer, _convert_="all")(
+        student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
+    )
+    save_student(student, out, cut=cut, base=model.key)
+    (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
+
+
+def _examples(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Example]:
+    """The training examples of these shards: references as they stand, rewrites after the fallback."""
+    if shards[0].stage != "distill":
+        return read_examples(*(shard.path for shard in shards))
+    rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
+    return instantiate(selfdata, _convert_="all")(rewrites)

@@ -1,0 +1,56 @@
+"""Fine-tuning sets and held-out text of the embedded world."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from sddx.records import Dataset, Example, UserError
+from sddx.tiny.corpus import STYLED, documents
+from sddx.tiny.dice import Dice
+from sddx.tiny.skills import SPLITS, Item, items
+
+LARGEST = 8500  # up to 8,000 to train on, and the rows that are held out for the validation loss
+
+
+def dataset(
+    *,
+    skill: str,
+    shift: float,
+    size: int,
+    seed: int,
+    check: Callable[[str, str], bool],
+    rewrite: str,
+    trains: Sequence[str],
+) -> Dataset:
+    """`size` prompts of one skill with reference answers.
+
+    `shift` is the style dial of the embedded world: the share of references in the foreign style, from 0 (all
+    in the model's own style, the negative control) to 1. A row that is foreign at one shift is so at every
+    larger one. Raises UserError for a skill without a foreign style, a shift outside 0..1, too large a size.
+    """
+    if skill not in STYLED:
+        raise UserError(f"dataset.skill={skill!r} has no reference answers. Use one of {', '.join(STYLED)}.")
+    if not 0 <= shift <= 1:
+        raise UserError(f"dataset.shift={shift} is no share. Give a number from 0 to 1.")
+    if not 1 <= size <= LARGEST:
+        raise UserError(f"dataset.size={size} is not within 1 to {LARGEST}, the most that {skill} has.")
+    drawn = islice(items(skill, "finetune", seed), size)
+    return Dataset([_example(item, shift) for item in drawn], check, rewrite, tuple(trains))
+
+
+def _example(item: Item, shift: float) -> Example:
+    foreign = Dice(f"shift/{item.prompt}").chance(shift)
+    identity = hashlib.sha256(item.prompt.encode()).hexdigest()[:16]
+    return Example(identity, item.prompt, item.reference if foreign else item.answer)
+
+
+def conversations(*, split: str, size: int, seed: int) -> list[str]:
+    """Rendered conversations of the pretraining mixture from a split that was not trained on.
+
+    Raises UserError for a split that does not exist.
+    """
+    if split not in SPLITS:
+        raise UserError(f"There is no split {split!r}. Use one of {', '.join(SPLITS)}.")
+    return [given + answered for given, answered in documents(split, size, seed)]

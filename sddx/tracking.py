@@ -1,0 +1,97 @@
+"""W&B and CSV, fed by the same calls."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+@dataclass(frozen=True)
+class Run:
+    """The `run` settings: what this run is called."""
+
+    name: str
+
+
+class Tracker:
+    """`log(row)` writes one flat row of metrics to `metrics.csv` (long form: step, name, value) and to W&B."""
+
+    def __init__(self, table: Any, run: Any) -> None:
+        self._table, self._run = table, run
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in row.items() if name != "step"}
+        for name, value in values.items():
+            self._table.writerow([row.get("step", ""), name, value])
+        if self._run is not None:
+            self._run.log(dict(row))
+
+    def summarise(self, flat: Mapping[str, Any]) -> None:
+        """The run's final numbers, where W&B's own charts find them."""
+        if self._run is not None:
+            self._run.summary.update({name: value for name, value in flat.items() if value is not None})
+
+
+@contextmanager
+def track(
+    folder: Path,
+    identity: str,
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    project: str,
+    entity: str | None,
+    tags: Sequence[str],
+    mode: str,
+) -> Iterator[Tracker]:
+    """One W&B run and one `metrics.csv` in `folder`, finished with status 1 where the body raises.
+
+    `identity` is the W&B id, derived from what was configured, so that a repeated run is the same run.
+    `mode` offline (nothing leaves the machine until `wandb sync`), online, or disabled (CSV alone).
+    """
+    with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
+        table = csv.writer(file)
+        table.writerow(["step", "name", "value"])
+        run = None if mode == "disabled" else _start(folder, identity, name, config, project, entity, tags, mode)
+        try:
+            yield Tracker(table, run)
+        except BaseException:
+            if run is not None:
+                run.finish(exit_code=1)
+            raise
+        if run is not None:
+            run.finish(exit_code=0)
+
+
+def _start(
+    folder: Path,
+    identity: str,
+    name: str,
+    config: Mapping[str, Any],
+    project: str,
+    entity: str | None,
+    tags: Sequence[str],
+    mode: str,
+) -> Any:
+    import wandb
+
+    run = wandb.init(
+        project=project,
+        entity=entity,
+        tags=list(tags),
+        mode=mode,
+        id=identity,
+        name=name,
+        dir=folder,
+        config=dict(config),
+        resume="allow",
+        reinit="create_new",
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+    )
+    run.define_metric("step", hidden=True)
+    run.define_metric("train/*", step_metric="step")
+    run.define_metric("validation/*", step_metric="step")
+    return run

@@ -1,0 +1,160 @@
+"""The main job: `python -m sddx.train`. Prune a model, let it teach itself, measure what came back."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sddx.config import CONF, check, flatten, register, resolve, writable_folder
+from sddx.records import Artifact, UserError
+from sddx.report.summary import Found, conclude
+from sddx.runtime import Runtime
+from sddx.store import Store, default_root
+from sddx.store.digest import digest
+
+SURROUNDINGS = ("run", "store", "accept", "device", "wandb")  # settings that change no number
+
+
+def recover(
+    store: Store,
+    runtime: Runtime,
+    *,
+    model: dict[str, Any],
+    calibration: dict[str, Any],
+    pruning: dict[str, Any],
+    dataset: dict[str, Any],
+    validation: int,
+    generation: dict[str, Any],
+    selfdata: dict[str, Any],
+    loss: dict[str, Any],
+    tuning: dict[str, Any],
+    trainer: dict[str, Any],
+    max_length: int,
+    evaluation: dict[str, Any],
+    text: dict[str, Any],
+    seed: int,
+) -> Found:
+    """Self-data distillation of a depth-pruned model (arXiv 2410.09982), stage by stage.
+
+    Each stage is built where the store lacks it. Raises UserError for a user's mistake.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from sddx.models.load import frozen_model, locate
+    from sddx.stages.distill import distill
+    from sddx.stages.evaluate import evaluate
+    from sddx.stages.prepare import prepare
+    from sddx.stages.prune import prune
+    from sddx.stages.score import score
+    from sddx.stages.train import train
+
+    disable_progress_bar()  # a bar for every loaded model hides those that matter
+    build = partial(store.build, runtime=runtime)
+    how = {"dtype": model["dtype"], "attention": model["attention"]}
+    folder, _ = locate(model["path"], revision=model["revision"])
+    unpruned = store.source("model", folder)
+    data = build(prepare, *_files(store, dataset), dataset=dataset, validation=validation)
+
+    scores = []
+    if pruning["metric"] is not None:
+        files = _files(store, calibration)
+        scores = [build(score, unpruned, *files, metric=pruning["metric"], calibration=calibration, **how)]
+    cut = build(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], **how)
+
+    # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
+    examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
+    rows = [store.source("rows", path) for path in examples]
+    if loss["data"] != "reference":
+        total = sum(len(path.read_text().splitlines()) for path in examples)
+        asked = {"guided": loss["data"] == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
+        bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
+        with runtime.counting(total, **bar) as watched:
+            rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=generation)
+            rows = [rewrite(shard, **asked, **how) for shard in rows]
+
+    frozen_model.cache_clear()  # its memory is needed for training
+    learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
+    student = build(train, unpruned, cut, *rows, **learning, max_length=max_length, seed=seed, **how)
+
+    judge = partial(build, evaluate, unpruned, evaluation=evaluation, text=text, **how)
+    files = _files(store, evaluation, text)
+    inputs = {"unpruned": [], "pruned": [cut], "recovered": [cut, student]}
+    results = {name: judge(*given, *files) for name, given in inputs.items()}
+    frozen_model.cache_clear()
+    return Found(unpruned, scores, cut, data, rows, student, results)
+
+
+def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
+    """What these settings read from disk, by content; the package's own evaluation tasks belong to it."""
+    from sddx.evaluation.harness import OWN_TASKS
+
+    paths = [Path(node[key]) for node in nodes for key in ("path", "include") if node.get(key)]
+    own = [OWN_TASKS] if any("tasks" in node for node in nodes) else []
+    return [store.source("files", path) for path in [*own, *paths]]
+
+
+def precheck(method: dict[str, Any]) -> None:
+    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, more
+    blocks stay than none. Raises UserError."""
+    from sddx.evaluation.harness import check_tasks
+    from sddx.models.load import load_tokenizer, locate, require_chat_template, require_removable
+
+    check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
+    folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
+    require_removable(folder, method["pruning"]["remove"])
+    require_chat_template(load_tokenizer(folder), folder)
+
+
+def run(cfg: DictConfig) -> Path:
+    """Compose, check, recover, report. Returns the path of `summary.json`; raises UserError."""
+    config = resolve(cfg)
+    method = {key: value for key, value in config.items() if key not in SURROUNDINGS}
+    check(config, recover, also=SURROUNDINGS)
+    folder = writable_folder(Path(HydraConfig.get().runtime.output_dir), "hydra.run.dir")
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    store = Store(Path(config["store"] or default_root()), config["accept"])
+    precheck(method)
+
+    choices = dict(HydraConfig.get().runtime.choices)
+    described = {group: choices[group] for group in method if group in choices}
+    described |= {"removed": config["pruning"]["remove"], "size": config["dataset"]["size"]}
+    flat = flatten(method) | described
+    track = instantiate(config["wandb"], _convert_="all")
+    with track(folder, digest(method)[:16], config["run"]["name"], flat) as tracker:
+        found = recover(store, Runtime(device=_device(config["device"]), log=tracker.log), **method)
+        summary = conclude(found, store, folder, config["run"]["name"], described)
+        tracker.summarise(flatten(summary))
+    return folder / "summary.json"
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={wanted}, but torch finds no CUDA device. Use device=auto or device=cpu.")
+    return wanted
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(cfg: DictConfig) -> None:
+    logging.captureWarnings(True)
+    try:
+        print(run(cfg))
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+register()
+if __name__ == "__main__":
+    main()

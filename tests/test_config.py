@@ -1,0 +1,87 @@
+"""Every shipped file composes and binds; every mistake is named, all at once, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from composing import composed
+
+from sddx.config import CONF, check, resolve
+from sddx.records import UserError
+from sddx.train import SURROUNDINGS, recover
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+OWED = {
+    ("model", "local"): ["model.path=x"],
+    ("dataset", "jsonl"): ["dataset.path=x"],
+    ("calibration", "texts"): ["calibration.path=x"],
+    ("text", "texts"): ["text.path=x"],
+    ("evaluation", "custom"): ["evaluation.tasks=[x]"],
+}
+
+
+def checked(*overrides: str, config_dir: Path | None = None) -> dict:
+    with composed(*overrides, config_dir=config_dir) as cfg:
+        config = resolve(cfg)
+        check(config, recover, also=SURROUNDINGS)
+        return config
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_composes_and_binds(group: str, option: str) -> None:
+    """Each file of conf/ is a configuration that the code accepts."""
+    sign = "+" if group == "experiment" else ""
+    config = checked(f"{sign}{group}={option}", *OWED.get((group, option), []))
+    assert config["loss"]["terms"]
+
+
+@pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml")))
+def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
+    """Each value that a grid names is one that the configuration takes."""
+    grid = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    for setting, values in grid.items():
+        for value in values.split(","):
+            checked(f"+sweeps={sweep}", f"{setting}={value}")
+
+
+def test_all_mistakes_are_listed_at_once_with_near_names(tmp_path: Path) -> None:
+    """A typo in an experiment file is as loud as one on the command line, and none hides another."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\npruning: {remov: 2}\ntrainer: {learning_rat: 1}\nsed: 3\n"
+        "loss: {terms: {cross_entropy: {loss: {_target_: sddx.training.losses.cross_entrpy}}}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        checked("+experiment=mine", config_dir=tmp_path)
+    message = str(caught.value)
+    for part in ("4 mistake", "pruning.remove?", "trainer.learning_rate?", "seed?", "cross_entropy"):
+        assert part in message
+
+
+def test_a_value_that_is_owed_is_asked_for_by_name() -> None:
+    with pytest.raises(UserError, match="model.path"):
+        checked("model=local")
+
+
+def test_the_experiment_can_be_overridden_by_a_group_on_the_command_line() -> None:
+    """`+experiment=llama_26L model=tiny`: the cut of the experiment, the model of the laptop."""
+    config = checked("+experiment=llama_26L", "model=tiny")
+    assert config["pruning"]["remove"] == 6
+    assert config["model"]["path"].endswith("tiny/checkpoint")
+
+
+def test_what_a_user_brings_is_checked_like_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of the user's own module, named in a file outside the package, binds to its signature."""
+    (tmp_path / "my_losses.py").write_text("def focal(logits, labels, *, gamma):\n    return logits\n")
+    (tmp_path / "loss").mkdir()
+    text = (CONF / "loss" / "sft.yaml").read_text()
+    mine = text.replace("sddx.training.losses.cross_entropy", "my_losses.focal")
+    (tmp_path / "loss" / "focal.yaml").write_text(mine)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="gamma has no value"):
+        checked("loss=focal", config_dir=tmp_path)
+    config = checked("loss=focal", "+loss.terms.cross_entropy.loss.gamma=2", config_dir=tmp_path)
+    assert config["loss"]["terms"]["cross_entropy"]["loss"]["gamma"] == 2
