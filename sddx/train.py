@@ -10,9 +10,9 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
 from sddx.records import Artifact, UserError
 from sddx.report.summary import Found, conclude
@@ -57,17 +57,17 @@ def recover(
     from sddx.stages.train import train
 
     disable_progress_bar()  # a bar for every loaded model hides those that matter
-    build = partial(store.build, runtime=runtime)
+    make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     folder, _ = locate(model["path"], revision=model["revision"])
     unpruned = store.source("model", folder)
-    data = build(prepare, *_files(store, dataset), dataset=dataset, validation=validation)
+    data = make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)
 
     scores = []
     if pruning["metric"] is not None:
         files = _files(store, calibration)
-        scores = [build(score, unpruned, *files, metric=pruning["metric"], calibration=calibration, **how)]
-    cut = build(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], **how)
+        scores = [make(score, unpruned, *files, metric=pruning["metric"], calibration=calibration, **how)]
+    cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], **how)
 
     # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
@@ -82,9 +82,9 @@ def recover(
 
     frozen_model.cache_clear()  # its memory is needed for training
     learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
-    student = build(train, unpruned, cut, *rows, **learning, max_length=max_length, seed=seed, **how)
+    student = make(train, unpruned, cut, *rows, **learning, max_length=max_length, seed=seed, **how)
 
-    judge = partial(build, evaluate, unpruned, evaluation=evaluation, text=text, **how)
+    judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
     files = _files(store, evaluation, text)
     inputs = {"unpruned": [], "pruned": [cut], "recovered": [cut, student]}
     results = {name: judge(*given, *files) for name, given in inputs.items()}
@@ -125,9 +125,13 @@ def run(cfg: DictConfig) -> Path:
 
     choices = dict(HydraConfig.get().runtime.choices)
     described = {group: choices[group] for group in method if group in choices}
-    described |= {"removed": config["pruning"]["remove"], "size": config["dataset"]["size"]}
+    described |= {
+        "removed": config["pruning"]["remove"],
+        "size": config["dataset"]["size"],
+        "seed": config["seed"],
+    }
     flat = flatten(method) | described
-    track = instantiate(config["wandb"], _convert_="all")
+    track = build(config["wandb"])
     with track(folder, digest(method)[:16], config["run"]["name"], flat) as tracker:
         found = recover(store, Runtime(device=_device(config["device"]), log=tracker.log), **method)
         summary = conclude(found, store, folder, config["run"]["name"], described)

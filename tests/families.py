@@ -43,9 +43,7 @@ def _config(family: str, blocks: int) -> Any:
     if family == "qwen3":  # the last blocks slide, the first attend to everything
         return Qwen3Config(**shape, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
     kinds = ["full_attention" if block % 3 == 1 else "sliding_attention" for block in range(blocks)]
-    gemma = dict(
-        sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8, final_logit_softcapping=5.0
-    )
+    gemma = dict(sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
     return Gemma3TextConfig(**shape, **gemma)
 
 
@@ -77,9 +75,7 @@ def adapt(model: Any, seed: int = 1, targets: Any = "all-linear") -> Any:
     """The model with a LoRA adapter of random matrices: peft's own B is zero and changes nothing."""
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():

@@ -144,9 +144,7 @@ def test_the_other_checkers() -> None:
     """`exact` ignores white space only; `multiple_choice` needs two letters; a pattern's first group
     decides."""
     assert checkers.exact(" a  b\n", "a b") and not checkers.exact("A b", "a b")
-    assert checkers.multiple_choice("I choose (B).", "B") and not checkers.multiple_choice(
-        "who knows", "dunno"
-    )
+    assert checkers.multiple_choice("I choose (B).", "B") and not checkers.multiple_choice("who knows", "dunno")
     called = partial(checkers.regular_expression, pattern=r"call (\w+)")
     assert called("first call f, then call g", "call g") and not called("call f", "call g")
     assert not called("nothing", "nothing")
@@ -189,9 +187,7 @@ def test_gsm8k_and_alpaca_rows_become_examples(tmp_path: Path, caplog: pytest.Lo
     rows with nothing to train on are left out and counted."""
     path = lines(tmp_path / "gsm8k.jsonl", GSM8K_ROWS)
     data = load(path, prompt="question", response="answer", check=checkers.last_number, trains=["gsm8k"])
-    assert {(e.prompt, e.response) for e in data.examples} == {
-        (r["question"], r["answer"]) for r in GSM8K_ROWS
-    }
+    assert {(e.prompt, e.response) for e in data.examples} == {(r["question"], r["answer"]) for r in GSM8K_ROWS}
     assert [checkers.final_number(row["answer"]) for row in GSM8K_ROWS] == [12, 1200, -3]
     assert data.trains == ("gsm8k",) and data.check("it is 12", GSM8K_ROWS[0]["answer"])
     (tmp_path / "alpaca.json").write_text(json.dumps(ALPACA_ROWS, indent=1, ensure_ascii=False))
@@ -272,9 +268,7 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, changes: dict, m
         load(str(tmp_path / "rows.jsonl"), **changes)
 
 
-def test_a_missing_file_and_an_unreachable_hub_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_file_and_an_unreachable_hub_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that is no file, and a hub that cannot be reached, are user errors that name what was tried."""
     import datasets
 
@@ -325,9 +319,7 @@ def test_labels_are_the_next_tokens_of_the_answer_and_its_end() -> None:
     conversation = "<start> <user> what is 1 plus 2 ? <assistant> the answer is 3 . <end>"
     assert words == conversation.split()
     trained = [(t, label) for t, label in enumerate(row.labels) if label != -100]
-    assert (
-        tokenizer.convert_ids_to_tokens([label for _, label in trained]) == "the answer is 3 . <end>".split()
-    )
+    assert tokenizer.convert_ids_to_tokens([label for _, label in trained]) == "the answer is 3 . <end>".split()
     assert all(row.input_ids[t + 1] == label for t, label in trained) and row.supervised == len(trained) == 6
 
 
@@ -438,9 +430,7 @@ def test_calibration_texts_are_labelled_everywhere() -> None:
 
 def test_no_byte_of_a_processed_data_set_changes_unnoticed(tmp_path: Path) -> None:
     """A digest pins rows, order, ids, tokens and labels of a small data set from file to batch."""
-    rows = [
-        {"q": f"what is {a} plus {b} ?", "a": f"the answer is {a + b} ."} for a in range(4) for b in range(6)
-    ]
+    rows = [{"q": f"what is {a} plus {b} ?", "a": f"the answer is {a + b} ."} for a in range(4) for b in range(6)]
     tokenizer = word_tokenizer()
     examples = load(lines(tmp_path / "rows.jsonl", rows), size=20, seed=3).examples
     (shard,) = write_shards(examples, tmp_path / "shards")

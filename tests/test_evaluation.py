@@ -160,9 +160,7 @@ def test_records_say_how_they_were_measured(results, tokenizer) -> None:
     json.dumps(results)
 
 
-def test_the_batch_size_reaches_the_model(
-    model, tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_batch_size_reaches_the_model(model, tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest batch that the model sees has the size that was asked for (lm-eval can ignore it)."""
     sizes, forward = [], model.forward
 
@@ -303,9 +301,7 @@ def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:
             logits.log_softmax(-1), head(hidden).log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)[mask.bool()]
     for chunk in (3, 512):
-        assert text.divergence(teacher, model, [batch], chunk=chunk) == pytest.approx(
-            float(expected.mean()), 1e-5
-        )
+        assert text.divergence(teacher, model, [batch], chunk=chunk) == pytest.approx(float(expected.mean()), 1e-5)
     itself = lambda batch, states=False: text.run(model, batch.input_ids, batch.attention_mask)  # noqa: E731
     assert text.divergence(itself, model, [batch]) == pytest.approx(0.0, abs=1e-7)
     with pytest.raises(ValueError, match="no attended token"):

@@ -106,9 +106,7 @@ def padded(ids, lengths, side):
 
 def close(scores, others):
     for part in ("mean", "stderr"):
-        torch.testing.assert_close(
-            torch.tensor(scores[part]), torch.tensor(others[part]), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(scores[part]), torch.tensor(others[part]), atol=1e-5, rtol=1e-4)
     assert scores["sequences"] == others["sequences"]
 
 
@@ -194,9 +192,7 @@ def test_blocks_that_return_tuples_are_read_alike():
 
 def test_progress_counts_sequences_and_no_hook_stays():
     model, seen = build("llama"), []
-    score_blocks(
-        model, [(tokens(3), torch.ones(3, 12)), (tokens(2), torch.ones(2, 12))], METRICS[0], seen.append
-    )
+    score_blocks(model, [(tokens(3), torch.ones(3, 12)), (tokens(2), torch.ones(2, 12))], METRICS[0], seen.append)
     assert seen == [3, 2]
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks(model))
 

@@ -169,9 +169,7 @@ def test_squarehead_token_accumulates_and_the_paper_form_does_not():
         return sum(shares)
 
     whole, cut_up = [slice(0, 4)], [slice(0, 1), slice(1, 4)]
-    torch.testing.assert_close(
-        step("token", squarehead_token, whole), step("token", squarehead_token, cut_up)
-    )
+    torch.testing.assert_close(step("token", squarehead_token, whole), step("token", squarehead_token, cut_up))
     assert abs(step("micro_batch", squarehead, whole) - step("micro_batch", squarehead, cut_up)) > 1e-3
 
 

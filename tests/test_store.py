@@ -140,7 +140,11 @@ def test_manifest_says_how_it_was_made(lab: Laboratory) -> None:
     fields = store.manifest(base)
     assert fields["spec"] == {"value": 3} and fields["key"] == base.key and fields["device"] == "cpu"
     assert set(fields["sources"]) == {
-        "lab/__init__.py", "lab/stages.py", "lab/near.py", "lab/maths/__init__.py", "lab/maths/deep.py"
+        "lab/__init__.py",
+        "lab/stages.py",
+        "lab/near.py",
+        "lab/maths/__init__.py",
+        "lab/maths/deep.py",
     }
     assert fields["peak_memory"] > 2**20 and fields["threads"] >= 1 and fields["seconds"] >= 0
     assert fields["versions"]["sddx"] and set(fields["files"]) == {"result.txt", "metrics.jsonl"}
@@ -149,8 +153,13 @@ def test_manifest_says_how_it_was_made(lab: Laboratory) -> None:
 
 def test_peak_memory_is_that_of_the_stage(lab: Laboratory) -> None:
     """A stage that holds 64 MiB more than the one after it has at least 48 MiB more at its peak."""
-    lab.edit("lab/stages.py", lambda text: text + "\ndef heavy(out, *, runtime):\n    len(bytearray(2**26))\n"
-             "\ndef light(out, *, runtime):\n    pass\n")
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text + "\ndef heavy(out, *, runtime):\n    len(bytearray(2**26))\n"
+            "\ndef light(out, *, runtime):\n    pass\n"
+        ),
+    )
     store = lab.store()
     peaks = [
         store.manifest(store.build(stage, runtime=Runtime()))["peak_memory"]
@@ -337,12 +346,18 @@ def test_killed_stage_is_no_hit_and_resumes(lab: Laboratory, caplog: pytest.LogC
 
 def test_failed_stage_passes_its_exception_on(lab: Laboratory) -> None:
     """An exception is the caller's, and the next build starts from an empty folder."""
-    lab.edit("lab/stages.py", lambda text: text + textwrap.dedent("""
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text
+            + textwrap.dedent("""
         def fails(out, *, runtime):
             assert not list(out.iterdir())
             (out / "half").touch()
             raise ArithmeticError("not finite")
-    """))
+    """)
+        ),
+    )
     for _ in range(2):
         with pytest.raises(ArithmeticError, match="not finite"):
             lab.store().build(lab.stages.fails, runtime=Runtime())
@@ -351,13 +366,19 @@ def test_failed_stage_passes_its_exception_on(lab: Laboratory) -> None:
 
 def test_racing_processes_leave_one_artifact(lab: Laboratory) -> None:
     """Of two processes one builds; the other says that it waits and uses the result."""
-    lab.edit("lab/stages.py", lambda text: text + textwrap.dedent("""
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text
+            + textwrap.dedent("""
         def race(out, *, runtime):
             import time
             (out.parents[3] / "builds").open("a").write("x")
             time.sleep(1.0)
             (out / "result").write_text("done")
-    """))
+    """)
+        ),
+    )
     code = "import lab.stages\nprint(store.build(lab.stages.race, runtime=Runtime()).path)"
     processes = [run_in_process(lab, code, stdout=subprocess.PIPE) for _ in range(2)]
     answers = [process.communicate(timeout=30) for process in processes]
@@ -377,7 +398,11 @@ def test_keep_rows_cuts_at_the_step(tmp_path: Path) -> None:
 
 def test_resumed_rows_stand_once(lab: Laboratory) -> None:
     """An interrupted and resumed stage has each row once, in its artifact and in the second run's log."""
-    lab.edit("lab/stages.py", lambda text: text + textwrap.dedent("""
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text
+            + textwrap.dedent("""
         from sddx.store import keep_rows
 
         def training(out, *, runtime):
@@ -392,7 +417,9 @@ def test_resumed_rows_stand_once(lab: Laboratory) -> None:
                 (out / "resume").mkdir(exist_ok=True)
                 if step == 2:
                     checkpoint.write_text("3")
-    """))
+    """)
+        ),
+    )
     with pytest.raises(KeyboardInterrupt):
         lab.store().build(lab.stages.training, runtime=Runtime())
     logged: list[dict[str, Any]] = []
@@ -436,8 +463,10 @@ def test_large_files_are_trusted_by_size_and_time_but_not_by_verify(
 
 def test_stage_may_not_write_the_manifest(lab: Laboratory) -> None:
     """A stage's file under a name of the store is refused, not lost."""
-    lab.edit("lab/stages.py", lambda text: text + "\ndef bad(out, *, runtime):\n"
-             "    (out / 'manifest.json').touch()\n")
+    lab.edit(
+        "lab/stages.py",
+        lambda text: text + "\ndef bad(out, *, runtime):\n    (out / 'manifest.json').touch()\n",
+    )
     with pytest.raises(FileExistsError):
         lab.store().build(lab.stages.bad, runtime=Runtime())
 
@@ -600,14 +629,20 @@ def test_gc_takes_leftovers_and_what_is_old(lab: Laboratory, capsys: pytest.Capt
 
 def test_gc_leaves_what_is_being_built(lab: Laboratory) -> None:
     """A partial folder whose lock is held stays."""
-    lab.edit("lab/stages.py", lambda text: text + textwrap.dedent("""
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text
+            + textwrap.dedent("""
         from sddx.store.__main__ import main
 
         def building(out, *, runtime):
             main(["--store", str(out.parents[2]), "gc"])
             assert out.exists()
             (out / "x").touch()
-    """))
+    """)
+        ),
+    )
     assert lab.store().build(lab.stages.building, runtime=Runtime()).path.exists()
 
 

@@ -130,9 +130,7 @@ def test_adapters_sit_in_kept_blocks_only_and_removed_blocks_in_no_tree(family):
     """Neither parameters nor state dict of the student hold what was removed; nor does the optimiser."""
     student, teacher, _ = school(family)
     removed = [weight for block in (1, 2) for weight in teacher.full.blocks[block].parameters()]
-    assert not any(
-        "lora" in name for block in (1, 2) for name, _ in teacher.full.blocks[block].named_parameters()
-    )
+    assert not any("lora" in name for block in (1, 2) for name, _ in teacher.full.blocks[block].named_parameters())
     assert not {*map(id, removed)} & {*map(id, student.parameters())}
     assert not any("layers.3" in name or "layers.4" in name for name in student.state_dict())
     assert all("lora" in name for name, weight in student.named_parameters() if weight.requires_grad)

@@ -26,9 +26,7 @@ _LONGEST_NUMBER = 100
 _STATED = r"[\s:=*\"'(\[]*"
 _LETTERS = (
     re.compile(r"boxed\{\W*(?:text\{)?\W*([A-J])\b"),
-    re.compile(
-        rf"(?i:\banswer\b{_STATED}(?:(?:is|was|choice|option|would be)\b{_STATED})*)([A-J])\b(?!['’])"
-    ),
+    re.compile(rf"(?i:\banswer\b{_STATED}(?:(?:is|was|choice|option|would be)\b{_STATED})*)([A-J])\b(?!['’])"),
     re.compile(rf"(?i:\b(?:option|choice)\b{_STATED}(?:is\b{_STATED})?)([A-J])\b(?!['’])"),
     re.compile(r"\(([A-J])\)"),
     re.compile(r"\b([A-J])\W*$"),

@@ -137,14 +137,10 @@ def text_batches(
             f"The calibration texts hold no token. Given: {len(texts)} texts, max_length {max_length}. "
             "Choose another column or file."
         )
-    return (
-        collate(rows[at : at + batch_size], padding_id(tokenizer)) for at in range(0, len(rows), batch_size)
-    )
+    return (collate(rows[at : at + batch_size], padding_id(tokenizer)) for at in range(0, len(rows), batch_size))
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int
-) -> Encoded | None:
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int) -> Encoded | None:
     prompt = render(tokenizer, example.prompt)
     whole = render(tokenizer, example.prompt, example.response).removesuffix(end.text) + _up_to_token(end)
     if not whole.startswith(prompt):
@@ -176,9 +172,7 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int)
 
 def _up_to_token(end: Ending) -> str:
     return (
-        end.text[: end.text.find(end.token)] + end.token
-        if end.token in end.text
-        else end.text.rstrip() + end.token
+        end.text[: end.text.find(end.token)] + end.token if end.token in end.text else end.text.rstrip() + end.token
     )
 
 

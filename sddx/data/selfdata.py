@@ -154,9 +154,7 @@ def _uniforms(texts: Sequence[str], positions: int, seed: int) -> torch.Tensor:
     """One number in [0, 1) for every row and position: [batch, positions], float64. Python promises that a
     generator seeded with a text gives the same numbers in every version and on every machine."""
     streams = [random.Random(f"{seed}/{text}") for text in texts]
-    return torch.tensor(
-        [[stream.random() for _ in range(positions)] for stream in streams], dtype=torch.float64
-    )
+    return torch.tensor([[stream.random() for _ in range(positions)] for stream in streams], dtype=torch.float64)
 
 
 def _sampling(
@@ -193,9 +191,7 @@ def _continue(
         eos_token_id=ends,
         pad_token_id=pad,
     )
-    whole = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=choose
-    )
+    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=choose)
     return whole[:, width:].tolist()
 
 

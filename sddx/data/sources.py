@@ -74,7 +74,14 @@ def texts(*, path: str, column: str, size: int | None, seed: int) -> list[str]:
 
 
 def hub_texts(
-    *, name: str, subset: str | None, split: str, revision: str | None, column: str, size: int | None, seed: int
+    *,
+    name: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    column: str,
+    size: int | None,
+    seed: int,
 ) -> list[str]:
     """As `texts`, for a dataset of the hub."""
     examples = _examples(_hub_rows(name, subset, split, revision), column, column, where=name)
@@ -99,9 +106,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON lines, JSON array or Parquet file. Raises UserError where it is missing, damaged or
     empty."""
     if not path.is_file():
-        raise UserError(
-            f"There is no dataset file {path} (looked in {path.absolute().parent}). Mend dataset.path."
-        )
+        raise UserError(f"There is no dataset file {path} (looked in {path.absolute().parent}). Mend dataset.path.")
     rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
     if not rows:
         raise UserError(f"The dataset file {path} is empty. Give a file with at least one row.")
@@ -138,9 +143,7 @@ def _parquet(path: Path) -> list[Any]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines."
-        ) from None
+        raise UserError(f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines.") from None
 
 
 def _examples(rows: Iterable[dict[str, Any]], prompt: str, response: str, *, where: str) -> list[Example]:

@@ -166,9 +166,7 @@ def evaluate(
     if raw is None:
         raise RuntimeError("lm-eval gives results on the first process only")
     if warnings:
-        logger.warning(
-            "%d prompts or batches did not fit the model's context: %s", len(warnings), warnings[0]
-        )
+        logger.warning("%d prompts or batches did not fit the model's context: %s", len(warnings), warnings[0])
     template = _digest(str(tokenizer.chat_template)) if chat_template else None
     return {
         "tasks": {
@@ -292,9 +290,7 @@ def _drawn(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]] 
     if limit is None:
         return None
     sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
-    return {
-        name: sorted(random.Random(0).sample(range(size), min(limit, size))) for name, size in sizes.items()
-    }
+    return {name: sorted(random.Random(0).sample(range(size), min(limit, size))) for name, size in sizes.items()}
 
 
 def _primary(task: Any, samples: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
@@ -394,9 +390,7 @@ def _unparsed(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, floa
     }
 
 
-def _settings(
-    task: Any, version: Any, primary: str, template: str | None, limit: int | None
-) -> dict[str, Any]:
+def _settings(task: Any, version: Any, primary: str, template: str | None, limit: int | None) -> dict[str, Any]:
     """What two evaluations must share to be compared; `chat_template` is a digest of it, or None."""
     import lm_eval
 

@@ -55,9 +55,7 @@ def summarise(
         "gap_closed": _gap_closed(models, names),
         "trained": sorted(set(trained) & set(names.values())),
         "flipped": {
-            model: _flipped(models["unpruned"], scores)
-            for model, scores in models.items()
-            if model != "unpruned"
+            model: _flipped(models["unpruned"], scores) for model, scores in models.items() if model != "unpruned"
         },
     }
 

@@ -78,9 +78,7 @@ def _download(path: str, revision: str | None) -> Path:
             f"https://huggingface.co/{path}, then log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(
-            f"{path} has no revision {revision!r}. Give an existing branch, tag or commit."
-        ) from error
+        raise UserError(f"{path} has no revision {revision!r}. Give an existing branch, tag or commit.") from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise UserError(
             f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub "

@@ -50,9 +50,7 @@ def logits_of(projection: nn.Module, config: Any) -> Callable[[torch.Tensor], to
     return logits
 
 
-def run(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, states: bool = False
-) -> Outputs:
+def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, states: bool = False) -> Outputs:
     """One pass through the body, without the head and without a cache; gradients flow.
 
     `input_ids` and `attention_mask` are [batch, time]. `outputs.head(outputs.hidden)` equals the model's own

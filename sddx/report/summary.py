@@ -40,10 +40,10 @@ class Found:
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
 
-def conclude(found: Found, store: Store, folder: Path, name: str, described: dict[str, Any]) -> dict[str, Any]:
+def conclude(found: Found, store: Store, folder: Path, name: str, choices: dict[str, Any]) -> dict[str, Any]:
     """Write the run's results, print them, and return the summary. The last line printed names the file."""
     results = {model: _read(result, "results.json") for model, result in found.results.items()}
-    summary = {"name": name, **described, **_quality(found, results), **_cost(found, store)}
+    summary = {"name": name, "choices": choices, **_quality(found, results), **_cost(found, store)}
     summary["store"] = str(store.root)
     summary["accepted_sources"] = store.accepted
     _write(folder / "samples.json", {model: compact(result) for model, result in results.items()})
@@ -106,7 +106,10 @@ def _cost(found: Found, store: Store) -> dict[str, Any]:
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
         "artifacts": {
             "model": found.model.key,
-            **{stage: [a.key for a in made] if len(made) > 1 else made[0].key for stage, made in found.built().items()},
+            **{
+                stage: [a.key for a in made] if len(made) > 1 else made[0].key
+                for stage, made in found.built().items()
+            },
         },
         "model_path": str(found.model.path),
         "dtype": student["spec"]["dtype"],

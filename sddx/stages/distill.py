@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.data.selfdata import acceptance, judge
 from sddx.data.shards import read_examples, write_rows
 from sddx.data.templates import rewriting_prompt
@@ -39,9 +38,9 @@ def distill(
         for example in examples
     ]
     teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    answers = instantiate(generation, _convert_="all")(
+    answers = build(generation)(
         teacher, load_tokenizer(model.path), prompts, lambda rows: runtime.log({"distill/written": rows})
     )
-    rewrites = judge(examples, answers, check=instantiate(check, _convert_="all"))
+    rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
     runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})

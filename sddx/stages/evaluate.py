@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, repetition
@@ -50,8 +49,8 @@ def evaluate(
             attention=attention,
             device=runtime.device,
         )
-    results = instantiate(evaluation, _convert_="all")(judged, tokenizer, runtime)
-    texts = instantiate(text, _convert_="all")
+    results = build(evaluation)(judged, tokenizer, runtime)
+    texts = build(text)
     batches = text_batches(tokenizer, texts, max_length=MAX_LENGTH, batch_size=BATCH)
     answers = responses(results)
     results["text"] = {

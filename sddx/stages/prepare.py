@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.data.shards import write_rows, write_shards
 from sddx.records import Artifact, Dataset, UserError
 from sddx.runtime import Runtime
 
 
-def prepare(
-    out: Path, *files: Artifact, runtime: Runtime, dataset: dict[str, Any], validation: int
-) -> None:
+def prepare(out: Path, *files: Artifact, runtime: Runtime, dataset: dict[str, Any], validation: int) -> None:
     """Writes `validation.jsonl`, `shards/*.jsonl` and `dataset.json` (what the examples train).
 
     The first `validation` rows are held out from training; `dataset.size` counts the rows after them, so that
@@ -23,7 +20,7 @@ def prepare(
     reads, for the key's sake. Raises UserError where the dataset does, and where no row is left to train on.
     """
     size = dataset["size"] and dataset["size"] + validation
-    made: Dataset = instantiate({**dataset, "size": size}, _convert_="all")
+    made: Dataset = build({**dataset, "size": size})
     held_out, training = made.examples[:validation], made.examples[validation:]
     if not training:
         raise UserError(

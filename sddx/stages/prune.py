@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.models.anatomy import blocks
 from sddx.models.load import load_model
 from sddx.records import Artifact
@@ -35,7 +34,7 @@ def prune(
     found = json.loads((scores[0].path / "scores.json").read_text()) if scores else None
     student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
     parameters = {"unpruned": _count(student)}
-    cut = instantiate(choose, _convert_="all")(found, len(blocks(student)), remove)
+    cut = build(choose)(found, len(blocks(student)), remove)
     remove_blocks(student, cut)
     parameters["pruned"] = _count(student)
     size = sum(weight.numel() * weight.element_size() for weight in student.parameters())

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.importance.score import score_blocks
 from sddx.models.load import frozen_model, load_tokenizer
@@ -28,7 +27,7 @@ def score(
     attention: str,
 ) -> None:
     """Writes `scores.json`: the metric's mean and standard error over the calibration texts, from one pass."""
-    texts = instantiate(calibration, _convert_="all")
+    texts = build(calibration)
     tokenizer = load_tokenizer(model.path)
     teacher = frozen_model(model.path, dtype, attention, runtime.device)
     batches = text_batches(tokenizer, texts, max_length=MAX_LENGTH, batch_size=BATCH)
@@ -36,7 +35,7 @@ def score(
         scores = score_blocks(
             teacher,
             ((batch.input_ids, batch.attention_mask) for batch in batches),
-            instantiate(metric, _convert_="all"),
+            build(metric),
             bar.update,
         )
     (out / "scores.json").write_text(json.dumps(scores) + "\n")

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
+from sddx.build import build
 from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.models.anatomy import is_adapted
@@ -43,22 +42,20 @@ def train(
     Raises UserError where no row is left, TrainingDiverged where a loss is not finite.
     """
     cut = Cut.load(pruned.path / "cut.json")
-    objective = instantiate(loss, _convert_="all")
+    objective = build(loss)
     tokenizer = load_tokenizer(model.path)
     rows, dropped = encode_all(tokenizer, _examples(shards, selfdata), max_length=max_length)
     held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
 
     student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
     unpruned = remove_blocks(student, cut)
-    student = instantiate(tuning, _convert_="all")(student, seed)
+    student = build(tuning)(student, seed)
     teacher: Any = None
     if objective.needs_teacher and is_adapted(student):
         teacher = SharedTeacher(student, unpruned, cut)
     elif objective.needs_teacher:
-        teacher = SeparateTeacher(
-            load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
-        )
-    found = instantiate(trainer, _convert_="all")(
+        teacher = SeparateTeacher(load_model(model.path, dtype=dtype, attention=attention, device=runtime.device))
+    found = build(trainer)(
         student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
     )
     save_student(student, out, cut=cut, base=model.key)
@@ -70,4 +67,4 @@ def _examples(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Exam
     if shards[0].stage != "distill":
         return read_examples(*(shard.path for shard in shards))
     rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
-    return instantiate(selfdata, _convert_="all")(rewrites)
+    return build(selfdata)(rewrites)

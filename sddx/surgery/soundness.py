@@ -79,9 +79,7 @@ def _cache(model: Any, ids: torch.Tensor) -> dict[str, Any]:
             steps.append(made.logits[:, -1])
             text = torch.cat([text, step], dim=1)
     except (RuntimeError, IndexError) as error:
-        raise UnsoundModel(
-            f"the pruned model is not sound: decoding with the cache fails: {error}"
-        ) from error
+        raise UnsoundModel(f"the pruned model is not sound: decoding with the cache fails: {error}") from error
     cached = torch.stack(steps, dim=1)
     plain = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
     plain = plain[:, ids.shape[1] - 1 : -1]

@@ -35,7 +35,10 @@ def dataset(
     if not 0 <= shift <= 1:
         raise UserError(f"dataset.shift={shift} is no share. Give a number from 0 to 1.")
     if not 1 <= size <= LARGEST:
-        raise UserError(f"dataset.size={size} is not within 1 to {LARGEST}, the most that {skill} has.")
+        raise UserError(
+            f"{size} rows of {skill} (dataset.size, and those held out for validation) were asked for. "
+            f"Give a dataset.size that keeps them within 1 to {LARGEST}."
+        )
     drawn = islice(items(skill, "finetune", seed), size)
     return Dataset([_example(item, shift) for item in drawn], check, rewrite, tuple(trains))
 

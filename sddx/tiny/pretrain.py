@@ -217,9 +217,7 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit(f"{out} exists already. Name another folder with out=..., or remove it first.")
     tokenizer = build_tokenizer()
     model = new_model(tokenizer, OmegaConf.to_container(cfg.model), cfg.seed)  # type: ignore[arg-type]
-    corpus = Corpus(
-        tokenizer, total=cfg.documents, pool=cfg.pool, tokens=cfg.tokens_per_micro_batch, seed=cfg.seed
-    )
+    corpus = Corpus(tokenizer, total=cfg.documents, pool=cfg.pool, tokens=cfg.tokens_per_micro_batch, seed=cfg.seed)
     with Runtime().progress(total=cfg.documents, what="pretraining", unit="document") as progress:
         train(model, corpus, cfg, progress)
     save(model, tokenizer, out, card(model, corpus, cfg))

@@ -1,0 +1,136 @@
+"""The embedded world: the same bytes anywhere, disjoint splits, a tokenizer that gives text back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from sddx.data.checkers import last_number
+from sddx.records import UserError
+from sddx.tiny import data, lexicon, skills, write_tasks
+from sddx.tiny.corpus import documents
+from sddx.tiny.dice import Dice
+from sddx.tiny.vocabulary import build_tokenizer
+
+CHECKPOINT = Path(data.__file__).parent / "checkpoint"
+# sha256 of the first 2,000 documents of pretraining
+FINGERPRINT = "84dc19f07784d18e2959810dd295cc13834a68bcbf5c3afdcfc42d89b086c1eb"
+
+
+def test_the_corpus_is_the_same_byte_for_byte() -> None:
+    """No edit changes the world unnoticed: claims were made about this one."""
+    text = "".join(given + answered for given, answered in islice(documents("pretrain", 2000), 2000))
+    assert hashlib.sha256(text.encode()).hexdigest() == FINGERPRINT
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+@pytest.mark.parametrize("split", ["report", "selection"])
+def test_the_task_files_are_what_the_recipe_writes(skill: str, split: str) -> None:
+    written = (write_tasks.FOLDER / f"{skill}.{split}.jsonl").read_text().splitlines()
+    assert written == write_tasks.lines(skill, split)
+    assert len(written) == write_tasks.COUNTS[split]
+    questions = [json.loads(line) for line in written]
+    assert len({json.dumps(question, sort_keys=True) for question in questions}) == len(questions)
+
+
+@pytest.mark.parametrize("skill", [skill for skill in skills.SKILLS if skill not in skills.SHARED])
+def test_splits_are_disjoint_in_canonical_form(skill: str) -> None:
+    """An operation with its numbers, or a pair of facts, stands in one split only."""
+    forms = {
+        split: {item.form for item in islice(skills.items(skill, split), 60)}
+        for split in skills.SPLITS
+        if not (skill == "two_hop" and split == "finetune")
+    }
+    for split, found in forms.items():
+        assert all(skills.split_of(skill, form) == split for form in found)
+        assert not any(found & other for name, other in forms.items() if name != split)
+
+
+def test_selection_questions_are_not_report_questions() -> None:
+    """Also where the facts themselves are shared, no item is asked in both."""
+    for skill in skills.SKILLS:
+        report, selection = (set(write_tasks.lines(skill, split)) for split in ("report", "selection"))
+        assert not report & selection
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_the_right_choice_is_right_and_alone(skill: str) -> None:
+    for item in islice(skills.items(skill, "report"), 100):
+        if item.choices:
+            assert item.choices[0] == item.answer and len(set(item.choices)) == len(item.choices)
+
+
+def test_worked_answers_compute() -> None:
+    """Every equation in an own answer holds, and both styles end in the same number."""
+    for item in islice(skills.items("arithmetic", "finetune"), 300):
+        for equation in item.answer.split(". ")[:-1]:
+            left, right = equation.split(" = ")
+            assert eval(left.replace("x", "*")) == int(right)  # our own digits and signs
+        assert last_number(item.reference, item.answer) and item.reference != item.answer
+
+
+def test_two_hop_choices_break_at_one_hop() -> None:
+    """The first wrong choice has the right middle and a wrong end, so that the second hop is needed."""
+    for item in islice(skills.items("two_hop", "report"), 50):
+        right, near = item.choices[:2]
+        assert near.split(". ")[0] == right.split(". ")[0] and near != right
+
+
+def test_the_style_dial_is_nested() -> None:
+    """At 0 every reference is in the model's own style, at 1 none is, and a foreign row stays foreign."""
+    made = {shift: make(shift=shift) for shift in (0.0, 0.3, 0.7, 1.0)}
+    foreign = {shift: {e.id for e in rows if "####" in e.response} for shift, rows in made.items()}
+    assert not foreign[0.0] and len(foreign[1.0]) == 200
+    assert foreign[0.3] < foreign[0.7] < foreign[1.0]
+    assert 0.2 < len(foreign[0.3]) / 200 < 0.4
+
+
+def make(**settings: object) -> list:
+    plain = {"skill": "arithmetic", "shift": 1.0, "size": 200, "seed": 0, "rewrite": "tiny", "trains": []}
+    return data.dataset(check=last_number, **(plain | settings)).examples  # type: ignore[arg-type]
+
+
+def test_a_smaller_set_is_the_head_of_a_larger_one() -> None:
+    assert make(size=200)[:50] == make(size=50)
+    assert {e.id for e in make(seed=1)} != {e.id for e in make()}
+
+
+@pytest.mark.parametrize("wrong", [{"skill": "myths"}, {"shift": 1.5}, {"size": 0}, {"size": 10**6}])
+def test_impossible_sets_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        make(**wrong)
+
+
+def test_the_shipped_tokenizer_is_the_one_the_recipe_builds_and_gives_text_back() -> None:
+    from sddx.models.load import load_tokenizer
+
+    shipped, built = load_tokenizer(CHECKPOINT), build_tokenizer()
+    assert shipped.get_vocab() == built.get_vocab()
+    for given, answered in islice(documents("pretrain", 300, seed=9), 300):
+        ids = shipped(given + answered, add_special_tokens=False)["input_ids"]
+        assert shipped.unk_token_id not in ids
+        plain = answered.removesuffix("<|end|>")
+        assert shipped.decode(shipped(plain)["input_ids"]) == plain
+
+
+def test_the_checkpoint_is_small_and_says_where_it_comes_from() -> None:
+    weights = CHECKPOINT / "model.safetensors"
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    assert weights.stat().st_size < 8e6
+    assert config["model_type"] == "llama" and 12 <= config["num_hidden_layers"] <= 16
+    assert "sha256" in (CHECKPOINT / "README.md").read_text()
+
+
+def test_dice_do_not_depend_on_the_hash_seed_or_the_version() -> None:
+    """Known draws: a change of generator would move every number of the world."""
+    dice = Dice("known")
+    assert [dice.below(1000) for _ in range(4)] == [720, 184, 611, 670]
+
+
+def test_every_person_has_one_answer_to_every_question() -> None:
+    assert all(lexicon.CITY_OF[person] in lexicon.CITY_IN for person in lexicon.PEOPLE)
+    assert all(lexicon.TRUTH_OF[kind] != lexicon.RUMOUR_OF[kind] for kind in lexicon.SUBJECTS)

@@ -1,0 +1,193 @@
+"""The main job as a user runs it, small: from the command line's settings to summary.json and back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composing import composed
+
+import sddx
+from sddx.compare import main as compare
+from sddx.records import UserError
+from sddx.train import run
+
+SMALL = (
+    "dataset.size=48", "validation=8", "calibration.size=32", "text.size=16", "trainer.batch_size=8",
+    "trainer.log_every=1", "trainer.epochs=1", "evaluation.tasks=[tiny_arithmetic,tiny_facts]",
+    "evaluation.limit=6", "generation.max_new_tokens=48", "wandb.mode=disabled", "run.name=small", "device=cpu",
+)  # fmt: skip
+
+
+def job(out: Path, store: Path, *overrides: str, config_dir: Path | None = None) -> dict:
+    """One run; returns its summary."""
+    with composed(*SMALL, f"store={store}", *overrides, out=out, config_dir=config_dir) as cfg:
+        return json.loads(run(cfg).read_text())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+    """A finished run: its folder, its store, its summary."""
+    out, store = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("store")
+    return out, store, job(out, store, "wandb.mode=offline", "loss=sdd_squarehead")
+
+
+def test_the_summary_says_all_that_was_promised(first: tuple[Path, Path, dict]) -> None:
+    out, _, summary = first
+    promised = (
+        "recovery recovery_low recovery_high recovery_trained recovery_held_out gap_closed pruned_recovery "
+        "scores cut parameters supervised_tokens steps fallback_share seconds peak_memory artifacts choices "
+        "versions"
+    ).split()
+    assert set(promised) <= summary.keys()
+    assert all(summary["scores"][model].keys() >= {"tiny_facts", "average"} for model in summary["scores"])
+    assert len(summary["cut"]) == 9 and summary["parameters"]["pruned"] < summary["parameters"]["unpruned"]
+    assert summary["steps"] == 6 and summary["examples"] == 48
+    assert summary["trained"] == ["tiny_arithmetic"]
+    assert {path.name for path in out.iterdir()} >= {"config.yaml", "summary.json", "table.md", "metrics.csv"}
+
+
+def test_metrics_reach_csv_and_wandb(first: tuple[Path, Path, dict]) -> None:
+    out, _, _ = first
+    names = {row["name"] for row in csv.DictReader((out / "metrics.csv").open())}
+    assert {"train/loss", "train/squarehead", "train/learning_rate", "validation/loss"} <= names
+    assert len(list(out.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_the_same_command_again_builds_nothing_and_has_its_curves(
+    first: tuple[Path, Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage is found; the rows that training logged are logged again."""
+    out, store, summary = first
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a stage was built again")
+
+    monkeypatch.setattr("sddx.store._make", refuse)
+    again = job(tmp_path, store, "loss=sdd_squarehead")
+    assert again["artifacts"] == summary["artifacts"] and again["scores"] == summary["scores"]
+    assert (tmp_path / "metrics.csv").read_text() == (out / "metrics.csv").read_text()
+
+
+def test_another_arm_and_seed_share_what_they_can(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Only what the change can reach is built anew; the comparison of the two runs is on the same items."""
+    out, store, summary = first
+    other = job(tmp_path, store, "loss=sft", "seed=1")
+    same = {stage for stage, key in summary["artifacts"].items() if other["artifacts"].get(stage) == key}
+    assert same == {"model", "prepare", "score", "prune", "evaluate_unpruned", "evaluate_pruned"}
+    assert other["fallback_share"] is None and 0 <= summary["fallback_share"] <= 1
+    compare([str(out), str(tmp_path)])
+
+
+def test_load_gives_the_recovered_model(first: tuple[Path, Path, dict]) -> None:
+    out, _, summary = first
+    model, tokenizer = sddx.load(out / "summary.json")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Where does Ann live?"}], tokenize=False)
+    ids = tokenizer(chat, return_tensors="pt")["input_ids"]
+    assert model.config.num_hidden_layers == len(summary["cut"])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_load_says_what_is_gone(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    _, _, summary = first
+    moved = tmp_path / "summary.json"
+    moved.write_text(json.dumps(summary | {"store": str(tmp_path)}))
+    with pytest.raises(UserError, match="gone"):
+        sddx.load(moved)
+
+
+def test_a_users_own_model_rows_metric_and_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything from a folder outside the package, with no edit in sddx/."""
+    write_own_world(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    checkpoint = Path(sddx.__file__).parent / "tiny" / "checkpoint"
+    summary = job(
+        tmp_path / "out", tmp_path / "store", "model=local", f"model.path={checkpoint}", "dataset=mine",
+        "dataset.size=12", "pruning=mine", "evaluation.tasks=[capitals]",
+        f"evaluation.include={tmp_path / 'tasks'}", "loss=kd", config_dir=tmp_path / "conf",
+    )  # fmt: skip
+    assert summary["cut"] == list(range(2, 12))
+    assert list(summary["scores"]["recovered"]) == ["capitals", "average"]
+
+
+def write_own_world(folder: Path) -> None:
+    rows = [{"q": f"Sort from low to high: {n + 3}, {n}.", "a": f"{n}, {n + 3}."} for n in range(10, 40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_metric.py").write_text(
+        "import torch\ndef depth(states, mask):\n    return torch.arange(len(states) - 1.0).expand(len(mask), -1)\n"
+    )
+    for group in ("dataset", "pruning"):
+        (folder / "conf" / group).mkdir(parents=True)
+    (folder / "conf/dataset/mine.yaml").write_text(
+        f"_target_: sddx.data.sources.jsonl\npath: {folder}/rows.jsonl\nprompt: q\nresponse: a\nsize: 12\nseed: 0\n"
+        "check: {_target_: sddx.data.checkers.exact, _partial_: true}\nrewrite: tiny\ntrains: []\n"
+    )
+    (folder / "conf/pruning/mine.yaml").write_text(
+        "_target_: sddx.surgery.choose.Pruning\nremove: 2\n"
+        "choose: {_target_: sddx.surgery.choose.lowest, _partial_: true}\n"
+        "metric: {_target_: my_metric.depth, _partial_: true}\n"
+    )
+    (folder / "tasks").mkdir()
+    (folder / "tasks/capitals.jsonl").write_text('{"q": "Where is Rome?", "c": ["Italy", "Peru"], "a": 0}\n' * 3)
+    (folder / "tasks/capitals.yaml").write_text(
+        "task: capitals\ncustom_dataset: !function sddx.evaluation.harness.json_lines\n"
+        "dataset_kwargs: {data_files: {test: capitals.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: a\ndoc_to_choice: c\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        "metadata: {version: 1.0, chance: 0.5}\n"
+    )
+
+
+MISTAKES = {
+    "more blocks than there are": (["pruning.remove=12"], ["12 blocks", "0 to 11"]),
+    "a task that does not exist": (["evaluation.tasks=[tiny_arithmetik]"], ["tiny_arithmetic"]),
+    "no such model": (["model=local", "model.path=/no/where"], ["/no/where", "model=tiny"]),
+    "no such file": (["dataset=jsonl", "dataset.path=/no/rows.jsonl"], ["/no/rows.jsonl"]),
+    "more rows than there are": (["dataset.size=100000"], ["8500"]),
+    "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
+    "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    overrides, parts = MISTAKES[name]
+    with pytest.raises(UserError) as caught:
+        job(tmp_path, first[1], *overrides)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="SDDX_STORE"):
+        job(tmp_path / "out", tmp_path / "file")
+
+
+def test_a_model_without_a_chat_template_is_refused(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(Path(sddx.__file__).parent / "tiny" / "checkpoint", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat template"):
+        job(tmp_path / "out", first[1], "model=local", f"model.path={tmp_path / 'model'}")
+
+
+def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:
+    """From any directory: status 2 and a message for a user's mistake."""
+    command = [
+        sys.executable,
+        "-m",
+        "sddx.train",
+        "pruning.remove=40",
+        f"store={tmp_path}",
+        "wandb.mode=disabled",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 2
+    assert "pruning.remove=40" in done.stderr and "Traceback" not in done.stderr
