@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from sddx import compare
-from sddx.records import Example, UserError
+from sddx.records import Rewrite, UserError
 from sddx.report import table
 
 SETTINGS = {"version": 1.0, "shots": 0, "chat_template": "abcd", "filters": [{"name": "strict"}]}
@@ -136,13 +136,13 @@ def test_table_without_a_recovered_model() -> None:
 
 def test_acceptance_counts_reasons_and_shows_examples() -> None:
     """Accepted are the self-written answers; refused ones are counted by their reason."""
-    examples = [
-        Example("1", "what is [2 + 2]", "it is 4", "self"),
-        Example("2", "what is 3 + 3", "6", "self"),
-        Example("3", "what is 4 + 4", "8", "reference", "wrong answer [/b]"),
+    rewrites = [
+        Rewrite("1", "what is [2 + 2]", "4", "it is 4"),
+        Rewrite("2", "what is 3 + 3", "6", "it is 6"),
+        Rewrite("3", "what is 4 + 4", "8", "it is 9", "wrong answer [/b]"),
     ]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
-    table.acceptance(examples, console, shown=1)
+    table.acceptance(rewrites, console, shown=1)
     text = console.export_text()
     assert "66.7 %" in text and "refused: wrong answer [/b]" in text
     assert "what is [2 + 2]" in text and "it is 4" in text and "3 + 3" not in text

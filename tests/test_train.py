@@ -191,3 +191,16 @@ def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.returncode == 2
     assert "pruning.remove=40" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_notebook_reads_a_run(first: tuple[Path, Path, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs from top to bottom on a run folder and draws one figure."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("SDDX_RUNS", str(first[0]))
+    path = Path(__file__).parents[1] / "notebooks" / "read_a_run.ipynb"
+    notebook = NotebookClient(nbformat.read(path, as_version=4), timeout=120).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert outputs[0].text == "1 runs\n"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1

@@ -71,6 +71,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
             trained=trained,
             part_of={task: record["part_of"] for task, record in records.items()},
         ),
+        "chance": {task: record["chance"] for task, record in records.items()},
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}

@@ -30,7 +30,8 @@ def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
     name = f"{task} *" if task in summary.get("trained", ()) else task
     unpruned, _, recovered = scores
     share = recovered / unpruned if recovered is not None and unpruned else None
-    return (name, *map(_score, scores, errors), percent(share))
+    chance = summary.get("chance", {}).get(task)
+    return (name, ABSENT if chance is None else f"{100 * chance:.0f}", *map(_score, scores, errors), percent(share))
 
 
 def _score(score: float | None, error: float | None) -> str:
@@ -42,7 +43,7 @@ def percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-HEADER = ("task", *MODELS, "recovery")
+HEADER = ("task", "chance", *MODELS, "recovery")
 
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -54,12 +55,22 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("recovery, held-out skills", percent(summary.get("recovery_held_out"))),
         ("recovery above chance", percent(summary.get("recovery_above_chance"))),
         ("gap closed", percent(summary.get("gap_closed"))),
-        ("fallback rows", percent(summary.get("fallback_share"))),
+        ("KL(unpruned || model)", _text(summary, "kl", "{:.3f}", " nats a token on held-out text")),
+        ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
+        ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
+        ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
+
+
+def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str:
+    """One measure of the text itself for each model that has it."""
+    values = {model: text.get(measure) for model, text in summary.get("text", {}).items()}
+    shown = [f"{model} {form.format(value)}" for model, value in values.items() if value is not None]
+    return ", ".join(shown) + unit if shown else ABSENT
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ from torch import nn
 
 from sddx.records import Cut, UserError
 from sddx.runtime import Runtime
+from sddx.store import keep_rows
 from sddx.training.batches import Step, StepLoader, micro_batches, plan
 from sddx.training.module import Distiller, Teacher
 from sddx.training.objective import Objective, one_of
@@ -69,7 +69,7 @@ def fit(
 
     `out/resume` holds a checkpoint of every `checkpoint_every` steps while the training runs. Where there is
     one, training goes on from it, sees the same examples and ends with the same weights; the rows up to it
-    are logged again (`replay_rows`).
+    are logged again.
 
     Returns steps, examples, supervised_tokens, attended_tokens, tokens_per_second (attended tokens over the
     whole loop of this process), kept_step, and the terms of the last step (`train`) and of the kept weights
@@ -219,19 +219,6 @@ class Resume(lightning.Callback):
             os.replace(temporary, self.path)
 
 
-def replay_rows(out: Path, last_step: int, runtime: Runtime) -> None:
-    """Logs again the rows of an interrupted attempt up to `last_step`, and forgets the later ones.
-
-    The store appends what is logged to `out/metrics.jsonl`, which is emptied here first.
-    """
-    path = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    path.unlink(missing_ok=True)
-    for row in rows:
-        if row.get("step", last_step + 1) <= last_step:
-            runtime.log(row)
-
-
 def _run(
     module: Distiller,
     loader: StepLoader,
@@ -260,7 +247,9 @@ def _run(
     checkpoint = out / "resume" / "last.ckpt"
     found = checkpoint.exists()
     if checkpoint.parent.exists():
-        replay_rows(out, torch.load(checkpoint, weights_only=True)["global_step"] if found else 0, runtime)
+        done = torch.load(checkpoint, weights_only=True)["global_step"] if found else 0
+        for row in keep_rows(out, done + 1):
+            runtime.log(row)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
         trainer.fit(module, loader, ckpt_path=str(checkpoint) if found else None, weights_only=True)
