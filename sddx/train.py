@@ -48,6 +48,7 @@ def recover(
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from sddx.data.sources import pinned
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
@@ -56,6 +57,7 @@ def recover(
     from sddx.stages.score import score
     from sddx.stages.train import train
 
+    dataset, calibration, text = pinned(dataset), pinned(calibration), pinned(text)
     disable_progress_bar()  # a bar for every loaded model hides those that matter
     make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}

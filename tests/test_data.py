@@ -462,3 +462,25 @@ def test_real_instruction_data_is_read() -> None:
         assert len(examples) == 2000 == len({e.id for e in examples})
         assert load(real_file(name), size=500, **names).examples == examples[:500]
     assert 0 < sum(leaks(e.response) for e in examples) < 20
+
+
+def test_a_hub_dataset_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch name becomes the commit it points to; a commit, and a node that is not of the hub, stay."""
+    import huggingface_hub
+
+    from sddx.data.sources import pinned
+
+    class Info:
+        sha = "b" * 40
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info())
+    assert pinned({"name": "a/b", "revision": None})["revision"] == "b" * 40
+    assert pinned({"name": "a/b", "revision": "c" * 40})["revision"] == "c" * 40
+    assert pinned({"path": "x.jsonl"}) == {"path": "x.jsonl"}
+
+    def unreachable(self: object, name: str, revision: str) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(UserError, match="40 hexadecimal"):
+        pinned({"name": "a/b", "revision": "main"})

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
@@ -86,6 +87,24 @@ def hub_texts(
     """As `texts`, for a dataset of the hub."""
     examples = _examples(_hub_rows(name, subset, split, revision), column, column, where=name)
     return [example.prompt for example in _head(examples, size, seed, where=name)]
+
+
+def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration node of `hub` or `hub_texts` with its revision resolved to a commit, so that a dataset is
+    known by its content; any other node as it is. Raises UserError where the hub cannot be asked."""
+    if not {"name", "revision"} <= node.keys() or re.fullmatch("[0-9a-f]{40}", node["revision"] or ""):
+        return dict(node)
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(node["name"], revision=node["revision"]).sha
+    except Exception as error:  # no network, no such dataset, no access: all the user's to mend
+        raise UserError(
+            f"The commit of dataset {node['name']} (revision {node['revision']}) cannot be asked for: "
+            f"{type(error).__name__}. Without a network, give a revision of 40 hexadecimal digits that is in the "
+            "cache of `datasets`; dataset=tiny_arithmetic needs neither."
+        ) from error
+    return {**node, "revision": commit}
 
 
 def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sddx.config import CONF, flatten
 from sddx.runtime import Runtime
 from sddx.tiny.corpus import documents
 from sddx.tiny.dice import Dice
@@ -195,6 +196,9 @@ def save(model: Any, tokenizer: Any, out: Path, card: str) -> None:
 
 
 def card(model: Any, corpus: Corpus, cfg: DictConfig) -> str:
+    """The model card: what it is, the hash of what it read, the settings that made it."""
+    recipe = {key: value for key, value in flatten(OmegaConf.to_container(cfg)).items() if key != "out"}  # type: ignore[arg-type]
+    settings = "\n".join(f"- {key}: {value}" for key, value in recipe.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"""---
 license: apache-2.0
@@ -204,12 +208,15 @@ license: apache-2.0
 A Llama of {cfg.model.num_hidden_layers} blocks and {parameters:,} parameters that knows eight skills of a made-up
 world. Made by `python -m sddx.tiny.pretrain` from {cfg.documents:,} generated conversations.
 
-- Corpus, sha256 of every document in order: `{corpus.digest.hexdigest()}`
-- Recipe: `{OmegaConf.to_container(cfg)}`
+sha256 of every document in order: `{corpus.digest.hexdigest()}`
+
+## Recipe
+
+{settings}
 """
 
 
-@hydra.main(version_base=None, config_path=str(Path(__file__).parents[2] / "conf"), config_name="pretrain")
+@hydra.main(version_base=None, config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out).resolve()
