@@ -83,7 +83,7 @@ def recover(
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
     frozen_model.cache_clear()  # its memory is needed for training
-    learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
+    learning: dict[str, Any] = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
     student = make(train, unpruned, cut, *rows, **learning, max_length=max_length, seed=seed, **how)
 
     judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)

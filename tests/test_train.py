@@ -15,6 +15,7 @@ from composing import composed
 
 import sddx
 from sddx.compare import main as compare
+from sddx.config import resolve
 from sddx.records import UserError
 from sddx.train import run
 
@@ -150,6 +151,7 @@ MISTAKES = {
     "no such model": (["model=local", "model.path=/no/where"], ["/no/where", "model=tiny"]),
     "no such file": (["dataset=jsonl", "dataset.path=/no/rows.jsonl"], ["/no/rows.jsonl"]),
     "more rows than there are": (["dataset.size=100000"], ["8500"]),
+    "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
     "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
 }
@@ -204,3 +206,23 @@ def test_the_notebook_reads_a_run(first: tuple[Path, Path, dict], monkeypatch: p
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs[0].text == "1 runs\n"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+
+def prepared(out: Path, size: int) -> Path:
+    from sddx.runtime import Runtime
+    from sddx.stages.prepare import prepare
+
+    out.mkdir()
+    with composed(f"dataset.size={size}", "run.name=x") as cfg:
+        prepare(out, runtime=Runtime(quiet=True), dataset=resolve(cfg)["dataset"], validation=8)
+    return out
+
+
+def test_a_larger_set_shares_the_full_shards_of_a_smaller_one(tmp_path: Path) -> None:
+    """600 rows after 300 distil only what is new: the held-out rows and the first shard are the same bytes."""
+    small, large = prepared(tmp_path / "small", 300), prepared(tmp_path / "large", 600)
+    shards = [sorted(path.name for path in (folder / "shards").iterdir()) for folder in (small, large)]
+    assert [len(names) for names in shards] == [2, 3]
+    for shared in ("validation.jsonl", f"shards/{shards[0][0]}"):
+        assert (small / shared).read_bytes() == (large / shared).read_bytes()
+    assert (small / "shards" / shards[0][1]).read_bytes() in (large / "shards" / shards[0][1]).read_bytes()

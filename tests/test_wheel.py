@@ -17,7 +17,17 @@ def test_the_wheel_carries_configuration_sweeps_and_model(tmp_path: Path) -> Non
     subprocess.run(build, cwd=CHECKOUT, check=True, capture_output=True, timeout=120)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
-    command = [sys.executable, "-m", "sddx.train", "--cfg", "job", "--resolve", "--package", "model", "+sweeps=depth"]
+    command = [
+        sys.executable,
+        "-m",
+        "sddx.train",
+        "--cfg",
+        "job",
+        "--resolve",
+        "--package",
+        "model",
+        "+sweeps=depth",
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},

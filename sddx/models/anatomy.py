@@ -36,7 +36,7 @@ def decoder(model: Any) -> Any:
     Raises UserError where the architecture has no such shape, or shares keys and values between blocks.
     """
     whole = bare(model)
-    body = getattr(whole, "model", None)
+    body: Any = getattr(whole, "model", None)
     shaped = isinstance(getattr(body, "layers", None), nn.ModuleList) and hasattr(whole, "lm_head")
     if not shaped or not all(hasattr(body, part) for part in ("embed_tokens", "rotary_emb", "norm")):
         raise UserError(

@@ -58,7 +58,8 @@ def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, st
     (SquareHead's convention, facts C1).
     """
     body = decoder(model)
-    with block_states(model) if states else nullcontext([]) as seen:
+    watched: Any = block_states(model) if states else nullcontext([])
+    with watched as seen:
         hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     inner = (*seen[1:-1], hidden) if states else ()
     return Outputs(hidden, logits_of(head(model), body.config), inner)
