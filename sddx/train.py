@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sddx.build import build
@@ -20,6 +21,7 @@ from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
 
+STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate")
 SURROUNDINGS = ("run", "store", "accept", "device", "wandb")  # settings that change no number
 
 
@@ -122,6 +124,8 @@ def run(cfg: DictConfig) -> Path:
     check(config, recover, also=SURROUNDINGS)
     folder = writable_folder(Path(HydraConfig.get().runtime.output_dir), "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    if unknown := set(config["accept"]) - set(STAGES):
+        raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     precheck(method)
 
@@ -158,6 +162,8 @@ def main(cfg: DictConfig) -> None:
         print(run(cfg))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # SystemExit would end the sweep; Hydra goes on after an exception
         raise SystemExit(2) from None
 
 

@@ -151,6 +151,7 @@ MISTAKES = {
     "no such model": (["model=local", "model.path=/no/where"], ["/no/where", "model=tiny"]),
     "no such file": (["dataset=jsonl", "dataset.path=/no/rows.jsonl"], ["/no/rows.jsonl"]),
     "more rows than there are": (["dataset.size=100000"], ["8500"]),
+    "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
     "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
