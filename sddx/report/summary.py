@@ -49,7 +49,7 @@ def conclude(found: Found, store: Store, folder: Path, name: str, choices: dict[
     _write(folder / "samples.json", {model: compact(result) for model, result in results.items()})
     _write(folder / "table.md", table.markdown(summary))
     _write(folder / "summary.json", summary)
-    console = Console()
+    console = Console(width=max(100, Console().width))  # narrower, numbers are cut off
     if rewrites := _rewrites(found):
         table.acceptance(rewrites, console)
     table.show(summary, console)
