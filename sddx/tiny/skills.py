@@ -328,11 +328,12 @@ def draw(skill: str, split: str, seed: str) -> Item:
 
 def items(skill: str, split: str, seed: int = 0) -> Iterator[Item]:
     """Different items of one split, endlessly, in an order fixed by the seed."""
-    seen = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     number = 0
     while True:
         item = draw(skill, split, f"{seed}/{number}")
         number += 1
-        if (item.prompt, item.choices) not in seen:
-            seen.add((item.prompt, item.choices))
+        asked = (item.prompt, frozenset(item.choices))
+        if asked not in seen:
+            seen.add(asked)
             yield item
