@@ -63,7 +63,18 @@ def track(
     with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
         table = csv.writer(file)
         table.writerow(["step", "name", "value"])
-        run = None if mode == "disabled" else _start(folder, identity, name, config, project, entity, tags, mode)
+        run = None
+        if mode != "disabled":
+            run = _start(
+                project=project,
+                entity=entity,
+                tags=list(tags),
+                mode=mode,
+                id=identity,
+                name=name,
+                dir=folder,
+                config=dict(config),
+            )
         try:
             yield Tracker(table, run)
         except BaseException:
@@ -74,32 +85,13 @@ def track(
             run.finish(exit_code=0)
 
 
-def _start(
-    folder: Path,
-    identity: str,
-    name: str,
-    config: Mapping[str, Any],
-    project: str,
-    entity: str | None,
-    tags: Sequence[str],
-    mode: Mode,
-) -> Any:
+def _start(**settings: Any) -> Any:
+    """Open the W&B run; `resume` makes a repeated run the same run, `reinit` keeps runs of one process apart."""
     import wandb
 
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        tags=list(tags),
-        mode=mode,
-        id=identity,
-        name=name,
-        dir=folder,
-        config=dict(config),
-        resume="allow",
-        reinit="create_new",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
-    )
+    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    run = wandb.init(**settings, resume="allow", reinit="create_new", settings=quiet)
     run.define_metric("step", hidden=True)
-    run.define_metric("train/*", step_metric="step")
-    run.define_metric("validation/*", step_metric="step")
+    for family in ("train/*", "validation/*"):
+        run.define_metric(family, step_metric="step")
     return run
