@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -67,7 +66,8 @@ def fit(
     automatic mixed precision. The loss on the held-out rows is taken every `validate_every` steps (None: at
     the end only) and at the end; keep `best` goes back to the weights with the lowest.
 
-    `out/resume` holds a checkpoint of every `checkpoint_every` steps while the training runs. Where there is
+    `out/resume` holds a checkpoint of every `checkpoint_every` steps; the store deletes it with the finished
+    stage, so that a crash while the student is saved costs little. Where there is
     one, training goes on from it, sees the same examples and ends with the same weights; the rows up to it
     are logged again.
 
@@ -113,7 +113,6 @@ def fit(
     _run(module, loader, [metrics, validation, resume], runtime, precision, out)
     student.eval()
     validation.restore_best(module)
-    shutil.rmtree(out / "resume", ignore_errors=True)
     return {
         "steps": len(planned),
         "examples": sum(step.examples for step in planned),
