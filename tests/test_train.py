@@ -86,6 +86,14 @@ def test_another_arm_and_seed_share_what_they_can(first: tuple[Path, Path, dict]
     compare([str(out), str(tmp_path)])
 
 
+@pytest.mark.parametrize("loss", ["sdd", "sdd_plain", "squarehead", "squarehead_token", "sdd_kd"])
+def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Each arm trains on its own data with its own terms, and is a run of its own."""
+    summary = job(tmp_path, first[1], f"loss={loss}", "trainer.budget=steps", "trainer.steps=2")
+    assert summary["steps"] == 2 and summary["artifacts"]["train"] != first[2]["artifacts"]["train"]
+    assert (summary["fallback_share"] is None) == loss.startswith("squarehead")
+
+
 def test_load_gives_the_recovered_model(first: tuple[Path, Path, dict]) -> None:
     out, _, summary = first
     model, tokenizer = sddx.load(out / "summary.json")
