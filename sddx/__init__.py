@@ -27,7 +27,7 @@ def load(summary: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
             gone = base if places else f"{stage} {keys[stage]} in the store {fields['store']}"
             raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
         found[stage] = places[0].parent
-    model = load_student(
+    model, _ = load_student(
         base,
         found["train"],
         cut=Cut.load(found["prune"] / "cut.json"),

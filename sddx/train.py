@@ -37,6 +37,7 @@ def recover(
     generation: dict[str, Any],
     selfdata: dict[str, Any],
     loss: dict[str, Any],
+    teacher: str | None,
     tuning: dict[str, Any],
     trainer: dict[str, Any],
     max_length: int,
@@ -86,7 +87,8 @@ def recover(
 
     frozen_model.cache_clear()  # its memory is needed for training
     learning: dict[str, Any] = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
-    student = make(train, unpruned, cut, *rows, **learning, max_length=max_length, seed=seed, **how)
+    teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
+    student = make(train, unpruned, cut, *rows, *teachers, **learning, max_length=max_length, seed=seed, **how)
 
     judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
     files = _files(store, evaluation, text)
@@ -106,15 +108,20 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
 
 
 def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, more
-    blocks stay than none. Raises UserError."""
+    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
+    one block stays, another teacher fits the student. Raises UserError."""
     from sddx.evaluation.harness import check_tasks
-    from sddx.models.load import load_tokenizer, locate, require_chat_template, require_removable
+    from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
+    from sddx.surgery.choose import require_removable
+    from sddx.training.objective import require_comparable
 
     check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
-    require_removable(folder, method["pruning"]["remove"])
+    config = text_config(folder)
+    require_removable(config.num_hidden_layers, method["pruning"]["remove"])
     require_chat_template(load_tokenizer(folder), folder)
+    if method["teacher"]:
+        require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
 
 
 def run(cfg: DictConfig) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from sddx.config import resolve
 from sddx.records import UserError
 from sddx.train import run
 
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 SMALL = (
     "dataset.size=48", "validation=8", "calibration.size=32", "text.size=16", "trainer.batch_size=8",
     "trainer.log_every=1", "trainer.epochs=1", "evaluation.tasks=[tiny_arithmetic,tiny_facts]",
@@ -94,6 +96,42 @@ def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], t
     assert (summary["fallback_share"] is None) == loss.startswith("squarehead")
 
 
+def test_another_teacher_is_loaded_beside_the_student(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Given the same weights in a folder of their own, training is the same to the last bit."""
+    short = ("loss=kd", "trainer.budget=steps", "trainer.steps=2")
+    shared = job(tmp_path / "shared", first[1], *short)
+    copied = shutil.copytree(CHECKPOINT, tmp_path / "teacher")
+    beside = job(tmp_path / "beside", first[1], *short, f"teacher={copied}")
+    assert shared["artifacts"]["train"] != beside["artifacts"]["train"]
+    assert curves(tmp_path / "shared") == curves(tmp_path / "beside")
+
+
+def curves(out: Path) -> list[dict]:
+    timed = ("tokens_per_second", "seconds")
+    rows = csv.DictReader((out / "metrics.csv").open())
+    return [row for row in rows if row["name"].startswith("train/") and not row["name"].endswith(timed)]
+
+
+def altered(folder: Path, **fields: object) -> Path:
+    """A copy of the embedded model whose config says something else."""
+    shutil.copytree(CHECKPOINT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def test_a_teacher_that_does_not_fit_is_refused(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Another vocabulary, other blocks to be held to, or no term that would ask it."""
+    other, wider = altered(tmp_path / "other", vocab_size=500), altered(tmp_path / "wider", hidden_size=256)
+    for loss, teacher, complaint in (
+        ("kd", other, "500"),
+        ("squarehead", wider, "same shape"),
+        ("sft", wider, "uses a teacher"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            job(tmp_path / "out", first[1], f"loss={loss}", f"teacher={teacher}")
+
+
 def test_load_gives_the_recovered_model(first: tuple[Path, Path, dict]) -> None:
     out, _, summary = first
     model, tokenizer = sddx.load(out / "summary.json")
@@ -115,9 +153,8 @@ def test_a_users_own_model_rows_metric_and_task(tmp_path: Path, monkeypatch: pyt
     """Everything from a folder outside the package, with no edit in sddx/."""
     write_own_world(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    checkpoint = Path(sddx.__file__).parent / "tiny" / "checkpoint"
     summary = job(
-        tmp_path / "out", tmp_path / "store", "model=local", f"model.path={checkpoint}", "dataset=mine",
+        tmp_path / "out", tmp_path / "store", "model=local", f"model.path={CHECKPOINT}", "dataset=mine",
         "dataset.size=12", "pruning=mine", "evaluation.tasks=[capitals]",
         f"evaluation.include={tmp_path / 'tasks'}", "loss=kd", config_dir=tmp_path / "conf",
     )  # fmt: skip
@@ -181,9 +218,7 @@ def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_chat_template_is_refused(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(Path(sddx.__file__).parent / "tiny" / "checkpoint", tmp_path / "model")
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="chat template"):
         job(tmp_path / "out", first[1], "model=local", f"model.path={tmp_path / 'model'}")

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sddx.models.anatomy import decoder
 from sddx.records import UserError
@@ -161,15 +161,12 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def require_removable(folder: Path, remove: int) -> None:
-    """Raises UserError, from config.json alone, where more blocks are to go than the model can lose."""
-    fields = json.loads((folder / "config.json").read_text())
-    depth = fields.get("num_hidden_layers") or fields.get("text_config", {}).get("num_hidden_layers")
-    if depth is not None and not 0 <= remove < depth:
-        raise UserError(
-            f"pruning.remove={remove}, but the model in {folder} has {depth} blocks and at least one must stay. "
-            f"Give a number from 0 to {depth - 1}."
-        )
+def text_config(folder: Path) -> Any:
+    """The config of a model's decoder, read without its weights. Raises UserError where it cannot be."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"config.json in {folder} cannot be read: {error}") from error
 
 
 def require_chat_template(tokenizer: Any, path: str | Path) -> None:

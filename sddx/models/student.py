@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sddx.models.anatomy import is_adapted
+from sddx.models.anatomy import Stack, is_adapted
 from sddx.models.load import load_model
 from sddx.records import Cut, UserError
 from sddx.surgery.remove import remove_blocks
@@ -39,19 +39,22 @@ def load_student(
     dtype: str = "float32",
     attention: str = "sdpa",
     device: str = "cpu",
-) -> Any:
-    """The pruned model (`folder` None) or the recovered one, in eval mode.
+) -> tuple[Any, Stack | None]:
+    """The pruned model (`folder` None) or the recovered one, in eval mode and frozen, and the base model's
+    blocks, with which its weights are the unpruned model (`SharedTeacher`).
 
-    An adapter is put onto the base model after the cut; full weights are loaded alone. Raises UserError where
-    what is stored belongs to another cut or another base, or where weights are missing or left over.
+    An adapter is put onto the base model after the cut; full weights are loaded alone, without those blocks.
+    Raises UserError where what is stored belongs to another cut or another base, or where weights are missing
+    or left over.
     """
     if folder is not None:
         _require_same_origin(folder, cut, base)
         if not (folder / "adapter_config.json").is_file():
-            return load_model(folder, dtype=dtype, attention=attention, device=device)
-    model = load_model(base_folder, dtype=dtype, attention=attention, device=device)
-    remove_blocks(model, cut)
-    return model if folder is None else _adapt(model, folder).to(device).eval()
+            alone = load_model(folder, dtype=dtype, attention=attention, device=device)
+            return alone.requires_grad_(False), None
+    model = load_model(base_folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
+    unpruned = remove_blocks(model, cut)
+    return (model if folder is None else _adapt(model, folder).to(device).eval()), unpruned
 
 
 def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,8 @@ from torch import nn
 from sddx.models.anatomy import Stack, blocks, decoder, head, is_adapted, set_blocks, stack
 from sddx.models.outputs import logits_of, run
 from sddx.records import Batch, Cut, Outputs, UserError
+
+Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
 
 
 class SharedTeacher:

@@ -12,7 +12,7 @@ from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, repetition
 from sddx.models.load import frozen_model, load_tokenizer
 from sddx.models.student import load_student
-from sddx.models.teacher import SeparateTeacher
+from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 
@@ -35,29 +35,32 @@ def evaluate(
     unpruned one); all other inputs are files that tasks and texts are read from. `text.kl` is
     KL(unpruned || model) in nats a token on held-out text; repetition and length are those of the answers.
     """
-    given = {artifact.stage: artifact for artifact in inputs}
     tokenizer = load_tokenizer(model.path)
-    unpruned = frozen_model(model.path, dtype, attention, runtime.device)
-    judged = unpruned
+    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    given = {artifact.stage: artifact.path for artifact in inputs}
     if "prune" in given:
-        judged = load_student(
-            model.path,
-            given["train"].path if "train" in given else None,
-            cut=Cut.load(given["prune"].path / "cut.json"),
-            base=model.key,
-            dtype=dtype,
-            attention=attention,
-            device=runtime.device,
-        )
+        judged, teacher = _student(model, given["prune"], given.get("train"), how)
+    else:
+        judged, teacher = frozen_model(model.path, **how), None
     results = build(evaluation)(judged, tokenizer, runtime)
-    texts = build(text)
-    batches = text_batches(tokenizer, texts, max_length=MAX_LENGTH, batch_size=BATCH)
+    batches = text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH)
     answers = responses(results)
     results["text"] = {
-        "kl": divergence(SeparateTeacher(unpruned), judged, batches) if judged is not unpruned else 0.0,
+        "kl": divergence(teacher, judged, batches) if teacher else 0.0,
         "repetition": repetition(answers),
         "mean_length": mean_length(answers),
     }
     (out / "results.json").write_text(json.dumps(results) + "\n")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
+
+
+def _student(model: Artifact, pruned: Path, trained: Path | None, how: dict[str, Any]) -> tuple[Any, Teacher]:
+    """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
+    are still there, so that a large model is held once."""
+    frozen_model.cache_clear()
+    cut = Cut.load(pruned / "cut.json")
+    student, unpruned = load_student(model.path, trained, cut=cut, base=model.key, **how)
+    if unpruned is None:
+        return student, SeparateTeacher(frozen_model(model.path, **how))
+    return student, SharedTeacher(student, unpruned, cut)

@@ -24,7 +24,7 @@ def train(
     model: Artifact,
     pruned: Artifact,
     validation: Artifact,
-    *shards: Artifact,
+    *inputs: Artifact,
     runtime: Runtime,
     loss: dict[str, Any],
     tuning: dict[str, Any],
@@ -37,10 +37,13 @@ def train(
 ) -> None:
     """Writes the student (an adapter or full weights, with its cut and base) and `training.json`.
 
-    `shards` hold reference examples or rewrites; `selfdata` says what becomes of refused rewrites. With an
-    adapter the teacher is the same weights, all blocks in and the adapter off; else it is a second copy.
+    `inputs` hold reference examples or rewrites, and a model of stage `teacher` where the teacher is not the
+    unpruned model; `selfdata` says what becomes of refused rewrites. With an adapter the unpruned model is in
+    the same weights, all blocks in and the adapter off; any other teacher is loaded beside the student.
     Raises UserError where no row is left, TrainingDiverged where a loss is not finite.
     """
+    shards = [artifact for artifact in inputs if artifact.stage != "teacher"]
+    other = next((artifact for artifact in inputs if artifact.stage == "teacher"), None)
     cut = Cut.load(pruned.path / "cut.json")
     objective = build(loss)
     tokenizer = load_tokenizer(model.path)
@@ -51,10 +54,11 @@ def train(
     unpruned = remove_blocks(student, cut)
     student = build(tuning)(student, seed)
     teacher: Any = None
-    if objective.needs_teacher and is_adapted(student):
+    if objective.needs_teacher and is_adapted(student) and other is None:
         teacher = SharedTeacher(student, unpruned, cut)
     elif objective.needs_teacher:
-        teacher = SeparateTeacher(load_model(model.path, dtype=dtype, attention=attention, device=runtime.device))
+        folder = (other or model).path
+        teacher = SeparateTeacher(load_model(folder, dtype=dtype, attention=attention, device=runtime.device))
     found = build(trainer)(
         student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
     )

@@ -31,7 +31,7 @@ def contiguous(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
     blocks i to i + remove - 1. Ties go to the earliest start. Raises UserError where too many blocks are to
     go, or the scores have another shape.
     """
-    _require_removable(total, remove)
+    require_removable(total, remove)
     distance = _mean(scores, "contiguous", "angular_distance")
     square = len(distance) == total + 1 and all(isinstance(row, list) for row in distance)
     if not square or any(len(row) != total + 1 for row in distance):
@@ -49,7 +49,7 @@ def lowest(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
     Reads `scores["mean"]` as one value per block; ties go to the earlier block. Raises UserError where too
     many blocks are to go, or the scores have another shape.
     """
-    _require_removable(total, remove)
+    require_removable(total, remove)
     influence = _mean(scores, "lowest", "block_influence")
     if len(influence) != total or any(isinstance(value, list) for value in influence):
         raise UserError(
@@ -63,18 +63,19 @@ def lowest(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
 def last(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
     """Without the deepest `remove` blocks, except that the very last stays: the simple variant of Gromov et
     al. (facts D1), whose "L - n to L - 1" count from 1. Counted from 0: total - remove - 1 to total - 2."""
-    _require_removable(total, remove)
+    require_removable(total, remove)
     return Cut.without(range(total - 1 - remove, total - 1), total)
 
 
 def random(scores: dict[str, Any] | None, total: int, remove: int, *, seed: int) -> Cut:
     """Without `remove` blocks drawn at random. With one seed, a larger cut contains every smaller one."""
-    _require_removable(total, remove)
+    require_removable(total, remove)
     order = Random(seed).sample(range(total), total)
     return Cut.without(set(order[:remove]), total)
 
 
-def _require_removable(total: int, remove: int) -> None:
+def require_removable(total: int, remove: int) -> None:
+    """Raises UserError where more blocks are to go than the model can lose."""
     if not 0 <= remove < total:
         raise UserError(
             f"pruning.remove={remove}, but the model has {total} blocks and at least one must stay. "

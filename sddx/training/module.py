@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sddx.models.outputs import run
-from sddx.records import Batch, Cut, Outputs, UserError
+from sddx.models.teacher import Teacher
+from sddx.records import Batch, Cut, UserError
 from sddx.training.batches import Step
 from sddx.training.head import token_sums
 from sddx.training.objective import Objective, Totals, layer_pairs
-
-Teacher = Callable[..., Outputs]
 
 
 class TrainingDiverged(UserError):

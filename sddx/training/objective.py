@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from sddx.models.teacher import check_vocabularies
 from sddx.records import Cut, Outputs, UserError
 
 DATA = ("reference", "self", "self_plain")
@@ -131,6 +132,23 @@ def layer_pairs(cut: Cut, junction: str) -> list[tuple[int, int]]:
         elif junction == "own" and after < cut.total:
             pairs.append((block, own))
     return pairs
+
+
+def require_comparable(objective: Objective, student: Any, teacher: Any) -> None:
+    """Raises UserError where the teacher (both are model configs) cannot serve this objective: no term asks for
+    one, the vocabularies differ, or blocks would be held to blocks that do not match."""
+    if not objective.needs_teacher:
+        raise UserError(
+            f"another teacher was given, but no term of the loss ({', '.join(objective.terms)}) uses a teacher. "
+            f"Choose loss=kd or loss=squarehead, or leave teacher out."
+        )
+    check_vocabularies(student, teacher)
+    shapes = [(config.num_hidden_layers, config.hidden_size) for config in (student, teacher)]
+    if objective.needs_states and shapes[0] != shapes[1]:
+        raise UserError(
+            f"{', '.join(objective.layer_terms)} compares blocks one by one, but the model has (blocks, width) = "
+            f"{shapes[0]} and the teacher {shapes[1]}. Use a teacher of the same shape, or loss=kd."
+        )
 
 
 def one_of(what: str, given: str, allowed: tuple[str, ...]) -> None:
