@@ -49,13 +49,15 @@ def track(
     *,
     project: str,
     entity: str | None,
+    group: str | None,
     tags: Sequence[str],
     mode: Mode,
 ) -> Iterator[Tracker]:
     """One W&B run and one `metrics.csv` in `folder`, finished with status 1 where the body raises.
 
-    `identity` is the W&B id, derived from what was configured, so that a repeated run is the same run.
-    `mode` offline (nothing leaves the machine until `wandb sync`), online, or disabled (CSV alone).
+    `identity` is the W&B id, derived from what was configured, so that a repeated run is the same run. Runs of
+    one `group` stand together; a sweep gives its cells one. `mode` offline (nothing leaves the machine until
+    `wandb sync`), online, or disabled (CSV alone).
     Raises UserError for any other.
     """
     if mode not in get_args(Mode):
@@ -68,6 +70,7 @@ def track(
             run = _start(
                 project=project,
                 entity=entity,
+                group=group,
                 tags=list(tags),
                 mode=mode,
                 id=identity,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,19 @@ from sddx.report.summary import Found, conclude
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
+from sddx.sweep.launcher import install
+from sddx.sweep.plan import Plan, describe
+from sddx.tracking import Tracker
 
-STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate")
-SURROUNDINGS = ("run", "store", "accept", "device", "wandb")  # settings that change no number
+STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate", "report")
+SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run")  # settings that change no number
 
 
 def recover(
     store: Store,
     runtime: Runtime,
     *,
+    choices: dict[str, Any],
     model: dict[str, Any],
     calibration: dict[str, Any],
     pruning: dict[str, Any],
@@ -44,10 +50,11 @@ def recover(
     evaluation: dict[str, Any],
     text: dict[str, Any],
     seed: int,
-) -> Found:
+) -> tuple[Found, Artifact]:
     """Self-data distillation of a depth-pruned model (arXiv 2410.09982), stage by stage.
 
-    Each stage is built where the store lacks it. Raises UserError for a user's mistake.
+    Each stage is built where the store lacks it. Returns all that was built, and the report on it, which names
+    the run's `choices`. Raises UserError for a user's mistake.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -57,6 +64,7 @@ def recover(
     from sddx.stages.evaluate import evaluate
     from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
+    from sddx.stages.report import report
     from sddx.stages.score import score
     from sddx.stages.train import train
 
@@ -95,7 +103,8 @@ def recover(
     inputs = {"unpruned": [], "pruned": [cut], "recovered": [cut, student]}
     results = {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
-    return Found(unpruned, scores, cut, data, rows, student, results)
+    found = Found(unpruned, scores, cut, data, rows, student, results)
+    return found, make(report, *found.artifacts(), choices=choices)
 
 
 def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
@@ -124,32 +133,59 @@ def precheck(method: dict[str, Any]) -> None:
         require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
 
 
-def run(cfg: DictConfig) -> Path:
-    """Compose, check, recover, report. Returns the path of `summary.json`; raises UserError."""
-    config = resolve(cfg)
-    method = {key: value for key, value in config.items() if key not in SURROUNDINGS}
+def verify(config: dict[str, Any]) -> None:
+    """Raises UserError with what is wrong with a configuration, before any work."""
     check(config, recover, also=SURROUNDINGS)
-    folder = writable_folder(Path(HydraConfig.get().runtime.output_dir), "hydra.run.dir")
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
-    store = Store(Path(config["store"] or default_root()), config["accept"])
-    precheck(method)
+    precheck(method(config))
 
-    choices = dict(HydraConfig.get().runtime.choices)
-    described = {group: choices[group] for group in method if group in choices}
-    described |= {
-        "removed": config["pruning"]["remove"],
-        "size": config["dataset"]["size"],
-        "seed": config["seed"],
-    }
-    flat = flatten(method) | described
-    track = build(config["wandb"])
-    with track(folder, digest(method)[:16], config["run"]["name"], flat) as tracker:
-        found = recover(store, Runtime(device=_device(config["device"]), log=tracker.log), **method)
-        summary = conclude(found, store, folder, config["run"]["name"], described)
+
+def look(config: dict[str, Any]) -> Plan:
+    """What a run of this configuration would build. Nothing is built but the rows of its data set."""
+    plan = Plan(Path(config["store"] or default_root()), config["accept"])
+    recover(plan, Runtime(quiet=True), **method(config))
+    return plan
+
+
+def run(cfg: DictConfig) -> Path | None:
+    """Compose, check, recover, report. Returns the path of `summary.json` (None after `dry_run`); raises
+    UserError."""
+    config = resolve(cfg)
+    verify(config)
+    if config["dry_run"]:
+        describe([look(config)])
+        return None
+    folder = writable_folder(Path(HydraConfig.get().runtime.output_dir), "hydra.run.dir")
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    store = Store(Path(config["store"] or default_root()), config["accept"])
+    with _tracker(config, store, folder) as tracker:
+        runtime = Runtime(device=_device(config["device"]), log=tracker.log)
+        found, report = recover(store, runtime, **method(config))
+        about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
+        summary = conclude(found, report, folder, about)
         tracker.summarise(flatten(summary))
     return folder / "summary.json"
+
+
+@contextmanager
+def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
+    """Metrics to CSV and W&B. A finished cell of a sweep that W&B has seen already opens no second run there."""
+    settings, identity = config["wandb"], digest(method(config))[:16]
+    seen = store.root / ".tracked" / digest([identity, settings])
+    again = HydraConfig.get().mode is RunMode.MULTIRUN and seen.exists()
+    if again and all(step.present for step in look(config).steps):
+        settings = {**settings, "mode": "disabled"}
+    flat = flatten(method(config)) | config["choices"]
+    with build(settings)(folder, identity, config["run"]["name"], flat) as tracker:
+        yield tracker
+    seen.parent.mkdir(exist_ok=True)
+    seen.touch()
+
+
+def method(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is built."""
+    return {key: value for key, value in config.items() if key not in SURROUNDINGS}
 
 
 def _device(wanted: str) -> str:
@@ -166,7 +202,8 @@ def _device(wanted: str) -> str:
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
     try:
-        print(run(cfg))
+        if summary := run(cfg):
+            print(summary)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -175,5 +212,6 @@ def main(cfg: DictConfig) -> None:
 
 
 register()
+install(verify, look)
 if __name__ == "__main__":
     main()

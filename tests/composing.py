@@ -12,6 +12,13 @@ from omegaconf import DictConfig, open_dict
 
 from sddx.config import CONF, register
 
+# A run of seconds: a few rows, steps and items.
+SMALL = (
+    "dataset.size=48", "validation=8", "calibration.size=32", "text.size=16", "trainer.batch_size=8",
+    "trainer.log_every=1", "trainer.epochs=1", "evaluation.tasks=[tiny_arithmetic,tiny_facts]",
+    "evaluation.limit=6", "generation.max_new_tokens=48", "wandb.mode=disabled", "run.name=small", "device=cpu",
+)  # fmt: skip
+
 
 @contextmanager
 def composed(*overrides: str, out: Path | None = None, config_dir: Path | None = None) -> Iterator[DictConfig]:

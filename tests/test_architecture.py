@@ -14,7 +14,7 @@ LEVELS = [
     {"records", "runtime"},
     {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
     {"models", "data", "importance", "surgery", "evaluation"},
-    {"training", "report", "tiny"},
+    {"training", "report", "tiny", "sweep"},
     {"stages", "compare"},
     {"train"},
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import composed
+from composing import SMALL, composed
 
 import sddx
 from sddx.compare import main as compare
@@ -21,11 +21,6 @@ from sddx.records import UserError
 from sddx.train import run
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
-SMALL = (
-    "dataset.size=48", "validation=8", "calibration.size=32", "text.size=16", "trainer.batch_size=8",
-    "trainer.log_every=1", "trainer.epochs=1", "evaluation.tasks=[tiny_arithmetic,tiny_facts]",
-    "evaluation.limit=6", "generation.max_new_tokens=48", "wandb.mode=disabled", "run.name=small", "device=cpu",
-)  # fmt: skip
 
 
 def job(out: Path, store: Path, *overrides: str, config_dir: Path | None = None) -> dict:

@@ -1,9 +1,10 @@
-"""What a run found: `summary.json`, `samples.json` and `table.md` in the run folder, from its artifacts."""
+"""What a run found, from its artifacts: the record of them, the summary, and the files in the run folder."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sddx.evaluation.harness import compact
 from sddx.evaluation.recovery import summarise
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
-from sddx.store import Store
+from sddx.store import manifest
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,20 @@ class Found:
     student: Artifact
     results: dict[str, Artifact]
 
+    def artifacts(self) -> list[Artifact]:
+        """All of them in one row, from which `of` makes the record again."""
+        return [self.model, *self.scores, self.cut, self.data, *self.rows, self.student, *self.results.values()]
+
+    @classmethod
+    def of(cls, artifacts: Sequence[Artifact]) -> Found:
+        by_stage: dict[str, list[Artifact]] = {}
+        for artifact in artifacts:
+            by_stage.setdefault(artifact.stage, []).append(artifact)
+        rows = by_stage.get("distill") or by_stage["rows"]
+        one = {name: by_stage[stage][0] for name, stage in STAGES.items()}
+        results = dict(zip(table.MODELS, by_stage["evaluate"], strict=True))
+        return cls(scores=by_stage.get("score", []), rows=rows, results=results, **one)
+
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
         distilled = [shard for shard in self.rows if shard.stage == "distill"]
@@ -39,21 +54,33 @@ class Found:
         stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
+    def rewrites(self) -> list[Rewrite]:
+        """The judged answers that training drew on (without the held-out shard); empty for reference data."""
+        shards = [shard for shard in self.rows[1:] if shard.stage == "distill"]
+        return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
 
-def conclude(found: Found, store: Store, folder: Path, name: str, choices: dict[str, Any]) -> dict[str, Any]:
-    """Write the run's results, print them, and return the summary. The last line printed names the file."""
-    results = {model: _read(result, "results.json") for model, result in found.results.items()}
-    summary = {"name": name, "choices": choices, **_quality(found, results), **_cost(found, store)}
-    summary["store"] = str(store.root)
-    summary["accepted_sources"] = store.accepted
-    _write(folder / "samples.json", {model: compact(result) for model, result in results.items()})
-    _write(folder / "table.md", table.markdown(summary))
-    _write(folder / "summary.json", summary)
+
+STAGES = {"model": "model", "cut": "prune", "data": "prepare", "student": "train"}  # of what a run has one of
+
+
+def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the run's results into its folder, print them, and return the summary: `about` the run (its name,
+    its store) and what its report says. The last line printed names the file."""
+    summary = {**about, **_read(report, "summary.json")}
+    write(folder / "samples.json", (report.path / "samples.json").read_text())
+    write(folder / "table.md", table.markdown(summary))
+    write(folder / "summary.json", summary)
     console = Console(width=max(100, Console().width))  # narrower, numbers are cut off
-    if rewrites := _rewrites(found):
+    if rewrites := found.rewrites():
         table.acceptance(rewrites, console)
     table.show(summary, console)
     return summary
+
+
+def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the run's artifacts say: the summary, and by model what comparisons need of every item."""
+    results = {model: _read(result, "results.json") for model, result in found.results.items()}
+    return {**_quality(found, results), **_cost(found)}, {model: compact(r) for model, r in results.items()}
 
 
 def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
@@ -84,13 +111,14 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cost(found: Found, store: Store) -> dict[str, Any]:
+def _cost(found: Found) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
     cut = Cut.load(found.cut.path / "cut.json")
     training = _read(found.student, "training.json")
-    rewrites = _rewrites(found)
+    rewrites = found.rewrites()
     manifests = {
-        stage: [store.manifest(artifact) for artifact in artifacts] for stage, artifacts in found.built().items()
+        stage: [manifest.read(artifact.path) or {} for artifact in artifacts]
+        for stage, artifacts in found.built().items()
     }
     student = manifests["train"][0]
     return {
@@ -121,17 +149,11 @@ def _cost(found: Found, store: Store) -> dict[str, Any]:
     }
 
 
-def _rewrites(found: Found) -> list[Rewrite]:
-    """The judged answers that training drew on (without the held-out shard); empty for reference data."""
-    shards = [shard for shard in found.rows[1:] if shard.stage == "distill"]
-    return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
-
-
 def _read(artifact: Artifact, name: str) -> Any:
     return json.loads((artifact.path / name).read_text(encoding="utf-8"))
 
 
-def _write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> None:
     """The file appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")

@@ -61,16 +61,26 @@ class Store:
         `spec` is not plain JSON.
         """
         recipe = digest.recipe(stage, inputs, spec)
-        artifact = Artifact(recipe.stage, recipe.key, self._folder(recipe) / recipe.key)
-        found = artifact if _sound(artifact.path) else self._old(recipe)
-        if found:
-            return _hit(found, runtime)
+        artifact, present = self._find(recipe)
+        if present:
+            return _hit(artifact, runtime)
         with _lock(artifact):
             if _sound(artifact.path):
                 return _hit(artifact, runtime)
             self._explain(recipe, artifact)
             _make(stage, inputs, artifact, recipe, runtime, spec)
         return artifact
+
+    def find(self, stage: Stage, /, *inputs: Artifact, **spec: Any) -> tuple[Artifact, bool]:
+        """The artifact that `build` would give, and whether it is there already. Nothing is made."""
+        return self._find(digest.recipe(stage, inputs, spec))
+
+    def _find(self, recipe: digest.Recipe) -> tuple[Artifact, bool]:
+        artifact = Artifact(recipe.stage, recipe.key, self._folder(recipe) / recipe.key)
+        if _sound(artifact.path):
+            return artifact, True
+        old = self._old(recipe)
+        return (old, True) if old else (artifact, False)
 
     def source(self, name: str, path: Path) -> Artifact:
         """A file, or a folder with its visible files, as an artifact that is used where it lies.

@@ -1,0 +1,96 @@
+"""Figures as SVG text that takes its colours from the page, so that they are read in light and in dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from sddx.report.curves import AXES, Family, Run
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+INK = "#010203"  # stands for the page's own text colour
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    colours = {
+        key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    }
+    matplotlib.rcParams.update(colours | {"svg.fonttype": "none", "svg.hashsalt": "sddx", "font.size": 11})
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The drawing alone, to stand inside a page, with a label for those who cannot see it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    start = f'<svg role="img" aria-label="{label}" '
+    return start + text[text.index("<svg ") + len("<svg ") :].replace(INK, "currentColor")
+
+
+def curves(family: Family, measure: str, title: str) -> str:
+    """One measure over the family's axis, one line an arm, with bands over seeds."""
+    figure, axis = _figure(6, 3.6)
+    for arm, colour in zip(family.arms, COLOURS, strict=False):
+        points = family.curve(arm, measure)
+        xs = [point.x for point in points]
+        axis.plot(xs, [100 * p.interval.estimate for p in points], "o-", color=colour, label=arm, ms=4)
+        if any(point.interval.half_width for point in points):
+            low, high = ([100 * getattr(p.interval, side) for p in points] for side in ("low", "high"))
+            axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
+    if measure == "recovery":
+        xs, shares = zip(*family.pruned(), strict=True)
+        axis.plot(xs, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2)
+    axis.set_xlabel(AXES[family.axis])
+    axis.set_ylabel("%")
+    if family.axis in ("size", "learning_rate", "rank"):
+        axis.set_xscale("log", base=2)
+        ticks = sorted({run["choices"][family.axis] for run in family.runs})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    elif family.axis == "removed":
+        axis.set_xticks(sorted({run["choices"]["removed"] for run in family.runs}))
+    axis.legend(frameon=False, fontsize=10)
+    return _svg(figure, f"{title} over {AXES[family.axis]}")
+
+
+def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) -> str:
+    """Angular distance of every run of blocks, by its first block and its size; chosen cuts are ringed."""
+    total = len(mean) - 1
+    figure, axis = _figure(6, 4.2)
+    sizes = range(1, total)
+    grid = [[mean[s][s + n] if s + n <= total else float("nan") for s in range(total)] for n in sizes]
+    image = axis.imshow(
+        grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, total - 0.5, 0.5, total - 0.5)
+    )
+    figure.colorbar(image, ax=axis, label="angular distance")
+    for removed in cuts:
+        axis.plot(removed[0], len(removed), "o", mfc="none", mec="white", ms=11, mew=2)
+        axis.plot(removed[0], len(removed), "o", mfc="none", mec="#d55e00", ms=13, mew=1.5)
+    axis.set_xlabel("first block of the run")
+    axis.set_ylabel("blocks in the run")
+    return _svg(figure, "Angular distance by first block and number of blocks")
+
+
+def quality_against_cost(runs: Sequence[Run]) -> str:
+    """Recovery of every run over the seconds that its training (and its self-data) took."""
+    figure, axis = _figure(6, 3.6)
+    names = sorted({run["choices"]["loss"] for run in runs}, key=lambda arm: (arm != "sft", arm))
+    for arm, colour in zip(names, COLOURS, strict=False):
+        of_arm = [run for run in runs if run["choices"]["loss"] == arm]
+        seconds = [run["seconds"]["train"] + run["seconds"].get("distill", 0) for run in of_arm]
+        axis.plot(seconds, [100 * run["recovery"] for run in of_arm], "o", color=colour, label=arm, ms=5, alpha=0.8)
+    axis.set_xlabel("seconds for training and self-data")
+    axis.set_ylabel("recovery, %")
+    axis.legend(frameon=False, fontsize=10)
+    return _svg(figure, "Recovery over seconds of training and self-data")

@@ -1,0 +1,157 @@
+"""The cells of a grid: what each runs, what it is called, and what became of it, on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sddx.config import resolve
+from sddx.records import UserError
+from sddx.store.digest import digest
+
+RECORD, LOCK, TRACEBACK = "cell.json", "cell.lock", "traceback.txt"
+# How a setting that varies is written into a cell's name; any other as `key=value`.
+SHORT: dict[str, Callable[[str], str]] = {
+    "pruning.remove": lambda value: f"{value}out",
+    "dataset.size": lambda value: f"{int(value) / 1000:g}k" if value.isdigit() else value,
+    "tuning.rank": lambda value: f"r{value}",
+    "seed": lambda value: f"s{value}",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: Hydra's composed configuration, and the same as plain values."""
+
+    number: int
+    overrides: tuple[str, ...]
+    composed: DictConfig
+    config: dict[str, Any]
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The overrides by name, without Hydra's signs for adding."""
+        return dict(override.lstrip("+").partition("=")[::2] for override in self.overrides)
+
+    @property
+    def name(self) -> str:
+        return self.config["run"]["name"]
+
+    @property
+    def folder(self) -> Path:
+        HydraConfig.instance().set_config(self.composed)  # the folder's name is an interpolation
+        sweep = self.composed.hydra.sweep
+        return (Path(sweep.dir) / str(sweep.subdir)).absolute()
+
+    def labelled(self, name: str, group: str) -> Cell:
+        """The same cell under this name, and in this W&B group unless the user gave one."""
+        with open_dict(self.composed):
+            self.composed.run.name = name
+            self.composed.wandb.group = self.composed.wandb.group or group
+        return _cell(self.composed, self.overrides, self.number)
+
+
+def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
+    """Every cell of a grid, named for what varies in it: `3out-sdd-8k-s0`.
+
+    `load` composes Hydra's configuration of one cell. Raises UserError where two cells would have one name.
+    """
+    numbered = [(first + place, tuple(given)) for place, given in enumerate(overrides)]
+    cells = [_cell(_numbered(load(list(given)), number), given, number) for number, given in numbered]
+    parts = varying(cells)
+    group = "-".join([*(part.split(".")[-1] for part in parts), digest([cell.config for cell in cells])[:8]])
+    cells = [cell.labelled(_name(cell, parts), group) for cell in cells]
+    doubled = sorted(label for label, count in Counter(cell.name for cell in cells).items() if count > 1)
+    if doubled:
+        raise UserError(
+            f"Several cells of the sweep have one name: {', '.join(doubled)}. Leave run.name to sddx, or make it "
+            "of what varies; a cell that is there twice must be taken out."
+        )
+    return cells
+
+
+def _numbered(composed: DictConfig, number: int) -> DictConfig:
+    with open_dict(composed):
+        composed.hydra.job.id = composed.hydra.job.num = number
+    return composed
+
+
+def _cell(composed: DictConfig, overrides: tuple[str, ...], number: int) -> Cell:
+    HydraConfig.instance().set_config(composed)
+    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    return Cell(number, overrides, composed, resolve(plain))
+
+
+def varying(cells: Sequence[Cell]) -> list[str]:
+    """The groups and settings that the cells were given different values of."""
+    keys = dict.fromkeys(key for cell in cells for key in cell.given)
+    return sorted([key for key in keys if len({cell.given.get(key) for cell in cells}) > 1], key=_place)
+
+
+def _place(part: str) -> tuple[int, str]:
+    known = ["model", "pruning.remove", "pruning", "loss", "dataset", "dataset.size", "tuning", "tuning.rank"]
+    return (99 if part == "seed" else known.index(part) if part in known else 50, part)
+
+
+def _name(cell: Cell, parts: Sequence[str]) -> str:
+    if "run.name" in cell.given or not parts:
+        return cell.name
+    return "-".join(_short(part, cell.given[part]) for part in parts)
+
+
+def _short(key: str, value: str) -> str:
+    """`3out`, `8k`, `s0`; the option of a group as it is; any other setting with the last part of its name."""
+    plain = value.replace("/", "_")
+    if key in SHORT:
+        return SHORT[key](plain)
+    return plain if "." not in key else f"{key.split('.')[-1]}={plain}"
+
+
+def write(folder: Path, **fields: Any) -> None:
+    """Add to a cell's record, which is complete at every moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RECORD}.{os.getpid()}"
+    temporary.write_text(json.dumps(read(folder) | fields, indent=1) + "\n")
+    os.replace(temporary, folder / RECORD)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A cell's record; empty where there is none."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / RECORD).read_text())
+    return {}
+
+
+def state(folder: Path) -> str:
+    """waiting, running, done, failed, interrupted; or killed: it began, has no end, and nobody holds its lock."""
+    recorded = read(folder).get("state", "waiting")
+    return "killed" if recorded == "running" and not _held(folder) else recorded
+
+
+def _held(folder: Path) -> bool:
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Marks a cell as running by this process, as long as the body runs or the process lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        write(folder, state="running", started=time.time(), process=os.getpid(), host=socket.gethostname())
+        yield

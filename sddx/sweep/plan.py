@@ -1,0 +1,98 @@
+"""What a grid will build and about how long it will take, before it starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sddx.records import Artifact
+from sddx.runtime import Runtime
+from sddx.store import Stage, Store, manifest
+
+RECENT = 20  # artifacts of a stage whose durations are looked at
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one run: whether the store has it, and how much work it is, in which unit (see `work`)."""
+
+    stage: str
+    key: str
+    present: bool
+    work: tuple[str, float]
+
+
+class Plan(Store):
+    """A store that is only looked into: `build` names the artifact that a stage would make and notes it in `steps`.
+    The rows of a data set are prepared all the same: the keys of what follows depend on them."""
+
+    def __init__(self, root: Path, accept: Collection[str] = ()) -> None:
+        super().__init__(root, accept)
+        self.steps: list[Step] = []
+
+    def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
+        if stage.__name__ == "prepare":
+            return super().build(stage, *inputs, runtime=runtime, **spec)
+        artifact, present = self.find(stage, *inputs, **spec)
+        amount = work(stage.__name__, [made.stage for made in inputs], spec)
+        self.steps.append(Step(stage.__name__, artifact.key, present, amount))
+        return artifact
+
+    def rates(self) -> dict[str, float]:
+        """The median seconds that a unit of work took, over what this store built of each stage of late."""
+        seconds: dict[str, list[float]] = {}
+        for stage in {step.stage for step in self.steps}:
+            folders = [path for path in (self.root / stage).glob("*/*") if not path.suffix]
+            recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-RECENT:]
+            for made in filter(None, map(manifest.read, recent)):
+                unit, amount = work(stage, [given["stage"] for given in made["inputs"]], made["spec"])
+                seconds.setdefault(unit, []).append(made["seconds"] / amount)
+        return {unit: median(found) for unit, found in seconds.items()}
+
+
+def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, float]:
+    """What a stage's duration grows with: a unit, and how many of them. For training, shards of rows times
+    epochs, or steps of so many rows, or tokens, as its budget says; for every other stage itself."""
+    if stage != "train":
+        return stage, 1
+    trainer = spec["trainer"]
+    if trainer["budget"] == "steps":
+        return f"steps of {trainer['batch_size']}", trainer["steps"]
+    if trainer["budget"] == "tokens":
+        return "tokens", trainer["tokens"]
+    shards = sum(name in ("rows", "distill") for name in inputs) - 1  # one is held out
+    return "shards", max(shards, 1) * trainer["epochs"]
+
+
+def describe(plans: Sequence[Plan]) -> None:
+    """Print the number of cells, of distinct stages, of those in the store, and the estimated time."""
+    steps = {step.key: step for plan in plans for step in plan.steps}
+    missing = [step for step in steps.values() if not step.present]
+    seconds, unknown = estimate(missing, plans[0].rates())
+    parts = ", ".join(f"{count} {stage}" for stage, count in Counter(step.stage for step in missing).items())
+    print(f"{len(plans)} cells, {len(steps)} distinct stages, {len(steps) - len(missing)} of them in the store.")
+    if missing:
+        doubt = f", without {', '.join(unknown)}, which this store has not built yet" if unknown else ""
+        print(f"To build: {parts}; about {clock(seconds)}{doubt}.")
+
+
+def estimate(steps: Sequence[Step], rates: dict[str, float]) -> tuple[float, list[str]]:
+    """Seconds for these steps one after the other, and the stages of which the store knows no duration.
+
+    A stage's duration is its work times what a unit of it took in this store of late.
+    """
+    known = [step for step in steps if step.work[0] in rates]
+    unknown = sorted({step.stage for step in steps} - {step.stage for step in known})
+    return sum(rates[unit] * amount for unit, amount in (step.work for step in known)), unknown
+
+
+def clock(seconds: float) -> str:
+    """A duration in words: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

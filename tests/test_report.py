@@ -1,0 +1,139 @@
+"""The report: curves and comparisons by hand, and a page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy.stats import t, ttest_rel
+
+from sddx.report import __main__ as report
+from sddx.report import page
+from sddx.report.curves import MEASURES, differences, families
+from sddx.sweep import cells
+
+TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
+
+
+def run(loss: str = "sft", seed: int = 0, removed: int = 3, gain: float = 0.0, **choices: object) -> dict:
+    """A finished run, with the fields that a summary.json has."""
+    scores = {task: score + gain for task, score in TASKS.items()}
+    models = {"unpruned": dict.fromkeys(TASKS, 1.0), "pruned": dict.fromkeys(TASKS, 0.4), "recovered": scores}
+    for found in models.values():
+        found["average"] = sum(found.values()) / 3
+    recovery = models["recovered"]["average"]
+    return {
+        "choices": {"loss": loss, "seed": seed, "removed": removed, "size": 1500, "model": "tiny", **choices},
+        "scores": models, "trained": ["trained"], "recovery": recovery, "recovery_low": recovery - 0.01,
+        "recovery_high": recovery + 0.01, "recovery_trained": scores["trained"], "recovery_above_chance": recovery,
+        "recovery_held_out": (scores["held"] + scores["other"]) / 2, "gap_closed": (recovery - 0.4) / 0.6,
+        "pruned_recovery": 0.4, "fallback_share": None if loss == "sft" else 0.1, "examples": 100,
+        "supervised_tokens": 1000, "steps": 10, "seconds": {"train": 5.0, "evaluate_recovered": 2.0},
+        "peak_memory": {"train": 2**30}, "parameters": {"unpruned": 100, "pruned": 75}, "artifacts": {},
+        "cut": [0, 1], "store": "nowhere",
+    }  # fmt: skip
+
+
+GAINS = {("sft", 0): 0.00, ("sft", 1): 0.02, ("sft", 2): 0.01, ("sdd", 0): 0.03, ("sdd", 1): 0.04, ("sdd", 2): 0.06}
+
+
+def grid() -> list[dict]:
+    """Two block counts, two arms, three seeds."""
+    return [run(*key, removed=n, gain=gain - n / 100) for n in (2, 3) for key, gain in GAINS.items()]
+
+
+def test_a_point_is_the_mean_over_seeds_with_its_t_interval() -> None:
+    (family,) = families(grid())
+    first, second = family.curve("sft", "recovery")
+    values = [sum(TASKS.values()) / 3 + gain - 0.02 for gain in (0.0, 0.02, 0.01)]
+    assert (family.axis, first.x, second.x, first.seeds) == ("removed", 2, 3, 3)
+    assert first.interval.estimate == pytest.approx(sum(values) / 3)
+    assert first.interval.half_width == pytest.approx(t.ppf(0.975, 2) * 0.01 / 3**0.5)
+    assert family.arms == ["sft", "sdd"] and family.pruned() == [(2, 0.4), (3, 0.4)]
+
+
+def test_one_seed_has_the_interval_over_items_and_says_so() -> None:
+    (family,) = families([run(removed=2), run(removed=3)])
+    point = family.curve("sft", "recovery")[0]
+    assert point.interval.contains == "items" and point.interval.half_width == pytest.approx(0.01)
+    assert family.curve("sft", "recovery_held_out")[0].interval.half_width == 0
+
+
+def test_runs_that_differ_otherwise_are_other_curves() -> None:
+    """Two models over two block counts are two families, named for the model."""
+    both = [run(removed=n, model=model) for n in (2, 3) for model in ("tiny", "large")]
+    assert {(family.axis, family.fixed) for family in families(both)} == {
+        ("removed", "model tiny"), ("removed", "model large")
+    }  # fmt: skip
+
+
+def test_differences_are_paired_and_adjusted() -> None:
+    """The p of scipy's paired test, times two by Holm for the smaller of two; only seeds in common count."""
+    found = differences([*grid(), run("sdd", seed=7, removed=2, gain=0.5)])
+    assert [(d.where, d.arm, d.seeds) for d in found] == [("removed 2", "sdd", 3), ("removed 3", "sdd", 3)]
+    p = ttest_rel([0.03, 0.04, 0.06], [0.00, 0.02, 0.01]).pvalue
+    assert found[0].average.estimate == pytest.approx(100 * (0.03 + 0.02 + 0.05) / 3)
+    assert found[0].p_average == pytest.approx(2 * p)
+    assert found[0].held_out.estimate == pytest.approx(found[0].average.estimate)
+
+
+class Outside(HTMLParser):
+    """Collects what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.counted: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.counted[tag] = self.counted.get(tag, 0) + 1
+        given = dict(attrs)
+        links = [given.get("src"), given.get("href"), given.get("xlink:href")]
+        self.fetched += [link for link in links if link and not link.startswith("#")]
+
+
+def test_the_page_stands_alone_and_shows_every_figure_with_its_numbers() -> None:
+    text = page.html(page.contents(grid(), [("s9", "failed", "<b>no room</b>")]))
+    seen = Outside()
+    seen.feed(text)
+    assert not seen.fetched and "<script" not in text
+    assert seen.counted["svg"] == len(MEASURES) + 1 and seen.counted["details"] == len(MEASURES)
+    assert "&lt;b&gt;no room" in text and "currentColor" in text and "#010203" not in text
+    assert all(
+        f'href="#{name}"' in text and f'id="{name}"' in text for name in ("arms", "differences", "cost", "failed")
+    )
+
+
+def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, found in enumerate(grid()):
+        (tmp_path / f"sweep/{number}").mkdir(parents=True)
+        (tmp_path / f"sweep/{number}/summary.json").write_text(json.dumps(found))
+    cells.write(tmp_path / "sweep/99", number=99, name="s9", state="failed", reason="no room")
+    assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out/report.csv").open()))
+    assert len(rows) == 12 and {row["removed"] for row in rows} == {"2", "3"}
+    assert float(rows[0]["recovery"]) == pytest.approx(grid()[0]["recovery"])
+    tables = (tmp_path / "out/report.md").read_text()
+    assert "| removed 2 | sdd | 3 |" in tables and "no room" in tables
+    assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + 1
+
+
+def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
+    for number, gain in enumerate((0.1, 0.2)):
+        folder = tmp_path / f"report/a/{number}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "summary.json").write_text(json.dumps(run(gain=gain)))
+    os.utime(tmp_path / "report/a/0/summary.json", (1, 1))
+    (found,) = page.of_store(tmp_path)
+    assert found["recovery"] == run(gain=0.2)["recovery"] and found["store"] == str(tmp_path)
+
+
+def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "no finished run" in capsys.readouterr().err and not (tmp_path / "out").exists()

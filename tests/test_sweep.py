@@ -1,0 +1,177 @@
+"""Grids: checked before the first cell starts, every cell accounted for, the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composing import SMALL
+from filelock import FileLock
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+import sddx.train
+from sddx.sweep import __main__ as look
+from sddx.sweep import cells
+from sddx.sweep.plan import clock, estimate
+
+TINY = (*(given for given in SMALL if not given.startswith("run.name")), "trainer.budget=steps", "trainer.steps=2")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command in an empty folder; gives the exit status and the folders of the cells of that sweep."""
+    monkeypatch.chdir(tmp_path)
+    runs = iter(range(100))
+
+    def command(*given: str, store: Path | None = None) -> tuple[int, list[Path]]:
+        out = tmp_path / f"sweep{next(runs)}"
+        where = (f"store={store or tmp_path / 'store'}", f"hydra.sweep.dir={out}", f"hydra.run.dir={out}")
+        flags = [word for word in given if word.startswith("--")]
+        settings = [word for word in given if not word.startswith("--")]
+        monkeypatch.setattr(sys, "argv", ["sddx.train", *flags, *TINY, *where, *settings])
+        GlobalHydra.instance().clear()
+        try:
+            sddx.train.main()
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return status, sorted(path.parent for path in out.glob(f"*/{cells.RECORD}"))
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that the tests of this module share."""
+    return tmp_path_factory.mktemp("store")
+
+
+def test_cells_end_done_and_are_named_for_what_varies(sweep, store, capsys) -> None:
+    status, folders = sweep("--multirun", "loss=sft,sdd", "seed=0,1", store=store)
+    assert status == 0 and [cells.state(folder) for folder in folders] == ["done"] * 4
+    assert [cells.read(folder)["name"] for folder in folders] == ["sft-s0", "sft-s1", "sdd-s0", "sdd-s1"]
+    assert all((folder / "summary.json").is_file() for folder in folders)
+    printed = capsys.readouterr().out
+    assert "4 cells, 18 distinct stages, 0 of them in the store." in printed
+    assert "4 of 4 cells are done." in printed
+
+
+def test_the_same_command_again_builds_nothing_and_opens_no_run(sweep, store, monkeypatch, capsys) -> None:
+    """Each cell has its summary, its table and its curves again."""
+    command = ("--multirun", "seed=0,1", "wandb.mode=offline")
+    _, first = sweep(*command, store=store)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a stage was built again")
+
+    monkeypatch.setattr("sddx.store._make", refuse)
+    status, again = sweep(*command, store=store)
+    assert status == 0 and "12 distinct stages, 12 of them in the store.\n" in capsys.readouterr().out
+    for old, new in zip(first, again, strict=True):
+        assert (old / "wandb").is_dir() and not (new / "wandb").exists()
+        assert (new / "metrics.csv").read_text() == (old / "metrics.csv").read_text()
+        assert json.loads((new / "summary.json").read_text()) == json.loads((old / "summary.json").read_text())
+
+
+def test_a_cell_alone_and_inside_a_sweep_is_the_same_to_the_last_bit(sweep, store, tmp_path) -> None:
+    """In a store of its own, after another cell: same weights, same scores."""
+    _, folders = sweep("--multirun", "seed=3,4", store=store)
+    status, _ = sweep("seed=4", store=tmp_path / "alone")
+    assert status == 0
+    weights = [
+        load_file(next(where.glob(f"train/*/{key}/adapter_model.safetensors")))
+        for where, key in ((store, trained(folders[1])), (tmp_path / "alone", trained(tmp_path / "sweep1")))
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def trained(folder: Path) -> str:
+    return json.loads((folder / "summary.json").read_text())["artifacts"]["train"]
+
+
+def test_a_failing_cell_leaves_its_reason_and_the_others_go_on(sweep, store, capsys) -> None:
+    status, folders = sweep("--multirun", "loss=sft", "trainer.learning_rate=1e-3,1e30,2e-3", store=store)
+    assert status == 1 and [cells.state(folder) for folder in folders] == ["done", "failed", "done"]
+    assert "training stopped at step" in cells.read(folders[1])["reason"]
+    assert "TrainingDiverged" in (folders[1] / cells.TRACEBACK).read_text()
+    printed = capsys.readouterr().out
+    assert "2 of 3 cells are done." in printed and "learning_rate=1e+30 failed: training stopped" in printed
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), MemoryError("no room"), RuntimeError("CUDA out of memory")])
+def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch) -> None:
+    """SystemExit too, which would end Hydra's own sweep."""
+    monkeypatch.setattr(sddx.train, "look", lambda config: SimpleNamespace(steps=[], rates=dict))
+    monkeypatch.setattr("sddx.sweep.launcher.describe", lambda plans: None)
+    seen = []
+
+    def fail(store, runtime, *, seed: int, **method: object) -> None:
+        seen.append(seed)
+        raise error
+
+    monkeypatch.setattr(sddx.train, "recover", fail)
+    monkeypatch.setattr(sddx.train, "verify", lambda config: None)
+    sddx.train.install(sddx.train.verify, sddx.train.look)
+    status, folders = sweep("--multirun", "seed=0,1")
+    monkeypatch.undo()
+    sddx.train.install(sddx.train.verify, sddx.train.look)
+    assert status == 1 and seen == [0, 1]
+    assert [cells.state(folder) for folder in folders] == ["failed", "failed"]
+    assert cells.read(folders[0])["reason"].startswith(type(error).__name__)
+
+
+def test_every_mistake_of_every_cell_is_told_before_the_first_starts(sweep, capsys) -> None:
+    """Once each, with the cells that make it; nothing is run."""
+    status, folders = sweep("--multirun", "pruning.remove=3,40", "loss=sft,sdd", "evaluation.tasks=[tiny_fact]")
+    told = capsys.readouterr().err
+    assert status == 2 and not folders
+    assert "4 of 4 cells cannot run" in told and "tiny_facts" in told and "Traceback" not in told
+
+
+def test_only_the_cells_that_are_wrong_are_named(sweep, capsys) -> None:
+    status, _ = sweep("--multirun", "pruning.remove=3,40", "loss=sft,sdd")
+    told = capsys.readouterr().err
+    assert status == 2 and "2 of 4 cells cannot run" in told and "40out-sft, 40out-sdd: pruning.remove=40" in told
+
+
+def test_two_cells_of_one_name_are_refused(sweep, capsys) -> None:
+    status, _ = sweep("--multirun", "run.name=same", "seed=0,1")
+    assert status == 2 and "one name: same" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_would_be_built_and_builds_nothing(sweep, tmp_path, capsys) -> None:
+    status, folders = sweep("--multirun", "seed=0,1", "dry_run=true")
+    printed = capsys.readouterr().out
+    assert status == 0 and not folders and "2 cells, " in printed and "2 train" in printed
+    assert {path.name for path in (tmp_path / "store").iterdir() if path.name[0] != "."} == {"prepare"}
+
+
+def test_a_killed_cell_is_recognised_by_its_free_lock(tmp_path: Path) -> None:
+    """A record that says running is believed as long as somebody holds the lock."""
+    with cells.running(tmp_path):
+        assert cells.read(tmp_path)["state"] == "running"
+    with FileLock(tmp_path / cells.LOCK):
+        assert cells.state(tmp_path) == "running"
+    assert cells.state(tmp_path) == "killed"
+    assert cells.state(tmp_path / "other") == "waiting"
+
+
+def test_status_shows_every_cell_with_its_reason(tmp_path: Path, capsys) -> None:
+    for number, (state, more) in enumerate((("done", {"seconds": 75.0}), ("failed", {"reason": "no\nmore"}))):
+        cells.write(tmp_path / f"{number}", number=number, name=f"s{number}", overrides=[], state=state, **more)
+    assert look.main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "75 s" in printed and printed.count("no\n") == 1 and "2 cells: 1 failed, 1 done" in printed
+    assert look.main(["status", str(tmp_path / "empty")]) == 2
+
+
+def test_durations_are_work_times_what_a_unit_took() -> None:
+    steps = [SimpleNamespace(stage="train", work=("shards", 6)), SimpleNamespace(stage="score", work=("score", 1))]
+    assert estimate(steps, {"shards": 2.0}) == (12.0, ["score"])
+    assert (clock(40), clock(600), clock(12_000)) == ("40 s", "10 min", "3 h 20 min")
