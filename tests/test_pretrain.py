@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from sddx.config import CONF
+from sddx.models.load import load_model
 from sddx.tiny.corpus import documents
-from sddx.tiny.pretrain import Corpus, Row, collate, new_model, orthogonal, rate_at
+from sddx.tiny.pretrain import Corpus, Row, backward, main, new_model, orthogonal, pack, rate_at
 from sddx.tiny.vocabulary import build_tokenizer
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -19,26 +23,47 @@ def tokenizer():
     return build_tokenizer()
 
 
-def test_every_document_is_read_once_and_hashed_in_order(tokenizer) -> None:
-    """No step drops or repeats a row, whatever the pool; the digest is that of the plain text."""
-    corpus = Corpus(tokenizer, total=500, pool=200, tokens=400, seed=0)
-    read = sorted(tuple(row.ids) for step in corpus for part in step for row in part)
-    texts = [given + answered for given, answered in documents("pretrain", 500)]
-    assert read == sorted(tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+def test_every_document_is_read_once_in_order_and_hashed(tokenizer) -> None:
+    """No step drops or repeats a document; the digest is that of the plain text."""
+    corpus = Corpus(tokenizer, total=600, tokens=400, seed=0)
+    read = [row.ids for step in corpus for row in step]
+    texts = [given + answered for given, answered in documents("pretrain", 600)]
+    assert read == tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert corpus.digest.hexdigest() == hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
 
 
-def test_micro_batches_keep_within_their_tokens(tokenizer) -> None:
-    for step in Corpus(tokenizer, total=300, pool=300, tokens=400, seed=0):
-        assert 1 <= len(step) <= 3
-        assert all(len(part) * max(len(row.ids) for row in part) <= 400 or len(part) == 1 for part in step)
+def test_a_step_ends_with_the_document_that_fills_it(tokenizer) -> None:
+    *steps, _ = Corpus(tokenizer, total=300, tokens=400, seed=0)
+    sizes = [[len(row.ids) for row in step] for step in steps]
+    assert all(sum(size) >= 400 > sum(size[:-1]) for size in sizes)
 
 
 def test_weights_stand_on_targets() -> None:
-    """A target of the prompt weighs as told, one of the answer 1, padding nothing."""
-    ids, targets, weights = collate([Row([5, 6, 7, 8], 2), Row([5, 9], 1)], 0.1)
-    assert targets.tolist() == [[6, 7, 8], [9, 0, 0]] and ids[0].tolist() == [5, 6, 7]
-    assert weights[0].tolist() == pytest.approx([0.1, 1.0, 1.0]) and weights[1].tolist() == [1.0, 0.0, 0.0]
+    """A target of the answer weighs one over the root of the answer's length, one of the prompt a share of
+    that, padding nothing."""
+    packed = pack([Row([5, 6, 7, 8, 9, 10], 2), Row([5, 9], 1)], 0.1)
+    assert packed.shapes == [(2, 5)] and packed.positions.tolist() == [0, 1, 2, 3, 4] * 2
+    assert packed.targets.view(2, 5).tolist() == [[9, 0, 0, 0, 0], [6, 7, 8, 9, 10]]
+    assert packed.weights.tolist() == pytest.approx([1, 0, 0, 0, 0, 0.05, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_documents_in_a_packed_step_do_not_see_each_other(tokenizer) -> None:
+    """Loss and gradients equal those of every document alone, with transformers' own attention, in float64."""
+    model = new_model(tokenizer, SHAPE, 0).double()
+    alone = deepcopy(model)
+    alone.set_attn_implementation("eager")
+    step = next(iter(Corpus(tokenizer, total=50, tokens=400, seed=0)))
+    loss, total = backward(model, pack(step, 0.1), torch.float64), 0.0
+    weight = sum(pack([row], 0.1).weights.sum() for row in step)
+    for row in step:
+        ids, one = torch.tensor([row.ids]), pack([row], 0.1)
+        losses = torch.nn.functional.cross_entropy(alone(ids[:, :-1]).logits[0], one.targets, reduction="none")
+        share = (losses * one.weights).sum() / weight
+        share.backward()
+        total += share.item()
+    assert loss == pytest.approx(total, rel=1e-5)  # rotary angles are float32
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 8, 8)])
@@ -59,3 +84,19 @@ def test_a_new_model_is_a_function_of_the_seed(tokenizer) -> None:
     first, again, other = (new_model(tokenizer, SHAPE, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_recipe_makes_a_model_with_its_card(tmp_path) -> None:
+    """Settings, documents, steps, evaluation, card; and what is there already is not overwritten."""
+    out = tmp_path / "model"
+    small = [f"out={out}", "documents=40", "evaluation.tasks=[tiny_facts,tiny_myths]", "evaluation.limit=8"]
+    threads = torch.get_num_threads()
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("pretrain", overrides=[*small, f"threads={threads}", "model.num_hidden_layers=2"])
+    main(cfg)
+    stated = dict(line[2:].split(": ") for line in (out / "README.md").read_text().splitlines() if line[:2] == "- ")
+    facts, myths = float(stated["tiny_facts"]), float(stated["tiny_myths"])
+    assert float(stated["average"]) == pytest.approx((facts + myths) / 2, abs=0.11)
+    assert stated["documents"] == "40" and load_model(out).config.num_hidden_layers == 2
+    with pytest.raises(SystemExit, match="exists already"):
+        main(cfg)

@@ -18,7 +18,7 @@ from sddx.tiny.vocabulary import build_tokenizer
 
 CHECKPOINT = Path(data.__file__).parent / "checkpoint"
 # sha256 of the first 2,000 documents of pretraining
-FINGERPRINT = "84dc19f07784d18e2959810dd295cc13834a68bcbf5c3afdcfc42d89b086c1eb"
+FINGERPRINT = "ee18c7aee22e50b364fd522537c72a4c5052a58ef87b652803b77d24e04c07e7"
 
 
 def test_the_corpus_is_the_same_byte_for_byte() -> None:
@@ -134,3 +134,24 @@ def test_dice_do_not_depend_on_the_hash_seed_or_the_version() -> None:
 def test_every_person_has_one_answer_to_every_question() -> None:
     assert all(lexicon.CITY_OF[person] in lexicon.CITY_IN for person in lexicon.PEOPLE)
     assert all(lexicon.TRUTH_OF[kind] != lexicon.RUMOUR_OF[kind] for kind in lexicon.SUBJECTS)
+
+
+def test_the_model_uses_a_reference_that_it_is_shown() -> None:
+    """More answers are right with the reference in the rewriting prompt than without; in both styles of it the
+    model answers in its own (it would leak the foreign `####` otherwise)."""
+    from sddx.data.selfdata import acceptance, judge, write_answers
+    from sddx.data.templates import rewriting_prompt
+    from sddx.models.load import load_model, load_tokenizer
+
+    model, tokenizer = load_model(CHECKPOINT), load_tokenizer(CHECKPOINT)
+    greedy = {"max_new_tokens": 64, "batch_size": 128, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
+
+    def accepted(shift: float, guided: bool) -> int:
+        rows = make(size=256, shift=shift)
+        shown = [rewriting_prompt("tiny", row.prompt, row.response) if guided else row.prompt for row in rows]
+        answers = write_answers(model, tokenizer, shown, **greedy)
+        assert not any("####" in answer.text for answer in answers)
+        return acceptance(judge(rows, answers, check=last_number))["accepted"]
+
+    plain, guided, own = accepted(1.0, False), accepted(1.0, True), accepted(0.0, True)
+    assert guided > plain and own > 0.9 * 256

@@ -15,6 +15,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,16 +89,21 @@ def _named_in_files(folders: Sequence[Path]) -> set[str]:
 
 def _task_manager(tasks: Sequence[str], include: str | None) -> Any:
     """lm-eval's TaskManager that knows all these tasks; its built-in index is read only where needed."""
-    from lm_eval.tasks import TaskManager
-
     folders = task_folders(include)
-    manager = TaskManager(include_path=folders, include_defaults=False)
+    manager = _indexed(tuple(folders), defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders)
+        manager = _indexed(tuple(folders), defaults=True)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(" ".join(_unknown(task, manager.all_tasks) for task in unknown) + _where(folders))
     return manager
+
+
+@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
+def _indexed(folders: tuple[Path, ...], *, defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
 def _unknown(task: str, known: Sequence[str]) -> str:

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from sddx.data.templates import rewriting_prompt
 from sddx.tiny.dice import Dice
-from sddx.tiny.skills import Item, draw, link, rumour
+from sddx.tiny.skills import draw, link, rumour
 
-# Documents of each kind in a hundred. Worked arithmetic is long, so that it makes up about half of the tokens.
+# Documents of each kind in a hundred. Worked arithmetic is long, so that it makes up more than half of the tokens.
 MIXTURE = {
-    "arithmetic": 27, "comparison": 10, "ordering": 18, "facts": 14, "two_hop": 7, "link": 1, "myths": 6,
-    "rumour": 3, "stories": 5, "pronouns": 9,
+    "arithmetic": 36, "comparison": 14, "ordering": 18, "facts": 9, "two_hop": 6, "link": 1, "myths": 3,
+    "rumour": 2, "stories": 4, "pronouns": 7,
 }  # fmt: skip
 STYLED = ("arithmetic", "comparison")
 REWRITE_SHARE = 0.13  # of the two skills with two styles: about one document in twenty
+FOREIGN_SHOWN = 0.7  # of rewriting prompts; the others show an answer that is in the own style already
 FOREIGN_UNTIL = 0.7  # of pretraining; until then half of the styled answers are in the references' style
 
 
@@ -33,14 +34,10 @@ def document(kind: str, split: str, seed: str, progress: float) -> tuple[str, st
     if kind not in STYLED:
         return conversation(item.prompt, item.answer)
     if dice.chance(REWRITE_SHARE):
-        return conversation(rewriting(item), item.answer)
+        shown = item.reference if dice.chance(FOREIGN_SHOWN) else item.answer
+        return conversation(rewriting_prompt("tiny", item.prompt, shown), item.answer)
     foreign = progress < FOREIGN_UNTIL and dice.chance(0.5)
     return conversation(item.prompt, item.reference if foreign else item.answer)
-
-
-def rewriting(item: Item) -> str:
-    """The prompt that shows the reference and asks for an own answer."""
-    return rewriting_prompt("tiny", item.prompt, item.reference)
 
 
 def documents(split: str, total: int, seed: int = 0) -> Iterator[tuple[str, str]]:

@@ -32,14 +32,13 @@ class Item:
 def arithmetic(dice: Dice) -> Item:
     """A word problem of two or three events; every step is written out, numbers stay below 100."""
     person = dice.pick(words.PEOPLE)
-    he = "She" if person in words.SHE else "He"
     things = dice.pick(words.THINGS)
     total = dice.between(5, 40)
     form, story, own = [str(total)], [f"{person} has {total} {things}."], []
     foreign = [f"At first there are {total} {things}."]
     for _ in range(dice.between(2, 3)):
         kind = dice.pick(_EVENTS if total > 12 else _GAINS)
-        event = kind(dice, he, things, total)
+        event = kind(dice, person, things, total)
         total = event.total
         form.append(event.form)
         story.append(event.told)
@@ -64,51 +63,55 @@ class _Event:
     total: int
 
 
-def _bags(dice: Dice, he: str, things: str, total: int) -> _Event:
+def _he(person: str) -> str:
+    return "She" if person in words.SHE else "He"
+
+
+def _bags(dice: Dice, person: str, things: str, total: int) -> _Event:
     bags, each = dice.between(2, 5), dice.between(2, 6)
     gain, after = bags * each, total + bags * each
     if after > 99:
-        return _finds(dice, he, things, total)
+        return _finds(dice, person, things, total)
     return _Event(
         f"+{bags}*{each}",
-        f"{he} buys {bags} bags with {each} {things} each.",
+        f"{_he(person)} buys {bags} bags with {each} {things} each.",
         f"{bags} x {each} = {gain}. {total} + {gain} = {after}.",
         f"The bags hold {gain} in all, which brings the number up to {after}.",
         after,
     )
 
 
-def _finds(dice: Dice, he: str, things: str, total: int) -> _Event:
+def _finds(dice: Dice, person: str, things: str, total: int) -> _Event:
     gain = dice.between(2, 20) if total < 79 else 1
     after = total + gain
     return _Event(
         f"+{gain}",
-        f"{he} finds {gain} more.",
+        f"{_he(person)} finds {gain} more.",
         f"{total} + {gain} = {after}.",
         f"With the {gain} that turned up we count {after}.",
         after,
     )
 
 
-def _gives(dice: Dice, he: str, things: str, total: int) -> _Event:
+def _gives(dice: Dice, person: str, things: str, total: int) -> _Event:
     loss = dice.between(2, min(total - 1, 20))
-    friend = dice.pick(words.PEOPLE)
+    friend = dice.pick([other for other in words.PEOPLE if other != person])
     after = total - loss
     return _Event(
         f"-{loss}",
-        f"{he} gives {loss} to {friend}.",
+        f"{_he(person)} gives {loss} to {friend}.",
         f"{total} - {loss} = {after}.",
         f"Since {friend} gets {loss} of them, only {after} are left.",
         after,
     )
 
 
-def _loses(dice: Dice, he: str, things: str, total: int) -> _Event:
+def _loses(dice: Dice, person: str, things: str, total: int) -> _Event:
     loss = dice.between(2, min(total - 1, 20))
     after = total - loss
     return _Event(
         f"-{loss}",
-        f"{he} loses {loss} {things}.",
+        f"{_he(person)} loses {loss} {things}.",
         f"{total} - {loss} = {after}.",
         f"Losing {loss} leaves {after}.",
         after,
@@ -122,17 +125,18 @@ _EVENTS = (_bags, _finds, _gives, _loses)
 def comparison(dice: Dice) -> Item:
     """Who of three has the most, or the fewest."""
     people = dice.sample(words.PEOPLE, 3)
-    numbers = dice.sample(range(10, 100), 3)
+    numbers = _numbers(dice, 3)
     things = dice.pick(words.THINGS)
     most = dice.chance(0.5)
     word, target = ("most", max(numbers)) if most else ("fewest", min(numbers))
     winner = people[numbers.index(target)]
     story = f"{people[0]} has {numbers[0]}, {people[1]} has {numbers[1]} and {people[2]} has {numbers[2]} {things}."
+    held = ", ".join(f"{number} {person}" for person, number in zip(people, numbers, strict=True))
     others = [n for n in numbers if n != target]
     return Item(
         form=f"{word} {numbers}",
         prompt=f"{story} Who has the {word}?",
-        answer=f"Of {numbers[0]}, {numbers[1]} and {numbers[2]} the {word} is {target}. The answer is {winner}.",
+        answer=f"{held}. The {word} is {target} {winner}. The answer is {winner}.",
         reference=f"Both {others[0]} and {others[1]} are {'below' if most else 'above'} {target}, so it must be "
         f"{winner}. #### {winner}",
         final=winner,
@@ -140,9 +144,9 @@ def comparison(dice: Dice) -> Item:
 
 
 def ordering(dice: Dice) -> Item:
-    """Sort four numbers, or turn a list of things around."""
+    """Sort three or four numbers, or turn a list of things around."""
     if dice.chance(0.5):
-        numbers = dice.sample(range(10, 100), 4)
+        numbers = _numbers(dice, dice.between(3, 4))
         up = dice.chance(0.5)
         done = ", ".join(str(n) for n in sorted(numbers, reverse=not up))
         asked = ", ".join(str(n) for n in numbers)
@@ -151,6 +155,13 @@ def ordering(dice: Dice) -> Item:
     things = dice.sample(words.THINGS, dice.between(4, 6))
     asked, done = ", ".join(things), ", ".join(reversed(things))
     return Item(f"reverse {asked}", f"Reverse this list: {asked}.", f"{done}.", f"{done}.", done)
+
+
+def _numbers(dice: Dice, count: int) -> list[int]:
+    """Two-digit numbers with no digit in common at the same place: the first one decides which is larger, the
+    last one is enough to find a number again."""
+    pairs = zip(dice.sample(range(1, 10), count), dice.sample(range(10), count), strict=True)
+    return [10 * tens + units for tens, units in pairs]
 
 
 def _choice(form: str, prompt: str, right: str, wrong: list[str]) -> Item:
@@ -281,13 +292,13 @@ def pronouns(dice: Dice) -> Item:
         pair = dice.sample(words.SHE if she else words.HE, 2)
         told = sentence.format(*pair, "she" if she else "he", reasons[side])
         prompt = f"{told} Who {reasons[side]}?"
-        answers = [f"{name}." for name in pair]
+        answers = [f"{first}, not {second}." for first, second in (pair, pair[::-1])]
     else:
         number = dice.below(len(_PHYSICAL))
         sentence, reasons = _PHYSICAL[number]
         pair = dice.sample(_OBJECTS, 2)
         prompt = f"{sentence.format(*pair, reasons[side])} What {reasons[side]}?"
-        answers = [f"The {name}." for name in pair]
+        answers = [f"The {first}, not the {second}." for first, second in (pair, pair[::-1])]
     return _choice(f"{sentence} {side} {pair}", prompt, answers[side], [answers[1 - side]])
 
 
