@@ -49,8 +49,8 @@ def curves(family: Family, measure: str, title: str) -> str:
             low, high = ([100 * getattr(p.interval, side) for p in points] for side in ("low", "high"))
             axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
     if measure == "recovery":
-        xs, shares = zip(*family.pruned(), strict=True)
-        axis.plot(xs, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2)
+        places, shares = zip(*family.pruned(), strict=True)
+        axis.plot(places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2)
     axis.set_xlabel(AXES[family.axis])
     axis.set_ylabel("%")
     if family.axis in ("size", "learning_rate", "rank"):
