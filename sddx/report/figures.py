@@ -50,7 +50,9 @@ def curves(family: Family, measure: str, title: str) -> str:
             axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
     if measure == "recovery":
         places, shares = zip(*family.pruned(), strict=True)
-        axis.plot(places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2)
+        axis.plot(
+            places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2
+        )
     axis.set_xlabel(AXES[family.axis])
     axis.set_ylabel("%")
     if family.axis in ("size", "learning_rate", "rank"):
