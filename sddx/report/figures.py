@@ -19,10 +19,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    colours = {
-        key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    }
-    matplotlib.rcParams.update(colours | {"svg.fonttype": "none", "svg.hashsalt": "sddx", "font.size": 11})
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = {key: INK for key in inked}
+    matplotlib.rcParams.update(style | {"svg.fonttype": "none", "svg.hashsalt": "sddx", "font.size": 11})
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.add_subplot()
     axis.spines[["top", "right"]].set_visible(False)
