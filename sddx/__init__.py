@@ -18,15 +18,16 @@ def load(summary: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
     from sddx.models.load import load_tokenizer
     from sddx.models.student import load_student
     from sddx.records import Cut, UserError
+    from sddx.store.manifest import find
 
     fields = json.loads(Path(summary).read_text())
     keys, base, found = fields["artifacts"], Path(fields["model_path"]), {}
     for stage in ("prune", "train"):
-        places = list(Path(fields["store"]).glob(f"{stage}/*/{keys[stage]}/manifest.json"))
-        if not places or not base.is_dir():
-            gone = base if places else f"{stage} {keys[stage]} in the store {fields['store']}"
+        place = find(Path(fields["store"]), stage, keys[stage])
+        if place is None or not base.is_dir():
+            gone = base if place else f"{stage} {keys[stage]} in the store {fields['store']}"
             raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
-        found[stage] = places[0].parent
+        found[stage] = place
     model, _ = load_student(
         base,
         found["train"],

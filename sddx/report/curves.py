@@ -49,7 +49,7 @@ class Family:
 
     @property
     def arms(self) -> list[str]:
-        return sorted({run["choices"]["loss"] for run in self.runs}, key=lambda arm: (arm != "sft", arm))
+        return losses(self.runs)
 
     def pruned(self) -> list[tuple[float, float]]:
         """The recovery of the pruned model before any training, along the axis."""
@@ -77,14 +77,24 @@ def families(runs: Sequence[Run]) -> list[Family]:
     """The curves that these runs can draw: for every axis, the runs that share all other choices."""
     found = []
     for axis in AXES:
-        groups: dict[tuple, list[Run]] = defaultdict(list)
-        for run in runs:
-            others = {k: v for k, v in run["choices"].items() if k not in (axis, "loss", "seed")}
-            if run["choices"].get(axis) is not None:
-                groups[tuple(sorted((key, str(value)) for key, value in others.items()))].append(run)
+        groups = _alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
         drawn = {key: group for key, group in groups.items() if len({r["choices"][axis] for r in group}) > 1}
         found += [Family(axis, _apart(key, list(drawn)), group) for key, group in drawn.items()]
     return found
+
+
+def losses(runs: Sequence[Run]) -> list[str]:
+    """The arms of these runs: SFT before those that are held against it."""
+    return sorted({run["choices"]["loss"] for run in runs}, key=lambda arm: (arm != "sft", arm))
+
+
+def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
+    """Runs by all their choices but these."""
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        others = [(name, str(value)) for name, value in run["choices"].items() if name not in apart_from]
+        groups[tuple(sorted(others))].append(run)
+    return groups
 
 
 def _apart(key: tuple, keys: Sequence[tuple]) -> str:
@@ -119,17 +129,14 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 
 def _pairs(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run], list[Run]]]:
     """(where, arm, its runs, those of SFT with the same seeds)."""
-    groups: dict[tuple, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        others = {key: value for key, value in run["choices"].items() if key not in ("loss", "seed")}
-        key = tuple(sorted((name, str(value)) for name, value in others.items()))
-        groups[key][run["choices"]["loss"]][run["choices"]["seed"]] = run
-    for key, arms in sorted(groups.items()):
-        for arm in sorted(set(arms) - {"sft"}):
-            seeds = sorted(arms[arm].keys() & arms.get("sft", {}).keys())
-            if len(seeds) > 1:
+    groups = _alike(runs, "loss", "seed")
+    for key, group in sorted(groups.items()):
+        seeded = {(run["choices"]["loss"], run["choices"]["seed"]): run for run in group}
+        for arm in losses(group):
+            seeds = sorted(seed for loss, seed in seeded if loss == arm and ("sft", seed) in seeded)
+            if arm != "sft" and len(seeds) > 1:
                 where = _apart(key, list(groups)) or "all runs"
-                yield where, arm, [arms[arm][seed] for seed in seeds], [arms["sft"][seed] for seed in seeds]
+                yield where, arm, [seeded[arm, seed] for seed in seeds], [seeded["sft", seed] for seed in seeds]
 
 
 def _paired(arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], float]) -> tuple[Interval, float]:
@@ -152,16 +159,10 @@ def held_out(run: Run) -> float:
 
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """(where, arm, runs) for every set of runs that differ in their seed alone."""
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        others = {key: value for key, value in run["choices"].items() if key not in ("loss", "seed")}
-        groups[(tuple(sorted((k, str(v)) for k, v in others.items())), run["choices"]["loss"])].append(run)
-    keys = list({key for key, _ in groups})
-    found = [(_apart(key, keys) or "all runs", arm, group) for (key, arm), group in groups.items()]
-    return sorted(found, key=lambda entry: _order(entry[2][0]))
-
-
-def _order(run: Run) -> tuple:
-    """Along the axes, then SFT before the arms that are held against it."""
-    choices = run["choices"]
-    return (*((choices.get(axis) or 0) for axis in AXES), choices["loss"] != "sft", choices["loss"])
+    groups = _alike(runs, "loss", "seed")
+    along = sorted(groups.items(), key=lambda entry: [entry[1][0]["choices"].get(axis) or 0 for axis in AXES])
+    return [
+        (_apart(key, list(groups)) or "all runs", arm, [run for run in group if run["choices"]["loss"] == arm])
+        for key, group in along
+        for arm in losses(group)
+    ]

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from sddx.report.curves import AXES, Family, Run
+from sddx.report.curves import AXES, Family, Run, losses
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -86,8 +86,7 @@ def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) ->
 def quality_against_cost(runs: Sequence[Run]) -> str:
     """Recovery of every run over the seconds that its training (and its self-data) took."""
     figure, axis = _figure(6, 3.6)
-    names = sorted({run["choices"]["loss"] for run in runs}, key=lambda arm: (arm != "sft", arm))
-    for arm, colour in zip(names, COLOURS, strict=False):
+    for arm, colour in zip(losses(runs), COLOURS, strict=False):
         of_arm = [run for run in runs if run["choices"]["loss"] == arm]
         seconds = [run["seconds"]["train"] + run["seconds"].get("distill", 0) for run in of_arm]
         axis.plot(seconds, [100 * run["recovery"] for run in of_arm], "o", color=colour, label=arm, ms=5, alpha=0.8)

@@ -15,7 +15,9 @@ from markupsafe import Markup
 
 from sddx.report import figures
 from sddx.report.curves import AXES, MEASURES, Difference, Family, Run, arms, differences, families
-from sddx.report.table import MODELS, percent
+from sddx.report.table import MODELS, grid, percent
+from sddx.store.manifest import find
+from sddx.sweep import cells
 
 COLUMNS = (
     "recovery recovery_low recovery_high recovery_trained recovery_held_out recovery_above_chance gap_closed "
@@ -44,8 +46,6 @@ def of_folders(folders: Iterable[Path]) -> list[Run]:
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
     """(name, state, reason) of every cell below these folders that began and is not done."""
-    from sddx.sweep import cells
-
     paths = sorted(path for folder in folders for path in folder.rglob(cells.RECORD))
     found = [(cells.read(path.parent), cells.state(path.parent)) for path in paths]
     return [(r["name"], state, r.get("reason", "")) for r, state in found if state not in ("done", "waiting")]
@@ -58,8 +58,8 @@ def arm_table(runs: Sequence[Run]) -> Table:
     rows = []
     for where, arm, group in arms(runs):
         seconds = mean(run["seconds"]["train"] for run in group)
-        cells = [percent(_mean(group, name)) for name in shares] + [f"{_mean(group, name):,.0f}" for name in counts]
-        rows.append([where, arm, str(len(group)), *cells, f"{seconds:.0f}"])
+        found = [percent(_mean(group, name)) for name in shares] + [f"{_mean(group, name):,.0f}" for name in counts]
+        rows.append([where, arm, str(len(group)), *found, f"{seconds:.0f}"])
     header = ["runs", "arm", "seeds", "held-out", "trained", "recovery", "gap closed", "refused", "examples"]
     return {"header": [*header, "supervised tokens", "steps", "train s"], "rows": rows}
 
@@ -153,8 +153,8 @@ def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
-        places = list(Path(scored[0]["store"]).glob(f"score/*/{key}/scores.json"))
-        mean_of = json.loads(places[0].read_text())["mean"] if places else []
+        place = find(Path(scored[0]["store"]), "score", key)
+        mean_of = json.loads((place / "scores.json").read_text())["mean"] if place else []
         if mean_of and isinstance(mean_of[0], list):
             total = len(mean_of) - 1
             cuts = {tuple(sorted(set(range(total)) - set(run["cut"]))) for run in scored}
@@ -166,8 +166,8 @@ def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
     """Some answers that were accepted and some that were refused, from the first run that wrote its own."""
     for run in runs:
         keys = run["artifacts"].get("distill") or []
-        paths = [p for key in keys for p in Path(run["store"]).glob(f"distill/*/{key}/rewrites.jsonl")]
-        rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+        places = [place for key in keys if (place := find(Path(run["store"]), "distill", key))]
+        rows = [json.loads(line) for at in places for line in (at / "rewrites.jsonl").read_text().splitlines()]
         if rows:
             kinds = [[row for row in rows if not row["reason"]], [row for row in rows if row["reason"]]]
             return [row for kind in kinds for row in kind[:shown]]
@@ -212,21 +212,12 @@ def markdown(found: dict[str, Any]) -> str:
         "arms": "What each arm brought back", "differences": "Paired differences to SFT, in points",
         "tasks": "Scores per task", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
-    parts = [f"## {title}\n\n{_markdown(found[name])}" for name, title in titles.items() if found[name]["rows"]]
+    parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
     for section in found["sections"]:
         parts += [
-            f"## {section['title']}: {f['title'].lower()}\n\n{_markdown(f['table'])}" for f in section["figures"]
+            f"## {section['title']}: {f['title'].lower()}\n\n{grid(**f['table'])}" for f in section["figures"]
         ]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(table: Table) -> str:
-    lines = [table["header"], ["---"] + ["---:"] * (len(table["header"]) - 1), *table["rows"]]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def table_of_runs(runs: Sequence[Run]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Found:
         for artifact in artifacts:
             by_stage.setdefault(artifact.stage, []).append(artifact)
         rows = by_stage.get("distill") or by_stage["rows"]
-        one = {name: by_stage[stage][0] for name, stage in STAGES.items()}
+        one = {name: by_stage[stage][0] for name, stage in SINGLE.items()}
         results = dict(zip(table.MODELS, by_stage["evaluate"], strict=True))
         return cls(scores=by_stage.get("score", []), rows=rows, results=results, **one)
 
@@ -60,7 +59,7 @@ class Found:
         return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
 
 
-STAGES = {"model": "model", "cut": "prune", "data": "prepare", "student": "train"}  # of what a run has one of
+SINGLE = {"model": "model", "cut": "prune", "data": "prepare", "student": "train"}  # of what a run has one of
 
 
 def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +153,5 @@ def _read(artifact: Artifact, name: str) -> Any:
 
 
 def write(path: Path, content: Any) -> None:
-    """The file appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Text as it is, anything else as JSON; the file appears complete or not at all."""
+    manifest.replace_text(path, content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")

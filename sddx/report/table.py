@@ -127,9 +127,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts = [
         f"{_title(summary)}.",
         "",
-        "| " + " | ".join(HEADER) + " |",
-        "|---" + "|---:" * (len(HEADER) - 1) + "|",
-        *("| " + " | ".join(_escape(row)) + " |" for row in rows(summary)),
+        grid(HEADER, rows(summary)),
         "",
         *(["\\* trained on", ""] if summary.get("trained") else []),
         *(f"- {label}: {text}" for label, text in lines(summary)),
@@ -137,8 +135,15 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _escape(cells: Sequence[str]) -> list[str]:
-    return [cell.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for cell in cells]
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and all others to the right."""
+    ruler = "|---" + "|---:" * (len(header) - 1) + "|"
+    line, *others = ("| " + " | ".join(map(_escape, cells)) + " |" for cells in (header, *rows))
+    return "\n".join([line, ruler, *others])
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
 
 
 def acceptance(rewrites: Sequence[Rewrite], console: Console, *, shown: int = 2) -> None:

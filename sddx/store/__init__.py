@@ -97,7 +97,7 @@ class Store:
         records = {at: digest.record(file, known.get(at)) for at, file in files.items()}
         if records != known:
             memory.parent.mkdir(exist_ok=True)
-            _replace_text(memory, json.dumps(records))
+            manifest.replace_text(memory, json.dumps(records))
         return Artifact(name, digest.digest({at: entry["sha256"] for at, entry in records.items()}), path)
 
     def manifest(self, artifact: Artifact) -> dict[str, Any]:
@@ -301,9 +301,3 @@ def _remembered(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return {}
-
-
-def _replace_text(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)

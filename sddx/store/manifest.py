@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def damage(folder: Path, fields: dict[str, Any] | None, *, full: bool = False) -
         elif checksum(path, None if full else known) != known["sha256"]:
             wrong.append(f"{name} has other bytes than were written")
     return wrong
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all, also where several processes or machines write it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def find(root: Path, stage: str, key: str) -> Path | None:
+    """The folder of a complete artifact in the store at `root`; None where it is gone."""
+    return next((path.parent for path in root.glob(f"{stage}/*/{key}/{NAME}")), None)
 
 
 def size(fields: dict[str, Any]) -> int:

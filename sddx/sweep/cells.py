@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
 from sddx.records import UserError
+from sddx.store import manifest
 from sddx.store.digest import digest
 
 RECORD, LOCK, TRACEBACK = "cell.json", "cell.lock", "traceback.txt"
@@ -122,9 +123,7 @@ def _short(key: str, value: str) -> str:
 def write(folder: Path, **fields: Any) -> None:
     """Add to a cell's record, which is complete at every moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(read(folder) | fields, indent=1) + "\n")
-    os.replace(temporary, folder / RECORD)
+    manifest.replace_text(folder / RECORD, json.dumps(read(folder) | fields, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
