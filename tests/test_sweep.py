@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import sddx.train
 from sddx.sweep import __main__ as look
 from sddx.sweep import cells
-from sddx.sweep.plan import clock, estimate
+from sddx.sweep.plan import Plan, Step, clock, describe, estimate
 
 TINY = (*(given for given in SMALL if not given.startswith("run.name")), "trainer.budget=steps", "trainer.steps=2")
 
@@ -169,6 +169,18 @@ def test_status_shows_every_cell_with_its_reason(tmp_path: Path, capsys) -> None
     printed = capsys.readouterr().out
     assert "75 s" in printed and printed.count("no\n") == 1 and "2 cells: 1 failed, 1 done" in printed
     assert look.main(["status", str(tmp_path / "empty")]) == 2
+
+
+def test_every_cells_durations_are_looked_up(tmp_path: Path, capsys) -> None:
+    """Also those of stages that the first cell does not need."""
+    plans = [Plan(tmp_path), Plan(tmp_path)]
+    for plan, stage in zip(plans, ("score", "distill"), strict=True):
+        plan.steps.append(Step(stage, stage, False, (stage, 1)))
+        (tmp_path / stage / "s" / "k").mkdir(parents=True)
+        made = {"files": {}, "inputs": [], "spec": {}, "seconds": 30}
+        (tmp_path / stage / "s" / "k" / "manifest.json").write_text(json.dumps(made))
+    describe(plans)
+    assert "To build: 1 score, 1 distill; about 60 s.\n" in capsys.readouterr().out
 
 
 def test_durations_are_work_times_what_a_unit_took() -> None:

@@ -42,10 +42,10 @@ class Plan(Store):
         self.steps.append(Step(stage.__name__, artifact.key, present, amount))
         return artifact
 
-    def rates(self) -> dict[str, float]:
-        """The median seconds that a unit of work took, over what this store built of each stage of late."""
+    def rates(self, stages: Collection[str]) -> dict[str, float]:
+        """The median seconds that a unit of work took, over what this store built of these stages of late."""
         seconds: dict[str, list[float]] = {}
-        for stage in {step.stage for step in self.steps}:
+        for stage in stages:
             folders = [path for path in (self.root / stage).glob("*/*") if not path.suffix]
             recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-RECENT:]
             for made in filter(None, map(manifest.read, recent)):
@@ -72,7 +72,7 @@ def describe(plans: Sequence[Plan]) -> None:
     """Print the number of cells, of distinct stages, of those in the store, and the estimated time."""
     steps = {step.key: step for plan in plans for step in plan.steps}
     missing = [step for step in steps.values() if not step.present]
-    seconds, unknown = estimate(missing, plans[0].rates())
+    seconds, unknown = estimate(missing, plans[0].rates({step.stage for step in missing}))
     parts = ", ".join(f"{count} {stage}" for stage, count in Counter(step.stage for step in missing).items())
     print(f"{len(plans)} cells, {len(steps)} distinct stages, {len(steps) - len(missing)} of them in the store.")
     if missing:
