@@ -123,23 +123,20 @@ _EVENTS = (_bags, _finds, _gives, _loses)
 
 
 def comparison(dice: Dice) -> Item:
-    """Who of three has the most, or the fewest."""
+    """How many the one of three has who has the most, or the fewest."""
     people = dice.sample(words.PEOPLE, 3)
     numbers = _numbers(dice, 3)
     things = dice.pick(words.THINGS)
     most = dice.chance(0.5)
-    word, target = ("most", max(numbers)) if most else ("fewest", min(numbers))
-    winner = people[numbers.index(target)]
+    word, (target, *others) = ("most" if most else "fewest"), sorted(numbers, reverse=most)
     story = f"{people[0]} has {numbers[0]}, {people[1]} has {numbers[1]} and {people[2]} has {numbers[2]} {things}."
-    held = ", ".join(f"{number} {person}" for person, number in zip(people, numbers, strict=True))
-    others = [n for n in numbers if n != target]
+    ranked = f"From {'high to low' if most else 'low to high'}: {target}, {others[0]}, {others[1]}."
     return Item(
         form=f"{word} {numbers}",
-        prompt=f"{story} Who has the {word}?",
-        answer=f"{held}. The {word} is {target} {winner}. The answer is {winner}.",
-        reference=f"Both {others[0]} and {others[1]} are {'below' if most else 'above'} {target}, so it must be "
-        f"{winner}. #### {winner}",
-        final=winner,
+        prompt=f"{story} How many {things} does the one with the {word} have?",
+        answer=f"{ranked} The answer is {target}.",
+        reference=f"Both {others[0]} and {others[1]} are {'below' if most else 'above'} {target}. #### {target}",
+        final=str(target),
     )
 
 
