@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+from tqdm import tqdm
+
+
+class _Bar(tqdm):
+    """A bar that says to `watch` where it is whenever it is drawn, at most once a second."""
+
+    def __init__(self, *given: Any, watch: Callable[[dict[str, Any]], None], **settings: Any) -> None:
+        self._watch, self._told = watch, 0.0
+        super().__init__(*given, **settings)
+
+    def display(self, *given: Any, **settings: Any) -> Any:
+        if time.monotonic() - self._told >= 1:
+            self._told, state = time.monotonic(), self.format_dict
+            rate = state["rate"] or (self.n / state["elapsed"] if state["elapsed"] else None)
+            self._watch({"what": self.desc, "done": self.n, "total": self.total, "rate": rate})
+        return super().display(*given, **settings)
 
 
 def _ignore(row: dict[str, Any]) -> None:
@@ -14,18 +32,19 @@ def _ignore(row: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Handed to every stage and not hashed. `log` takes one flat row of metrics (`step` where it has one)."""
+    """Handed to every stage and not hashed. `log` takes one flat row of metrics (`step` where it has one);
+    `watch` is told where the bar stands that is drawn."""
 
     device: str = "cpu"
     workers: int = 0
     quiet: bool = False
     log: Callable[[dict[str, Any]], None] = _ignore
+    watch: Callable[[dict[str, Any]], None] = _ignore
 
     def progress(self, items: Iterable | None = None, *, total: int | None = None, what: str, unit: str) -> Any:
         """A tqdm bar with rate and time left; wraps `items`, or is moved by `.update(n)`."""
-        from tqdm import tqdm
-
-        return tqdm(items, total=total, desc=what, unit=unit, disable=self.quiet, dynamic_ncols=True, smoothing=0.1)
+        settings = {"total": total, "desc": what, "unit": unit, "disable": self.quiet}
+        return _Bar(items, watch=self.watch, dynamic_ncols=True, smoothing=0.1, **settings)
 
     @contextmanager
     def counting(self, total: int, *, what: str, unit: str, moved: str, shown: str) -> Iterator[Runtime]:

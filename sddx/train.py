@@ -12,7 +12,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sddx.build import build
@@ -22,7 +21,8 @@ from sddx.report.summary import Found, conclude
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
-from sddx.sweep.launcher import install
+from sddx.sweep import launcher, sweeper
+from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker
 
@@ -148,19 +148,15 @@ def look(config: dict[str, Any]) -> Plan:
     return plan
 
 
-def run(cfg: DictConfig) -> Path | None:
-    """Compose, check, recover, report. Returns the path of `summary.json` (None after `dry_run`); raises
-    UserError."""
-    config = resolve(cfg)
+def run(config: dict[str, Any], folder: Path) -> Path:
+    """Recover and report, in a run folder of its own. Returns the path of `summary.json`; raises UserError."""
     verify(config)
-    if config["dry_run"]:
-        describe([look(config)])
-        return None
-    folder = writable_folder(Path(HydraConfig.get().runtime.output_dir), "hydra.run.dir")
+    writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
-        runtime = Runtime(device=_device(config["device"]), log=tracker.log)
+        watch = {"watch": partial(show, folder)} if is_cell(folder) else {}
+        runtime = Runtime(device=_device(config["device"]), log=tracker.log, **watch)
         found, report = recover(store, runtime, **method(config))
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(found, report, folder, about)
@@ -173,8 +169,7 @@ def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tra
     """Metrics to CSV and W&B. A finished cell of a sweep that W&B has seen already opens no second run there."""
     settings, identity = config["wandb"], digest(method(config))[:16]
     seen = store.root / ".tracked" / digest([identity, settings])
-    again = HydraConfig.get().mode is RunMode.MULTIRUN and seen.exists()
-    if again and all(step.present for step in look(config).steps):
+    if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
         settings = {**settings, "mode": "disabled"}
     flat = flatten(method(config)) | config["choices"]
     with build(settings)(folder, identity, config["run"]["name"], flat) as tracker:
@@ -202,16 +197,21 @@ def _device(wanted: str) -> str:
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
     try:
-        if summary := run(cfg):
-            print(summary)
+        if "sweeps" in HydraConfig.get().runtime.choices:
+            raise UserError("A file of sweeps/ describes many runs. Add --multirun to run them all.")
+        config = resolve(cfg)
+        if config["dry_run"]:
+            verify(config)
+            describe([look(config)])
+        else:
+            print(run(config, Path(HydraConfig.get().runtime.output_dir)))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # SystemExit would end the sweep; Hydra goes on after an exception
         raise SystemExit(2) from None
 
 
 register()
-install(verify, look)
+launcher.install(verify, look, task="sddx.train.run")
+sweeper.install()
 if __name__ == "__main__":
     main()

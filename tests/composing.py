@@ -18,6 +18,8 @@ SMALL = (
     "trainer.log_every=1", "trainer.epochs=1", "evaluation.tasks=[tiny_arithmetic,tiny_facts]",
     "evaluation.limit=6", "generation.max_new_tokens=48", "wandb.mode=disabled", "run.name=small", "device=cpu",
 )  # fmt: skip
+# The same for the cells of a sweep, which are named for what varies.
+SWEPT = (*(given for given in SMALL if not given.startswith("run.name")), "trainer.budget=steps", "trainer.steps=2")
 
 
 @contextmanager

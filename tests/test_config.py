@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from composing import composed
+from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from omegaconf import flag_override
 
 from sddx.config import CONF, check, resolve
 from sddx.records import UserError
+from sddx.sweep.launcher import Grid
 from sddx.train import SURROUNDINGS, recover
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
@@ -41,10 +45,24 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
 @pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml")))
 def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
     """Each value that a grid names is one that the configuration takes."""
-    grid = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    for setting, values in grid.items():
+    sweeper = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]
+    for setting, values in (
+        entry for grid in sweeper.get("grids", [sweeper.get("params")]) for entry in grid.items()
+    ):
         for value in values.split(","):
             checked(f"+sweeps={sweep}", f"{setting}={value}")
+
+
+@pytest.mark.parametrize("launcher", sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")))
+def test_every_launcher_is_made_from_its_file(launcher: str) -> None:
+    """By Hydra's own way from a name to an engine that can be called."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+    with flag_override(cfg, "struct", False):
+        made = Plugins.instance()._instantiate(cfg.hydra.launcher)
+    assert isinstance(made, Grid) and callable(made.engine)
+    if launcher.startswith("submitit"):
+        assert type(made.engine.parameters) is dict
 
 
 def test_all_mistakes_are_listed_at_once_with_near_names(tmp_path: Path) -> None:

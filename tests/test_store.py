@@ -21,7 +21,7 @@ import pytest
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
-from sddx.store import Store, default_root, digest, keep_rows, manifest
+from sddx.store import Store, default_root, digest, keep_rows, lock, manifest
 from sddx.store.__main__ import main
 
 LABORATORY = {
@@ -661,3 +661,45 @@ def test_ls_as_a_program(lab: Laboratory) -> None:
     assert lines[3].startswith("2 artifacts")
     assert listed(lab.folder / "nowhere")[-1].startswith("0 artifacts")
     assert not (lab.folder / "nowhere").exists()
+
+
+LEASE = """
+import sys, time
+from pathlib import Path
+from sddx.store import lock
+lock.file_system, lock.LEASE = lambda path: "nfs4", 2.0
+with lock.hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lease_is_kept_alive_and_taken_over_when_its_holder_dies(tmp_path, monkeypatch) -> None:
+    """Where machines share a file system, the system's locks are not trusted."""
+    monkeypatch.setattr(lock, "file_system", lambda path: "nfs4")
+    monkeypatch.setattr(lock, "LEASE", 2.0)
+    path, waited = tmp_path / "lock", []
+    holder = subprocess.Popen([sys.executable, "-c", LEASE, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    time.sleep(3)  # longer than the lease: it lives by its heartbeat
+    assert lock.is_held(path)
+    holder.kill()
+    holder.wait()
+    start = time.monotonic()
+    with lock.hold(path, waiting=lambda: waited.append(True)):
+        assert lock.is_held(path) and time.monotonic() - start < 10
+    assert not lock.is_held(path)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "place", "kind"),
+    [
+        ("a / ext4 rw\nb /data nfs4 rw\n", "/data/store", "nfs4"),
+        ("a / ext4 rw\nb /data nfs4 rw\n", "/database/store", "ext4"),
+        ("a / overlay rw\nb /scratch lustre rw\nc /scratch/tmp tmpfs rw\n", "/scratch/tmp/x", "tmpfs"),
+    ],
+)
+def test_the_file_system_is_that_of_the_nearest_mount(mounts, place, kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **given: mounts)
+    assert lock.file_system(Path(place)) == kind
+    assert lock.is_shared(Path(place)) == (kind in ("nfs4", "lustre"))

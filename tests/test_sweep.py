@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from composing import SMALL
+from composing import SWEPT
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 import sddx.train
+from sddx.runtime import Runtime
+from sddx.store.__main__ import main as store_command
 from sddx.sweep import __main__ as look
 from sddx.sweep import cells
-from sddx.sweep.plan import Plan, Step, clock, describe, estimate
-
-TINY = (*(given for given in SMALL if not given.startswith("run.name")), "trainer.budget=steps", "trainer.steps=2")
+from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         where = (f"store={store or tmp_path / 'store'}", f"hydra.sweep.dir={out}", f"hydra.run.dir={out}")
         flags = [word for word in given if word.startswith("--")]
         settings = [word for word in given if not word.startswith("--")]
-        monkeypatch.setattr(sys, "argv", ["sddx.train", *flags, *TINY, *where, *settings])
+        monkeypatch.setattr(sys, "argv", ["sddx.train", *flags, *SWEPT, *where, *settings])
         GlobalHydra.instance().clear()
         try:
             sddx.train.main()
@@ -117,10 +121,10 @@ def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch
 
     monkeypatch.setattr(sddx.train, "recover", fail)
     monkeypatch.setattr(sddx.train, "verify", lambda config: None)
-    sddx.train.install(sddx.train.verify, sddx.train.look)
+    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, "sddx.train.run")
     status, folders = sweep("--multirun", "seed=0,1")
     monkeypatch.undo()
-    sddx.train.install(sddx.train.verify, sddx.train.look)
+    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, "sddx.train.run")
     assert status == 1 and seen == [0, 1]
     assert [cells.state(folder) for folder in folders] == ["failed", "failed"]
     assert cells.read(folders[0])["reason"].startswith(type(error).__name__)
@@ -164,7 +168,15 @@ def test_a_killed_cell_is_recognised_by_its_free_lock(tmp_path: Path) -> None:
 
 def test_status_shows_every_cell_with_its_reason(tmp_path: Path, capsys) -> None:
     for number, (state, more) in enumerate((("done", {"seconds": 75.0}), ("failed", {"reason": "no\nmore"}))):
-        cells.write(tmp_path / f"{number}", number=number, name=f"s{number}", overrides=[], state=state, **more)
+        cells.write(
+            tmp_path / f"{number}",
+            number=number,
+            name=f"s{number}",
+            overrides=[],
+            launcher="basic",
+            state=state,
+            **more,
+        )
     assert look.main(["status", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "75 s" in printed and printed.count("no\n") == 1 and "2 cells: 1 failed, 1 done" in printed
@@ -187,3 +199,112 @@ def test_durations_are_work_times_what_a_unit_took() -> None:
     steps = [SimpleNamespace(stage="train", work=("shards", 6)), SimpleNamespace(stage="score", work=("score", 1))]
     assert estimate(steps, {"shards": 2.0}) == (12.0, ["score"])
     assert (clock(40), clock(600), clock(12_000)) == ("40 s", "10 min", "3 h 20 min")
+
+
+def planned(**missing: str) -> list[Plan]:
+    """A plan for each, which lacks these stages (a letter each); capitals are in the store."""
+    return [SimpleNamespace(steps=[Step(k, k, k.isupper(), (k, 1)) for k in keys]) for keys in missing.values()]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("plans", "expected"),
+    [
+        (planned(small="ax", larger="aby", largest="abcz"), [[2], [0, 1]]),
+        (planned(sft="ux", sdd="usy", more="usz"), [[1], [0, 2]]),
+        (planned(first="ax", second="by"), [[0, 1]]),
+        (planned(first="Ax", second="Ay"), [[0, 1]]),
+        (planned(one="abx", two="bcdy", three="cez"), [[1], [0, 2]]),
+    ],
+)
+def test_no_cell_waits_for_what_another_of_its_level_builds(plans: list[Plan], expected: list[list[int]]) -> None:
+    """The largest of nested sizes builds the shards of all, and what the store has binds nobody."""
+    assert levels(plans) == expected
+    for level in expected:
+        keys = [step.key for cell in level for step in plans[cell].steps if not step.present]
+        earlier = {s.key for other in expected[: expected.index(level)] for c in other for s in plans[c].steps}
+        assert len(set(keys) - earlier) == len([key for key in keys if key not in earlier])
+
+
+@pytest.mark.parametrize(
+    ("grids", "more", "count"),
+    [
+        ("{loss: 'sft,sdd'},{dataset.shift: '0,1'}", (), 4),
+        ("{loss: 'sft,sdd'},{dataset.shift: '0,1'}", ("loss=sft",), 3),
+        ("{loss: 'sft,sdd'},{loss: 'sdd,kd'}", (), 3),
+    ],
+)
+def test_several_grids_stand_in_one_sweep(grids: str, more: tuple[str, ...], count: int, sweep, capsys) -> None:
+    """One after the other; the command line beats both; a cell that is in both runs once."""
+    status, _ = sweep("--multirun", f"hydra.sweeper.grids=[{grids}]", *more, "dry_run=true")
+    assert status == 0 and f"\n{count} cells, " in "\n" + capsys.readouterr().out
+
+
+def test_a_file_of_sweeps_without_multirun_is_refused(sweep, capsys) -> None:
+    """Hydra would run one job and say nothing."""
+    status, _ = sweep("+sweeps=depth")
+    assert status == 2 and "--multirun" in capsys.readouterr().err
+
+
+def test_status_shows_where_a_running_cell_is(tmp_path: Path, capsys) -> None:
+    cells.write(tmp_path / "0", number=0, name="s0", overrides=[], launcher="joblib", state="waiting")
+    with cells.running(tmp_path / "0"):
+        cells.show(tmp_path / "0", {"what": "training", "done": 25, "total": 100, "rate": 2.5})
+        assert look.main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "training 25%, 30 s left" in printed and "(joblib)" in printed
+
+
+def test_a_bar_tells_where_it_is() -> None:
+    told: list[dict] = []
+    bar = Runtime(watch=told.append).progress(total=4, what="training", unit="step")
+    bar.update(1)
+    bar._told = 0.0
+    bar.refresh()
+    bar.close()
+    assert told[-1].items() >= {"what": "training", "done": 1, "total": 4}.items()
+
+
+def killed_drill(where: Path, launcher: str, stage: str) -> list[Path]:
+    """A sweep of two cells of which a process is killed as soon as a stage has begun: the whole sweep where it
+    is one process, one cell of two otherwise."""
+    process = subprocess.Popen(
+        [*sweep_command(where, launcher)], cwd=where, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not list((where / "store" / stage).glob("*/*")):
+        time.sleep(0.02)
+    running = [path.parent for path in where.glob(f"*/*/{cells.RECORD}") if cells.state(path.parent) == "running"]
+    if launcher == "basic":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif running:
+        os.kill(cells.read(running[0])["process"], signal.SIGKILL)
+    process.wait(120)
+    return running
+
+
+def sweep_command(where: Path, launcher: str) -> list[str]:
+    settings = [f"store={where / 'store'}", f"hydra.sweep.dir={where / str(time.time())}", "seed=0,1"]
+    return [sys.executable, "-m", "sddx.train", "--multirun", *SWEPT, *settings, f"hydra/launcher={launcher}"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_that_is_killed_three_times_ends_as_an_undisturbed_one(launcher, sweep, store, tmp_path) -> None:
+    """Slow, because it takes processes that can be killed: each pays for its imports. Every killed cell is
+    recognised; in the end every cell is done, nothing is damaged, and the numbers are those of no kill."""
+    for stage in ("distill", "train", "evaluate"):
+        for folder in killed_drill(tmp_path, launcher, stage)[:1]:
+            assert cells.state(folder) == "killed"
+    done = subprocess.run(
+        sweep_command(tmp_path, launcher), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "2 of 2 cells are done." in done.stdout
+    assert store_command(["verify", "--store", str(tmp_path / "store")]) == 0
+    last = max((path for path in tmp_path.iterdir() if path.name[0].isdigit()), key=lambda path: float(path.name))
+    _, undisturbed = sweep("--multirun", "seed=0,1", store=store)
+    for ours, theirs in zip(sorted(last.glob("*/summary.json")), undisturbed, strict=True):
+        assert numbers(ours) == numbers(theirs / "summary.json")
+
+
+def numbers(summary: Path) -> tuple:
+    found = json.loads(summary.read_text())
+    return found["scores"], found["recovery"], found["supervised_tokens"], found["artifacts"]["train"]

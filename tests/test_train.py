@@ -26,7 +26,7 @@ CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 def job(out: Path, store: Path, *overrides: str, config_dir: Path | None = None) -> dict:
     """One run; returns its summary."""
     with composed(*SMALL, f"store={store}", *overrides, out=out, config_dir=config_dir) as cfg:
-        return json.loads(run(cfg).read_text())
+        return json.loads(run(resolve(cfg), out).read_text())
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock, Timeout
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
-from sddx.store import digest, manifest, measure
+from sddx.store import digest, lock, manifest, measure
 
 RESUME = "resume"
 ROWS = "metrics.jsonl"
@@ -64,7 +63,8 @@ class Store:
         artifact, present = self._find(recipe)
         if present:
             return _hit(artifact, runtime)
-        with _lock(artifact):
+        artifact.path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.hold(Path(f"{artifact.path}.lock"), waiting=_waiting(artifact)):
             if _sound(artifact.path):
                 return _hit(artifact, runtime)
             self._explain(recipe, artifact)
@@ -189,20 +189,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-@contextmanager
-def _lock(artifact: Artifact) -> Iterator[None]:
-    """Holds the artifact's lock; the system frees it when this process ends, however it ends."""
-    artifact.path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{artifact.path}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("waiting for another process that builds %s %s", artifact.stage, artifact.key[:12])
-        lock.acquire(poll_interval=0.2)
-    try:
-        yield
-    finally:
-        lock.release()
+def _waiting(artifact: Artifact) -> Callable[[], None]:
+    return lambda: log.warning("waiting for another process that builds %s %s", artifact.stage, artifact.key[:12])
 
 
 def _make(

@@ -47,7 +47,8 @@ def newest(root: Path) -> Path:
 
 def look(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """State and record of every cell, in their order. Raises UserError where the folder holds none."""
-    found = [(cells.state(path.parent), cells.read(path.parent)) for path in folder.glob(f"*/{cells.RECORD}")]
+    places = [path.parent for path in folder.glob(f"*/{cells.RECORD}")]
+    found = [(cells.state(place), cells.read(place) | {"progress": cells.progress(place)}) for place in places]
     if not found:
         raise UserError(f"{folder} holds no cells of a sweep. Give a folder such as multirun/<date>/<time>.")
     return sorted(found, key=lambda pair: pair[1]["number"])
@@ -58,19 +59,32 @@ def table(folder: Path) -> str:
     found = look(folder)
     width = max(len(record["name"]) for _, record in found)
     lines = [
-        f"{record['number']:>5}  {record['name']:<{width}}  {state:<11}  {_time(state, record):>12}  {_why(record)}"
+        f"{record['number']:>5}  {record['name']:<{width}}  {state:<11}  {_time(state, record):>12}  "
+        f"{_where(record) if state == 'running' else _why(record)}"
         for state, record in found
     ]
     counts = Counter(state for state, _ in found)
     total = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
     header = f"{'cell':>5}  {'name':<{width}}  {'state':<11}  {'time':>12}"
-    return "\n".join([str(folder), header, *(line.rstrip() for line in lines), f"{len(found)} cells: {total}"])
+    launchers = ", ".join(sorted({record["launcher"] for _, record in found}))
+    rows = [line.rstrip() for line in lines]
+    return "\n".join([f"{folder} ({launchers})", header, *rows, f"{len(found)} cells: {total}"])
 
 
 def _time(state: str, record: dict[str, Any]) -> str:
     if state == "running":
         return f"{clock(time.time() - record['started'])} so far"
     return clock(record["seconds"]) if "seconds" in record else ""
+
+
+def _where(record: dict[str, Any]) -> str:
+    """What a running cell does, how far it is, and when it will be through with that."""
+    at = record["progress"]
+    if not at:
+        return ""
+    share = f" {at['done'] / at['total']:.0%}" if at["total"] else ""
+    left = (at["total"] - at["done"]) / at["rate"] if at["total"] and at["rate"] else None
+    return f"{at['what']}{share}" + (f", {clock(left)} left" if left is not None else "")
 
 
 def _why(record: dict[str, Any]) -> str:

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
 from sddx.records import UserError
-from sddx.store import manifest
+from sddx.store import lock, manifest
 from sddx.store.digest import digest
 
-RECORD, LOCK, TRACEBACK = "cell.json", "cell.lock", "traceback.txt"
+RECORD, LOCK, TRACEBACK, CONFIG = "cell.json", "cell.lock", "traceback.txt", "config.yaml"
+PROGRESS = "progress.json"
 # How a setting that varies is written into a cell's name; any other as `key=value`.
 SHORT: dict[str, Callable[[str], str]] = {
     "pruning.remove": lambda value: f"{value}out",
@@ -109,7 +109,7 @@ def _place(part: str) -> tuple[int, str]:
 def _name(cell: Cell, parts: Sequence[str]) -> str:
     if "run.name" in cell.given or not parts:
         return cell.name
-    return "-".join(_short(part, cell.given[part]) for part in parts)
+    return "-".join(_short(part, cell.given[part]) for part in parts if part in cell.given)
 
 
 def _short(key: str, value: str) -> str:
@@ -120,10 +120,31 @@ def _short(key: str, value: str) -> str:
     return plain if "." not in key else f"{key.split('.')[-1]}={plain}"
 
 
+def prepare(cell: Cell) -> None:
+    """Write down a cell that is to run: its record and its configuration, all that a worker needs."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(cell.config), cell.folder / CONFIG)
+    launcher = cell.composed.hydra.runtime.choices["hydra/launcher"]
+    about = {"number": cell.number, "name": cell.name, "overrides": cell.overrides, "launcher": launcher}
+    write(cell.folder, **about, state="waiting")
+
+
 def write(folder: Path, **fields: Any) -> None:
     """Add to a cell's record, which is complete at every moment."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest.replace_text(folder / RECORD, json.dumps(read(folder) | fields, indent=1) + "\n")
+
+
+def show(folder: Path, progress: dict[str, Any]) -> None:
+    """Note where a running cell is: `what` it does, `done` of `total`, and at which `rate` (a second)."""
+    manifest.replace_text(folder / PROGRESS, json.dumps(progress))
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """What `show` noted last; empty where nothing was."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / PROGRESS).read_text())
+    return {}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -133,24 +154,21 @@ def read(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def is_cell(folder: Path) -> bool:
+    """Whether a run folder is that of a sweep's cell."""
+    return (folder / RECORD).is_file()
+
+
 def state(folder: Path) -> str:
     """waiting, running, done, failed, interrupted; or killed: it began, has no end, and nobody holds its lock."""
     recorded = read(folder).get("state", "waiting")
-    return "killed" if recorded == "running" and not _held(folder) else recorded
-
-
-def _held(folder: Path) -> bool:
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
+    return "killed" if recorded == "running" and not lock.is_held(folder / LOCK) else recorded
 
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
     """Marks a cell as running by this process, as long as the body runs or the process lives."""
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):
+    with lock.hold(folder / LOCK):
         write(folder, state="running", started=time.time(), process=os.getpid(), host=socket.gethostname())
         yield

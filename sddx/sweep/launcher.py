@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -19,69 +15,50 @@ from omegaconf import DictConfig
 from sddx.records import UserError
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
-from sddx.sweep.plan import Plan, describe
+from sddx.sweep.engines import Engine, in_process
+from sddx.sweep.plan import Plan, describe, levels
 
 Check = Callable[[dict[str, Any]], None]
 Look = Callable[[dict[str, Any]], Plan]
 
 
 class Grid(Launcher):
-    """Composes and checks all cells, prints what they will cost, runs them, and says what became of each.
+    """Composes and checks all cells, prints what they will cost, lets the engine run them, and says what became
+    of each.
 
-    `check(config)` raises UserError for a cell that cannot run; `look(config)` says what it would build.
+    `check(config)` raises UserError for a cell that cannot run; `look(config)` says what it would build; `task`
+    is the path of the function that runs one, `task(config, folder)`.
     """
 
     check: Check
     look: Look
+    task: str
+
+    def __init__(self, engine: Engine = in_process) -> None:
+        self.engine = engine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config
+        self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         try:
             cells = grid.compose(self._load, job_overrides, initial_job_idx)
             check_all(cells, type(self).check)
-            describe([type(self).look(cell.config) for cell in cells])
+            plans = [type(self).look(cell.config) for cell in cells]
+            describe(plans)
+            if cells[0].config["dry_run"]:
+                return []
+            for cell in cells:
+                grid.prepare(cell)
+            self.engine([[cells[at].folder for at in level] for level in levels(plans)], type(self).task)
         except UserError as error:
             print(f"\nerror: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        if cells[0].config["dry_run"]:
-            return []
-        for cell in cells:
-            grid.write(cell.folder, number=cell.number, name=cell.name, overrides=cell.overrides, state="waiting")
-        returns = [self._run(cell) for cell in cells]
         conclude(cells)
-        return returns
+        return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
 
     def _load(self, overrides: list[str]) -> DictConfig:
         return self.context.config_loader.load_sweep_config(self.config, overrides)
-
-    def _run(self, cell: Cell) -> JobReturn:
-        """One cell in this process. What it raises, SystemExit too, ends in its own folder; the others go on."""
-        folder, start = cell.folder, time.perf_counter()
-        with grid.running(folder):
-            try:
-                found = run_job(self.task, cell.composed, "hydra.sweep.dir", "hydra.sweep.subdir", self.context)
-                failure = None if found.status is JobStatus.COMPLETED else found._return_value
-            except KeyboardInterrupt:
-                grid.write(folder, state="interrupted", seconds=time.perf_counter() - start)
-                raise
-            except BaseException as error:
-                failure = error
-            finished(folder, failure, time.perf_counter() - start)
-        gc.collect()
-        return JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED)
-
-
-def finished(folder: Any, failure: BaseException | None, seconds: float) -> None:
-    """The end of a cell: its state, the reason and the traceback where it failed."""
-    if failure is None:
-        grid.write(folder, state="done", seconds=seconds)
-        return
-    (folder / grid.TRACEBACK).write_text("".join(traceback.format_exception(failure)))
-    reason = str(failure).strip() or type(failure).__name__
-    kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-    grid.write(folder, state="failed", seconds=seconds, reason=f"{kind}{reason}")
 
 
 def check_all(cells: Sequence[Cell], check: Check) -> None:
@@ -104,21 +81,23 @@ def _few(names: Sequence[str]) -> str:
 
 def conclude(cells: Sequence[Cell]) -> None:
     """Say how many cells failed and why; leaves with status 1 where any did."""
-    records = {cell.name: grid.read(cell.folder) for cell in cells}
-    failed = {name: record for name, record in records.items() if record["state"] != "done"}
+    states = {cell.name: grid.state(cell.folder) for cell in cells}
+    reasons = {
+        cell.name: grid.read(cell.folder).get("reason", "its process ended without a word") for cell in cells
+    }
+    failed = [name for name, state in states.items() if state != "done"]
     print(f"{len(cells) - len(failed)} of {len(cells)} cells are done.")
-    for name, record in failed.items():
-        print(f"  {name} {record['state']}: {record.get('reason', '').splitlines()[0]}")
+    for name in failed:
+        print(f"  {name} {states[name]}: {reasons[name].splitlines()[0]}")
     if failed:
         print(f"Tracebacks are in the cells' folders under {cells[0].folder.parent}; the same command goes on.")
         raise SystemExit(1)
 
 
-def install(check: Check, look: Look) -> None:
-    """Let this launcher stand in for Hydra's own, `hydra/launcher=basic`. May be called more than once.
+def install(check: Check, look: Look, task: str) -> None:
+    """Let this launcher stand behind every `hydra/launcher=` of ours. May be called more than once.
 
-    Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone.
+    Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone, hence the name.
     """
-    Grid.check, Grid.look = staticmethod(check), staticmethod(look)
-    basic = f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
-    Plugins.instance().class_name_to_class[basic] = Grid
+    Grid.check, Grid.look, Grid.task = staticmethod(check), staticmethod(look), task
+    Plugins.instance().class_name_to_class["hydra_plugins.sddx.Grid"] = Grid

@@ -68,6 +68,24 @@ def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, 
     return "shards", max(shards, 1) * trainer["epochs"]
 
 
+def levels(plans: Sequence[Plan]) -> list[list[int]]:
+    """The cells, by their place, in levels: those of a level can run side by side without one waiting for what
+    another builds, once all earlier levels have ended.
+
+    A stage that several need is left to the cell that has most to build, so that shared stages stand in few
+    cells: of nested data sizes, the largest builds the rows of all.
+    """
+    missing = [[step.key for step in plan.steps if not step.present] for plan in plans]
+    builder: dict[str, int] = {}
+    level: dict[int, int] = {}
+    for cell in sorted(range(len(plans)), key=lambda number: -len(missing[number])):
+        others = {builder.setdefault(key, cell) for key in missing[cell]} - {cell}
+        level[cell] = 1 + max((level[other] for other in others), default=-1)
+    return [
+        [cell for cell in range(len(plans)) if level[cell] == depth] for depth in range(max(level.values()) + 1)
+    ]
+
+
 def describe(plans: Sequence[Plan]) -> None:
     """Print the number of cells, of distinct stages, of those in the store, and the estimated time."""
     steps = {step.key: step for plan in plans for step in plan.steps}

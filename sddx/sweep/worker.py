@@ -1,0 +1,69 @@
+"""One cell of a sweep, run from its folder alone, in whatever process it was given to:
+`python -m sddx.sweep.worker FOLDER TASK`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.utils import get_method
+from omegaconf import OmegaConf
+
+from sddx.records import UserError
+from sddx.sweep import cells
+
+
+def perform(folder: Path, task: str) -> None:
+    """Calls `task(config, folder)`, named by its path, with the configuration that lies in the cell's folder.
+
+    What it raises, SystemExit too, ends in that folder, and the cell is failed; an interrupt is passed on. A
+    cell that is done already, as one that a scheduler starts twice, is left alone.
+    """
+    start = time.perf_counter()
+    if cells.state(folder) in ("done", "failed"):
+        return
+    with cells.running(folder), _logged(folder):
+        try:
+            get_method(task)(OmegaConf.to_container(OmegaConf.load(folder / cells.CONFIG)), folder)
+            failure = None
+        except KeyboardInterrupt:
+            cells.write(folder, state="interrupted", seconds=time.perf_counter() - start)
+            raise
+        except BaseException as error:
+            failure = error
+        finish(folder, failure, time.perf_counter() - start)
+
+
+def finish(folder: Path, failure: BaseException | None, seconds: float) -> None:
+    """The end of a cell: its state, the reason and the traceback where it failed."""
+    if failure is None:
+        cells.write(folder, state="done", seconds=seconds)
+        return
+    (folder / cells.TRACEBACK).write_text("".join(traceback.format_exception(failure)))
+    reason = str(failure).strip() or type(failure).__name__
+    kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+    cells.write(folder, state="failed", seconds=seconds, reason=f"{kind}{reason}")
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """What is logged meanwhile goes to the cell's own file too."""
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+if __name__ == "__main__":
+    perform(Path(sys.argv[1]), sys.argv[2])
