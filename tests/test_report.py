@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import t, ttest_rel
+from wandb_file import history, records
 
 from sddx.report import __main__ as report
 from sddx.report import page
 from sddx.report.curves import MEASURES, differences, families
+from sddx.report.publish import publish, to_wandb
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -137,3 +139,20 @@ def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no finished run" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_offline_wandb_run_holds_every_point_of_every_curve(tmp_path: Path) -> None:
+    """Read back from the file that `wandb sync` would upload."""
+    runs = grid()
+    found = publish(runs, [("s1", "failed", "no room")], tmp_path)
+    to_wandb(runs, found, tmp_path, {"project": "p", "entity": None, "group": "g", "mode": "offline"})
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = history(file)
+    (family,) = families(runs)
+    for measure in MEASURES:
+        for arm in family.arms:
+            logged = [(row["removed"], row[key]) for row in rows if (key := f"removed/{measure}/{arm}") in row]
+            assert logged == [(point.x, point.interval.estimate) for point in family.curve(arm, measure)]
+            assert any(f"plots/removed/{measure}" in key for row in rows for key in row)
+    assert {"tables/arms", "tables/failed"} <= {key for row in rows for key in row}
+    assert any(record.WhichOneof("record_type") == "request" or record.artifact.name for record in records(file))

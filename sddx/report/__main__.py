@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sddx.records import UserError
 from sddx.report import page
-from sddx.report.summary import write
+from sddx.report.publish import publish, to_wandb
 from sddx.store import default_root
 
 
@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="the folder to write (default: %(default)s)"
     )
+    parser.add_argument("--wandb", choices=("offline", "online"), help="log it as a W&B run of its own too")
+    parser.add_argument("--project", default="sddx", help="the W&B project (default: %(default)s)")
+    parser.add_argument("--entity", help="the W&B entity (default: the user's own)")
     given = parser.parse_args(arguments)
     try:
         runs = page.of_folders(given.folders) if given.folders else page.of_store(given.store)
@@ -29,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    found = page.contents(runs, page.failed(given.folders))
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("html", page.html(found)), ("md", page.markdown(found)), ("csv", page.table_of_runs(runs))):
-        write(given.out / f"report.{name}", text)
+    found = publish(runs, page.failed(given.folders), given.out)
+    if given.wandb:
+        settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}
+        to_wandb(runs, found, given.out, settings)
     print(f"{len(runs)} runs: {given.out / 'report.html'}, and the same as report.md and report.csv")
     return 0
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from sddx.report import figures
 from sddx.report.curves import AXES, MEASURES, Difference, Family, Run, arms, differences, families
+from sddx.report.law import fit, seed_curves
 from sddx.report.table import MODELS, grid, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
@@ -148,6 +149,25 @@ def cost_table(runs: Sequence[Run]) -> Table:
     return {"header": ["runs", "arm", *stages, "peak GiB", "parameters"], "rows": rows}
 
 
+def law_table(runs: Sequence[Run]) -> Table:
+    """For every arm over data sizes, the fitted law and the examples that some recoveries are predicted to take."""
+    rows = []
+    for family in (family for family in families(runs) if family.axis == "size"):
+        for arm in family.arms:
+            of_arm = [run for run in family.runs if run["choices"]["loss"] == arm]
+            for measure in ("recovery_trained", "recovery"):
+                law = fit(seed_curves(of_arm, measure))
+                if isinstance(law, str):
+                    rows.append([family.fixed or "all runs", arm, measure, law, ""])
+                    continue
+                formula = f"{100 * law.ceiling:.1f} - {100 * law.drop:.1f} (n / {law.first:,.0f})^-{law.rate:.2f} %"
+                level = law.ceiling - law.drop * (law.largest / law.first) ** -law.rate
+                goals = [round(level, 2) - 0.05, round(level, 2), round(level, 2) + 0.01]
+                told = "; ".join(f"{100 * goal:.0f} %: {law.predict(goal)}" for goal in goals)
+                rows.append([family.fixed or "all runs", arm, measure, formula, told])
+    return {"header": ["runs", "arm", "measure", "law", "examples for a recovery of"], "rows": rows}
+
+
 def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The block distances that cuts were chosen from, one figure for each scoring that the store still has."""
     found = []
@@ -194,6 +214,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         "heat_maps": heat_maps(runs),
         "funnel": funnel_table(runs),
         "examples": examples(runs),
+        "laws": law_table(runs),
         "cost": cost_table(runs),
         "cost_svg": Markup(figures.quality_against_cost(runs)),
         "failed": {"header": ["cell", "state", "reason"], "rows": [list(cell) for cell in failures]},
@@ -210,7 +231,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
     titles = {
         "arms": "What each arm brought back", "differences": "Paired differences to SFT, in points",
-        "tasks": "Scores per task", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
+        "tasks": "Scores per task", "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
     parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
     for section in found["sections"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -13,6 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sddx.records import UserError
+from sddx.store.digest import digest
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
@@ -54,6 +56,7 @@ class Grid(Launcher):
         except UserError as error:
             print(f"\nerror: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        report(cells)
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
 
@@ -77,6 +80,24 @@ def check_all(cells: Sequence[Cell], check: Check) -> None:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def report(cells: Sequence[Cell]) -> None:
+    """What the cells found, as pages in the sweep's folder, and as one W&B run beside theirs. A sweep that is
+    asked for again and found nothing new opens no second one."""
+    from sddx.report import page, publish
+
+    folder = cells[0].folder.parent
+    runs = page.of_folders([folder])
+    if not runs:
+        return
+    found = publish.publish(runs, page.failed([folder]), folder)
+    print(f"What they found: {folder / 'report.html'}")
+    settings = {name: cells[0].config["wandb"].get(name) for name in ("project", "entity", "group", "mode")}
+    seen = Path(runs[0]["store"]) / ".tracked" / digest([settings, [run["artifacts"] for run in runs]])
+    if settings["mode"] in ("offline", "online") and not seen.exists():
+        publish.to_wandb(runs, found, folder, settings)
+        seen.touch()
 
 
 def conclude(cells: Sequence[Cell]) -> None:

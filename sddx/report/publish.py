@@ -1,0 +1,74 @@
+"""What a set of runs found, on disk and in one W&B run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sddx.report import page
+from sddx.report.curves import MEASURES, Run, families
+from sddx.report.summary import write
+from sddx.store.digest import digest
+
+TABLES = ("arms", "differences", "tasks", "laws", "cost", "failed")
+
+
+def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:
+    """Write report.html, report.md and report.csv; returns the contents of the page."""
+    found = page.contents(runs, failures)
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {"html": page.html(found), "md": page.markdown(found), "csv": page.table_of_runs(runs)}
+    for name, text in texts.items():
+        write(out / f"report.{name}", text)
+    return found
+
+
+def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: dict[str, Any]) -> str:
+    """One W&B run with the tables, every point of every curve (as history, so that W&B's own charts draw it, and
+    as a line plot), the figures, and the pages as an artifact. Returns its id, which the runs decide.
+
+    `settings` are project, entity, group and mode.
+    """
+    import wandb
+
+    identity = digest([run["artifacts"] for run in runs])[:16]
+    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    name = f"report-{settings.get('group') or len(runs)}"
+    with wandb.init(
+        **settings,
+        id=identity,
+        name=name,
+        job_type="report",
+        dir=out,
+        resume="allow",
+        reinit="create_new",
+        settings=quiet,
+    ) as run:
+        for family in families(runs):
+            at = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
+            run.define_metric(family.axis, hidden=True)
+            run.define_metric(f"{at}/*", step_metric=family.axis)
+            for measure in MEASURES:
+                curves = {arm: family.curve(arm, measure) for arm in family.arms}
+                for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
+                    low, high = point.interval.low, point.interval.high
+                    row = {"": point.interval.estimate, "/low": low, "/high": high}
+                    run.log({family.axis: point.x} | {f"{at}/{measure}/{arm}{end}": y for end, y in row.items()})
+                lines = {arm: points for arm, points in curves.items() if points}
+                if lines:
+                    xs = [[point.x for point in points] for points in lines.values()]
+                    ys = [[point.interval.estimate for point in points] for points in lines.values()]
+                    plot = wandb.plot.line_series(xs, ys, list(lines), f"{measure} over {at}", family.axis)
+                    run.log({f"plots/{at}/{measure}": plot})
+        figures = [
+            (f"figures/{s['title']}/{f['title']}", f["svg"]) for s in found["sections"] for f in s["figures"]
+        ]
+        run.log({where: wandb.Html(str(svg)) for where, svg in figures})
+        tables = {name: found[name] for name in TABLES if found[name]["rows"]}
+        run.log({f"tables/{n}": wandb.Table(columns=t["header"], data=t["rows"]) for n, t in tables.items()})
+        pages = wandb.Artifact(f"report-{identity}", type="report")
+        for suffix in ("html", "md", "csv"):
+            pages.add_file(str(out / f"report.{suffix}"))
+        run.log_artifact(pages)
+    return identity
