@@ -15,8 +15,9 @@ from wandb_file import history, records
 
 from sddx.report import __main__ as report
 from sddx.report import page
-from sddx.report.curves import MEASURES, differences, families
+from sddx.report.curves import AXES, MEASURES, differences, families
 from sddx.report.publish import publish, to_wandb
+from sddx.report.workspace import workspace
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -156,3 +157,32 @@ def test_an_offline_wandb_run_holds_every_point_of_every_curve(tmp_path: Path) -
             assert any(f"plots/removed/{measure}" in key for row in rows for key in row)
     assert {"tables/arms", "tables/failed"} <= {key for row in rows for key in row}
     assert any(record.WhichOneof("record_type") == "request" or record.artifact.name for record in records(file))
+
+
+def test_the_dashboard_draws_what_runs_log() -> None:
+    """Every axis and measure has its panel, over the names that a run's config and summary use."""
+    pytest.importorskip("wandb_workspaces")
+    made = workspace("me", "sddx", ["gsm8k"])
+    titles = [section.name for section in made.sections]
+    assert titles == [*(f"Over {label}" for label in AXES.values()), "By arm", "Per task", "Cost"]
+    drawn = [panel for section in made.sections for panel in section.panels]
+    scattered = [(panel.x.name, panel.y.name) for panel in drawn if hasattr(panel, "running_ymean") and panel.x]
+    assert {(axis, measure) for axis in AXES for measure in MEASURES} <= set(scattered)
+    assert made.sections[-2].panels[0].metrics[0].name == "scores.recovered.gsm8k"
+
+
+def test_the_notebook_draws_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs from top to bottom over the runs of a sweep and draws one figure and one table."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    for number, found in enumerate(grid()):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(found))
+    monkeypatch.setenv("SDDX_RUNS", str(tmp_path))
+    path = Path(__file__).parents[1] / "notebooks" / "scaling_curves.ipynb"
+    done = NotebookClient(nbformat.read(path, as_version=4), timeout=120).execute()
+    outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert outputs[0].text == "12 runs, 1 families of curves\n"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert sum("text/markdown" in output.get("data", {}) for output in outputs) == 1

@@ -231,7 +231,8 @@ def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
     titles = {
         "arms": "What each arm brought back", "differences": "Paired differences to SFT, in points",
-        "tasks": "Scores per task", "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
+        "tasks": "Scores per task",
+        "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
     parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
     for section in found["sections"]:

@@ -1,0 +1,77 @@
+"""Kill a sweep at random moments, again and again: `python tests/integration/drill.py [--kills 20]`.
+
+Prints how every kill ended, and at the end whether every cell is done, the store is sound and the numbers are those
+of an undisturbed sweep. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from composing import SWEPT  # noqa: E402
+
+from sddx.store.__main__ import main as store_command  # noqa: E402
+from sddx.sweep import cells  # noqa: E402
+
+
+def start(where: Path, store: str, launcher: str) -> tuple[subprocess.Popen, Path]:
+    out = where / f"{time.time():.3f}"
+    settings = [f"store={where / store}", f"hydra.sweep.dir={out}", "seed=0,1", "loss=sft,sdd"]
+    command = [sys.executable, "-m", "sddx.train", "--multirun", *SWEPT, *settings, f"hydra/launcher={launcher}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=where, start_new_session=True, **quiet), out
+
+
+def numbers(out: Path) -> dict:
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*/summary.json"))]
+    return {run["name"]: (run["scores"], run["artifacts"]["train"]) for run in found}
+
+
+def drill(where: Path, launcher: str, kills: int, dice: random.Random) -> bool:
+    process, calm = start(where, "calm", launcher)
+    begun = time.monotonic()
+    process.wait()
+    span = time.monotonic() - begun
+    for number in range(kills):
+        process, out = start(where, "shaken", launcher)
+        try:
+            process.wait(dice.uniform(0.2, 1.0) * span)
+            print(f"{launcher} kill {number + 1}: ended before, status {process.returncode}")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            states = [cells.state(path.parent) for path in sorted(out.glob(f"*/{cells.RECORD}"))]
+            print(f"{launcher} kill {number + 1}: {', '.join(states) or 'before any cell'}")
+    process, out = start(where, "shaken", launcher)
+    same = process.wait() == 0 and numbers(out) == numbers(calm)
+    sound = store_command(["verify", "--store", str(where / "shaken")]) == 0
+    print(f"{launcher}: {len(numbers(out))} cells done, numbers the same: {same}, store sound: {sound}")
+    return same and sound
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="in all, over both launchers")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    dice = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as name:
+        found = []
+        for launcher in ("basic", "joblib"):
+            (Path(name) / launcher).mkdir()
+            found.append(drill(Path(name) / launcher, launcher, given.kills // 2, dice))
+    return 0 if all(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
