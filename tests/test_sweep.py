@@ -23,6 +23,7 @@ from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command
 from sddx.sweep import __main__ as look
 from sddx.sweep import cells
+from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
 
 
@@ -308,3 +309,35 @@ def test_a_sweep_that_is_killed_three_times_ends_as_an_undisturbed_one(launcher,
 def numbers(summary: Path) -> tuple:
     found = json.loads(summary.read_text())
     return found["scores"], found["recovery"], found["supervised_tokens"], found["artifacts"]["train"]
+
+
+def preempted(config: dict, folder: Path) -> None:
+    """A task that its scheduler takes back the first time, as submitit does it: checkpoint, then SystemExit."""
+    if not (folder / "before").exists():
+        (folder / "before").touch()
+        Job(folder, "unused").checkpoint()
+        raise SystemExit(-1)
+
+
+def test_a_job_that_is_preempted_is_started_again_and_ends_once(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    (tmp_path / cells.CONFIG).write_text("seed: 0\n")
+    cells.write(tmp_path, number=0, name="s0", overrides=[], launcher="submitit_slurm", state="waiting")
+    job = Job(tmp_path, f"{__name__}.preempted")
+    with pytest.raises(SystemExit):
+        job()
+    assert cells.state(tmp_path) == "waiting"
+    job()
+    assert cells.state(tmp_path) == "done"
+
+
+@pytest.mark.parametrize("launcher", ["ray", "submitit_slurm"])
+def test_a_cluster_that_is_not_there_is_said_without_a_traceback(
+    launcher, sweep, store, capsys, monkeypatch
+) -> None:
+    pytest.importorskip(launcher.split("_")[0])
+    monkeypatch.setenv("PATH", "")  # no srun
+    there = ["hydra.launcher.engine.address=127.0.0.1:1"] if launcher == "ray" else []
+    status, _ = sweep("--multirun", "seed=0,1", f"hydra/launcher={launcher}", *there, store=store)
+    told = capsys.readouterr().err
+    assert status == 2 and "error: " in told and "Traceback" not in told

@@ -20,6 +20,7 @@ from typing import Any
 
 from sddx.records import UserError
 from sddx.runtime import Runtime
+from sddx.sweep import cells
 from sddx.sweep.worker import perform
 
 Levels = Sequence[Sequence[Path]]
@@ -93,6 +94,7 @@ class Job:
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
 
+        cells.write(self.folder, state="waiting")
         return DelayedSubmission(self)
 
 
@@ -108,9 +110,12 @@ class Submitit:
 
     def __call__(self, levels: Levels, task: str) -> None:
         submitit = _engine("submitit")
-        executor = submitit.AutoExecutor(folder=levels[0][0].parent / ".submitit", cluster=self.cluster)
         given = {name: value for name, value in self.parameters.items() if value is not None}
-        executor.update_parameters(**given)
+        try:
+            executor = submitit.AutoExecutor(folder=levels[0][0].parent / ".submitit", cluster=self.cluster)
+            executor.update_parameters(**given)
+        except (RuntimeError, NameError) as error:  # no Slurm here; a parameter that does not exist
+            raise UserError(f"submitit cannot use cluster={self.cluster} with {given}: {error}") from None
         jobs: list[Any] = []
         with Runtime().progress(total=sum(map(len, levels)), what="cells", unit="cell") as bar:
             for level in levels:
@@ -153,7 +158,15 @@ class Ray:
 
     def __call__(self, levels: Levels, task: str) -> None:
         ray = _engine("ray")
-        ray.init(address=self.address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+        quiet = {"log_to_driver": False, "configure_logging": False}
+        try:
+            ray.init(address=self.address, **quiet)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"There is no Ray cluster at {self.address} ({reason}). Start one with `ray start --head`, or give "
+                "hydra.launcher.engine.address=host:port, or null for one on this machine alone."
+            ) from None
         needs = {"num_cpus": self.cpus, "num_gpus": self.gpus}
         remote = ray.remote(max_retries=0, max_calls=1, **needs)(perform)
         try:

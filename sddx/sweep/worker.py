@@ -35,6 +35,8 @@ def perform(folder: Path, task: str) -> None:
             cells.write(folder, state="interrupted", seconds=time.perf_counter() - start)
             raise
         except BaseException as error:
+            if cells.read(folder)["state"] == "waiting":  # its scheduler took it back, to start it again
+                raise
             failure = error
         finish(folder, failure, time.perf_counter() - start)
 
@@ -56,12 +58,14 @@ def _logged(folder: Path) -> Iterator[None]:
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     root = logging.getLogger()
+    level = root.level
     root.addHandler(handler)
-    root.setLevel(min(root.level or logging.INFO, logging.INFO))
+    root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.removeHandler(handler)
+        root.setLevel(level)
         handler.close()
 
 
