@@ -332,9 +332,7 @@ def test_a_job_that_is_preempted_is_started_again_and_ends_once(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("launcher", ["ray", "submitit_slurm"])
-def test_a_cluster_that_is_not_there_is_said_without_a_traceback(
-    launcher, sweep, store, capsys, monkeypatch
-) -> None:
+def test_a_cluster_that_is_not_there_is_said(launcher, sweep, store, capsys, monkeypatch) -> None:
     pytest.importorskip(launcher.split("_")[0])
     monkeypatch.setenv("PATH", "")  # no srun
     there = ["hydra.launcher.engine.address=127.0.0.1:1"] if launcher == "ray" else []
