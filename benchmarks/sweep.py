@@ -1,8 +1,8 @@
 """What a grid costs over its stages: `python benchmarks/sweep.py [overrides ...]`.
 
 54 cells (3 block counts, 3 sizes, 3 arms, 2 seeds), shrunk: seconds of the sweep against the sum of its distinct
-stages, the second run against the first, and against six cells in stores of their own; then how long it takes to list
-a store of 10,000 artifacts and to draw the status of 5,000 cells.
+stages, the second run against the first, and against six cells in stores of their own; then how long it takes to
+list a store of 10,000 artifacts and to draw the status of 5,000 cells.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def large_listings(folder: Path) -> tuple[float, float]:
     for number in range(5_000):
         about = {"number": number, "name": f"s{number}", "overrides": [], "launcher": "basic"}
         cells.write(folder / "cells" / str(number), **about, state="done", seconds=1.0)
-    listing, _ = timed(folder, "sddx.store", "ls", "--store", str(folder / "large"))
+    listing, _ = timed(folder, "sddx.store", "--store", str(folder / "large"), "ls")
     status, _ = timed(folder, "sddx.sweep", "status", str(folder / "cells"))
     return listing, status
 

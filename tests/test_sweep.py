@@ -299,7 +299,7 @@ def test_a_sweep_that_is_killed_three_times_ends_as_an_undisturbed_one(launcher,
         sweep_command(tmp_path, launcher), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "2 of 2 cells are done." in done.stdout
-    assert store_command(["verify", "--store", str(tmp_path / "store")]) == 0
+    assert store_command(["--store", str(tmp_path / "store"), "verify"]) == 0
     last = max((path for path in tmp_path.iterdir() if path.name[0].isdigit()), key=lambda path: float(path.name))
     _, undisturbed = sweep("--multirun", "seed=0,1", store=store)
     for ours, theirs in zip(sorted(last.glob("*/summary.json")), undisturbed, strict=True):

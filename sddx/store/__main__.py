@@ -12,10 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sddx.records import UserError
-from sddx.store import default_root, manifest
+from sddx.store import default_root, lock, manifest
 
 ABSENT = "(absent)"
 
@@ -142,7 +140,7 @@ def collect(root: Path, older_than: float | None, dry_run: bool) -> int:
     freed = 0
     for folder in [folder for folder in manifest.folders(root) if _reason(folder, older_than)]:
         key = folder.name.removesuffix(".partial")
-        with suppress(Timeout), FileLock(folder.with_name(f"{key}.lock"), timeout=0):
+        with suppress(lock.Held), lock.hold(folder.with_name(f"{key}.lock"), waiting=lock.refuse):
             # looked at again under the lock: another process may have finished or mended it
             if folder.exists() and (reason := _reason(folder, older_than)):
                 size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -37,6 +37,15 @@ SHARED = (
 )
 
 
+class Held(Exception):
+    """Somebody else holds the lock."""
+
+
+def refuse() -> None:
+    """For `waiting`: do not wait."""
+    raise Held
+
+
 @contextmanager
 def hold(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds the lock while the body runs; calls `waiting` once where another holds it. Raises UserError after
@@ -67,9 +76,9 @@ def is_held(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        with FileLock(path, timeout=0):
+        with hold(path, waiting=refuse):
             return False
-    except Timeout:
+    except Held:
         return True
 
 

@@ -54,7 +54,7 @@ def drill(where: Path, launcher: str, kills: int, dice: random.Random) -> bool:
             print(f"{launcher} kill {number + 1}: {', '.join(states) or 'before any cell'}")
     process, out = start(where, "shaken", launcher)
     same = process.wait() == 0 and numbers(out) == numbers(calm)
-    sound = store_command(["verify", "--store", str(where / "shaken")]) == 0
+    sound = store_command(["--store", str(where / "shaken"), "verify"]) == 0
     print(f"{launcher}: {len(numbers(out))} cells done, numbers the same: {same}, store sound: {sound}")
     return same and sound
 
