@@ -60,8 +60,8 @@ def alone(folder: Path, given: list[str]) -> float:
 
 def large_listings(folder: Path) -> tuple[float, float]:
     """Seconds to list 10,000 artifacts, and to draw the status of 5,000 cells, imports included."""
-    fields = {"stage": "train", "created": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory": 1, "files": {},
-              "inputs": [], "spec": {}, "sources": {}, "versions": {}, "seed": 0, "device": "cpu"}  # fmt: skip
+    fields: dict = {"stage": "train", "created": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory": 1}
+    fields |= {"files": {}, "inputs": [], "spec": {}, "sources": {}, "versions": {}, "seed": 0, "device": "cpu"}
     for number in range(10_000):
         key = f"{number:064x}"
         place = folder / "large" / "train" / f"{number:016x}" / key
@@ -89,9 +89,7 @@ def main() -> None:
     print(*re.findall(r"^\d+ cells, .*", printed, re.M), sep="\n")
     print(f"the sweep {first:.0f} s, its distinct stages {sum_of_stages:.0f} s: ratio {first / sum_of_stages:.2f}")
     print(f"the same again {again:.1f} s: ratio {again / first:.3f}")
-    print(
-        f"a cell alone {single:.1f} s, so 54 without the store {54 * single:.0f} s: ratio {first / (54 * single):.2f}"
-    )
+    print(f"a cell alone {single:.1f} s, without the store {54 * single:.0f} s: ratio {first / (54 * single):.2f}")
     print(f"peak memory of the sweep's process {peak:.2f} GiB")
     print(f"10,000 artifacts listed in {listing:.1f} s, 5,000 cells drawn in {status:.1f} s")
 
