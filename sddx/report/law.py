@@ -92,20 +92,21 @@ def fit(curves: Sequence[Curve], seed: int = 0) -> Law | str:
 
 def _fitted(curves: Sequence[Curve], sizes: Sequence[float]) -> tuple[float, float, float] | None:
     """(ceiling, drop, rate) by least squares over the mean curve; None where it does not rise, or where the
-    best rate lies at the edge of what is sensible, so that the data does not tell it."""
+    best ceiling or rate lies at the edge of what is sensible, so that the data does not tell it."""
     from scipy.optimize import curve_fit
 
     x = np.array(sizes) / sizes[0]
     y = np.array([np.mean([curve[size] for curve in curves]) for size in sizes])
     if y[-1] <= y[0]:
         return None
-    low, high = 0.05, 5.0
+    low, high, top = 0.05, 5.0, 1.5
     try:
         found, _ = curve_fit(
             lambda n, ceiling, drop, rate: ceiling - drop * n**-rate, x, y,
-            p0=(y[-1], y[-1] - y[0], 0.5), bounds=([0, 0, low], [2, 2, high]), maxfev=5000,
+            p0=(y[-1], y[-1] - y[0], 0.5), bounds=([0, 0, low], [top, 2, high]), maxfev=5000,
         )  # fmt: skip
     except RuntimeError:
         return None
     ceiling, drop, rate = (float(value) for value in found)
-    return (ceiling, drop, rate) if low * 1.01 < rate < high * 0.99 and drop > 0 else None
+    inside = low * 1.01 < rate < high * 0.99 and ceiling < 0.99 * top and drop > 0
+    return (ceiling, drop, rate) if inside else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -160,8 +161,11 @@ class Ray:
         ray = _engine("ray")
         quiet = {"log_to_driver": False, "configure_logging": False}
         try:
+            if self.address and ":" in self.address:  # Ray itself would try for minutes
+                host, _, port = self.address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
             ray.init(address=self.address, **quiet)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"There is no Ray cluster at {self.address} ({reason}). Start one with `ray start --head`, or give "

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
 
 
-class Grids(BasicSweeper):
-    """Hydra's sweeper over each of `grids` in turn, all cells in one launch. A grid is written as its `params`
-    are, which hold in every grid; the command line beats both."""
+class Grids(Sweeper):
+    """The product of `params`, as Hydra's own sweeper makes it, or of each of `grids` in turn, which are written
+    alike and which `params` holds for too. The command line beats both. All cells go to the launcher at once."""
 
-    def __init__(
-        self,
-        max_batch_size: int | None = None,
-        params: dict[str, str] | None = None,
-        grids: Sequence[dict[str, str]] = (),
-    ) -> None:
-        super().__init__(max_batch_size, params)
-        self.grids = list(grids) or [{}]
+    def __init__(self, *, params: dict[str, str] | None, grids: Sequence[dict[str, str]]) -> None:
+        self.grids = [{**(params or {}), **grid} for grid in grids or [{}]]
 
-    def split_arguments(  # type: ignore[override]
-        self, overrides: list[Override], max_batch_size: int | None
-    ) -> list[list[list[str]]]:
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.loader = config, hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        parser = OverridesParser.create(config_loader=self.loader)
         cells: dict[Any, list[str]] = {}
         for grid in self.grids:
-            own = parser.parse_overrides([f"{key}={values}" for key, values in grid.items()])
-            for cell in BasicSweeper.split_arguments([*own, *overrides], None)[0]:
-                cells.setdefault(frozenset(cell), cell)  # the command line can make two grids the same
-        return [list(cells.values())]
+            overrides = parser.parse_overrides([*(f"{key}={values}" for key, values in grid.items()), *arguments])
+            for cell in BasicSweeper.split_arguments(overrides, None)[0]:
+                cells.setdefault(frozenset(cell), cell)  # a cell may stand in two grids
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        return [self.launcher.launch(list(cells.values()), initial_job_idx=0)]
 
 
 def install() -> None:
