@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,9 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
-        watch = {"watch": partial(show, folder)} if is_cell(folder) else {}
-        runtime = Runtime(device=_device(config["device"]), log=tracker.log, **watch)
+        runtime = Runtime(device=_device(config["device"]), log=tracker.log)
+        if is_cell(folder):
+            runtime = replace(runtime, watch=partial(show, folder))
         found, report = recover(store, runtime, **method(config))
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(found, report, folder, about)

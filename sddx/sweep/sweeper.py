@@ -22,7 +22,8 @@ class Grids(Sweeper):
         self.grids = [{**(params or {}), **grid} for grid in grids or [{}]]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.loader = config, hydra_context.config_loader
+        self.folder, self.loader = Path(config.hydra.sweep.dir), hydra_context.config_loader
+        self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -34,9 +35,9 @@ class Grids(Sweeper):
             overrides = parser.parse_overrides([*(f"{key}={values}" for key, values in grid.items()), *arguments])
             for cell in BasicSweeper.split_arguments(overrides, None)[0]:
                 cells.setdefault(frozenset(cell), cell)  # a cell may stand in two grids
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        assert self.launcher is not None
         return [self.launcher.launch(list(cells.values()), initial_job_idx=0)]
 
 

@@ -69,8 +69,8 @@ def ray() -> Iterator[str]:
         pytest.skip("needs Ray: pip install 'sddx[ray]'")
     surroundings = os.environ | {"RAY": str(Path(sys.executable).with_name("ray"))}
     try:
-        subprocess.run([HERE / "ray.sh", "start", "16379"], check=True, timeout=120, env=surroundings)
-        yield "127.0.0.1:16379"
+        subprocess.run([HERE / "ray.sh", "start", "6391"], check=True, timeout=120, env=surroundings)
+        yield "127.0.0.1:6391"
     finally:
         subprocess.run([HERE / "ray.sh", "stop"], check=False, timeout=60, env=surroundings)
 
