@@ -53,7 +53,10 @@ def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
             checked(f"+sweeps={sweep}", f"{setting}={value}")
 
 
-@pytest.mark.parametrize("launcher", sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml")))
+LAUNCHERS = ["basic", *sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_is_made_from_its_file(launcher: str) -> None:
     """By Hydra's own way from a name to an engine that can be called."""
     with initialize_config_dir(str(CONF), version_base="1.3"):

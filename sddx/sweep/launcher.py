@@ -116,9 +116,11 @@ def conclude(cells: Sequence[Cell]) -> None:
 
 
 def install(check: Check, look: Look, task: str) -> None:
-    """Let this launcher stand behind every `hydra/launcher=` of ours. May be called more than once.
+    """Let this launcher stand behind every `hydra/launcher=` of ours, and in for Hydra's own, `basic`. May be
+    called more than once.
 
-    Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone, hence the name.
+    Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone, hence the names.
     """
     Grid.check, Grid.look, Grid.task = staticmethod(check), staticmethod(look), task
-    Plugins.instance().class_name_to_class["hydra_plugins.sddx.Grid"] = Grid
+    for name in ("hydra_plugins.sddx.Grid", "hydra._internal.core_plugins.basic_launcher.BasicLauncher"):
+        Plugins.instance().class_name_to_class[name] = Grid
