@@ -117,17 +117,19 @@ class Submitit:
             executor.update_parameters(**given)
         except (RuntimeError, NameError) as error:  # no Slurm here; a parameter that does not exist
             raise UserError(f"submitit cannot use cluster={self.cluster} with {given}: {error}") from None
+        ordered = self.cluster == "slurm"  # it knows dependencies; elsewhere a level waits for the one before
         jobs: list[Any] = []
         with Runtime().progress(total=sum(map(len, levels)), what="cells", unit="cell") as bar:
             for level in levels:
-                if self.cluster == "slurm":
+                if ordered:
                     _follow(executor, given, jobs)
                 with executor.batch():
                     submitted = [executor.submit(Job(folder, task)) for folder in level]
                 jobs += submitted
-                if self.cluster != "slurm":
+                if not ordered:
                     _wait(submitted, self.poll, bar)
-            _wait(jobs if self.cluster == "slurm" else [], self.poll, bar)
+            if ordered:
+                _wait(jobs, self.poll, bar)
 
 
 def _follow(executor: Any, given: dict[str, Any], jobs: Sequence[Any]) -> None:

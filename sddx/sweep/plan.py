@@ -95,7 +95,8 @@ def describe(plans: Sequence[Plan]) -> None:
     print(f"{len(plans)} cells, {len(steps)} distinct stages, {len(steps) - len(missing)} of them in the store.")
     if missing:
         doubt = f", without {', '.join(unknown)}, which this store has not built yet" if unknown else ""
-        print(f"To build: {parts}; about {clock(seconds)}{doubt}.")
+        told = f"about {clock(seconds)}{doubt}" if seconds else "how long it takes is not known before a first run"
+        print(f"To build: {parts}; {told}.")
 
 
 def estimate(steps: Sequence[Step], rates: dict[str, float]) -> tuple[float, list[str]]:
