@@ -187,3 +187,10 @@ def test_the_notebook_draws_the_curves(tmp_path: Path, monkeypatch: pytest.Monke
     assert outputs[0].text == "12 runs, 1 families of curves\n"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     assert sum("text/markdown" in output.get("data", {}) for output in outputs) == 1
+
+
+def test_a_whole_number_is_the_same_choice_with_and_without_its_point() -> None:
+    """A default says 1.0, a command line 1: both stand on one curve."""
+    runs = [run(seed=0, removed=2, shift=1.0), run(seed=1, removed=3, shift=1)]
+    (family,) = families(runs)
+    assert [point.x for point in family.curve("sft", "recovery")] == [2, 3] and family.fixed == ""

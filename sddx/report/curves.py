@@ -92,9 +92,14 @@ def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
     """Runs by all their choices but these."""
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        others = [(name, str(value)) for name, value in run["choices"].items() if name not in apart_from]
+        others = [(name, _plain(value)) for name, value in run["choices"].items() if name not in apart_from]
         groups[tuple(sorted(others))].append(run)
     return groups
+
+
+def _plain(value: Any) -> str:
+    """A choice in words; 1 and 1.0 are the same one."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _apart(key: tuple, keys: Sequence[tuple]) -> str:
