@@ -99,7 +99,7 @@ def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
 
 def _plain(value: Any) -> str:
     """A choice in words; 1 and 1.0 are the same one."""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _apart(key: tuple, keys: Sequence[tuple]) -> str:
