@@ -38,25 +38,28 @@ def numbers(out: Path) -> dict:
 
 
 def drill(where: Path, launcher: str, kills: int, dice: random.Random) -> bool:
+    """Kills until so many kills have hit a sweep at work; a sweep that got through is compared with the undisturbed
+    one, and the next starts with an empty store."""
     process, calm = start(where, "calm", launcher)
     begun = time.monotonic()
     process.wait()
-    span = time.monotonic() - begun
-    for number in range(kills):
-        process, out = start(where, "shaken", launcher)
+    span, hits, sweeps, right = time.monotonic() - begun, 0, 0, True
+    while right and (hits < kills or process.returncode):
+        process, out = start(where, f"shaken{sweeps}", launcher)
         try:
-            process.wait(dice.uniform(0.2, 1.0) * span)
-            print(f"{launcher} kill {number + 1}: ended before, status {process.returncode}")
+            process.wait(dice.uniform(0.2, 0.9) * span if hits < kills else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            hits += 1
             states = [cells.state(path.parent) for path in sorted(out.glob(f"*/{cells.RECORD}"))]
-            print(f"{launcher} kill {number + 1}: {', '.join(states) or 'before any cell'}")
-    process, out = start(where, "shaken", launcher)
-    same = process.wait() == 0 and numbers(out) == numbers(calm)
-    sound = store_command(["--store", str(where / "shaken"), "verify"]) == 0
-    print(f"{launcher}: {len(numbers(out))} cells done, numbers the same: {same}, store sound: {sound}")
-    return same and sound
+            print(f"{launcher} kill {hits}: {', '.join(states) or 'before any cell'}", flush=True)
+            continue
+        same = process.returncode == 0 and numbers(out) == numbers(calm)
+        sound = store_command(["--store", str(where / f"shaken{sweeps}"), "verify"]) == 0
+        print(f"{launcher}: {len(numbers(out))} cells done, same numbers: {same}, store sound: {sound}", flush=True)
+        sweeps, right = sweeps + 1, right and same and sound
+    return right
 
 
 def main() -> int:
