@@ -43,8 +43,7 @@ def timed(folder: Path, module: str, *given: str) -> tuple[float, str]:
 
 def stages(store: Path) -> float:
     """The seconds that all artifacts of a store took to make."""
-    made = [manifest.read(folder) for folder in manifest.folders(store) if folder.suffix != ".partial"]
-    return sum(fields["seconds"] for fields in made if fields)
+    return sum(fields["seconds"] for _, fields in manifest.artifacts(store))
 
 
 def alone(folder: Path, given: list[str]) -> float:

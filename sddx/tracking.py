@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sddx.records import UserError
+from sddx.store.digest import digest
 
 Mode = Literal["offline", "online", "disabled"]
 
@@ -89,12 +90,24 @@ def track(
 
 
 def _start(**settings: Any) -> Any:
-    """Open the W&B run; `resume` makes a repeated run the same run, `reinit` keeps runs of one process apart."""
-    import wandb
-
-    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-    run = wandb.init(**settings, resume="allow", reinit="create_new", settings=quiet)
+    """The W&B run of a training, whose curves are drawn over its steps."""
+    run = open_run(**settings)
     run.define_metric("step", hidden=True)
     for family in ("train/*", "validation/*"):
         run.define_metric(family, step_metric="step")
     return run
+
+
+def open_run(**settings: Any) -> Any:
+    """A quiet W&B run; `resume` makes a repeated run the same run, `reinit` keeps runs of one process apart."""
+    import wandb
+
+    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+    return wandb.init(**settings, resume="allow", reinit="create_new", settings=quiet)
+
+
+def mark(store: Path, *what: Any) -> Path:
+    """The file of a store that is there when W&B has seen this, and is touched when it has."""
+    folder = store / ".tracked"
+    folder.mkdir(exist_ok=True)
+    return folder / digest(list(what))

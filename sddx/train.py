@@ -25,7 +25,7 @@ from sddx.store.digest import digest
 from sddx.sweep import launcher, sweeper
 from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
-from sddx.tracking import Tracker
+from sddx.tracking import Tracker, mark
 
 STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate", "report")
 SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run")  # settings that change no number
@@ -170,13 +170,12 @@ def run(config: dict[str, Any], folder: Path) -> Path:
 def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
     """Metrics to CSV and W&B. A finished cell of a sweep that W&B has seen already opens no second run there."""
     settings, identity = config["wandb"], digest(method(config))[:16]
-    seen = store.root / ".tracked" / digest([identity, settings])
+    seen = mark(store.root, identity, settings)
     if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
         settings = {**settings, "mode": "disabled"}
     flat = flatten(method(config)) | config["choices"]
     with build(settings)(folder, identity, config["run"]["name"], flat) as tracker:
         yield tracker
-    seen.parent.mkdir(exist_ok=True)
     seen.touch()
 
 

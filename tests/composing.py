@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +38,16 @@ def composed(*overrides: str, out: Path | None = None, config_dir: Path | None =
         with open_dict(cfg):
             del cfg["hydra"]
         yield cfg
+
+
+def swept(out: Path, store: Path, *given: str) -> list[str]:
+    """The command of a small sweep over two seeds, in a process of its own."""
+    where = (f"store={store}", f"hydra.sweep.dir={out}")
+    return [sys.executable, "-m", "sddx.train", "--multirun", *SWEPT, *where, "seed=0,1", *given]
+
+
+def numbers(out: Path) -> dict[str, tuple]:
+    """What every finished cell of a sweep found, by its name."""
+    found = [json.loads(path.read_text()) for path in out.glob("*/summary.json")]
+    kept = ("scores", "recovery", "supervised_tokens")
+    return {run["name"]: (*(run[name] for name in kept), run["artifacts"]["train"]) for run in found}

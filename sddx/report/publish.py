@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sddx.report import page
-from sddx.report.curves import MEASURES, Run, families
+from sddx.report.curves import MEASURES, Family, Run, families
 from sddx.report.summary import write
 from sddx.store.digest import digest
+from sddx.tracking import open_run
 
 TABLES = ("arms", "differences", "tasks", "laws", "cost", "failed")
 
@@ -33,34 +34,10 @@ def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: di
     import wandb
 
     identity = digest([run["artifacts"] for run in runs])[:16]
-    quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
     name = f"report-{settings.get('group') or len(runs)}"
-    with wandb.init(
-        **settings,
-        id=identity,
-        name=name,
-        job_type="report",
-        dir=out,
-        resume="allow",
-        reinit="create_new",
-        settings=quiet,
-    ) as run:
+    with open_run(**settings, id=identity, name=name, job_type="report", dir=out) as run:
         for family in families(runs):
-            at = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
-            run.define_metric(family.axis, hidden=True)
-            run.define_metric(f"{at}/*", step_metric=family.axis)
-            for measure in MEASURES:
-                curves = {arm: family.curve(arm, measure) for arm in family.arms}
-                for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
-                    low, high = point.interval.low, point.interval.high
-                    row = {"": point.interval.estimate, "/low": low, "/high": high}
-                    run.log({family.axis: point.x} | {f"{at}/{measure}/{arm}{end}": y for end, y in row.items()})
-                lines = {arm: points for arm, points in curves.items() if points}
-                if lines:
-                    xs = [[point.x for point in points] for points in lines.values()]
-                    ys = [[point.interval.estimate for point in points] for points in lines.values()]
-                    plot = wandb.plot.line_series(xs, ys, list(lines), f"{measure} over {at}", family.axis)
-                    run.log({f"plots/{at}/{measure}": plot})
+            _log_curves(run, family)
         figures = [
             (f"figures/{s['title']}/{f['title']}", f["svg"]) for s in found["sections"] for f in s["figures"]
         ]
@@ -72,3 +49,22 @@ def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: di
             pages.add_file(str(out / f"report.{suffix}"))
         run.log_artifact(pages)
     return identity
+
+
+def _log_curves(run: Any, family: Family) -> None:
+    """Every point of a family's curves with its interval, and for each measure a line plot."""
+    from wandb.plot import line_series
+
+    at = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
+    run.define_metric(family.axis, hidden=True)
+    run.define_metric(f"{at}/*", step_metric=family.axis)
+    for measure in MEASURES:
+        curves = {arm: points for arm in family.arms if (points := family.curve(arm, measure))}
+        for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
+            values = {"": point.interval.estimate, "/low": point.interval.low, "/high": point.interval.high}
+            run.log({family.axis: point.x} | {f"{at}/{measure}/{arm}{end}": y for end, y in values.items()})
+        if curves:
+            xs = [[point.x for point in points] for points in curves.values()]
+            ys = [[point.interval.estimate for point in points] for points in curves.values()]
+            plot = line_series(xs, ys, list(curves), f"{measure} over {at}", family.axis)
+            run.log({f"plots/{at}/{measure}": plot})

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def show(root: Path) -> int:
     """Prints one line for each complete artifact; as plain text, since rich takes seconds for 10,000 rows."""
     # no manifest is kept: thousands of them would slow the collector of garbage
-    rows = sorted(_row(fields) for _, fields in _artifacts(root))
+    rows = sorted(_row(fields) for _, fields in manifest.artifacts(root))
     width = max((len(stage) for _, stage, *_ in rows), default=5)
     print(f"{'stage':<{width}}  {'key':<12}  {'created (UTC)':<19}  {'seconds':>9}  {'size':>10}")
     for created, stage, key, seconds, count in rows:
@@ -69,7 +69,7 @@ def _row(fields: dict[str, Any]) -> tuple[str, str, str, float, int]:
 
 def explain(root: Path, a: str, b: str) -> int:
     """Prints every setting, source and input in which two artifacts differ, and goes on into their inputs."""
-    artifacts = {fields["key"]: fields for _, fields in _artifacts(root)}
+    artifacts = {fields["key"]: fields for _, fields in manifest.artifacts(root)}
     lines = list(_differences(_only(artifacts, a), _only(artifacts, b), artifacts, ""))
     print("\n".join(lines) or "the recipes are the same")
     return 0
@@ -160,13 +160,6 @@ def _reason(folder: Path, older_than: float | None) -> str | None:
         return "damaged"
     days = (time.time() - (folder / manifest.NAME).stat().st_mtime) / 86400
     return f"not used for {days:.0f} days" if older_than is not None and days > older_than else None
-
-
-def _artifacts(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every complete artifact of a store, with its manifest."""
-    for folder in manifest.folders(root):
-        if folder.suffix != ".partial" and (fields := manifest.read(folder)):
-            yield folder, fields
 
 
 def _bytes(count: float) -> str:

@@ -20,21 +20,7 @@ from filelock import FileLock, SoftFileLease, Timeout
 from sddx.records import UserError
 
 LEASE = 60.0  # seconds without a sign of life after which a lease may be taken over
-SHARED = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "smb",
-    "glusterfs",
-    "afs",
-    "fuse.",
-    "pvfs",
-    "panfs",
-    "wekafs",
-)
+SHARED = tuple("nfs lustre gpfs beegfs ceph cifs smb glusterfs afs fuse. pvfs panfs wekafs".split())
 
 
 class Held(Exception):

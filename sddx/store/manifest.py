@@ -93,3 +93,10 @@ def remove(folder: Path) -> None:
     """Deletes an artifact, its manifest first: a folder that is left half deleted is never complete."""
     (folder / NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def artifacts(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every complete artifact of a store, with its manifest."""
+    for folder in folders(root):
+        if folder.suffix != ".partial" and (fields := read(folder)):
+            yield folder, fields

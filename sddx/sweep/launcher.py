@@ -14,11 +14,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sddx.records import UserError
-from sddx.store.digest import digest
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
 from sddx.sweep.plan import Plan, describe, levels
+from sddx.tracking import mark
 
 Check = Callable[[dict[str, Any]], None]
 Look = Callable[[dict[str, Any]], Plan]
@@ -94,7 +94,7 @@ def report(cells: Sequence[Cell]) -> None:
     found = publish.publish(runs, page.failed([folder]), folder)
     print(f"What they found: {folder / 'report.html'}")
     settings = {name: cells[0].config["wandb"].get(name) for name in ("project", "entity", "group", "mode")}
-    seen = Path(runs[0]["store"]) / ".tracked" / digest([settings, [run["artifacts"] for run in runs]])
+    seen = mark(Path(runs[0]["store"]), settings, [run["artifacts"] for run in runs])
     if settings["mode"] in ("offline", "online") and not seen.exists():
         publish.to_wandb(runs, found, folder, settings)
         seen.touch()
@@ -102,14 +102,11 @@ def report(cells: Sequence[Cell]) -> None:
 
 def conclude(cells: Sequence[Cell]) -> None:
     """Say how many cells failed and why; leaves with status 1 where any did."""
-    states = {cell.name: grid.state(cell.folder) for cell in cells}
-    reasons = {
-        cell.name: grid.read(cell.folder).get("reason", "its process ended without a word") for cell in cells
-    }
-    failed = [name for name, state in states.items() if state != "done"]
+    failed = [(cell, state) for cell in cells if (state := grid.state(cell.folder)) != "done"]
     print(f"{len(cells) - len(failed)} of {len(cells)} cells are done.")
-    for name in failed:
-        print(f"  {name} {states[name]}: {reasons[name].splitlines()[0]}")
+    for cell, state in failed:
+        reason = grid.read(cell.folder).get("reason", "its process ended without a word")
+        print(f"  {cell.name} {state}: {reason.splitlines()[0]}")
     if failed:
         print(f"Tracebacks are in the cells' folders under {cells[0].folder.parent}; the same command goes on.")
         raise SystemExit(1)

@@ -7,7 +7,6 @@ of an undisturbed sweep. Takes some minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from composing import SWEPT  # noqa: E402
+from composing import numbers, swept  # noqa: E402
 
 from sddx.store.__main__ import main as store_command  # noqa: E402
 from sddx.sweep import cells  # noqa: E402
@@ -26,15 +25,9 @@ from sddx.sweep import cells  # noqa: E402
 
 def start(where: Path, store: str, launcher: str) -> tuple[subprocess.Popen, Path]:
     out = where / f"{time.time():.3f}"
-    settings = [f"store={where / store}", f"hydra.sweep.dir={out}", "seed=0,1", "loss=sft,sdd"]
-    command = [sys.executable, "-m", "sddx.train", "--multirun", *SWEPT, *settings, f"hydra/launcher={launcher}"]
+    command = swept(out, where / store, "loss=sft,sdd", f"hydra/launcher={launcher}")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=where, start_new_session=True, **quiet), out
-
-
-def numbers(out: Path) -> dict:
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*/summary.json"))]
-    return {run["name"]: (run["scores"], run["artifacts"]["train"]) for run in found}
 
 
 def drill(where: Path, launcher: str, kills: int, dice: random.Random) -> bool:

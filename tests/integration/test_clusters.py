@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from composing import SWEPT
+from composing import swept
 
 from sddx.sweep import cells
 
@@ -21,9 +21,8 @@ HERE = Path(__file__).parent
 
 def sweep(where: Path, *given: str, **surroundings: str) -> list[Path]:
     """Runs the sweep to its end; the folders of its cells."""
-    settings = [f"store={where / 'store'}", f"hydra.sweep.dir={where / 'sweep'}", "seed=0,1", *given]
     done = subprocess.run(
-        [sys.executable, "-m", "sddx.train", "--multirun", *SWEPT, *settings],
+        swept(where / "sweep", where / "store", *given),
         cwd=where, env=os.environ | surroundings, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
