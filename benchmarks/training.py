@@ -19,7 +19,7 @@ from sddx.data.encode import collate, encode_all, padding_id
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
 from sddx.runtime import Runtime
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery.remove import apply_cut
 from sddx.tiny import data
 from sddx.training.batches import plan
 from sddx.training.fit import fit
@@ -34,7 +34,7 @@ STEPS, BATCH, RATE = 60, 16, 1e-3
 
 def student():
     model = load_model(CHECKPOINT)
-    remove_blocks(model, CUT)
+    apply_cut(model, CUT)
     return lora(model, 0, rank=8, alpha=16)
 
 

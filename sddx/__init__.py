@@ -22,19 +22,20 @@ def load(summary: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
 
     fields = json.loads(Path(summary).read_text())
     keys, base, found = fields["artifacts"], Path(fields["model_path"]), {}
-    for stage in ("prune", "train"):
+    for stage in (stage for stage in ("prune", "patch", "train") if stage in keys):
         place = find(Path(fields["store"]), stage, keys[stage])
         if place is None or not base.is_dir():
             gone = base if place else f"{stage} {keys[stage]} in the store {fields['store']}"
             raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
         found[stage] = place
-    model, _ = load_student(
+    student = load_student(
         base,
         found["train"],
         cut=Cut.load(found["prune"] / "cut.json"),
         base=keys["model"],
+        patch=found.get("patch"),
         dtype=fields["dtype"],
         attention=fields["attention"],
         device=device,
     )
-    return model, load_tokenizer(base)
+    return student.model, load_tokenizer(base)

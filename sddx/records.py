@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +29,76 @@ class Artifact:
     path: Path
 
 
+GRANULARITIES = ("blocks", "attention", "feedforward", "sublayers")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What can be removed from a model of `total` blocks, in the order in which it runs: whole blocks, their
+    attention branches, their feed-forward branches, or both kinds of branch (`sublayers`)."""
+
+    granularity: str
+    total: int
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            known = ", ".join(GRANULARITIES)
+            raise UserError(f"pruning.units={self.granularity!r} is not known. Use one of {known}.")
+
+    def __len__(self) -> int:
+        return self.total * len(self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("attention", "feedforward") if self.granularity == "sublayers" else (self.granularity,)
+
+    def unit(self, number: int) -> tuple[str, int]:
+        """(`blocks`, `attention` or `feedforward`, the block's number) of the unit with this number."""
+        block, kind = divmod(number, len(self._kinds))
+        return self._kinds[kind], block
+
+    @property
+    def names(self) -> list[str]:
+        """`block 3`, `attention 3`, .. of every unit."""
+        pairs = [self.unit(number) for number in range(len(self))]
+        return [f"{kind.removesuffix('s')} {block}" for kind, block in pairs]
+
+    def cut(self, removed: Collection[int]) -> Cut:
+        """The cut that removes the units with these numbers."""
+        gone: dict[str, set[int]] = {"blocks": set(), "attention": set(), "feedforward": set()}
+        for kind, block in map(self.unit, removed):
+            gone[kind].add(block)
+        whole = gone["blocks"] | (gone["attention"] & gone["feedforward"])
+        kept = tuple(block for block in range(self.total) if block not in whole)
+        halves = [tuple(sorted(gone[kind] - whole)) for kind in ("attention", "feedforward")]
+        return Cut(kept, self.total, *halves)
+
+
 @dataclass(frozen=True)
 class Cut:
-    """Which blocks of a model stay. Blocks are counted from 0; `kept` is ascending.
+    """Which parts of a model stay. Blocks are counted from 0; every list is ascending.
 
-    `kept[j]` is the teacher block that student block `j` came from.
+    `kept[j]` is the teacher block that student block `j` came from. Of the kept blocks, those in
+    `no_attention` lost their attention branch and those in `no_feedforward` their feed-forward branch; a block
+    that loses both is removed.
     """
 
     kept: tuple[int, ...]
     total: int
+    no_attention: tuple[int, ...] = ()
+    no_feedforward: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ascending = tuple(sorted(set(self.kept)))
         if ascending != self.kept or not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.total:
             raise ValueError(f"kept blocks must be ascending and within 0..{self.total - 1}, not {self.kept}")
+        for halves in (self.no_attention, self.no_feedforward):
+            if tuple(sorted(set(halves))) != halves or not set(halves) <= set(self.kept):
+                raise ValueError(
+                    f"blocks that lose a branch must be ascending and among the kept ones, not {halves}"
+                )
+        if both := set(self.no_attention) & set(self.no_feedforward):
+            raise ValueError(f"blocks {sorted(both)} lose both branches: leave them out of kept")
 
     @classmethod
     def without(cls, removed: set[int] | range, total: int) -> Cut:
@@ -50,12 +107,22 @@ class Cut:
 
     @property
     def removed(self) -> tuple[int, ...]:
+        """The blocks that are gone as a whole."""
         return tuple(block for block in range(self.total) if block not in set(self.kept))
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The runs of removed blocks, as (first, one past the last)."""
+        edges = [-1, *self.kept, self.total]
+        return [(below + 1, above) for below, above in pairwise(edges) if above - below > 1]
+
+    @property
     def name(self) -> str:
-        """The depth that is left, as the paper writes it: `26L`."""
-        return f"{len(self.kept)}L"
+        """The depth that is left, as the paper writes it: `26L`; `32L-6A4F` where 6 of the kept blocks lost
+        their attention and 4 their feed-forward branch."""
+        halves = [(self.no_attention, "A"), (self.no_feedforward, "F")]
+        lost = "".join(f"{len(blocks)}{letter}" for blocks, letter in halves if blocks)
+        return f"{len(self.kept)}L" + (f"-{lost}" if lost else "")
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n")
@@ -63,7 +130,8 @@ class Cut:
     @classmethod
     def load(cls, path: Path) -> Cut:
         fields = json.loads(path.read_text())
-        return cls(tuple(fields["kept"]), fields["total"])
+        lists = {name: tuple(fields[name]) for name in ("kept", "no_attention", "no_feedforward")}
+        return cls(total=fields["total"], **lists)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
-from sddx.records import Artifact, UserError
+from sddx.records import Artifact, Units, UserError
+from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, conclude
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
@@ -28,7 +29,8 @@ from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
 STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate", "report")
-SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run")  # settings that change no number
+# Settings that change no number of a run.
+SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics")
 
 
 def recover(
@@ -63,6 +65,7 @@ def recover(
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
+    from sddx.stages.patch import patch
     from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
     from sddx.stages.report import report
@@ -77,11 +80,15 @@ def recover(
     unpruned = store.source("model", folder)
     data = make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)
 
-    scores = []
+    texts, units = _files(store, calibration), pruning.get("units", "blocks")
+    scores, patches = [], []
     if pruning["metric"] is not None:
-        files = _files(store, calibration)
-        scores = [make(score, unpruned, *files, metric=pruning["metric"], calibration=calibration, **how)]
-    cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], **how)
+        metrics = {"pruning": pruning["metric"]}
+        scores = [make(score, unpruned, *texts, metrics=metrics, units=units, calibration=calibration, **how)]
+    cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], units=units, **how)
+    if pruning["patch"]["fit"] is not None:
+        stand = _settings(pruning["patch"])
+        patches = [make(patch, unpruned, cut, *texts, patch=stand, calibration=calibration, **how)]
 
     # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
@@ -97,15 +104,41 @@ def recover(
     frozen_model.cache_clear()  # its memory is needed for training
     learning: dict[str, Any] = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
     teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
-    student = make(train, unpruned, cut, *rows, *teachers, **learning, max_length=max_length, seed=seed, **how)
+    student = make(
+        train, unpruned, cut, *rows, *patches, *teachers, **learning, max_length=max_length, seed=seed, **how
+    )
 
     judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
     files = _files(store, evaluation, text)
-    inputs = {"unpruned": [], "pruned": [cut], "recovered": [cut, student]}
+    inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, student]}
     results = {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
-    found = Found(unpruned, scores, cut, data, rows, student, results)
+    found = Found(unpruned, scores, cut, patches, data, rows, student, results)
     return found, make(report, *found.artifacts(), choices=choices)
+
+
+def compare_metrics(config: dict[str, Any], store: Store, runtime: Runtime) -> dict[str, Any]:
+    """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
+    import json
+
+    from sddx.data.sources import pinned
+    from sddx.models.load import locate
+    from sddx.stages.score import score
+
+    model, calibration = config["model"], pinned(config["calibration"])
+    folder, _ = locate(model["path"], revision=model["revision"])
+    how = {"dtype": model["dtype"], "attention": model["attention"]}
+    units = config["pruning"].get("units", "blocks")
+    given = [store.source("model", folder), *_files(store, calibration)]
+    made = store.build(
+        score, *given, runtime=runtime, metrics=config["metrics"], units=units, calibration=calibration, **how
+    )
+    return json.loads((made.path / "scores.json").read_text())
+
+
+def _settings(node: dict[str, Any]) -> dict[str, Any]:
+    """A node's own settings, without what calls it."""
+    return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
 def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
@@ -128,7 +161,10 @@ def precheck(method: dict[str, Any]) -> None:
     check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
-    require_removable(config.num_hidden_layers, method["pruning"]["remove"])
+    units = Units(method["pruning"].get("units", "blocks"), config.num_hidden_layers)
+    require_removable(
+        len(units), method["pruning"]["remove"], "units" if units.granularity != "blocks" else "blocks"
+    )
     require_chat_template(load_tokenizer(folder), folder)
     if method["teacher"]:
         require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
@@ -137,6 +173,8 @@ def precheck(method: dict[str, Any]) -> None:
 def verify(config: dict[str, Any]) -> None:
     """Raises UserError with what is wrong with a configuration, before any work."""
     check(config, recover, also=SURROUNDINGS)
+    if config["stages"] not in (None, ["score"]):
+        raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
     precheck(method(config))
@@ -150,13 +188,16 @@ def look(config: dict[str, Any]) -> Plan:
 
 
 def run(config: dict[str, Any], folder: Path) -> Path:
-    """Recover and report, in a run folder of its own. Returns the path of `summary.json`; raises UserError."""
+    """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
+    `agreement.md`); raises UserError."""
     verify(config)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
         runtime = Runtime(device=_device(config["device"]), log=tracker.log)
+        if config["stages"]:
+            return show_agreement(compare_metrics(config, store, runtime), config["pruning"], folder)
         if is_cell(folder):
             runtime = replace(runtime, watch=partial(show, folder))
         found, report = recover(store, runtime, **method(config))

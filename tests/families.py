@@ -8,17 +8,31 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY = 64
 WINDOW = 8
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
+# Laid out in other ways: fused or learned positions, experts, parallel branches, other names.
+ALL_FAMILIES = (*FAMILIES, "phi3", "gpt_neox", "gpt_neox_serial", "opt", "mpt", "mixtral", "qwen3_moe")
 
 
 def _config(family: str, blocks: int) -> Any:
@@ -42,12 +56,43 @@ def _config(family: str, blocks: int) -> Any:
         return MistralConfig(**shape, sliding_window=WINDOW)
     if family == "qwen3":  # the last blocks slide, the first attend to everything
         return Qwen3Config(**shape, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
+    if family in OTHERS:
+        return OTHERS[family](shape)
     kinds = ["full_attention" if block % 3 == 1 else "sliding_attention" for block in range(blocks)]
     gemma = dict(sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
     return Gemma3TextConfig(**shape, **gemma)
 
 
+def _opt(shape: dict[str, Any], **given: Any) -> Any:
+    plain = {name: value for name, value in shape.items() if name not in ("intermediate_size", "head_dim")}
+    fitting = {n: v for n, v in plain.items() if n not in ("num_key_value_heads", "initializer_range")}
+    return OPTConfig(**fitting, init_std=0.2, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, **given)
+
+
+OTHERS: dict[str, Any] = {
+    "phi3": lambda shape: Phi3Config(**shape),
+    "gpt_neox": lambda shape: GPTNeoXConfig(**shape, use_parallel_residual=True),
+    "gpt_neox_serial": lambda shape: GPTNeoXConfig(**shape, use_parallel_residual=False),
+    "opt": _opt,
+    "mpt": lambda shape: MptConfig(
+        d_model=32, n_heads=4, n_layers=shape["num_hidden_layers"], vocab_size=VOCABULARY, max_seq_len=128,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    ),
+    "mixtral": lambda shape: MixtralConfig(**shape, num_local_experts=3, num_experts_per_tok=2),
+    # The third block is dense: its number is written in the config.
+    "qwen3_moe": lambda shape: Qwen3MoeConfig(
+        **shape, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[2]
+    ),
+}  # fmt: skip
+
 CLASSES: dict[str, Any] = {
+    "phi3": Phi3ForCausalLM,
+    "gpt_neox": GPTNeoXForCausalLM,
+    "gpt_neox_serial": GPTNeoXForCausalLM,
+    "opt": OPTForCausalLM,
+    "mpt": MptForCausalLM,
+    "mixtral": MixtralForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
     "llama": LlamaForCausalLM,
     "mistral": MistralForCausalLM,
     "qwen3": Qwen3ForCausalLM,

@@ -49,7 +49,7 @@ def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
     for setting, values in (
         entry for grid in sweeper.get("grids", [sweeper.get("params")]) for entry in grid.items()
     ):
-        for value in values.split(","):
+        for value in str(values).split(","):
             checked(f"+sweeps={sweep}", f"{setting}={value}")
 
 

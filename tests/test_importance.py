@@ -9,14 +9,32 @@ import pytest
 import torch
 from families import FAMILIES, build, tokens
 
-from sddx.importance.metrics import angular_distance, block_influence
-from sddx.importance.score import score_blocks
+from sddx.importance.metrics import angular_distance, block_influence, norm_ratio, update_norm
+from sddx.importance.score import Subject, score_units
 from sddx.models.anatomy import blocks, final_norm
 from sddx.models.outputs import block_states
-from sddx.records import UserError
+from sddx.records import Batch, Units, UserError
+from sddx.runtime import Runtime
 
 BOTH = [torch.float64, torch.float32]
-METRICS = [partial(angular_distance, tokens="last"), partial(angular_distance, tokens="all"), block_influence]
+METRICS = [
+    partial(angular_distance, tokens="last"), partial(angular_distance, tokens="all"), block_influence, norm_ratio,
+    *(partial(update_norm, order=order, relative=relative) for order in (1, 2) for relative in (True, False)),
+]  # fmt: skip
+
+
+def subject(model, batches, units="blocks", runtime=None):
+    """Batches of (ids, mask) as a subject of scoring, every token's follower its label."""
+    labelled = []
+    for ids, mask in batches:
+        labels = torch.where(mask.bool(), ids, -100).roll(-1, 1)
+        labels[:, -1] = -100
+        labelled.append(Batch(ids, mask, labels))
+    return Subject(model, None, Units(units, len(blocks(model))), labelled, runtime or Runtime(quiet=True))
+
+
+def score_blocks(model, batches, metric, units="blocks", runtime=None):
+    return score_units(subject(model, batches, units, runtime), {"it": metric})["it"]
 
 
 def one_token(*vectors, dtype=torch.float64):
@@ -153,6 +171,9 @@ def test_an_identity_block_has_distance_and_influence_zero(family):
         assert mean[2][3] == 0 and mean[1][2] > 0.01 and mean[3][4] > 0.01
     mean = score_blocks(model, batches, block_influence)["mean"]
     assert mean[2] == 0 and min(mean[1], mean[3]) > 1e-3
+    for metric in METRICS[3:]:
+        mean = score_blocks(model, batches, metric)["mean"]
+        assert mean[2] == 0 and min(mean[1], mean[3]) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,9 +213,55 @@ def test_blocks_that_return_tuples_are_read_alike():
 
 def test_progress_counts_sequences_and_no_hook_stays():
     model, seen = build("llama"), []
-    score_blocks(model, [(tokens(3), torch.ones(3, 12)), (tokens(2), torch.ones(2, 12))], METRICS[0], seen.append)
-    assert seen == [3, 2]
+    batches = [(tokens(3), torch.ones(3, 12)), (tokens(2), torch.ones(2, 12))]
+    score_blocks(model, batches, METRICS[0], runtime=Runtime(watch=seen.append))
+    assert seen[-1]["total"] == 5
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks(model))
+
+
+def test_metrics_together_are_the_metrics_alone():
+    """One pass for all of them."""
+    model, batches = build("llama"), [(tokens(5), torch.ones(5, 12))]
+    metrics = {str(number): metric for number, metric in enumerate(METRICS)}
+    together = score_units(subject(model, batches), metrics)
+    assert list(together) == list(metrics)
+    for name, metric in metrics.items():
+        assert together[name] == score_blocks(model, batches, metric)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_update_norms_by_hand(order):
+    """(3, 4) to (3, 8) is an update of 4, beside an input of 7 or 5; lengths 5 and sqrt(73)."""
+    states, mask = one_token([3.0, 4.0], [3.0, 8.0])
+    assert update_norm(states, mask, order=order, relative=False).item() == 4
+    assert update_norm(states, mask, order=order).item() == pytest.approx(4 / (7 if order == 1 else 5))
+    assert norm_ratio(states, mask).item() == pytest.approx(math.log(math.sqrt(73) / 5))
+
+
+def test_branches_are_scored_at_their_own_place():
+    """Attention from the block's input to the sum, feed-forward from there on; the chain of both is one of
+    twice as many units, whose distances over two units are those of blocks."""
+    model, batches = build("llama"), [(tokens(4), torch.ones(4, 12))]
+    chain = torch.tensor(score_blocks(model, batches, METRICS[1], "sublayers")["mean"])
+    whole = torch.tensor(score_blocks(model, batches, METRICS[1])["mean"])
+    assert chain.shape == (11, 11)
+    torch.testing.assert_close(chain[::2, ::2], whole)
+    for kind, first in (("attention", 0), ("feedforward", 1)):
+        alone = torch.tensor(score_blocks(model, batches, METRICS[1], kind)["mean"])
+        torch.testing.assert_close(alone, chain.diagonal(1)[first::2])
+
+
+def test_parallel_branches_are_scored_on_the_same_input():
+    """GPT-NeoX: with the attention branch silent, the feed-forward branch's influence is the block's own."""
+    model, batches = build("gpt_neox"), [(tokens(4), torch.ones(4, 12))]
+    with torch.no_grad():
+        for block in blocks(model):
+            block.attention.dense.weight.zero_()
+            block.attention.dense.bias.zero_()
+    scores = score_blocks(model, batches, block_influence, "sublayers")["mean"]
+    assert len(scores) == 10 and max(scores[::2]) < 1e-9
+    expected = torch.tensor(score_blocks(model, batches, block_influence)["mean"])
+    torch.testing.assert_close(torch.tensor(scores[1::2]), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_one_sequence_has_no_standard_error():
@@ -202,7 +269,7 @@ def test_one_sequence_has_no_standard_error():
 
 
 def test_no_sequences_is_the_users_mistake():
-    with pytest.raises(UserError, match="no calibration sequences"):
+    with pytest.raises(UserError, match="given 0 calibration sequences and needs 1"):
         score_blocks(build("llama"), [], METRICS[0])
 
 

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sddx.models import load
-from sddx.models.anatomy import blocks, decoder, embeddings, final_norm, head, rotary
+from sddx.models.anatomy import blocks, decoder, final_norm, head
 from sddx.models.load import load_model, load_tokenizer, locate, require_chat_template
 from sddx.models.outputs import run
 from sddx.models.student import load_student, save_student
 from sddx.records import Cut, UserError
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery.remove import apply_cut
 
 CUT = Cut.without({1, 2}, 5)
 
@@ -29,7 +29,7 @@ CUT = Cut.without({1, 2}, 5)
 def test_parts_are_found_with_and_without_an_adapter(family):
     """The same objects through peft's wrapper."""
     model = build(family)
-    parts = (decoder, blocks, final_norm, head, rotary, embeddings)
+    parts = (decoder, blocks, final_norm, head)
     bare = [part(model) for part in parts]
     adapted = adapt(model, targets=["q_proj"])
     assert all(part(adapted) is found for part, found in zip(parts, bare, strict=True))
@@ -47,7 +47,7 @@ def test_shared_keys_and_values_are_refused_with_the_reason():
     model = build("llama")
     model.config.num_kv_shared_layers = 2
     with pytest.raises(UserError, match="reuse keys and values"):
-        remove_blocks(model, CUT)
+        apply_cut(model, CUT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,7 +241,7 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     """A saved student with a random adapter, and the logits that it gave."""
-    student = adapt(load_student(base, None, cut=CUT, base="key")[0])
+    student = adapt(load_student(base, None, cut=CUT, base="key").model)
     save_student(student, tmp_path / "student", cut=CUT, base="key")
     return tmp_path / "student", student(tokens()).logits
 
@@ -249,17 +249,17 @@ def adapter(base, tmp_path):
 def test_an_adapter_comes_back_on_its_own_blocks(base, adapter):
     """Base, cut, adapter: the same logits bit for bit; and the adapter matters."""
     folder, logits = adapter
-    again = load_student(base, folder, cut=CUT, base="key")[0]
+    again = load_student(base, folder, cut=CUT, base="key").model
     assert torch.equal(again(tokens()).logits, logits) and not again.training
-    pruned = load_student(base, None, cut=CUT, base="key")[0]
+    pruned = load_student(base, None, cut=CUT, base="key").model
     assert not torch.allclose(pruned(tokens()).logits, logits, atol=0.1)
 
 
 def test_full_weights_come_back_without_the_base(base, tmp_path):
-    student = load_student(base, None, cut=CUT, base="key")[0]
+    student = load_student(base, None, cut=CUT, base="key").model
     save_student(student, tmp_path / "student", cut=CUT, base="key")
     shutil.rmtree(base)
-    again = load_student(base, tmp_path / "student", cut=CUT, base="key")[0]
+    again = load_student(base, tmp_path / "student", cut=CUT, base="key").model
     assert torch.equal(again(tokens()).logits, student(tokens()).logits)
 
 
@@ -269,8 +269,8 @@ def test_another_cut_or_base_is_refused(full, base, adapter, tmp_path):
     folder, _ = adapter
     if full:
         folder = tmp_path / "full"
-        save_student(load_student(base, None, cut=CUT, base="key")[0], folder, cut=CUT, base="key")
-    with pytest.raises(UserError, match=r"blocks \[1, 2\] of 5 removed, and \[2, 3\]"):
+        save_student(load_student(base, None, cut=CUT, base="key").model, folder, cut=CUT, base="key")
+    with pytest.raises(UserError, match=r"blocks \[1, 2\] of 5 removed, and blocks \[2, 3\]"):
         load_student(base, folder, cut=Cut.without({2, 3}, 5), base="key")
     with pytest.raises(UserError, match="belongs to base model key, and other"):
         load_student(base, folder, cut=CUT, base="other")

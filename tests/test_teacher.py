@@ -12,7 +12,7 @@ from sddx.models.anatomy import blocks, stack
 from sddx.models.outputs import run
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
 from sddx.records import Batch, Cut, UserError
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery.remove import apply_cut
 
 CUTS = [Cut.without({1, 2}, 5), Cut.without({0, 4}, 5)]
 
@@ -27,7 +27,7 @@ def school(family, cut=CUTS[0], targets="all-linear"):
     """A pruned student with a random adapter, its shared teacher, and an untouched copy of the model."""
     model = build(family)
     separate = deepcopy(model)
-    full = remove_blocks(model, cut)
+    full = apply_cut(model, cut)
     student = adapt(model, targets=targets)
     return student, SharedTeacher(student, full, cut), separate
 
@@ -157,7 +157,7 @@ def test_a_training_step_moves_the_adapter_and_not_the_teacher():
 def test_a_shared_teacher_wants_frozen_weights():
     """Full fine-tuning would move it."""
     model = build("llama")
-    full = remove_blocks(model, CUTS[0])
+    full = apply_cut(model, CUTS[0])
     with pytest.raises(ValueError, match="frozen"):
         SharedTeacher(model, full, CUTS[0])
     SharedTeacher(model.requires_grad_(False), full, CUTS[0])
@@ -166,7 +166,7 @@ def test_a_shared_teacher_wants_frozen_weights():
 def test_a_shared_teacher_wants_the_students_own_blocks():
     """The stack of another model, or another cut, is refused."""
     model = build("llama")
-    full = remove_blocks(model, CUTS[0])
+    full = apply_cut(model, CUTS[0])
     model.requires_grad_(False)
     for other_stack, cut in ((full, CUTS[1]), (stack(build("llama")), CUTS[0])):
         with pytest.raises(ValueError, match="not the blocks"):

@@ -19,7 +19,7 @@ from sddx.data.encode import Encoded
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Cut, UserError
 from sddx.runtime import Runtime
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery.remove import apply_cut
 from sddx.training import batches
 from sddx.training.batches import StepLoader, order, plan
 from sddx.training.fit import fit
@@ -85,7 +85,7 @@ def examples(number: int, seed: int = 0) -> list[Encoded]:
 def pruned(tune: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A tuned student of three of four blocks, and its teacher: the same weights, or a copy for full."""
     model = build("llama", blocks=4).to(dtype)
-    unpruned = remove_blocks(model, CUT)
+    unpruned = apply_cut(model, CUT)
     if tune is full:
         return full(model, 0), SeparateTeacher(build("llama", blocks=4).to(dtype))
     student = tune(model, 0)

@@ -1,56 +1,141 @@
-"""Score a model's blocks: one pass over calibration data."""
+"""Score the units of a model on calibration data: what is measured, and the summary that rules read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sddx.models.anatomy import decoder
-from sddx.models.outputs import block_states
-from sddx.records import UserError
+from sddx.models.outputs import block_states, branch_states
+from sddx.records import Batch, Units, UserError
+from sddx.runtime import Runtime
 
-Metric = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+OfStates = Callable[[Sequence[Tensor], Tensor], Tensor]  # a metric out of one forward pass
+SUBSETS = 4  # parts of the calibration data, by which the stability of a ranking is told
 
 
-def score_blocks(
-    model: Any,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    metric: Metric,
-    progress: Callable[[int], object] | None = None,
-) -> dict[str, Any]:
-    """Mean of the metric over sequences, and its standard error (None for a single sequence).
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, on what: a frozen model in eval mode, its tokenizer, its units, and batches of labelled
+    calibration text."""
 
-    `batches` gives (input_ids, attention_mask), both [batch, time]. The head is not run, and nothing is kept
-    but two float64 sums. `progress(n)` is called with the number of sequences of each batch done. Returns
-    {"mean": nested list, "stderr": nested list, "sequences": int}. Raises UserError where there are no
-    sequences, or a score is not finite.
+    model: Any
+    tokenizer: Any
+    units: Units
+    batches: Sequence[Batch]
+    runtime: Runtime
+
+    @property
+    def sequences(self) -> int:
+        return sum(len(batch.input_ids) for batch in self.batches)
+
+    def first(self, sequences: int | None) -> list[Batch]:
+        """The first batches, up to so many sequences (None: all)."""
+        left, taken = self.sequences if sequences is None else sequences, []
+        for batch in self.batches:
+            if left > 0:
+                taken.append(Batch(batch.input_ids[:left], batch.attention_mask[:left], batch.labels[:left]))
+            left -= len(batch.input_ids)
+        return taken
+
+
+class Measures(Protocol):
+    """A metric that runs the model as it needs to."""
+
+    def measure(self, subject: Subject) -> dict[str, Any]: ...
+
+
+def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) -> dict[str, dict[str, Any]]:
+    """The summary of every metric: {"mean", "stderr" (None for a single sequence), "sequences", "subsets" (the
+    means over parts of the data)}; some add fields of their own.
+
+    Metrics that are functions of states are taken out of one forward pass, all together. Raises UserError
+    where there are no sequences, or a score is not finite.
     """
-    body, device = decoder(model), next(model.parameters()).device
-    count, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
-    with torch.inference_mode(), block_states(model) as states:
-        for input_ids, mask in batches:
-            states.clear()
-            body(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            values = metric(states, mask.to(device)).cpu().double()
-            count += len(values)
-            total, squares = total + values.sum(0), squares + values.square().sum(0)
-            if not total.isfinite().all():
-                raise UserError(
-                    "a score is not finite: a calibration sequence has no tokens, or the model overflows in "
-                    "this dtype. Drop empty sequences, or score in float32 or bfloat16."
-                )
-            if progress is not None:
-                progress(len(values))
-    return _summary(count, total, squares)
+    passing: dict[str, Any] = {name: m for name, m in metrics.items() if not hasattr(m, "measure")}
+    found = one_pass(subject, passing) if passing else {}
+    for name, metric in metrics.items():
+        if name not in passing:
+            found[name] = metric.measure(subject)  # type: ignore[union-attr]
+    return {name: found[name] for name in metrics}
 
 
-def _summary(count: int, total: torch.Tensor, squares: torch.Tensor) -> dict[str, Any]:
-    if count == 0:
-        raise UserError("no calibration sequences to score blocks on. Give one at least, better hundreds.")
-    stderr = None
-    if count > 1:
-        variance = (squares - total.square() / count).clamp(min=0) / (count - 1)
-        stderr = (variance / count).sqrt().tolist()
-    return {"mean": (total / count).tolist(), "stderr": stderr, "sequences": count}
+def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dict[str, Any]]:
+    """The summaries of metrics of states. The head is not run, and nothing is kept but float64 sums."""
+    body, device = decoder(subject.model), next(subject.model.parameters()).device
+    sums = {name: Sums() for name in metrics}
+    watch = block_states if subject.units.granularity == "blocks" else branch_states
+    bar = subject.runtime.progress(total=subject.sequences, what="scoring", unit="text")
+    with torch.inference_mode(), watch(subject.model) as seen, bar:
+        for batch in subject.batches:
+            seen.clear()
+            mask = batch.attention_mask.to(device)
+            body(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+            for name, metric in metrics.items():
+                sums[name].add(_values(metric, seen, mask, subject.units))
+            bar.update(len(mask))
+    return {name: total.summary() for name, total in sums.items()}
+
+
+def _values(metric: OfStates, seen: Sequence[Any], mask: Tensor, units: Units) -> Tensor:
+    """The metric of every unit and sequence. Units that follow each other without a gap are scored as one chain
+    of states; others (one kind of branch, or branches in parallel) each on their own."""
+    if units.granularity == "blocks":
+        return metric(seen, mask)
+    step = {"attention": (0, 2), "feedforward": (1, 2), "sublayers": (0, 1)}[units.granularity]
+    pairs = seen[step[0] :: step[1]]
+    chained = all(left[1] is right[0] for left, right in zip(pairs, pairs[1:], strict=False))
+    if units.granularity == "sublayers" and chained:
+        return metric([pairs[0][0], *(after for _, after in pairs)], mask)
+    alone = [metric(pair, mask) for pair in pairs]
+    return torch.stack([value[:, 0, 1] if value.dim() == 3 else value[:, 0] for value in alone], dim=1)
+
+
+class Sums:
+    """Sums over sequences, in float64: of values, of their squares, and of values in each part of the data."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+        self.parts = [torch.zeros(()).double() for _ in range(SUBSETS)]
+
+    def add(self, values: Tensor) -> None:
+        """Take in one value per sequence and unit: [batch, ...]. Raises UserError where one is not finite."""
+        values = values.detach().cpu().double()
+        if not values.isfinite().all():
+            raise UserError(
+                "a score is not finite: a calibration sequence has no tokens, or the model overflows in "
+                "this dtype. Drop empty sequences, or score in float32 or bfloat16."
+            )
+        for place, value in enumerate(values, start=self.count):
+            self.parts[place % SUBSETS] = self.parts[place % SUBSETS] + value
+        self.count += len(values)
+        self.total, self.squares = self.total + values.sum(0), self.squares + values.square().sum(0)
+
+    def summary(self) -> dict[str, Any]:
+        """Mean, standard error and means of the parts. Raises UserError where nothing was taken in."""
+        require_sequences("this metric", self.count, 1)
+        stderr = None
+        if self.count > 1:
+            variance = (self.squares - self.total.square() / self.count).clamp(min=0) / (self.count - 1)
+            stderr = (variance / self.count).sqrt().tolist()
+        sizes = [len(range(part, self.count, SUBSETS)) for part in range(SUBSETS)]
+        parts = [(total / size).tolist() for total, size in zip(self.parts, sizes, strict=True) if size]
+        return {
+            "mean": (self.total / self.count).tolist(),
+            "stderr": stderr,
+            "sequences": self.count,
+            "subsets": parts if len(parts) > 1 else [],
+        }
+
+
+def require_sequences(metric: str, given: int, needed: int) -> None:
+    """Raises UserError where there is too little calibration data."""
+    if given < needed:
+        raise UserError(
+            f"{metric} was given {given} calibration sequences and needs {needed} at least, better hundreds. Raise "
+            "calibration.size, or choose a larger text."
+        )

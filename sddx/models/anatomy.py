@@ -1,4 +1,7 @@
-"""Where the parts of a decoder-only language model sit. Every function sees through a peft wrapper."""
+"""Where the parts of a decoder-only language model sit. Every function sees through a peft wrapper.
+
+A family is a few lines in `FAMILIES`; those that are laid out as Llama is need none.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,73 @@ from torch import nn
 
 from sddx.records import UserError
 
-SUPPORTED = "Llama, Mistral, Qwen2, Qwen3, Gemma2 and Gemma3 (text)"
+SUPPORTED = (
+    "Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma2 and Gemma3 (text), Phi-3, GPT-NeoX, OPT (not 350m) "
+    "and MPT"
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a block, by the names of its modules there.
+
+    `core` is the module that attends or that ends the feed-forward branch; `others` are those that serve
+    nothing else; `post` is a norm between the core's output and the residual stream.
+    """
+
+    core: str
+    others: tuple[str, ...]
+    post: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps its parts: paths from the causal language model, and names in its body and block.
+
+    `last_linear` is the path in a block of the linear layer that writes the feed-forward branch's output;
+    `bias_setting` a setting of the config that gives this layer (and its neighbours in the branch) a bias.
+    """
+
+    body: str = "model"
+    blocks: str = "layers"
+    norm: str = "norm"
+    attention: Branch = Branch("self_attn", ("input_layernorm",))
+    feedforward: Branch = Branch("mlp", ("post_attention_layernorm",))
+    last_linear: str = "mlp.down_proj"
+    bias_setting: str | None = None
+
+
+_GEMMA = Family(
+    attention=Branch("self_attn", ("input_layernorm",), "post_attention_layernorm"),
+    feedforward=Branch("mlp", ("pre_feedforward_layernorm",), "post_feedforward_layernorm"),
+)
+FAMILIES = {
+    "llama": Family(bias_setting="mlp_bias"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt_neox": Family(
+        body="gpt_neox",
+        norm="final_layer_norm",
+        attention=Branch("attention", ("input_layernorm",)),
+        feedforward=Branch("mlp", ("post_attention_layernorm",)),
+        last_linear="mlp.dense_4h_to_h",
+    ),
+    "opt": Family(
+        body="model.decoder",
+        norm="final_layer_norm",
+        attention=Branch("self_attn", ("self_attn_layer_norm",)),
+        feedforward=Branch("fc2", ("final_layer_norm", "fc1", "activation_fn")),
+        last_linear="fc2",
+    ),
+    "mpt": Family(
+        body="transformer",
+        blocks="blocks",
+        norm="norm_f",
+        attention=Branch("attn", ("norm_1",)),
+        feedforward=Branch("ffn", ("norm_2",)),
+        last_linear="ffn.down_proj",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -30,36 +99,60 @@ def bare(model: Any) -> Any:
     return model.get_base_model() if is_adapted(model) else model
 
 
+def family(model: Any) -> Family:
+    """Where this model keeps its parts."""
+    return FAMILIES.get(bare(model).config.get_text_config().model_type, Family())
+
+
+def part(module: Any, path: str) -> Any:
+    """The submodule at a dotted path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
 def decoder(model: Any) -> Any:
     """The body: embeddings, blocks and final norm, without the head.
 
-    Raises UserError where the architecture has no such shape, or shares keys and values between blocks.
+    Raises UserError where the architecture has no such shape, or cannot lose a block for a reason of its own.
     """
-    whole = bare(model)
-    body: Any = getattr(whole, "model", None)
-    shaped = isinstance(getattr(body, "layers", None), nn.ModuleList) and hasattr(whole, "lm_head")
-    if not shaped or not all(hasattr(body, part) for part in ("embed_tokens", "rotary_emb", "norm")):
+    whole, layout = bare(model), family(model)
+    body = part(whole, layout.body)
+    shaped = isinstance(part(body, layout.blocks), nn.ModuleList) and hasattr(whole, "lm_head")
+    name = type(whole).__name__
+    if not shaped or not hasattr(body, layout.norm):
         raise UserError(
-            f"blocks cannot be found in a {type(whole).__name__}: a decoder-only model with model.layers, "
-            f"model.norm, model.rotary_emb and lm_head is needed. Use one of {SUPPORTED}."
+            f"blocks cannot be found in a {name}: a decoder-only language model with {layout.body}."
+            f"{layout.blocks}, {layout.norm} and lm_head is needed. Use one of {SUPPORTED}."
         )
-    if getattr(body.config, "num_kv_shared_layers", 0):
-        raise UserError(
-            f"a {type(whole).__name__} cannot be pruned: its last {body.config.num_kv_shared_layers} blocks "
-            f"reuse keys and values of earlier blocks, found by counting from the end "
-            f"(num_kv_shared_layers). Use one of {SUPPORTED}."
-        )
+    if reason := _unprunable(body.config):
+        raise UserError(f"a {name} like this cannot be pruned: {reason}. Use one of {SUPPORTED}.")
     return body
+
+
+def _unprunable(config: Any) -> str | None:
+    """Why blocks of a model with this config cannot be taken out."""
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        return (
+            f"its last {shared} blocks reuse keys and values of earlier blocks, found by counting from the end "
+            "(num_kv_shared_layers)"
+        )
+    if not getattr(config, "do_layer_norm_before", True):
+        return (
+            "its norms stand after the residual sum (do_layer_norm_before=false, as in OPT-350m), so that no block "
+            "adds an update to a stream that runs past it"
+        )
+    return None
 
 
 def blocks(model: Any) -> nn.ModuleList:
     """The transformer blocks, in the order in which they run."""
-    return decoder(model).layers
+    return part(decoder(model), family(model).blocks)
 
 
 def final_norm(model: Any) -> nn.Module:
     """The norm between the last block and the head."""
-    return decoder(model).norm
+    return part(decoder(model), family(model).norm)
 
 
 def head(model: Any) -> nn.Module:
@@ -68,14 +161,26 @@ def head(model: Any) -> nn.Module:
     return bare(model).lm_head
 
 
-def rotary(model: Any) -> nn.Module:
-    """The module that makes rotary position embeddings for all blocks."""
-    return decoder(model).rotary_emb
+def branches(model: Any) -> dict[str, Branch]:
+    """The two residual branches of this model's blocks, in the order in which they run.
+
+    Raises UserError where the modules of a branch cannot be told from the rest of a block.
+    """
+    layout = family(model)
+    found = {"attention": layout.attention, "feedforward": layout.feedforward}
+    for kind, branch in found.items():
+        for name in filter(None, (branch.core, *branch.others, branch.post)):
+            if any(name not in dict(block.named_children()) for block in blocks(model)):
+                raise UserError(
+                    f"the {kind} branch of a {type(bare(model)).__name__} cannot be told from the rest of its "
+                    f"block ({name} is not there). Use pruning.units=blocks."
+                )
+    return found
 
 
-def embeddings(model: Any) -> nn.Module:
-    """The token embeddings."""
-    return decoder(model).embed_tokens
+def is_parallel(model: Any) -> bool:
+    """Whether both branches of a block read the block's input (GPT-NeoX), not one the other's output."""
+    return bool(getattr(decoder(model).config, "use_parallel_residual", False))
 
 
 def per_layer_lists(config: Any) -> dict[str, list]:
@@ -88,15 +193,14 @@ def per_layer_lists(config: Any) -> dict[str, list]:
         for name, value in vars(config).items()
         if isinstance(value, (list, tuple))
         and len(value) == config.num_hidden_layers
-        and name != "architectures"
+        and name not in ("architectures", "mlp_only_layers")
         and not name.endswith(("token_id", "token_ids", "tokens"))
     }
 
 
 def stack(model: Any) -> Stack:
     """The model's present blocks and per-layer lists, to be put back with `set_blocks`."""
-    body = decoder(model)
-    return Stack(body.layers, per_layer_lists(body.config))
+    return Stack(blocks(model), per_layer_lists(decoder(model).config))
 
 
 def set_blocks(model: Any, new: Stack) -> None:
@@ -106,7 +210,7 @@ def set_blocks(model: Any, new: Stack) -> None:
     `layer_types[i]`, and the cache is addressed by each module's `layer_idx`.
     """
     body = decoder(model)
-    body.layers = new.blocks
+    setattr(body, family(model).blocks, new.blocks)
     body.config.num_hidden_layers = len(new.blocks)
     for name, values in new.lists.items():
         setattr(body.config, name, list(values))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sddx.models.anatomy import blocks, decoder, head
+from sddx.models.anatomy import blocks, branches, decoder, head, is_parallel
 from sddx.records import Outputs
 
 
@@ -26,14 +26,55 @@ def block_states(model: Any) -> Iterator[list[torch.Tensor]]:
         states.append(arguments[0] if arguments else named["hidden_states"])
 
     def leave(block: nn.Module, arguments: tuple, output: Any) -> None:
-        # A block returns a bare tensor since transformers 5, and a tuple that begins with it before.
-        states.append(output if isinstance(output, torch.Tensor) else output[0])
+        states.append(first(output))
 
     stack = blocks(model)
     handles = [stack[0].register_forward_pre_hook(enter, with_kwargs=True)]
     handles += [block.register_forward_hook(leave) for block in stack]
     try:
         yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first(output: Any) -> torch.Tensor:
+    """The hidden state that a module returned: bare, as most blocks do since transformers 5, or at the head of
+    a tuple."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@contextmanager
+def branch_states(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A list that each forward pass inside the context extends by a pair for every branch, in the order in which
+    they run: the residual stream before the branch and after it, both [batch, time, width].
+
+    Where a block's branches run in parallel, both are paired with the block's input. For models in eval mode:
+    dropout between a branch and the stream is not seen.
+    """
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attention, parallel = branches(model)["attention"], is_parallel(model)
+    seen: dict[str, torch.Tensor] = {}
+
+    def enter(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        seen["input"] = arguments[0] if arguments else named["hidden_states"]
+
+    def attended(module: nn.Module, arguments: tuple, output: Any) -> None:
+        seen["update"] = first(output)
+
+    def leave(block: nn.Module, arguments: tuple, output: Any) -> None:
+        before, update, after = seen["input"], seen["update"], first(output)
+        between = before + update
+        pairs.append((before, between))
+        pairs.append((before, after - update) if parallel else (between, after))
+
+    handles = []
+    for block in blocks(model):
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(getattr(block, attention.post or attention.core).register_forward_hook(attended))
+        handles.append(block.register_forward_hook(leave))
+    try:
+        yield pairs
     finally:
         for handle in handles:
             handle.remove()

@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_model as load_into
+from safetensors.torch import save_model
 
 from sddx.models.anatomy import Stack, is_adapted
 from sddx.models.load import load_model
 from sddx.records import Cut, UserError
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery import junction
+from sddx.surgery.junction import Attached
+from sddx.surgery.remove import apply_cut
+
+OWN_WEIGHTS = "student.safetensors"
 
 
-def save_student(model: Any, folder: Path, *, cut: Cut, base: str) -> None:
+def save_student(model: Any, folder: Path, *, cut: Cut, base: str, attached: Attached | None = None) -> None:
     """Write the adapter (of a peft model) or all weights, with `cut.json` and `base.json` beside them.
 
     `base` is the content key of the unpruned model. A LoRA adapter loads onto any model with blocks of the
-    same names, and lands on the wrong ones with one warning; so it carries what it belongs to.
+    same names, and lands on the wrong ones with one warning; so it carries what it belongs to. `attached` are
+    the weights of patches, written too. A model that no stock loader knows (branches removed, patches as
+    modules) is written under its parameters' own names, to be loaded into the base model after the same cut.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if is_adapted(model):
         # Left to itself, peft asks the hub whether the vocabulary was resized.
         model.save_pretrained(folder, save_embedding_layers=False)
+    elif attached or not is_stock(cut):
+        save_model(model, str(folder / OWN_WEIGHTS))
     else:
         model.save_pretrained(folder)
+    if attached:
+        junction.keep(attached, folder)
     cut.save(folder / "cut.json")
     (folder / "base.json").write_text(json.dumps({"base": base}) + "\n")
+
+
+def is_stock(cut: Cut) -> bool:
+    """Whether a model under this cut is one that transformers itself can build: whole blocks alone are gone."""
+    return not (cut.no_attention or cut.no_feedforward)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned or recovered model; the base model's whole blocks, with which its weights are the unpruned model
+    (None where its weights are its own); the weights of the patches inside it."""
+
+    model: Any
+    unpruned: Stack | None
+    attached: Attached
 
 
 def load_student(
@@ -36,25 +64,50 @@ def load_student(
     *,
     cut: Cut,
     base: str,
+    patch: Path | None = None,
     dtype: str = "float32",
     attention: str = "sdpa",
     device: str = "cpu",
-) -> tuple[Any, Stack | None]:
-    """The pruned model (`folder` None) or the recovered one, in eval mode and frozen, and the base model's
-    blocks, with which its weights are the unpruned model (`SharedTeacher`).
+) -> Student:
+    """The pruned model (`folder` None) or the recovered one, in eval mode and frozen.
 
-    An adapter is put onto the base model after the cut; full weights are loaded alone, without those blocks.
-    Raises UserError where what is stored belongs to another cut or another base, or where weights are missing
-    or left over.
+    `patch` is the folder of what stands in for the removed parts. An adapter is put onto the base model after
+    the cut; full weights are loaded alone where a stock loader can. Raises UserError where what is stored
+    belongs to another cut or another base, or where weights are missing or left over.
     """
     if folder is not None:
         _require_same_origin(folder, cut, base)
-        if not (folder / "adapter_config.json").is_file():
-            alone = load_model(folder, dtype=dtype, attention=attention, device=device)
-            return alone.requires_grad_(False), None
-    model = load_model(base_folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
-    unpruned = remove_blocks(model, cut)
-    return (model if folder is None else _adapt(model, folder).to(device).eval()), unpruned
+    how = {"dtype": dtype, "attention": attention, "device": device}
+    if folder is not None and (folder / "config.json").is_file():
+        return Student(load_model(folder, **how).requires_grad_(False), None, {})
+    model = load_model(base_folder, **how).requires_grad_(False)
+    unpruned, attached = prune(model, cut, patch)
+    if folder is not None and attached:
+        junction.restore(attached, folder)
+    if folder is None:
+        return Student(model, unpruned, attached)
+    if (folder / OWN_WEIGHTS).is_file():
+        _restore(model, folder / OWN_WEIGHTS)
+        return Student(model, None, attached)
+    return Student(_adapt(model, folder).to(device).eval(), unpruned, attached)
+
+
+def prune(model: Any, cut: Cut, patch: Path | None) -> tuple[Stack, Attached]:
+    """Apply the cut and put in the patches of a folder, if any: the base model's whole blocks, and the patches'
+    weights."""
+    unpruned = apply_cut(model, cut)
+    return unpruned, {} if patch is None else junction.attach(model, cut, junction.Junction.load(patch))
+
+
+def _restore(model: Any, file: Path) -> None:
+    """Load all weights by their own names; each must find its place."""
+    try:
+        # Weights are written into those of the base model, whose removed blocks are of no more use.
+        load_into(model, str(file), strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{file} does not fit the model: {error}. Its files were changed; train it again."
+        ) from error
 
 
 def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:
@@ -69,8 +122,7 @@ def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:
         ) from error
     if stored_cut != cut:
         raise UserError(
-            f"the student in {folder} was trained with blocks {list(stored_cut.removed)} of "
-            f"{stored_cut.total} removed, and {list(cut.removed)} of {cut.total} were asked for. "
+            f"the student in {folder} was trained with {_told(stored_cut)}, and {_told(cut)} were asked for. "
             f"Load it with its own cut."
         )
     if stored_base != base:
@@ -78,6 +130,12 @@ def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:
             f"the student in {folder} belongs to base model {stored_base}, and {base} was given. Load it "
             f"with the model it was trained from."
         )
+
+
+def _told(cut: Cut) -> str:
+    halves = [(cut.no_attention, "attention"), (cut.no_feedforward, "feed-forward")]
+    lost = "".join(f", {name} of {list(numbers)}" for numbers, name in halves if numbers)
+    return f"blocks {list(cut.removed)} of {cut.total}{lost} removed"
 
 
 def _adapt(model: Any, folder: Path) -> Any:

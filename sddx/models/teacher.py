@@ -20,29 +20,30 @@ Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
 class SharedTeacher:
     """The unpruned model in the student's frozen weights: all blocks in, the adapter off.
 
-    `unpruned` is what `remove_blocks` returned; peft is applied after that, so no removed block ever has an
-    adapter. Removed blocks are held here and not in the student's module tree: no state dict, optimiser or
-    checkpoint of the student sees them.
+    `unpruned` is what `apply_cut` returned; peft is applied after that, so no removed part ever has an
+    adapter, and patches stand in blocks of the student's own. Removed parts are held here and not in the
+    student's module tree: no state dict, optimiser or checkpoint of the student sees them.
     """
 
     def __init__(self, student: Any, unpruned: Stack, cut: Cut) -> None:
-        kept = [unpruned.blocks[block] for block in cut.kept]
-        if len(unpruned.blocks) != cut.total or [*map(id, blocks(student))] != [*map(id, kept)]:
+        if len(unpruned.blocks) != cut.total or not _shares(blocks(student), unpruned.blocks, cut):
             raise ValueError("the student's blocks are not the blocks that the cut keeps")
         if not is_adapted(student) and any(weight.requires_grad for weight in student.parameters()):
             # Full fine-tuning would move the teacher, and an adapter put in later would not be switched off.
             raise ValueError("a shared teacher needs frozen weights: apply peft, or use SeparateTeacher")
         self.student, self.full, self.cut = student, unpruned, cut
-        for block in self._removed():
-            block.requires_grad_(False).eval()
-
-    def _removed(self) -> list[nn.Module]:
-        return [self.full.blocks[block] for block in self.cut.removed]
+        students = set(student.modules())
+        for module in unpruned.blocks.modules():
+            if module not in students:
+                module.training = False
+        own = {id(weight) for weight in student.parameters()}
+        for weight in unpruned.blocks.parameters():
+            if id(weight) not in own:
+                weight.requires_grad_(False)
 
     def to(self, device: torch.device | str) -> SharedTeacher:
-        """Move the removed blocks; the others move with the student."""
-        for block in self._removed():
-            block.to(device)
+        """Move what the student lacks; the rest moves with the student."""
+        self.full.blocks.to(device)
         return self
 
     @contextmanager
@@ -55,11 +56,14 @@ class SharedTeacher:
         trainable = [(weight, weight.requires_grad) for weight in student.parameters()]
         try:
             with student.disable_adapter() if is_adapted(student) else nullcontext():
-                set_blocks(student, self.full)
-                student.eval()
-                yield student
+                try:
+                    set_blocks(student, self.full)
+                    student.eval()
+                    yield student
+                finally:
+                    # First: peft switches on again what it finds in the student, adapters in twins too.
+                    set_blocks(student, pruned)
         finally:
-            set_blocks(student, pruned)
             for module, training in modes:
                 module.training = training
             for weight, wanted in trainable:
@@ -73,6 +77,18 @@ class SharedTeacher:
             # An adapter on the head itself hides the frozen projection inside.
             frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
             return replace(outputs, head=logits_of(frozen, decoder(self.student).config))
+
+
+def _shares(student: nn.ModuleList, unpruned: nn.ModuleList, cut: Cut) -> bool:
+    """Whether the student has one block for each that is kept, each with weights of that one (a block that lost
+    a branch or carries a patch is a twin; one that was retrained to stand for others shares none)."""
+    if len(student) != len(cut.kept):
+        return False
+    shared = 0
+    for block, origin in zip(student, (unpruned[number] for number in cut.kept), strict=True):
+        weights = {id(weight) for weight in origin.parameters()}
+        shared += any(id(weight) in weights for weight in block.parameters())
+    return shared >= len(cut.kept) - len(cut.spans)
 
 
 class SeparateTeacher:

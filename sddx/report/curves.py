@@ -15,12 +15,16 @@ from sddx.evaluation.statistics import Interval, holm, t_interval
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
 AXES = {
-    "removed": "blocks removed",
+    "removed": "blocks (or branches) removed",
     "size": "training examples",
     "shift": "share of references in a foreign style",
     "rank": "LoRA rank",
     "learning_rate": "learning rate",
 }
+# Settings that an arm may have for itself: a fair comparison gives each arm its own learning rate (science.md).
+OWN = ("learning_rate",)
+# What can stand in place of the arm where it varies: how the cut was chosen, what was cut, what stands in for it.
+VARIANTS = {"pruning": "metric", "units": "units", "patch": "patch"}
 # What is drawn over an axis: held-out skills first, because the trained one carries most of any average.
 MEASURES = {
     "recovery_held_out": "Recovery on skills that were not trained on",
@@ -89,12 +93,22 @@ def losses(runs: Sequence[Run]) -> list[str]:
 
 
 def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
-    """Runs by all their choices but these."""
+    """Runs by all their choices but these. A setting that every arm has one value of belongs to the arm, not to
+    what tells the groups apart."""
+    if "loss" in apart_from:
+        apart_from += tuple(name for name in OWN if _is_own(runs, name))
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         others = [(name, _plain(value)) for name, value in run["choices"].items() if name not in apart_from]
         groups[tuple(sorted(others))].append(run)
     return groups
+
+
+def _is_own(runs: Sequence[Run], setting: str) -> bool:
+    values: dict[str, set] = defaultdict(set)
+    for run in runs:
+        values[run["choices"]["loss"]].add(run["choices"].get(setting))
+    return all(len(found) == 1 for found in values.values())
 
 
 def _plain(value: Any) -> str:
@@ -171,3 +185,19 @@ def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         for key, group in along
         for arm in losses(group)
     ]
+
+
+def variants(runs: Sequence[Run], choice: str) -> dict[tuple[str, str], dict[float, list[Run]]]:
+    """Runs that differ in one of `VARIANTS`, in how much was removed and in their seed alone: by (where, the
+    choice), then by how much was removed. Empty where that choice does not vary."""
+    found: dict[tuple[str, str], dict[float, list[Run]]] = {}
+    groups = _alike([run for run in runs if run["choices"].get(choice)], choice, "removed", "seed")
+    varying = {key: group for key, group in groups.items() if len({r["choices"][choice] for r in group}) > 1}
+    for key, group in varying.items():
+        for name in dict.fromkeys(run["choices"][choice] for run in group):
+            counts: dict[float, list[Run]] = defaultdict(list)
+            for run in group:
+                if run["choices"][choice] == name:
+                    counts[run["choices"]["removed"]].append(run)
+            found[_apart(key, list(varying)), name] = dict(sorted(counts.items()))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sddx.report.curves import AXES, Family, Run, losses
@@ -65,6 +65,22 @@ def curves(family: Family, measure: str, title: str) -> str:
     return _svg(figure, f"{title} over {AXES[family.axis]}")
 
 
+def over_removed(by_name: Mapping[tuple[str, str], Mapping[float, Sequence[Run]]], measure: str, title: str) -> str:
+    """One measure over how much was removed, one line for each way of removing it."""
+    figure, axis = _figure(6, 3.6)
+    wheres = {where for where, _ in by_name}
+    styles = [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
+    for ((where, name), places), (colour, line) in zip(by_name.items(), styles, strict=False):
+        heights = [100 * sum(run[measure] for run in runs) / len(runs) for runs in places.values()]
+        label = f"{name}, {where}" if len(wheres) > 1 else name
+        axis.plot(list(places), heights, "o", ls=line, color=colour, label=label, ms=4)
+    axis.set_xticks(sorted({count for places in by_name.values() for count in places}))
+    axis.set_xlabel(AXES["removed"])
+    axis.set_ylabel("recovery, %")
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    return _svg(figure, f"Recovery over what was removed: {title}")
+
+
 def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) -> str:
     """Angular distance of every run of blocks, by its first block and its size; chosen cuts are ringed."""
     total = len(mean) - 1
@@ -81,6 +97,16 @@ def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) ->
     axis.set_xlabel("first block of the run")
     axis.set_ylabel("blocks in the run")
     return _svg(figure, "Angular distance by first block and number of blocks")
+
+
+def agreement(names: Sequence[str], correlations: Sequence[Sequence[float]]) -> str:
+    """Rank correlations between metrics."""
+    figure, axis = _figure(6, 5)
+    image = axis.imshow(correlations, cmap="RdBu", vmin=-1, vmax=1)
+    figure.colorbar(image, ax=axis, label="rank correlation")
+    axis.set_yticks(range(len(names)), [f"{number} {name}" for number, name in enumerate(names, start=1)])
+    axis.set_xticks(range(len(names)), [str(number) for number in range(1, len(names) + 1)])
+    return _svg(figure, "Rank correlations between metrics")
 
 
 def quality_against_cost(runs: Sequence[Run]) -> str:

@@ -13,8 +13,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from sddx.records import Units
 from sddx.report import figures
-from sddx.report.curves import AXES, MEASURES, Difference, Family, Run, arms, differences, families
+from sddx.report.agreement import correlation_table, matrix, summary_table
+from sddx.report.curves import (
+    AXES,
+    MEASURES,
+    VARIANTS,
+    Difference,
+    Family,
+    Run,
+    arms,
+    differences,
+    families,
+    variants,
+)
 from sddx.report.law import fit, seed_curves
 from sddx.report.table import MODELS, grid, percent
 from sddx.store.manifest import find
@@ -54,15 +67,22 @@ def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
 
 def arm_table(runs: Sequence[Run]) -> Table:
     """Per arm, the means over its seeds of what it brought back and what it cost."""
-    shares = ("recovery_held_out", "recovery_trained", "recovery", "gap_closed", "fallback_share")
+    shares = (
+        "pruned_recovery", "recovery_held_out", "recovery_trained", "recovery", "gap_closed", "fallback_share"
+    )  # fmt: skip
     counts = ("examples", "supervised_tokens", "steps")
     rows = []
     for where, arm, group in arms(runs):
         seconds = mean(run["seconds"]["train"] for run in group)
         found = [percent(_mean(group, name)) for name in shares] + [f"{_mean(group, name):,.0f}" for name in counts]
-        rows.append([where, arm, str(len(group)), *found, f"{seconds:.0f}"])
-    header = ["runs", "arm", "seeds", "held-out", "trained", "recovery", "gap closed", "refused", "examples"]
-    return {"header": [*header, "supervised tokens", "steps", "train s"], "rows": rows}
+        rate = _plain(group[0]["choices"].get("learning_rate"))
+        rows.append([where, arm, rate, str(len(group)), *found, f"{seconds:.0f}"])
+    header = ["runs", "arm", "rate", "seeds", "untrained", "held-out", "trained", "recovery", "gap closed"]
+    return {"header": [*header, "refused", "examples", "supervised tokens", "steps", "train s"], "rows": rows}
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _mean(runs: Sequence[Run], name: str) -> float | None:
@@ -174,12 +194,63 @@ def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
         place = find(Path(scored[0]["store"]), "score", key)
-        mean_of = json.loads((place / "scores.json").read_text())["mean"] if place else []
+        mean_of = _scores(place)["mean"] if place else []
         if mean_of and isinstance(mean_of[0], list):
             total = len(mean_of) - 1
             cuts = {tuple(sorted(set(range(total)) - set(run["cut"]))) for run in scored}
             found.append({"svg": Markup(figures.distances(mean_of, [cut for cut in cuts if cut]))})
     return found
+
+
+def _scores(place: Path) -> dict[str, Any]:
+    return json.loads((place / "scores.json").read_text())["pruning"]
+
+
+def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """How far the metrics agree that cuts were chosen by, for each kind of unit that several metrics scored."""
+    found = []
+    for units in sorted({run["choices"].get("units", "blocks") for run in runs}):
+        scores = {}
+        for run in runs:
+            key, name = run["artifacts"].get("score"), run["choices"].get("pruning")
+            if key and name and run["choices"].get("units", "blocks") == units and name not in scores:
+                if place := find(Path(run["store"]), "score", key):
+                    scores[name] = _scores(place)
+        if len(scores) > 1:
+            remove = max(run["choices"]["removed"] for run in runs)
+            total = max(block for run in runs for block in run["cut"]) + 1
+            table = summary_table(scores, remove, Units(units, total).names)
+            svg = Markup(figures.agreement(list(scores), matrix(scores)))
+            found.append({"units": units, "svg": svg, "table": table, "numbers": correlation_table(scores)})
+    return found
+
+
+def variant_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each of metric, units and patch that varies: recovery before and after training, over how much was
+    removed, and the figures."""
+    sections = []
+    for choice, label in VARIANTS.items():
+        by_name = variants(runs, choice)
+        if by_name:
+            counts = sorted({count for places in by_name.values() for count in places})
+            rows = [
+                [where or "all runs", name, *(_before_after(places.get(count, [])) for count in counts)]
+                for (where, name), places in by_name.items()
+            ]
+            header = ["runs", label, *(f"{count:g} removed" for count in counts)]
+            drawn = [
+                {"title": title, "svg": Markup(figures.over_removed(by_name, measure, title))}
+                for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
+            ]
+            sections.append({"label": label, "table": {"header": header, "rows": rows}, "figures": drawn})
+    return sections
+
+
+def _before_after(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "-"
+    before, after = (percent(_mean(runs, name)).removesuffix(" %") for name in ("pruned_recovery", "recovery"))
+    return f"{before} → {after}"
 
 
 def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
@@ -211,6 +282,8 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         "arms": arm_table(runs),
         "differences": difference_table(differences(runs)),
         "tasks": task_table(runs),
+        "variants": variant_tables(runs),
+        "agreements": agreements(runs),
         "heat_maps": heat_maps(runs),
         "funnel": funnel_table(runs),
         "examples": examples(runs),
@@ -235,6 +308,8 @@ def markdown(found: dict[str, Any]) -> str:
         "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
     parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
+    parts += [f"## By {v['label']}\n\n{grid(**v['table'])}" for v in found["variants"]]
+    parts += [f"## Agreement of metrics, {a['units']}\n\n{grid(**a['table'])}" for a in found["agreements"]]
     for section in found["sections"]:
         parts += [
             f"## {section['title']}: {f['title'].lower()}\n\n{grid(**f['table'])}" for f in section["figures"]

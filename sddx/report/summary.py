@@ -26,6 +26,7 @@ class Found:
     model: Artifact
     scores: list[Artifact]
     cut: Artifact
+    patches: list[Artifact]
     data: Artifact
     rows: list[Artifact]
     student: Artifact
@@ -33,7 +34,8 @@ class Found:
 
     def artifacts(self) -> list[Artifact]:
         """All of them in one row, from which `of` makes the record again."""
-        return [self.model, *self.scores, self.cut, self.data, *self.rows, self.student, *self.results.values()]
+        first = [self.model, *self.scores, self.cut, *self.patches, self.data]
+        return [*first, *self.rows, self.student, *self.results.values()]
 
     @classmethod
     def of(cls, artifacts: Sequence[Artifact]) -> Found:
@@ -43,13 +45,14 @@ class Found:
         rows = by_stage.get("distill") or by_stage["rows"]
         one = {name: by_stage[stage][0] for name, stage in SINGLE.items()}
         results = dict(zip(table.MODELS, by_stage["evaluate"], strict=True))
-        return cls(scores=by_stage.get("score", []), rows=rows, results=results, **one)
+        scores, patches = by_stage.get("score", []), by_stage.get("patch", [])
+        return cls(scores=scores, patches=patches, rows=rows, results=results, **one)
 
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
         distilled = [shard for shard in self.rows if shard.stage == "distill"]
-        stages = {"prepare": [self.data], "score": self.scores, "prune": [self.cut], "distill": distilled}
-        stages |= {"train": [self.student]}
+        stages = {"prepare": [self.data], "score": self.scores, "prune": [self.cut], "patch": self.patches}
+        stages |= {"distill": distilled, "train": [self.student]}
         stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
@@ -120,10 +123,15 @@ def _cost(found: Found) -> dict[str, Any]:
         for stage, artifacts in found.built().items()
     }
     student = manifests["train"][0]
+    size = _read(found.cut, "size.json")
     return {
         "cut": list(cut.kept),
+        "no_attention": list(cut.no_attention),
+        "no_feedforward": list(cut.no_feedforward),
         "depth": cut.name,
-        "parameters": _read(found.cut, "parameters.json"),
+        "parameters": {model: sizes["parameters"] for model, sizes in size.items()},
+        "cache_bytes": {model: sizes["cache_bytes"] for model, sizes in size.items()},
+        "patch_unexplained": {k: v for patch in found.patches for k, v in _read(patch, "fit.json").items()},
         "examples": training["examples"],
         "supervised_tokens": training["supervised_tokens"],
         "steps": training["steps"],

@@ -61,6 +61,9 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
+        ("left", summary.get("depth") or ABSENT),
+        ("cache, bytes a token", _parameters(summary.get("cache_bytes"))),
+        ("update left unexplained by", _shares(summary.get("patch_unexplained") or {})),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
@@ -95,6 +98,10 @@ def _parameters(parameters: int | Mapping[str, int] | None) -> str:
     if isinstance(parameters, int):
         return f"{parameters:,}"
     return ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares.items()) or ABSENT
 
 
 def _stages(seconds: Mapping[str, float]) -> str:

@@ -32,14 +32,15 @@ def evaluate(
     """Writes `results.json`: lm-eval's scores with every item, and under `text` what scores do not show.
 
     `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
-    unpruned one); all other inputs are files that tasks and texts are read from. `text.kl` is
-    KL(unpruned || model) in nats a token on held-out text; repetition and length are those of the answers.
+    unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
+    texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text; repetition and
+    length are those of the answers.
     """
     tokenizer = load_tokenizer(model.path)
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     given = {artifact.stage: artifact.path for artifact in inputs}
     if "prune" in given:
-        judged, teacher = _student(model, given["prune"], given.get("train"), how)
+        judged, teacher = _student(model, given, how)
     else:
         judged, teacher = frozen_model(model.path, **how), None
     results = build(evaluation)(judged, tokenizer, runtime)
@@ -55,12 +56,13 @@ def evaluate(
         runtime.log({f"evaluate/{task}": record["score"]})
 
 
-def _student(model: Artifact, pruned: Path, trained: Path | None, how: dict[str, Any]) -> tuple[Any, Teacher]:
+def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> tuple[Any, Teacher]:
     """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
     are still there, so that a large model is held once."""
     frozen_model.cache_clear()
-    cut = Cut.load(pruned / "cut.json")
-    student, unpruned = load_student(model.path, trained, cut=cut, base=model.key, **how)
-    if unpruned is None:
-        return student, SeparateTeacher(frozen_model(model.path, **how))
-    return student, SharedTeacher(student, unpruned, cut)
+    cut = Cut.load(given["prune"] / "cut.json")
+    trained, patch = given.get("train"), given.get("patch")
+    student = load_student(model.path, trained, cut=cut, base=model.key, patch=patch, **how)
+    if student.unpruned is None:
+        return student.model, SeparateTeacher(frozen_model(model.path, **how))
+    return student.model, SharedTeacher(student.model, student.unpruned, cut)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
 from sddx.models.anatomy import blocks
 from sddx.models.load import load_model
-from sddx.records import Artifact
+from sddx.models.student import is_stock, load_student, save_student
+from sddx.records import Artifact, Cut, Units
 from sddx.runtime import Runtime
-from sddx.surgery.remove import remove_blocks
-from sddx.surgery.soundness import prove
+from sddx.surgery.remove import apply_cut
+from sddx.surgery.soundness import cache_bytes, prove, saved_and_loaded
 
 LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk
 
@@ -24,26 +26,44 @@ def prune(
     runtime: Runtime,
     choose: dict[str, Any],
     remove: int,
+    units: str,
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes `cut.json` (the kept blocks), `proof.json` and the parameter counts; no weight is copied.
+    """Writes `cut.json` (what stays), `proof.json` and `size.json` (parameters, and cache bytes per token, of
+    both models); no weight is copied.
 
-    Raises UserError where more blocks are to go than there are, UnsoundModel where a check fails.
+    Raises UserError where more is to go than there is, UnsoundModel where a check fails.
     """
-    found = json.loads((scores[0].path / "scores.json").read_text()) if scores else None
-    student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
-    parameters = {"unpruned": _count(student)}
-    cut = build(choose)(found, len(blocks(student)), remove)
-    remove_blocks(student, cut)
-    parameters["pruned"] = _count(student)
-    size = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    proof = prove(student, vocabulary=student.config.get_text_config().vocab_size, reload=size < LARGEST_RELOAD)
+    found = json.loads((scores[0].path / "scores.json").read_text())["pruning"] if scores else None
+    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    student = load_model(model.path, **how)
+    kinds = Units(units, len(blocks(student)))
+    size = {"unpruned": _size(student)}
+    cut = kinds.cut(build(choose)(found, len(kinds), remove))
+    apply_cut(student, cut)
+    size["pruned"] = _size(student)
+
+    def again() -> Any:
+        return saved_and_loaded(student) if is_stock(cut) else _own_round_trip(student, model, cut, how)
+
+    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    vocabulary = student.config.get_text_config().vocab_size
+    proof = prove(student, vocabulary=vocabulary, again=again if weights < LARGEST_RELOAD else None)
     cut.save(out / "cut.json")
     (out / "proof.json").write_text(json.dumps(proof) + "\n")
-    (out / "parameters.json").write_text(json.dumps(parameters) + "\n")
-    runtime.log({"prune/removed": len(cut.removed), "prune/parameters": parameters["pruned"]})
+    (out / "size.json").write_text(json.dumps(size) + "\n")
+    lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
+    names = ("removed", "without_attention", "without_feedforward")
+    row = {f"prune/{name}": count for name, count in zip(names, lost, strict=True)}
+    runtime.log(row | {"prune/parameters": size["pruned"]["parameters"]})
 
 
-def _count(model: Any) -> int:
-    return sum(weight.numel() for weight in model.parameters())
+def _size(model: Any) -> dict[str, int]:
+    return {"parameters": sum(w.numel() for w in model.parameters()), "cache_bytes": cache_bytes(model)}
+
+
+def _own_round_trip(student: Any, model: Artifact, cut: Cut, how: dict[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(student, Path(folder), cut=cut, base=model.key)
+        return load_student(model.path, Path(folder), cut=cut, base=model.key, **how).model

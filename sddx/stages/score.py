@@ -1,4 +1,4 @@
-"""score: how much each block, or each run of blocks, changes the hidden state."""
+"""score: how much each unit of a model matters, by one metric or by several."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import text_batches
-from sddx.importance.score import score_blocks
+from sddx.importance.score import Subject, score_units
+from sddx.models.anatomy import blocks
 from sddx.models.load import frozen_model, load_tokenizer
-from sddx.records import Artifact
+from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
 
 BATCH, MAX_LENGTH = 32, 2048
@@ -21,22 +22,19 @@ def score(
     model: Artifact,
     *files: Artifact,
     runtime: Runtime,
-    metric: dict[str, Any],
+    metrics: dict[str, dict[str, Any]],
+    units: str,
     calibration: dict[str, Any],
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes `scores.json`: the metric's mean and standard error over the calibration texts, from one pass."""
-    texts = build(calibration)
+    """Writes `scores.json`: by the name of each metric its mean and standard error over the calibration texts, and
+    its means over parts of them. Metrics of hidden states share one pass."""
     tokenizer = load_tokenizer(model.path)
     teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    batches = text_batches(tokenizer, texts, max_length=MAX_LENGTH, batch_size=BATCH)
-    with runtime.progress(total=len(texts), what="scoring", unit="text") as bar:
-        scores = score_blocks(
-            teacher,
-            ((batch.input_ids, batch.attention_mask) for batch in batches),
-            build(metric),
-            bar.update,
-        )
+    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    kinds = Units(units, len(blocks(teacher)))
+    subject = Subject(teacher, tokenizer, kinds, batches, runtime)
+    scores = score_units(subject, {name: build(metric) for name, metric in metrics.items()})
     (out / "scores.json").write_text(json.dumps(scores) + "\n")
-    runtime.log({"score/sequences": scores["sequences"]})
+    runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})

@@ -12,11 +12,11 @@ from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import load_model, load_tokenizer
-from sddx.models.student import save_student
+from sddx.models.student import prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.runtime import Runtime
-from sddx.surgery.remove import remove_blocks
+from sddx.surgery.junction import is_trained
 
 
 def train(
@@ -37,13 +37,14 @@ def train(
 ) -> None:
     """Writes the student (an adapter or full weights, with its cut and base) and `training.json`.
 
-    `inputs` hold reference examples or rewrites, and a model of stage `teacher` where the teacher is not the
-    unpruned model; `selfdata` says what becomes of refused rewrites. With an adapter the unpruned model is in
-    the same weights, all blocks in and the adapter off; any other teacher is loaded beside the student.
-    Raises UserError where no row is left, TrainingDiverged where a loss is not finite.
+    `inputs` hold reference examples or rewrites, a patch where one stands in for what was removed, and a model
+    of stage `teacher` where the teacher is not the unpruned model; `selfdata` says what becomes of refused
+    rewrites. With an adapter the unpruned model is in the same weights, all blocks in and whole, adapter and
+    patch off; any other teacher is loaded beside the student. Raises UserError where no row is left,
+    TrainingDiverged where a loss is not finite.
     """
-    shards = [artifact for artifact in inputs if artifact.stage != "teacher"]
-    other = next((artifact for artifact in inputs if artifact.stage == "teacher"), None)
+    shards = [artifact for artifact in inputs if artifact.stage not in ("teacher", "patch")]
+    other, patch = (next((a for a in inputs if a.stage == stage), None) for stage in ("teacher", "patch"))
     cut = Cut.load(pruned.path / "cut.json")
     objective = build(loss)
     tokenizer = load_tokenizer(model.path)
@@ -51,8 +52,10 @@ def train(
     held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
 
     student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
-    unpruned = remove_blocks(student, cut)
+    unpruned, attached = prune(student, cut, patch.path if patch else None)
     student = build(tuning)(student, seed)
+    for weight in attached.values():
+        weight.requires_grad_(is_trained(patch.path) if patch else False)
     teacher: Any = None
     if objective.needs_teacher and is_adapted(student) and other is None:
         teacher = SharedTeacher(student, unpruned, cut)
@@ -62,7 +65,7 @@ def train(
     found = build(trainer)(
         student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
     )
-    save_student(student, out, cut=cut, base=model.key)
+    save_student(student, out, cut=cut, base=model.key, attached=attached)
     (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
 
 

@@ -1,5 +1,5 @@
-"""Rules that turn scores into a cut. Each is `rule(scores, total, remove)`: the dict that `score_blocks`
-wrote (or None where the rule needs none), the number of blocks, how many of them to remove."""
+"""Rules that turn scores into what is removed. Each is `rule(scores, count, remove)`: what the metric gave (or
+None where the rule needs none), the number of units, how many of them to remove; it returns their numbers."""
 
 from __future__ import annotations
 
@@ -8,79 +8,119 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sddx.records import Cut, UserError
+from sddx.records import GRANULARITIES, UserError
+
+Rule = Callable[[dict[str, Any] | None, int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What stands in for the removed parts (`pruning.patch`): a fit (null: nothing), whether it goes on learning
+    with the student, and whether it is folded into weights that are there already."""
+
+    fit: Callable | None
+    trained: bool
+    fold: bool
+
+    def __post_init__(self) -> None:
+        if self.fold and self.trained:
+            raise UserError(
+                "pruning.patch.fold=true leaves no weights that could be trained apart: set pruning.patch.trained="
+                "false (with tuning=full all weights are trained anyway)."
+            )
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The `pruning` group: a rule, how many blocks it removes, and the metric that it reads (if any)."""
+    """The `pruning` group: a rule, which units it removes and how many, the metric that it reads (if any), and
+    what stands in for them."""
 
-    choose: Callable[[dict[str, Any] | None, int, int], Cut]
+    choose: Rule
     remove: int
-    metric: Callable | None = None
+    patch: Stand
+    units: str = "blocks"
+    metric: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.remove, int) or self.remove < 0:
-            raise UserError(f"pruning.remove={self.remove!r} is not a number of blocks. Give 0 or more.")
+            raise UserError(f"pruning.remove={self.remove!r} is not a number of units. Give 0 or more.")
+        if self.units not in GRANULARITIES:
+            raise UserError(f"pruning.units={self.units!r} is not known. Use one of {', '.join(GRANULARITIES)}.")
 
 
-def contiguous(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
-    """The run of `remove` blocks across which the hidden state turns least (Gromov et al., arXiv 2403.17887).
+def contiguous(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
+    """The run of `remove` units that matters least.
 
-    Reads `scores["mean"]` as distances [total + 1, total + 1]: entry [i, i + remove] is the cost of removing
-    blocks i to i + remove - 1. Ties go to the earliest start. Raises UserError where too many blocks are to
-    go, or the scores have another shape.
+    `scores["mean"]` as distances [count + 1, count + 1]: entry [i, i + remove] is the cost of removing units i
+    to i + remove - 1 (Gromov et al., arXiv 2403.17887). As one value a unit: the run with the least sum. Ties
+    go to the earliest start. Raises UserError where too many units are to go, or the scores have another shape.
     """
-    require_removable(total, remove)
-    distance = _mean(scores, "contiguous", "angular_distance")
-    square = len(distance) == total + 1 and all(isinstance(row, list) for row in distance)
-    if not square or any(len(row) != total + 1 for row in distance):
+    require_removable(count, remove)
+    mean = _mean(scores, "contiguous", "angular_distance")
+    starts = range(count - remove + 1)
+    if _is_square(mean, count):
+        start = min(starts, key=lambda unit: mean[unit][unit + remove])
+    elif _is_flat(mean, count):
+        start = min(starts, key=lambda unit: sum(mean[unit : unit + remove]))
+    else:
         raise UserError(
-            f"pruning by contiguous blocks needs distances between all {total + 1} states of {total} blocks, "
-            f"and the scores have another shape. Score with sddx.importance.metrics.angular_distance."
+            f"pruning by a contiguous run needs distances between all {count + 1} states of {count} units, or one "
+            f"score for each, and the scores have another shape. Score with "
+            f"sddx.importance.metrics.angular_distance and the same pruning.units."
         )
-    start = min(range(total - remove + 1), key=lambda block: distance[block][block + remove])
-    return Cut.without(range(start, start + remove), total)
+    return tuple(range(start, start + remove))
 
 
-def lowest(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
-    """Without the `remove` blocks of lowest influence, wherever they sit (ShortGPT, arXiv 2403.03853).
+def lowest(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
+    """The `remove` units of lowest score, wherever they sit (ShortGPT, arXiv 2403.03853).
 
-    Reads `scores["mean"]` as one value per block; ties go to the earlier block. Raises UserError where too
-    many blocks are to go, or the scores have another shape.
+    Reads `scores["mean"]` as one value a unit; ties go to the earlier one. Raises UserError where too many
+    units are to go, or the scores have another shape.
     """
-    require_removable(total, remove)
+    require_removable(count, remove)
     influence = _mean(scores, "lowest", "block_influence")
-    if len(influence) != total or any(isinstance(value, list) for value in influence):
+    if not _is_flat(influence, count):
         raise UserError(
-            f"pruning by lowest influence needs one score for each of {total} blocks, and the scores have "
-            f"another shape. Score with sddx.importance.metrics.block_influence."
+            f"pruning by lowest influence needs one score for each of {count} units, and the scores have "
+            f"another shape. Score with sddx.importance.metrics.block_influence and the same pruning.units."
         )
-    order = sorted(range(total), key=lambda block: influence[block])
-    return Cut.without(set(order[:remove]), total)
+    return tuple(sorted(ranked(influence)[:remove]))
 
 
-def last(scores: dict[str, Any] | None, total: int, remove: int) -> Cut:
-    """Without the deepest `remove` blocks, except that the very last stays: the simple variant of Gromov et
-    al. (facts D1), whose "L - n to L - 1" count from 1. Counted from 0: total - remove - 1 to total - 2."""
-    require_removable(total, remove)
-    return Cut.without(range(total - 1 - remove, total - 1), total)
+def ranked(influence: list[float]) -> list[int]:
+    """Units from least to most important; ties in their order."""
+    return sorted(range(len(influence)), key=lambda unit: influence[unit])
 
 
-def random(scores: dict[str, Any] | None, total: int, remove: int, *, seed: int) -> Cut:
-    """Without `remove` blocks drawn at random. With one seed, a larger cut contains every smaller one."""
-    require_removable(total, remove)
-    order = Random(seed).sample(range(total), total)
-    return Cut.without(set(order[:remove]), total)
+def last(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
+    """The deepest `remove` units, except that the very last stays: the simple variant of Gromov et al. (facts
+    D1), whose "L - n to L - 1" count from 1. Counted from 0: count - remove - 1 to count - 2."""
+    require_removable(count, remove)
+    return tuple(range(count - 1 - remove, count - 1))
 
 
-def require_removable(total: int, remove: int) -> None:
-    """Raises UserError where more blocks are to go than the model can lose."""
-    if not 0 <= remove < total:
+def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: int) -> tuple[int, ...]:
+    """`remove` units drawn at random. With one seed, a larger draw contains every smaller one."""
+    require_removable(count, remove)
+    order = Random(seed).sample(range(count), count)
+    return tuple(sorted(order[:remove]))
+
+
+def require_removable(count: int, remove: int, what: str = "units") -> None:
+    """Raises UserError where more is to go than the model can lose."""
+    if not 0 <= remove < count:
         raise UserError(
-            f"pruning.remove={remove}, but the model has {total} blocks and at least one must stay. "
-            f"Give a number from 0 to {total - 1}."
+            f"pruning.remove={remove}, but the model has {count} {what} and at least one must stay. "
+            f"Give a number from 0 to {count - 1}."
         )
+
+
+def _is_flat(mean: list, count: int) -> bool:
+    return len(mean) == count and not any(isinstance(value, list) for value in mean)
+
+
+def _is_square(mean: list, count: int) -> bool:
+    return len(mean) == count + 1 and all(isinstance(row, list) and len(row) == count + 1 for row in mean)
 
 
 def _mean(scores: dict[str, Any] | None, rule: str, metric: str) -> list:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sddx.models.anatomy import decoder, per_layer_lists
+from sddx.models.anatomy import blocks, decoder, per_layer_lists
 from sddx.models.load import DTYPES, load_model
 from sddx.models.outputs import run
 from sddx.records import UserError
@@ -20,24 +22,41 @@ class UnsoundModel(RuntimeError):
     """A check failed; the message names it."""
 
 
-def prove(model: Any, *, vocabulary: int, reload: bool = True) -> dict[str, Any]:
+def prove(model: Any, *, vocabulary: int, again: Callable[[], Any] | None) -> dict[str, Any]:
     """Check the model and return what was found; raises UnsoundModel naming the check that failed.
 
     Checked: depth, layer indices and per-layer lists agree; `run` gives the model's own logits; decoding
-    with the cache equals the pass without it; and, with `reload` (which writes the whole model to a temporary
-    folder), the saved model loads with no missing or fresh weight and gives the same logits bit for bit.
-    `vocabulary` bounds the random token ids that are tried.
+    with the cache equals the pass without it; gradients reach every parameter that wants one; and the model
+    that `again` saves and loads (None: not tried) gives the same logits bit for bit. `vocabulary` bounds the
+    random token ids that are tried. Also measured: the bytes that the cache takes for a token.
     """
     device = next(model.parameters()).device
     ids = torch.randint(vocabulary, (2, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        return {
-            **_structure(decoder(model)),
-            **_head(model, ids, logits),
-            **_cache(model, ids),
-            **(_round_trip(model, ids, logits) if reload else {}),
-        }
+        found = {**_structure(model), **_head(model, ids, logits), **_cache(model, ids)}
+        if again is not None:
+            found |= _round_trip(again, ids, logits)
+    return {**found, **_gradients(model, ids), "cache_bytes": cache_bytes(model)}
+
+
+def saved_and_loaded(model: Any) -> Any:
+    """The model as transformers alone gives it back from a folder."""
+    dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        attention = model.config._attn_implementation
+        device = str(next(model.parameters()).device)
+        return load_model(Path(folder), dtype=dtype, attention=attention, device=device)
+
+
+def cache_bytes(model: Any) -> int:
+    """Bytes that the keys and values of one token take, over all blocks."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _require(holds: bool, check: str) -> None:
@@ -45,11 +64,11 @@ def _require(holds: bool, check: str) -> None:
         raise UnsoundModel(f"the pruned model is not sound: {check}")
 
 
-def _structure(body: Any) -> dict[str, Any]:
-    depth = len(body.layers)
+def _structure(model: Any) -> dict[str, Any]:
+    body, depth = decoder(model), len(blocks(model))
     stated = body.config.num_hidden_layers
     _require(stated == depth, f"num_hidden_layers is {stated} and there are {depth} blocks")
-    for position, block in enumerate(body.layers):
+    for position, block in enumerate(blocks(model)):
         indices = {vars(module)["layer_idx"] for module in block.modules() if "layer_idx" in vars(module)}
         _require(indices <= {position}, f"block {position} carries layer_idx {sorted(indices)}")
     for name, value in vars(body.config).items():
@@ -91,15 +110,35 @@ def _cache(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     return {"cached_difference": float(difference), "cached_tokens_equal": same}
 
 
-def _round_trip(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
-    dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            model.save_pretrained(folder)
-            attention = model.config._attn_implementation
-            again = load_model(Path(folder), dtype=dtype, attention=attention, device=str(ids.device))
-        except (UserError, ValueError) as error:
-            raise UnsoundModel(f"the pruned model is not sound: saving and loading fails: {error}") from error
-        same = again(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+def _round_trip(again: Callable[[], Any], ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    try:
+        loaded = again()
+    except (UserError, ValueError) as error:
+        raise UnsoundModel(f"the pruned model is not sound: saving and loading fails: {error}") from error
+    same = loaded(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     _require(torch.equal(same, logits), "the saved and reloaded model gives other logits")
     return {"reload_equal": True}
+
+
+def _gradients(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """One backward pass; each gradient is dropped as soon as it was looked at, so that one weight's is held."""
+    wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    reached: set[str] = set()
+
+    def note(name: str, weight: torch.Tensor) -> None:
+        if weight.grad is not None and bool(weight.grad.isfinite().all()) and bool(weight.grad.any()):
+            reached.add(name)
+        weight.grad = None
+
+    handles = [w.register_post_accumulate_grad_hook(partial(note, name)) for name, w in wanted.items()]
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            if wanted:
+                logits.float().log_softmax(-1)[..., 0].sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    unreached = sorted(wanted.keys() - reached)
+    _require(not unreached, f"no gradient, or one that is not finite, reaches {', '.join(unreached[:3])}")
+    return {"gradients_reach": len(wanted)}

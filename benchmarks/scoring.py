@@ -1,0 +1,119 @@
+"""What scoring and patching cost: `python benchmarks/scoring.py`, on a random Llama of 16 blocks of 512.
+
+All metrics of one forward pass against a bare pass without the head over the same data (goal: at most 1.25 times);
+peak memory with four times the data (goal: flat); Shapley with shared prefixes against without, at equal orders
+(goal: at least 1.7 times as fast); memory of the linear patch for a width of 4,096 over 65,536 tokens (goal: below
+2 GB). Ratios within one run; two threads.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sddx.importance.ablation import Shapley
+from sddx.importance.coalitions import Loss
+from sddx.importance.metrics import angular_distance, block_influence, norm_ratio, update_norm
+from sddx.importance.score import Subject, score_units
+from sddx.records import Batch, Units
+from sddx.runtime import Runtime
+from sddx.surgery.patches import Linear
+
+METRICS = {
+    "angular": partial(angular_distance, tokens="all"),
+    "block_influence": block_influence,
+    "norm_ratio": norm_ratio,
+} | {f"l{o}{r}": partial(update_norm, order=o, relative=r) for o in (1, 2) for r in (True, False)}
+
+
+def subject(batches: int, *, rows: int = 8, length: int = 256) -> Subject:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    data = []
+    for _ in range(batches):
+        ids = torch.randint(32_000, (rows, length))
+        labels = ids.roll(-1, 1)
+        labels[:, -1] = -100
+        data.append(Batch(ids, torch.ones_like(ids), labels))
+    return Subject(model, None, Units("blocks", 16), data, Runtime(quiet=True))
+
+
+@torch.inference_mode()
+def bare(given: Subject) -> None:
+    for batch in given.batches:
+        given.model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def one_pass(repeats: int = 5) -> None:
+    given = subject(2)
+    score_units(given, METRICS)
+    pairs = [(seconds(lambda: score_units(given, METRICS)), seconds(lambda: bare(given))) for _ in range(repeats)]
+    ratios = sorted(a / b for a, b in pairs)
+    print(
+        f"{len(METRICS)} metrics in one pass: {statistics.median(a for a, _ in pairs):.2f} s against a bare pass "
+        f"{statistics.median(b for _, b in pairs):.2f} s: ratio {statistics.median(ratios):.2f} "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+def shapley() -> None:
+    given = subject(1, rows=4, length=128)
+    ratios = {}
+    for keep in (0.0, 0.7):
+        spent = {}
+        for reuse in (True, False):
+            metric = Shapley(value=Loss(reuse=reuse), keep=keep, orders=8)
+            spent[reuse] = seconds(lambda metric=metric: metric.measure(given))
+        ratios[keep] = spent[False] / spent[True]
+        print(
+            f"shapley, keep {keep}: {spent[True]:.1f} s with shared prefixes, {spent[False]:.1f} s without: "
+            f"ratio {ratios[keep]:.2f}"
+        )
+
+
+def memory(batches: int) -> float:
+    """GiB of a process that scores so many batches."""
+    script = f"from scoring import *; given = subject({batches}); score_units(given, METRICS); print(peak())"
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=sys.path[0], capture_output=True, text=True, check=True
+    )
+    return float(printed.stdout)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def linear_patch(width: int = 4096, tokens: int = 65_536, batch: int = 4096) -> None:
+    before, start, fit = peak(), time.perf_counter(), Linear()
+    for _ in range(tokens // batch):
+        x = torch.randn(batch, width)
+        fit.see(x, x + 0.1 * x.roll(1, 1))
+    fit.solve()
+    spent = time.perf_counter() - start
+    print(f"linear patch, width {width}, {tokens:,} tokens: {peak() - before:.2f} GiB more, {spent:.0f} s")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    linear_patch()  # first: the peak of a process never falls
+    one_pass()
+    shapley()
+    few, many = memory(2), memory(8)
+    print(f"peak memory of scoring: {few:.2f} GiB over 2 batches, {many:.2f} over 8: ratio {many / few:.3f}")

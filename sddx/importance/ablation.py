@@ -1,0 +1,188 @@
+"""Importance by running the model without units: alone, one after the other, and in coalitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sddx.importance.coalitions import Coalition, Value
+from sddx.importance.score import Subject, Sums, require_sequences
+from sddx.records import UserError
+
+DRAWS = 2000  # by which it is told whether the units of least value are known
+
+
+class LeaveOneOut:
+    """What is lost when one unit is taken out of the whole model. With `released`, shifted as in the code of arXiv
+    2407.16286 (facts B2): the mean over the runs that lack another unit, minus the run that lacks this one."""
+
+    def __init__(self, *, value: Value, released: bool = False) -> None:
+        self.value, self.released = value, released
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary over items."""
+        count = len(subject.units)
+        values = self.value.of(subject, [_without(count, []), *(_without(count, [unit]) for unit in range(count))])
+        whole, lacking = values[:1], values[1:]
+        if self.released:
+            whole = (lacking.sum(0) - lacking) / (count - 1)
+        sums = Sums()
+        sums.add((whole - lacking).T)
+        return sums.summary()
+
+
+class Greedy:
+    """The order in which units go if each time the least missed one is removed and all others are scored again
+    (SLEB, arXiv 2402.09025, whose exact rule is not known here). A unit's score is its place in that order;
+    those that outlast `until` removals follow by what they would cost next."""
+
+    def __init__(self, *, value: Value, until: int) -> None:
+        self.value, self.until = value, until
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary: places in the order, and under `costs` what each removal cost."""
+        count = len(subject.units)
+        if not 0 < self.until < count:
+            raise UserError(f"greedy: until={self.until}, but there are {count} units. Give 1 to {count - 1}.")
+        gone: list[int] = []
+        costs, items = [], 0
+        for _ in subject.runtime.progress(range(self.until), what="greedy removal", unit="unit"):
+            rest = [unit for unit in range(count) if unit not in gone]
+            tried = [_without(count, gone), *(_without(count, [*gone, unit]) for unit in rest)]
+            values = self.value.of(_quiet(subject), tried)
+            lost, items = (values[0] - values[1:]).mean(1), values.shape[1]
+            order = [rest[place] for place in lost.argsort(stable=True)]
+            costs.append(float(lost.min()))
+            gone.append(order[0])
+        places = {unit: place for place, unit in enumerate([*gone, *order[1:]])}
+        mean = [float(places[unit]) for unit in range(count)]
+        return {"mean": mean, "stderr": None, "sequences": items, "subsets": [], "costs": costs}
+
+
+class RandomSubnetworks:
+    """The mean value of random subnetworks with the unit, minus that of those without it: `count` subnetworks that
+    keep a share `keep` of the units (the second released estimator of arXiv 2407.16286, facts B2)."""
+
+    def __init__(self, *, value: Value, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
+        self.value, self.count, self.keep, self.seed = value, count, keep, seed
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary over items. Raises UserError where a unit is in all subnetworks or in none."""
+        units, dice = len(subject.units), Random(self.seed)
+        size = int(self.keep * units)
+        drawn = [set(dice.sample(range(units), size)) for _ in range(self.count)]
+        present = torch.tensor([[unit in chosen for unit in range(units)] for chosen in drawn]).double()
+        if bool(((present.sum(0) == 0) | (present.sum(0) == len(drawn))).any()):
+            raise UserError(
+                f"a unit is in none of {self.count} random subnetworks, or in all of them, so it has no score. "
+                "Raise count, or choose another seed."
+            )
+        values = self.value.of(subject, [tuple(bool(p) for p in row) for row in present])
+        with_unit, without_unit = present.T @ values, (1 - present).T @ values
+        sums = Sums()
+        sums.add((with_unit / present.sum(0)[:, None] - without_unit / (1 - present).sum(0)[:, None]).T)
+        return sums.summary()
+
+
+class Shapley:
+    """What a unit adds to a coalition, averaged over orders of removal (Shapley's value), or only over coalitions
+    that keep at least a share `keep` of the units (a semivalue; nearly empty models are never deployed).
+
+    Orders are drawn in antithetic pairs, each with its reverse. Each order is cut into runs of (1 - keep) of
+    the units; every run is removed one by one from the whole model, so that each unit gets one value per
+    order, at a place that is uniform over the run. With keep = 0 a run is the whole order and the values of
+    each order add up to the value of all units minus that of none.
+
+    It stops when the `lowest` units of least value are the same in 95 % of draws from the estimate's own
+    distribution, or after `orders` (`lowest` null: at `orders`).
+    """
+
+    def __init__(
+        self, *, value: Value, keep: float = 0.7, orders: int = 32, lowest: int | None = None, seed: int = 0
+    ) -> None:
+        if not 0 <= keep < 1 or orders < 4 or orders % 2:
+            raise UserError(
+                f"shapley: keep={keep} and orders={orders}; keep is a share from 0 to less than 1, orders an even "
+                "number of at least 4."
+            )
+        self.value, self.keep, self.orders, self.lowest, self.seed = value, keep, orders, lowest, seed
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary; its standard errors are over pairs of orders, for these items. `orders` says how many were
+        drawn, `stable` in which share of draws the lowest units were these."""
+        require_sequences("shapley", subject.sequences, 1)
+        count, dice = len(subject.units), Random(self.seed)
+        length = max(round((1 - self.keep) * count), 1)
+        known: dict[Coalition, Tensor] = {}
+        pairs: list[Tensor] = []
+        stable = None
+        with subject.runtime.progress(total=self.orders, what="orders of removal", unit="order") as bar:
+            while 2 * len(pairs) < self.orders and not (stable is not None and stable >= 0.95):
+                wanted = min(2 if pairs else 4, self.orders // 2 - len(pairs))
+                orders = [dice.sample(range(count), count) for _ in range(wanted)]
+                chains = [[_runs(order, length), _runs(order[::-1], length)] for order in orders]
+                self._evaluate(_quiet(subject), [run for pair in chains for order in pair for run in order], known)
+                pairs += [
+                    torch.stack([_marginals(order, count, known) for order in pair]).mean(0) for pair in chains
+                ]
+                stable = _membership(torch.stack(pairs).mean(2), self.lowest, self.seed)
+                bar.update(2 * wanted)
+        return self._summary(torch.stack(pairs), stable)
+
+    def _evaluate(self, subject: Subject, runs: Sequence[Sequence[int]], known: dict[Coalition, Tensor]) -> None:
+        count = len(subject.units)
+        chains = [_without(count, run[:taken]) for run in runs for taken in range(len(run) + 1)]
+        new = [coalition for coalition in dict.fromkeys(chains) if coalition not in known]
+        if new:
+            known.update(zip(new, self.value.of(subject, new), strict=True))
+
+    def _summary(self, pairs: Tensor, stable: float | None) -> dict[str, Any]:
+        """`pairs` are [pairs, units, items]."""
+        by_items = Sums()
+        by_items.add(pairs.mean(0).T)
+        over_pairs = pairs.mean(2)
+        error = over_pairs.std(0) / math.sqrt(len(over_pairs))
+        return by_items.summary() | {
+            "stderr": error.tolist() if len(over_pairs) > 1 else None,
+            "orders": 2 * len(pairs),
+            "stable": stable,
+        }
+
+
+def _quiet(subject: Subject) -> Subject:
+    """The same subject without bars of its own."""
+    return replace(subject, runtime=replace(subject.runtime, quiet=True))
+
+
+def _without(count: int, removed: Sequence[int]) -> Coalition:
+    return tuple(unit not in removed for unit in range(count))
+
+
+def _runs(order: Sequence[int], length: int) -> list[list[int]]:
+    return [list(order[start : start + length]) for start in range(0, len(order), length)]
+
+
+def _marginals(runs: Sequence[Sequence[int]], count: int, known: dict[Coalition, Tensor]) -> Tensor:
+    """What each unit's removal cost when its turn came: [units, items]."""
+    lost: dict[int, Tensor] = {}
+    for run in runs:
+        for taken, unit in enumerate(run):
+            lost[unit] = known[_without(count, run[:taken])] - known[_without(count, run[: taken + 1])]
+    return torch.stack([lost[unit] for unit in range(count)])
+
+
+def _membership(pairs: Tensor, lowest: int | None, seed: int) -> float | None:
+    """The share of draws, from the normal distribution of the estimate [pairs, units], in which the units of least
+    value are those of the estimate itself."""
+    if lowest is None or len(pairs) < 4 or not 0 < lowest < pairs.shape[1]:
+        return None
+    mean, error = pairs.mean(0), pairs.std(0) / math.sqrt(len(pairs))
+    noise = torch.randn(DRAWS, len(mean), generator=torch.Generator().manual_seed(seed)).double()
+    drawn = (mean + error * noise).argsort(1)[:, :lowest].sort(1).values
+    return float((drawn == mean.argsort()[:lowest].sort().values).all(1).double().mean())

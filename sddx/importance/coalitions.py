@@ -1,0 +1,217 @@
+"""The model with any subset of its units, and what that is worth.
+
+A coalition is the set of units that are present: a tuple of booleans, one for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sddx.evaluation.harness import OWN_TASKS, check_tasks, evaluate
+from sddx.importance.score import Subject
+from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
+from sddx.models.outputs import first, logits_of
+from sddx.records import Batch, Units, UserError
+from sddx.surgery.branches import without
+from sddx.surgery.remove import apply_cut
+
+Coalition = tuple[bool, ...]
+
+
+class Value(Protocol):
+    """What coalitions are worth, more being better: one number per coalition and item, [coalitions, items]."""
+
+    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor: ...
+
+
+class Replay:
+    """Runs subsets of a model's units on one batch. What a subset shares with the one before, from the first
+    block on, is not computed again (`reuse`)."""
+
+    def __init__(self, model: Any, units: Units, *, reuse: bool = True) -> None:
+        self.model, self.units, self.reuse = model, units, reuse
+        self.variants = [self._variants(block) for block in blocks(model)]
+
+    def _variants(self, block: Any) -> dict[tuple[bool, bool], Any]:
+        """The block as it is and without each of its branches; None without both."""
+        found = {(True, True): block, (False, False): None}
+        if self.units.granularity != "blocks":
+            kinds = branches(self.model)
+            found[False, True] = without(block, "attention", kinds["attention"])
+            found[True, False] = without(block, "feedforward", kinds["feedforward"])
+        return found
+
+    def load(self, batch: Batch) -> None:
+        """Take up a batch: note how the whole model calls each of its blocks."""
+        device = next(self.model.parameters()).device
+        self.calls: list[tuple[tuple, dict[str, Any]]] = []
+        entered: list[Tensor] = []
+
+        def note(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+            entered.append(arguments[0])
+            self.calls.append((arguments[1:], named))
+
+        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks(self.model)]
+        try:
+            decoder(self.model)(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                use_cache=False,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.path: list[tuple[bool, bool]] = []  # of the last subset: what each block had, and the states after
+        self.states = [entered[0]]
+
+    def run(self, coalition: Coalition) -> Tensor:
+        """The hidden state [batch, time, width] after the final norm."""
+        path = self._path(coalition)
+        shared = 0
+        while self.reuse and shared < len(self.path) and path[shared] == self.path[shared]:
+            shared += 1
+        del self.states[shared + 1 :]
+        for place in range(shared, len(path)):
+            block, (arguments, named) = self.variants[place][path[place]], self.calls[place]
+            hidden = self.states[-1]
+            self.states.append(hidden if block is None else first(block(hidden, *arguments, **named)))
+        self.path = path
+        norm: Any = final_norm(self.model)
+        return self.states[-1] if norm is None else norm(self.states[-1])
+
+    def _path(self, coalition: Coalition) -> list[tuple[bool, bool]]:
+        if self.units.granularity == "blocks":
+            return [(present, present) for present in coalition]
+        present = {self.units.unit(number): here for number, here in enumerate(coalition)}
+        return [
+            (present.get(("attention", block), True), present.get(("feedforward", block), True))
+            for block in range(self.units.total)
+        ]
+
+
+class OfLogits:
+    """A value that is read off the logits of calibration text: the mean over each sequence's labelled tokens.
+
+    `sequences`: how many of the texts (null: all). `chunk`: tokens that the head is applied to at once.
+    """
+
+    def __init__(self, *, sequences: int | None = 64, reuse: bool = True, chunk: int = 1024) -> None:
+        self.sequences, self.reuse, self.chunk = sequences, reuse, chunk
+
+    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        """[coalitions, sequences], float64. Raises UserError where no text has a label."""
+        distinct = sorted(set(coalitions), reverse=True)  # neighbours share their first blocks
+        replay = Replay(subject.model, subject.units, reuse=self.reuse)
+        found: list[Tensor] = []
+        batches = subject.first(self.sequences)
+        total = len(distinct) * len(batches)
+        with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.inference_mode():
+            for batch in batches:
+                replay.load(batch)
+                full = replay.run((True,) * len(subject.units))
+                rows = []
+                for coalition in distinct:
+                    rows.append(self._sequences(subject, batch, replay.run(coalition), full))
+                    bar.update(1)
+                found.append(torch.stack(rows))
+        values = torch.cat(found, dim=1)
+        values = values[:, values.isfinite().all(0)]  # texts of one token have no label
+        if not values.shape[1]:
+            raise UserError(f"{self.label} needs labels, and no calibration text has a token after the first.")
+        place = {coalition: number for number, coalition in enumerate(distinct)}
+        return values[[place[coalition] for coalition in coalitions]]
+
+    def _sequences(self, subject: Subject, batch: Batch, hidden: Tensor, full: Tensor) -> Tensor:
+        """The value of each sequence; NaN for one without labels."""
+        to_logits = logits_of(head(subject.model), decoder(subject.model).config)
+        labelled = (batch.labels >= 0).to(hidden.device)
+        labels = batch.labels.to(hidden.device)[labelled]
+        pieces = zip(*(t.split(self.chunk) for t in (hidden[labelled], full[labelled], labels)), strict=True)
+        worth = torch.cat([self.token_value(to_logits(h).float(), to_logits(f).float(), t) for h, f, t in pieces])
+        owner = labelled.nonzero()[:, 0]
+        sums = worth.new_zeros(len(labelled), dtype=torch.float64).index_add_(0, owner, worth.double())
+        return (sums / labelled.sum(1)).cpu()
+
+    label = "value"
+
+    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        """The value of each token, from logits with the coalition and with all units [tokens, vocabulary]."""
+        raise TypeError(f"{type(self).__name__} gives no value")
+
+
+class Loss(OfLogits):
+    """Minus the cross-entropy (facts B1, loss Shapley)."""
+
+    label = "loss of coalitions"
+
+    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+class LogitDistance(OfLogits):
+    """Minus the L2 distance to the logits of the whole model (facts B1, logit Shapley)."""
+
+    label = "logits of coalitions"
+
+    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        return -torch.linalg.vector_norm(logits - full, dim=-1)
+
+
+class TaskScore:
+    """The score of evaluation tasks, item by item, on their selection items: `<task>_selection`. With `oracle`,
+    on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole."""
+
+    def __init__(
+        self, *, tasks: Sequence[str], limit: int | None, batch_size: int = 64, oracle: bool = False
+    ) -> None:
+        self.tasks, self.limit, self.batch_size = list(tasks), limit, batch_size
+        if not oracle:
+            self.tasks = [_selection(task) for task in self.tasks]
+        check_tasks(self.tasks)
+
+    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        known: dict[Coalition, Tensor] = {}
+        quiet = replace(subject, runtime=replace(subject.runtime, quiet=True))
+        with subject.runtime.progress(total=len(set(coalitions)), what="tasks of coalitions", unit="model") as bar:
+            for coalition in set(coalitions):
+                known[coalition] = self._items(quiet, coalition)
+                bar.update(1)
+        return torch.stack([known[coalition] for coalition in coalitions])
+
+    def _items(self, subject: Subject, coalition: Coalition) -> Tensor:
+        removed = [number for number, present in enumerate(coalition) if not present]
+        if len(removed) == len(coalition):
+            raise UserError("a task cannot be scored without any unit: give the metric a keep above 0.")
+        unpruned = apply_cut(subject.model, subject.units.cut(removed))
+        try:
+            results = evaluate(
+                subject.model,
+                subject.tokenizer,
+                subject.runtime,
+                tasks=self.tasks,
+                batch_size=self.batch_size,
+                limit=self.limit,
+                chat_template=bool(subject.tokenizer.chat_template),
+            )
+        finally:
+            set_blocks(subject.model, unpruned)
+        samples = [sample["score"] for record in results["tasks"].values() for sample in record["samples"]]
+        return torch.tensor(samples, dtype=torch.float64)
+
+
+def _selection(task: str) -> str:
+    """The name under which a task's selection items stand. Raises UserError where it has none."""
+    name = task if task.endswith("_selection") else f"{task}_selection"
+    known = {path.stem for path in Path(OWN_TASKS).glob("*_selection.yaml")}
+    if name.removeprefix("tiny_") not in known:
+        raise UserError(
+            f"the task {task!r} has no selection items ({name} is no task), and report items must not choose "
+            "what is removed. Use a task that has them, or set oracle=true for the upper bound that it is."
+        )
+    return name

@@ -1,0 +1,81 @@
+"""Importance by gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sddx.importance.score import Subject, Sums
+from sddx.models.anatomy import blocks, branches
+from sddx.models.outputs import run
+from sddx.records import Units, UserError
+
+
+class Taylor:
+    """The first-order change of the loss if a unit's weights went to zero: sum over weights of |gradient times
+    weight| (facts D1), averaged over sequences; one backward pass a sequence. `sequences`: how many of the
+    calibration texts (null: all)."""
+
+    def __init__(self, *, sequences: int | None = None) -> None:
+        self.sequences = sequences
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary over the units. Raises UserError where weights have no gradient, or texts no labels."""
+        owned = [unit_weights(subject.model, subject.units, number) for number in range(len(subject.units))]
+        weights = {id(w): w for unit in owned for w in unit}
+        if not all(w.is_floating_point() for w in weights.values()):
+            raise UserError(
+                "taylor needs gradients of the weights, and some are not floating-point numbers (a quantised model "
+                "has none). Load the model unquantised, or use pruning=angular."
+            )
+        batches = subject.first(self.sequences)
+        if not any((batch.labels >= 0).any() for batch in batches):
+            raise UserError(
+                "taylor needs a loss, and the calibration texts have no token after the first. Give longer texts."
+            )
+        wanted = {name: weight.requires_grad for name, weight in subject.model.named_parameters()}
+        try:
+            subject.model.requires_grad_(False)
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            return self._sums(subject, batches, owned).summary()
+        finally:
+            for name, weight in subject.model.named_parameters():
+                weight.grad = None
+                weight.requires_grad_(wanted[name])
+
+    def _sums(self, subject: Subject, batches: list, owned: list[list[nn.Parameter]]) -> Sums:
+        sums, device = Sums(), next(subject.model.parameters()).device
+        total = sum(len(batch.input_ids) for batch in batches)
+        with subject.runtime.progress(total=total, what="taylor", unit="text") as bar, torch.enable_grad():
+            for batch in batches:
+                for row in range(len(batch.input_ids)):
+                    bar.update(1)
+                    kept = batch.attention_mask[row].bool()
+                    ids, labels = batch.input_ids[row, kept].to(device), batch.labels[row, kept].to(device)
+                    if not (labels >= 0).any():
+                        continue
+                    outputs = run(subject.model, ids[None], torch.ones_like(ids)[None])
+                    logits = outputs.head(outputs.hidden)[0]
+                    nn.functional.cross_entropy(logits.float(), labels).backward()
+                    sums.add(torch.stack([_products(unit) for unit in owned])[None])
+                    subject.model.zero_grad(set_to_none=True)
+        return sums
+
+
+def unit_weights(model: Any, units: Units, number: int) -> list[nn.Parameter]:
+    """The parameters that belong to a unit: a whole block's, or a branch's with its norms."""
+    kind, place = units.unit(number)
+    block = blocks(model)[place]
+    if kind == "blocks":
+        return list(block.parameters())
+    branch = branches(model)[kind]
+    names = filter(None, (branch.core, *branch.others, branch.post))
+    return [weight for name in names for weight in getattr(block, name).parameters()]
+
+
+def _products(weights: list[nn.Parameter]) -> torch.Tensor:
+    parts = [(w.grad.float() * w.detach().float()).abs().sum() for w in weights if w.grad is not None]
+    return torch.stack(parts).sum() if parts else torch.zeros(())

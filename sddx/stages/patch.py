@@ -1,0 +1,49 @@
+"""patch: what stands in for the removed parts, fitted on calibration text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sddx.build import build
+from sddx.data.encode import text_batches
+from sddx.models.load import frozen_model, load_model, load_tokenizer
+from sddx.models.student import prune as pruned
+from sddx.records import Artifact, Cut
+from sddx.runtime import Runtime
+from sddx.stages.score import BATCH, MAX_LENGTH
+from sddx.surgery.fit import fit_patches
+from sddx.surgery.junction import Junction
+from sddx.surgery.soundness import prove
+
+
+def patch(
+    out: Path,
+    model: Artifact,
+    cut: Artifact,
+    *files: Artifact,
+    runtime: Runtime,
+    patch: dict[str, Any],
+    calibration: dict[str, Any],
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes the patches, `fit.json` (by gap, the share of the removed update that they leave unexplained) and
+    `proof.json` of the patched model.
+
+    Raises UserError where a patch cannot stand in for what was removed, cannot be folded, or saw too little.
+    """
+    what = Cut.load(cut.path / "cut.json")
+    tokenizer = load_tokenizer(model.path)
+    teacher = frozen_model(model.path, dtype, attention, runtime.device)
+    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime)
+    Junction(found, patch["trained"], patch["fold"]).save(out)
+    frozen_model.cache_clear()
+    student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
+    pruned(student, what, out)
+    proof = prove(student, vocabulary=student.config.get_text_config().vocab_size, again=None)
+    (out / "proof.json").write_text(json.dumps(proof) + "\n")
+    (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
+    runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})

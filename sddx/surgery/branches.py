@@ -1,0 +1,117 @@
+"""Blocks that lack a branch or carry something more, made without touching the original."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from sddx.models.anatomy import Branch
+
+
+def twin(module: Any) -> Any:
+    """A second module of the same class that shares every parameter and submodule with the first. What it is
+    given or loses afterwards does not reach the first, which a shared teacher still runs."""
+    made = copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, set)):
+            vars(made)[name] = copy(value)
+    return made
+
+
+def without(block: Any, kind: str, branch: Branch) -> Any:
+    """A twin of the block that skips one of its branches, norms included: the residual stream passes unchanged."""
+    made = twin(block)
+    core = getattr(block, branch.core)
+    index = next((vars(m)["layer_idx"] for m in core.modules() if "layer_idx" in vars(m)), None)
+    setattr(made, branch.core, NoAttention(index) if kind == "attention" else NoFeedForward())
+    for name in filter(None, (*branch.others, branch.post)):
+        setattr(made, name, nn.Identity())
+    return made
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention module stood and adds nothing to the residual stream, or what its `patch` adds.
+
+    It keeps no keys or values, but its layer of the cache goes on counting tokens: transformers takes the
+    sequence length from the first layer, and would begin at position 0 again without an error.
+    """
+
+    def __init__(self, layer_idx: int | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.patch: nn.Module | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        cache = next(
+            (named[name] for name in ("past_key_values", "layer_past") if named.get(name) is not None), None
+        )
+        if cache is not None and self.layer_idx is not None:
+            _count(cache, self.layer_idx, hidden_states.shape[1])
+        return _update(self.patch, hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """Stands where the feed-forward branch ended, and adds nothing, or what its `patch` adds. (MPT's own adds
+    the residual itself.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch: nn.Module | None = None
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        update = _update(self.patch, hidden_states)
+        return update if residual is None else residual + update
+
+
+def _update(patch: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.new_zeros(()) if patch is None else patch.update(hidden_states)
+
+
+class _Counting:
+    """What makes a cache layer one that counts tokens and holds none. Its batch has no rows to rearrange."""
+
+    count = 0
+
+    def update(self, *given: Any, **named: Any) -> Any:
+        raise RuntimeError("a block without attention was given keys to remember")
+
+    def get_seq_length(self) -> int:
+        return self.count
+
+    def reset(self) -> None:
+        self.count = self.cumulative_length = 0
+
+    def crop(self, tokens: int) -> None:
+        self.count = self.count + tokens if tokens <= 0 else min(self.count, tokens)
+        self.cumulative_length = self.count
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
+
+    def batch_repeat_interleave(self, repeats: int) -> None: ...
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
+class _Counted(_Counting, DynamicLayer):
+    pass
+
+
+class _CountedWindow(_Counting, DynamicSlidingWindowLayer):
+    pass
+
+
+def _count(cache: Any, layer: int, tokens: int) -> None:
+    """Let a layer of the cache know that so many tokens more were seen."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+    present: CacheLayerMixin = cache.layers[layer]
+    if not isinstance(present, _Counting):
+        window = getattr(present, "sliding_window", None)
+        present = _Counted() if window is None else _CountedWindow(sliding_window=window)
+        cache.layers[layer] = present
+    present.count += tokens
+    present.cumulative_length = present.count
