@@ -86,7 +86,7 @@ def recover(
         metrics = {"pruning": pruning["metric"]}
         scores = [make(score, unpruned, *texts, metrics=metrics, units=units, calibration=calibration, **how)]
     cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], units=units, **how)
-    if pruning["patch"]["fit"] is not None:
+    if pruning["patch"]["fit"] is not None and pruning["remove"]:
         stand = _settings(pruning["patch"])
         patches = [make(patch, unpruned, cut, *texts, patch=stand, calibration=calibration, **how)]
 
@@ -152,11 +152,12 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
 
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
-    one block stays, another teacher fits the student. Raises UserError."""
+    one unit stays, metric and patch can be what they are asked to be, another teacher fits the student. Raises
+    UserError."""
     from sddx.evaluation.harness import check_tasks
     from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
     from sddx.surgery.choose import require_removable
-    from sddx.training.objective import require_comparable
+    from sddx.training.objective import require_comparable, require_junction
 
     check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
@@ -166,6 +167,9 @@ def precheck(method: dict[str, Any]) -> None:
         len(units), method["pruning"]["remove"], "units" if units.granularity != "blocks" else "blocks"
     )
     require_chat_template(load_tokenizer(folder), folder)
+    pruning = build(method["pruning"])
+    if pruning.patch.fit is not None:
+        require_junction(build(method["loss"]), retrained=pruning.patch.fit.reads == "preceding")
     if method["teacher"]:
         require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
 

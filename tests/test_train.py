@@ -91,6 +91,53 @@ def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], t
     assert (summary["fallback_share"] is None) == loss.startswith("squarehead")
 
 
+CUTS = {
+    "attention, a patch that learns": (
+        ["pruning=block_influence", "pruning.units=attention", "pruning/patch=mean", "pruning.patch.trained=true"],
+        "12L-3A",
+    ),
+    "both kinds of branch, all weights": (
+        ["pruning=relative_l2", "pruning.units=sublayers", "tuning=full", "trainer.learning_rate=1e-5"],
+        None,
+    ),
+    "blocks, a folded map": (["pruning/patch=linear_ffn"], "9L"),
+    "blocks, a retrained one, all weights": (
+        ["pruning/patch=block", "pruning.patch.fit.epochs=1", "tuning=full", "loss.terms.squarehead.junction=skip"],
+        "9L",
+    ),
+    "blocks by coalitions": (
+        ["pruning=shapley", "pruning.metric.orders=4", "pruning.metric.value.sequences=4"],
+        "9L",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_other_cuts_and_patches_run_whole(name: str, first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """From the score to the table, and back from disk with the numbers of the table's model."""
+    overrides, depth = CUTS[name]
+    loss = "loss=squarehead" if any("squarehead" in given for given in overrides) else "loss=sft"
+    short = ("trainer.budget=steps", "trainer.steps=2", loss)
+    summary = job(tmp_path, first[1], *short, *overrides)
+    assert summary["depth"] == depth or depth is None
+    assert summary["cache_bytes"]["pruned"] <= summary["cache_bytes"]["unpruned"]
+    patched = any("patch" in given for given in overrides)
+    assert bool(summary["patch_unexplained"]) == patched == ("patch" in summary["artifacts"])
+    model, _ = sddx.load(tmp_path / "summary.json")
+    assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_scoring_alone_says_how_far_metrics_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stages=[score]: a table, a figure of the correlations and a map of distances."""
+    with composed(*SMALL, f"store={tmp_path / 'store'}", "stages=[score]", "metrics=one_pass", out=tmp_path) as cfg:
+        page = run(resolve(cfg), tmp_path)
+    assert "norm\\_ratio" in page.read_text() and "rank correlation" in page.read_text()
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"agreement.svg", "angular.svg"}
+    assert "block_influence" in capsys.readouterr().out
+
+
 def test_another_teacher_is_loaded_beside_the_student(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
     """Given the same weights in a folder of their own, training is the same to the last bit."""
     short = ("loss=kd", "trainer.budget=steps", "trainer.steps=2")
@@ -191,6 +238,22 @@ MISTAKES = {
     "no such model": (["model=local", "model.path=/no/where"], ["/no/where", "model=tiny"]),
     "no such file": (["dataset=jsonl", "dataset.path=/no/rows.jsonl"], ["/no/rows.jsonl"]),
     "more rows than there are": (["dataset.size=100000"], ["8500"]),
+    "more branches than there are": (["pruning.units=attention", "pruning.remove=12"], ["12 units", "0 to 11"]),
+    "units that do not exist": (["pruning.units=heads"], ["heads", "sublayers"]),
+    "stages that cannot be run alone": (["stages=[train]"], ["train", "[score]"]),
+    "a patch that no weight can take": (["pruning/patch=linear", "pruning.patch.fold=true"], ["linear_ffn"]),
+    "a folded patch that learns": (
+        ["pruning/patch=mean", "pruning.patch.fold=true", "pruning.patch.trained=true"],
+        ["trained=false"],
+    ),
+    "a term that holds a block to a patch": (
+        ["pruning/patch=mean", "loss=squarehead", "loss.terms.squarehead.junction=span_end"],
+        ["junction=own"],
+    ),
+    "a task without selection items": (
+        ["pruning=shapley_task", "pruning.metric.value.tasks=[gsm8k]"],
+        ["gsm8k_selection", "oracle"],
+    ),
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),

@@ -48,11 +48,11 @@ class Greedy:
     def measure(self, subject: Subject) -> dict[str, Any]:
         """The summary: places in the order, and under `costs` what each removal cost."""
         count = len(subject.units)
-        if not 0 < self.until < count:
-            raise UserError(f"greedy: until={self.until}, but there are {count} units. Give 1 to {count - 1}.")
+        if not 0 <= self.until < count:
+            raise UserError(f"greedy: until={self.until}, but there are {count} units. Give 0 to {count - 1}.")
         gone: list[int] = []
         costs, items = [], 0
-        for _ in subject.runtime.progress(range(self.until), what="greedy removal", unit="unit"):
+        for _ in subject.runtime.progress(range(max(self.until, 1)), what="greedy removal", unit="unit"):
             rest = [unit for unit in range(count) if unit not in gone]
             tried = [_without(count, gone), *(_without(count, [*gone, unit]) for unit in rest)]
             values = self.value.of(_quiet(subject), tried)

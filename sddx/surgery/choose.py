@@ -18,11 +18,17 @@ class Stand:
     """What stands in for the removed parts (`pruning.patch`): a fit (null: nothing), whether it goes on learning
     with the student, and whether it is folded into weights that are there already."""
 
-    fit: Callable | None
+    fit: Any
     trained: bool
     fold: bool
 
     def __post_init__(self) -> None:
+        if self.fold and not getattr(self.fit, "foldable", False):
+            raise UserError(
+                "pruning.patch.fold=true: this patch acts on the whole residual stream, which runs past every "
+                "weight before the junction, so that no weight can take it. Use pruning/patch=linear_ffn or mean, or "
+                "fold=false."
+            )
         if self.fold and self.trained:
             raise UserError(
                 "pruning.patch.fold=true leaves no weights that could be trained apart: set pruning.patch.trained="

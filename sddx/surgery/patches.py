@@ -86,6 +86,7 @@ class Fit:
     the `feedforward` branch before the junction, or the input of the `preceding` block."""
 
     reads: Reads = "stream"
+    foldable = False
     epochs = 0
 
     def see(self, before: Tensor, after: Tensor) -> None:
@@ -97,6 +98,8 @@ class Fit:
 
 class Mean(Fit):
     """The emulated update (arXiv 2407.16286): the mean update that the removed part made."""
+
+    foldable = True
 
     def __init__(self) -> None:
         self.tokens, self.total = 0, torch.zeros(())
@@ -193,6 +196,7 @@ class LinearFeedForward(Linear):
     2505.02819): can be folded into that branch's last linear layer."""
 
     reads: Reads = "feedforward"
+    foldable = True
 
     def solve(self) -> FeedForwardMap:
         update = self._regression()

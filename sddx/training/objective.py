@@ -151,6 +151,19 @@ def require_comparable(objective: Objective, student: Any, teacher: Any) -> None
         )
 
 
+def require_junction(objective: Objective, *, retrained: bool) -> None:
+    """Raises UserError where a term would hold the student's block before a patched junction to a state that it
+    does not stand for: its own teacher block's, unless it was `retrained` to stand for the removed ones too."""
+    right = "span_end" if retrained else "own"
+    for name, term in objective.layer_terms.items():
+        if term.junction not in (right, "skip"):
+            gives = "what the last removed block gave" if retrained else "its own output"
+            raise UserError(
+                f"loss.terms.{name}.junction={term.junction} does not go with this pruning.patch: the block before "
+                f"the junction gives {gives}. Set loss.terms.{name}.junction={right}, or skip."
+            )
+
+
 def one_of(what: str, given: str, allowed: tuple[str, ...]) -> None:
     """Raises UserError, with the near name where there is one, unless `given` is among `allowed`."""
     if given not in allowed:
