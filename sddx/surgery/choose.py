@@ -26,8 +26,8 @@ class Stand:
         if self.fold and not getattr(self.fit, "foldable", False):
             raise UserError(
                 "pruning.patch.fold=true: this patch acts on the whole residual stream, which runs past every "
-                "weight before the junction, so that no weight can take it. Use pruning/patch=linear_ffn or mean, or "
-                "fold=false."
+                "weight before the junction, so that no weight can take it. Use pruning/patch=linear_ffn or "
+                "mean, or fold=false."
             )
         if self.fold and self.trained:
             raise UserError(
