@@ -130,7 +130,7 @@ class Cut:
     @classmethod
     def load(cls, path: Path) -> Cut:
         fields = json.loads(path.read_text())
-        lists = {name: tuple(fields[name]) for name in ("kept", "no_attention", "no_feedforward")}
+        lists = {name: tuple(fields.get(name, ())) for name in ("kept", "no_attention", "no_feedforward")}
         return cls(total=fields["total"], **lists)
 
 

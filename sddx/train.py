@@ -28,7 +28,7 @@ from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
-STAGES = ("prepare", "score", "prune", "distill", "train", "evaluate", "report")
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "report")
 # Settings that change no number of a run.
 SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics")
 
@@ -82,9 +82,10 @@ def recover(
 
     texts, units = _files(store, calibration), pruning.get("units", "blocks")
     scores, patches = [], []
-    if pruning["metric"] is not None:
+    if pruning.get("metric") is not None:
         metrics = {"pruning": pruning["metric"]}
-        scores = [make(score, unpruned, *texts, metrics=metrics, units=units, calibration=calibration, **how)]
+        read = [*texts, *_task_files(store, metrics)]
+        scores = [make(score, unpruned, *read, metrics=metrics, units=units, calibration=calibration, **how)]
     cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], units=units, **how)
     if pruning["patch"]["fit"] is not None and pruning["remove"]:
         stand = _settings(pruning["patch"])
@@ -117,10 +118,14 @@ def recover(
     return found, make(report, *found.artifacts(), choices=choices)
 
 
-def compare_metrics(config: dict[str, Any], store: Store, runtime: Runtime) -> dict[str, Any]:
-    """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
-    import json
+def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
+    """The files of evaluation tasks that metrics look at."""
+    values = [metric.get("value") or {} for metric in metrics.values()]
+    return list(dict.fromkeys(_files(store, *(value for value in values if "tasks" in value))))
 
+
+def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifact:
+    """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
     from sddx.data.sources import pinned
     from sddx.models.load import locate
     from sddx.stages.score import score
@@ -128,12 +133,9 @@ def compare_metrics(config: dict[str, Any], store: Store, runtime: Runtime) -> d
     model, calibration = config["model"], pinned(config["calibration"])
     folder, _ = locate(model["path"], revision=model["revision"])
     how = {"dtype": model["dtype"], "attention": model["attention"]}
-    units = config["pruning"].get("units", "blocks")
-    given = [store.source("model", folder), *_files(store, calibration)]
-    made = store.build(
-        score, *given, runtime=runtime, metrics=config["metrics"], units=units, calibration=calibration, **how
-    )
-    return json.loads((made.path / "scores.json").read_text())
+    units, metrics = config["pruning"].get("units", "blocks"), config["metrics"]
+    given = [store.source("model", folder), *_files(store, calibration), *_task_files(store, metrics)]
+    return store.build(score, *given, runtime=runtime, metrics=metrics, units=units, calibration=calibration, **how)
 
 
 def _settings(node: dict[str, Any]) -> dict[str, Any]:
@@ -157,19 +159,20 @@ def precheck(method: dict[str, Any]) -> None:
     from sddx.evaluation.harness import check_tasks
     from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
     from sddx.surgery.choose import require_removable
+    from sddx.surgery.junction import require_patch
     from sddx.training.objective import require_comparable, require_junction
 
     check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
-    units = Units(method["pruning"].get("units", "blocks"), config.num_hidden_layers)
-    require_removable(
-        len(units), method["pruning"]["remove"], "units" if units.granularity != "blocks" else "blocks"
-    )
-    require_chat_template(load_tokenizer(folder), folder)
     pruning = build(method["pruning"])
-    if pruning.patch.fit is not None:
-        require_junction(build(method["loss"]), retrained=pruning.patch.fit.reads == "preceding")
+    units = Units(pruning.units, config.num_hidden_layers)
+    require_removable(len(units), pruning.remove, "units" if units.granularity != "blocks" else "blocks")
+    if pruning.patch.fit is not None and pruning.remove:
+        require_patch(config.model_type, units, pruning.patch)
+        moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
+        require_junction(build(method["loss"]), retrained=moved)
+    require_chat_template(load_tokenizer(folder), folder)
     if method["teacher"]:
         require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
 
@@ -187,7 +190,10 @@ def verify(config: dict[str, Any]) -> None:
 def look(config: dict[str, Any]) -> Plan:
     """What a run of this configuration would build. Nothing is built but the rows of its data set."""
     plan = Plan(Path(config["store"] or default_root()), config["accept"])
-    recover(plan, Runtime(quiet=True), **method(config))
+    if config["stages"]:
+        score_all(config, plan, Runtime(quiet=True))
+    else:
+        recover(plan, Runtime(quiet=True), **method(config))
     return plan
 
 
@@ -201,7 +207,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     with _tracker(config, store, folder) as tracker:
         runtime = Runtime(device=_device(config["device"]), log=tracker.log)
         if config["stages"]:
-            return show_agreement(compare_metrics(config, store, runtime), config["pruning"], folder)
+            return show_agreement(score_all(config, store, runtime), config["pruning"], folder)
         if is_cell(folder):
             runtime = replace(runtime, watch=partial(show, folder))
         found, report = recover(store, runtime, **method(config))
@@ -214,7 +220,8 @@ def run(config: dict[str, Any], folder: Path) -> Path:
 @contextmanager
 def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
     """Metrics to CSV and W&B. A finished cell of a sweep that W&B has seen already opens no second run there."""
-    settings, identity = config["wandb"], digest(method(config))[:16]
+    asked = [method(config), config["metrics"]] if config["stages"] else method(config)
+    settings, identity = config["wandb"], digest(asked)[:16]
     seen = mark(store.root, identity, settings)
     if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
         settings = {**settings, "mode": "disabled"}

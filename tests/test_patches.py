@@ -216,7 +216,7 @@ def test_folding_changes_no_logit_and_needs_no_module(kind, name, tmp_path):
     ("kind", "name", "reason"),
     [
         ("linear", "llama", "acts on the whole residual stream"),
-        ("block", "llama", "block patch cannot be folded"),
+        ("block", "llama", "acts on the whole residual stream"),
         ("diagonal", "llama", "acts on the whole residual stream"),
         ("mean", "qwen3", "no bias, and its config no setting"),
         ("mean", "gemma3", "a norm .post_feedforward_layernorm. stands between"),
@@ -235,12 +235,12 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(kind, name, reason):
 def test_a_patch_on_the_block_before_needs_one(kind):
     with pytest.raises(UserError, match="block 0 has none before it"):
         fit_patches(build("llama"), Cut.without({0, 1}, 5), FITS[kind], batches(), QUIET)
-    with pytest.raises(UserError, match="attention alone was removed"):
+    with pytest.raises(UserError, match="where branches are removed there is none"):
         fit_patches(build("llama"), Cut(tuple(range(5)), 5, (2,)), FITS[kind], batches(), QUIET)
 
 
 def test_a_feed_forward_map_needs_one_linear_layer_at_the_end():
-    with pytest.raises(UserError, match="MixtralForCausalLM has none"):
+    with pytest.raises(UserError, match="block 0 of a MixtralForCausalLM has none"):
         fit_patches(build("mixtral"), CUT, LinearFeedForward, batches(), QUIET)
 
 

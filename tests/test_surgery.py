@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +14,23 @@ from families import ALL_FAMILIES, CLASSES, FAMILIES, VOCABULARY, adapt, build, 
 from sddx.models.anatomy import blocks, per_layer_lists
 from sddx.models.load import load_model
 from sddx.records import Cut, UserError
-from sddx.surgery.choose import Pruning, Stand, contiguous, last, lowest, random, ranked
+from sddx.surgery.choose import PatchChoice, Pruning, contiguous, last, lowest, random, ranked
 from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import UnsoundModel, prove, saved_and_loaded
+from sddx.surgery.soundness import UnsoundModel, prove
 
 CUT = Cut.without({1, 2}, 5)
 
 
 def proven(model, reload=True):
     """The proof, with transformers' own way of saving and loading."""
-    return prove(model, vocabulary=VOCABULARY, again=(lambda: saved_and_loaded(model)) if reload else None)
+
+    def again():
+        dtype = str(model.dtype).removeprefix("torch.")
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return load_model(Path(folder), dtype=dtype, attention=model.config._attn_implementation)
+
+    return prove(model, vocabulary=VOCABULARY, again=again if reload else None)
 
 
 def fresh_model(model, cut):
@@ -306,4 +315,4 @@ def test_scores_of_the_wrong_metric_are_refused():
 @pytest.mark.parametrize("remove", [-1, 1.5, "2"])
 def test_pruning_wants_a_number_of_blocks(remove):
     with pytest.raises(UserError, match="not a number of units"):
-        Pruning(choose=last, remove=remove, patch=Stand(None, False, False))
+        Pruning(choose=last, remove=remove, patch=PatchChoice(None, False, False))

@@ -76,11 +76,11 @@ def check_tasks(tasks: Sequence[str], include: str | None = None) -> None:
     doubled = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if doubled:
         raise UserError(f"evaluation.tasks names {', '.join(doubled)} more than once.")
-    if not set(tasks) <= _named_in_files(task_folders(include)):
+    if not set(tasks) <= named_in_files(task_folders(include)):
         _task_manager(tasks, include)
 
 
-def _named_in_files(folders: Sequence[Path]) -> set[str]:
+def named_in_files(folders: Sequence[Path]) -> set[str]:
     """Names that YAML files declare literally (an inherited name is left to lm-eval's own index)."""
     declaration = re.compile(r"^(?:task|group):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
     files = [file for folder in folders for file in folder.glob("**/*.yaml")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sddx.importance.coalitions import Coalition, Value
+from sddx.importance.coalitions import Coalition, OfLogits, Value
 from sddx.importance.score import Subject, Sums, require_sequences
 from sddx.records import UserError
 
@@ -66,28 +66,39 @@ class Greedy:
 
 
 class RandomSubnetworks:
-    """The mean value of random subnetworks with the unit, minus that of those without it: `count` subnetworks that
-    keep a share `keep` of the units (the second released estimator of arXiv 2407.16286, facts B2)."""
+    """The mean value of random subnetworks with the unit, minus that of those without it: `count` for each text,
+    that keep a share `keep` of the units (the second released estimator of arXiv 2407.16286, facts B2)."""
 
-    def __init__(self, *, value: Value, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, *, value: OfLogits, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
+        if not isinstance(value, OfLogits):
+            raise UserError("random subnetworks are drawn for each text: value must be Loss or LogitDistance.")
         self.value, self.count, self.keep, self.seed = value, count, keep, seed
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        """The summary over items. Raises UserError where a unit is in all subnetworks or in none."""
-        units, dice = len(subject.units), Random(self.seed)
-        size = int(self.keep * units)
-        drawn = [set(dice.sample(range(units), size)) for _ in range(self.count)]
-        present = torch.tensor([[unit in chosen for unit in range(units)] for chosen in drawn]).double()
-        if bool(((present.sum(0) == 0) | (present.sum(0) == len(drawn))).any()):
+        """The summary; its standard errors are those of a difference of two means. Raises UserError where a unit
+        is in all subnetworks or in none."""
+        dice, present, worth = Random(self.seed), [], []
+        texts = subject.texts(self.value.sequences)
+        for text in subject.runtime.progress(texts, what="random subnetworks", unit="text"):
+            drawn = [self._draw(dice, len(subject.units)) for _ in range(self.count)]
+            present += drawn
+            worth.append(self.value.of(_quiet(text), drawn)[:, 0])
+        has, value = torch.tensor(present).double(), torch.cat(worth)
+        counts = torch.stack([has.sum(0), (1 - has).sum(0)])
+        if bool((counts < 2).any()):
             raise UserError(
-                f"a unit is in none of {self.count} random subnetworks, or in all of them, so it has no score. "
-                "Raise count, or choose another seed."
+                f"a unit is in less than two of {len(value)} random subnetworks, or outside less than two, so that "
+                "it has no score. Raise count, or give more texts."
             )
-        values = self.value.of(subject, [tuple(bool(p) for p in row) for row in present])
-        with_unit, without_unit = present.T @ values, (1 - present).T @ values
-        sums = Sums()
-        sums.add((with_unit / present.sum(0)[:, None] - without_unit / (1 - present).sum(0)[:, None]).T)
-        return sums.summary()
+        means = torch.stack([has.T @ value, (1 - has).T @ value]) / counts
+        squares = torch.stack([has.T @ value.square(), (1 - has).T @ value.square()]) / counts
+        error = ((squares - means.square()) / (counts - 1)).sum(0).sqrt()
+        mean = (means[0] - means[1]).tolist()
+        return {"mean": mean, "stderr": error.tolist(), "sequences": len(texts), "subsets": []}
+
+    def _draw(self, dice: Random, units: int) -> Coalition:
+        chosen = set(dice.sample(range(units), int(self.keep * units)))
+        return tuple(unit in chosen for unit in range(units))
 
 
 class Shapley:
@@ -95,8 +106,8 @@ class Shapley:
     that keep at least a share `keep` of the units (a semivalue; nearly empty models are never deployed).
 
     Orders are drawn in antithetic pairs, each with its reverse. Each order is cut into runs of (1 - keep) of
-    the units; every run is removed one by one from the whole model, so that each unit gets one value per
-    order, at a place that is uniform over the run. With keep = 0 a run is the whole order and the values of
+    the units, the last one shorter where they do not divide; every run is removed one by one from the whole
+    model, so that each unit gets one value per order. With keep = 0 a run is the whole order and the values of
     each order add up to the value of all units minus that of none.
 
     It stops when the `lowest` units of least value are the same in 95 % of draws from the estimate's own
@@ -118,7 +129,7 @@ class Shapley:
         drawn, `stable` in which share of draws the lowest units were these."""
         require_sequences("shapley", subject.sequences, 1)
         count, dice = len(subject.units), Random(self.seed)
-        length = max(round((1 - self.keep) * count), 1)
+        length = max(int((1 - self.keep) * count + 1e-9), 1)
         known: dict[Coalition, Tensor] = {}
         pairs: list[Tensor] = []
         stable = None

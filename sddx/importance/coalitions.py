@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sddx.evaluation.harness import OWN_TASKS, check_tasks, evaluate
+from sddx.evaluation.harness import check_tasks, evaluate, named_in_files, task_folders
 from sddx.importance.score import Subject
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of
@@ -119,11 +118,14 @@ class OfLogits:
                 for coalition in distinct:
                     rows.append(self._sequences(subject, batch, replay.run(coalition), full))
                     bar.update(1)
-                found.append(torch.stack(rows))
+                found.append(torch.stack(rows)[:, (batch.labels >= 0).any(1)])  # texts of one token have none
         values = torch.cat(found, dim=1)
-        values = values[:, values.isfinite().all(0)]  # texts of one token have no label
         if not values.shape[1]:
             raise UserError(f"{self.label} needs labels, and no calibration text has a token after the first.")
+        if not values.isfinite().all():
+            raise UserError(
+                f"{self.label}: not finite; the model overflows in this dtype. Use float32 or bfloat16."
+            )
         place = {coalition: number for number, coalition in enumerate(distinct)}
         return values[[place[coalition] for coalition in coalitions]]
 
@@ -164,16 +166,22 @@ class LogitDistance(OfLogits):
 
 
 class TaskScore:
-    """The score of evaluation tasks, item by item, on their selection items: `<task>_selection`. With `oracle`,
-    on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole."""
+    """The score of evaluation tasks, item by item, on their selection items, the task `<task>_selection` (among
+    the package's own, or in the folder `include`). With `oracle`, on the very items that are reported: an upper
+    bound, not a method. Every coalition is evaluated whole."""
 
     def __init__(
-        self, *, tasks: Sequence[str], limit: int | None, batch_size: int = 64, oracle: bool = False
+        self,
+        *,
+        tasks: Sequence[str],
+        limit: int | None,
+        include: str | None = None,
+        batch_size: int = 64,
+        oracle: bool = False,
     ) -> None:
-        self.tasks, self.limit, self.batch_size = list(tasks), limit, batch_size
-        if not oracle:
-            self.tasks = [_selection(task) for task in self.tasks]
-        check_tasks(self.tasks)
+        self.limit, self.include, self.batch_size = limit, include, batch_size
+        self.tasks = list(tasks) if oracle else [_selection(task, include) for task in tasks]
+        check_tasks(self.tasks, include)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         known: dict[Coalition, Tensor] = {}
@@ -195,6 +203,7 @@ class TaskScore:
                 subject.tokenizer,
                 subject.runtime,
                 tasks=self.tasks,
+                include=self.include,
                 batch_size=self.batch_size,
                 limit=self.limit,
                 chat_template=bool(subject.tokenizer.chat_template),
@@ -205,11 +214,10 @@ class TaskScore:
         return torch.tensor(samples, dtype=torch.float64)
 
 
-def _selection(task: str) -> str:
+def _selection(task: str, include: str | None) -> str:
     """The name under which a task's selection items stand. Raises UserError where it has none."""
     name = task if task.endswith("_selection") else f"{task}_selection"
-    known = {path.stem for path in Path(OWN_TASKS).glob("*_selection.yaml")}
-    if name.removeprefix("tiny_") not in known:
+    if name not in named_in_files(task_folders(include)):
         raise UserError(
             f"the task {task!r} has no selection items ({name} is no task), and report items must not choose "
             "what is removed. Use a task that has them, or set oracle=true for the upper bound that it is."

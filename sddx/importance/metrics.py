@@ -16,6 +16,7 @@ from torch import Tensor
 
 # Below this squared chord, float32 cosines are too coarse and the difference itself is taken.
 NEAR = 1e-2
+CHUNK = 4096  # tokens whose directions are held at once
 
 
 def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal["last", "all"] = "last") -> Tensor:
@@ -28,8 +29,12 @@ def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal[
     if tokens not in ("last", "all"):
         raise ValueError(f"tokens is 'last' or 'all', not {tokens!r}")
     kept = mask.bool() if tokens == "all" else _last_token(mask)
-    vectors = torch.stack([_kept(state, kept) for state in states], dim=1)
-    angles = [_angles(_directions(part)) for part in vectors.split(4096)]
+    angles = []
+    for rows, times in zip(*(place.split(CHUNK) for place in kept.nonzero(as_tuple=True)), strict=True):
+        vectors = torch.stack([_wide(state[rows, times]) for state in states], dim=1)
+        angles.append(_angles(_directions(vectors)))
+    if not angles:
+        return states[0].new_full((len(mask), len(states), len(states)), torch.nan)
     return _sequence_means(torch.cat(angles), kept)
 
 
@@ -113,8 +118,11 @@ def _over_units(states: Sequence[Tensor], mask: Tensor, measure: Callable[[Tenso
 
 def _kept(state: Tensor, kept: Tensor) -> Tensor:
     """The states of the tokens that count, in float32 at least: [tokens, width]."""
-    chosen = state[kept]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    return _wide(state[kept])
+
+
+def _wide(vectors: Tensor) -> Tensor:
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 def _sequence_means(values: Tensor, kept: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,17 @@ class Subject:
                 taken.append(Batch(batch.input_ids[:left], batch.attention_mask[:left], batch.labels[:left]))
             left -= len(batch.input_ids)
         return taken
+
+    def texts(self, sequences: int | None) -> list[Subject]:
+        """The first texts with a label, each as a subject of its own, without padding."""
+        found = []
+        for batch in self.first(sequences):
+            for row in range(len(batch.input_ids)):
+                kept = batch.attention_mask[row].bool()
+                alone = Batch(*(part[row : row + 1, kept] for part in vars(batch).values()))
+                if (alone.labels >= 0).any():
+                    found.append(replace(self, batches=[alone]))
+        return found
 
 
 class Measures(Protocol):

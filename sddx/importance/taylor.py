@@ -30,8 +30,8 @@ class Taylor:
                 "taylor needs gradients of the weights, and some are not floating-point numbers (a quantised model "
                 "has none). Load the model unquantised, or use pruning=angular."
             )
-        batches = subject.first(self.sequences)
-        if not any((batch.labels >= 0).any() for batch in batches):
+        texts = subject.texts(self.sequences)
+        if not texts:
             raise UserError(
                 "taylor needs a loss, and the calibration texts have no token after the first. Give longer texts."
             )
@@ -40,28 +40,22 @@ class Taylor:
             subject.model.requires_grad_(False)
             for weight in weights.values():
                 weight.requires_grad_(True)
-            return self._sums(subject, batches, owned).summary()
+            return self._sums(subject, texts, owned).summary()
         finally:
             for name, weight in subject.model.named_parameters():
                 weight.grad = None
                 weight.requires_grad_(wanted[name])
 
-    def _sums(self, subject: Subject, batches: list, owned: list[list[nn.Parameter]]) -> Sums:
+    def _sums(self, subject: Subject, texts: list[Subject], owned: list[list[nn.Parameter]]) -> Sums:
         sums, device = Sums(), next(subject.model.parameters()).device
-        total = sum(len(batch.input_ids) for batch in batches)
-        with subject.runtime.progress(total=total, what="taylor", unit="text") as bar, torch.enable_grad():
-            for batch in batches:
-                for row in range(len(batch.input_ids)):
-                    bar.update(1)
-                    kept = batch.attention_mask[row].bool()
-                    ids, labels = batch.input_ids[row, kept].to(device), batch.labels[row, kept].to(device)
-                    if not (labels >= 0).any():
-                        continue
-                    outputs = run(subject.model, ids[None], torch.ones_like(ids)[None])
-                    logits = outputs.head(outputs.hidden)[0]
-                    nn.functional.cross_entropy(logits.float(), labels).backward()
-                    sums.add(torch.stack([_products(unit) for unit in owned])[None])
-                    subject.model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            for text in subject.runtime.progress(texts, what="taylor", unit="text"):
+                batch = text.batches[0].to(device)
+                outputs = run(subject.model, batch.input_ids, batch.attention_mask)
+                logits = outputs.head(outputs.hidden)[0]
+                nn.functional.cross_entropy(logits.float(), batch.labels[0]).backward()
+                sums.add(torch.stack([_products(unit) for unit in owned])[None])
+                subject.model.zero_grad(set_to_none=True)
         return sums
 
 

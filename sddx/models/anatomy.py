@@ -1,6 +1,6 @@
 """Where the parts of a decoder-only language model sit. Every function sees through a peft wrapper.
 
-A family is a few lines in `FAMILIES`; those that are laid out as Llama is need none.
+A family is a line or a few in `FAMILIES`. Whole blocks can be found in any model that is laid out as Llama is.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Family:
     last_linear: str = "mlp.down_proj"
     bias_setting: str | None = None
 
+    @property
+    def written(self) -> str:
+        """The path of the module whose output the feed-forward branch adds to the residual stream."""
+        return self.feedforward.post or self.last_linear
+
 
 _GEMMA = Family(
     attention=Branch("self_attn", ("input_layernorm",), "post_attention_layernorm"),
@@ -54,6 +59,7 @@ _GEMMA = Family(
 )
 FAMILIES = {
     "llama": Family(bias_setting="mlp_bias"),
+    **dict.fromkeys(("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3"), Family()),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gpt_neox": Family(
@@ -166,7 +172,12 @@ def branches(model: Any) -> dict[str, Branch]:
 
     Raises UserError where the modules of a branch cannot be told from the rest of a block.
     """
-    layout = family(model)
+    layout, kind_of_model = family(model), bare(model).config.get_text_config().model_type
+    if kind_of_model not in FAMILIES:
+        raise UserError(
+            f"where a {type(bare(model)).__name__} keeps the branches of its blocks is not known (sddx.models."
+            f"anatomy.FAMILIES). Use pruning.units=blocks, or one of {SUPPORTED}."
+        )
     found = {"attention": layout.attention, "feedforward": layout.feedforward}
     for kind, branch in found.items():
         for name in filter(None, (branch.core, *branch.others, branch.post)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def load_student(
         _restore(model, folder / OWN_WEIGHTS)
         return Student(model, None, attached)
     return Student(_adapt(model, folder).to(device).eval(), unpruned, attached)
+
+
+def saved_and_loaded(
+    student: Any, base_folder: Path, *, cut: Cut, base: str, patch: Path | None, attached: Attached, **how: str
+) -> Any:
+    """The student as it comes back from a folder: by its own way, or, where a stock loader can, by that."""
+    with tempfile.TemporaryDirectory() as name:
+        save_student(student, Path(name), cut=cut, base=base, attached=attached)
+        return load_student(base_folder, Path(name), cut=cut, base=base, patch=patch, **how).model
 
 
 def prune(model: Any, cut: Cut, patch: Path | None) -> tuple[Stack, Attached]:

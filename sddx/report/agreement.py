@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as Shown
 from scipy.stats import spearmanr
 
-from sddx.records import Units
+from sddx.records import Artifact, Units
 from sddx.report import figures
 from sddx.report.summary import write
 from sddx.report.table import grid
@@ -78,8 +79,10 @@ def _numbered(rows: list[list[str]]) -> list[list[str]]:
     return [[f"{number} {row[0]}", *row[1:]] for number, row in enumerate(rows, start=1)]
 
 
-def show_agreement(scores: Mapping[str, Scores], pruning: Mapping[str, Any], folder: Path) -> Path:
-    """Print how far the metrics agree; write the tables and figures into the folder. Returns `agreement.md`."""
+def show_agreement(scored: Artifact, pruning: Mapping[str, Any], folder: Path) -> Path:
+    """Print how far the metrics of a score stage agree; write tables and figures into the folder. Returns
+    `agreement.md`."""
+    scores = json.loads((scored.path / "scores.json").read_text())
     count = len(per_unit(next(iter(scores.values()))["mean"]))
     granularity = pruning.get("units", "blocks")
     units = Units(granularity, count // 2 if granularity == "sublayers" else count)

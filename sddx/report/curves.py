@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from scipy.stats import ttest_1samp
 
-from sddx.evaluation.statistics import Interval, holm, t_interval
+from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
 
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
@@ -23,8 +25,13 @@ AXES = {
 }
 # Settings that an arm may have for itself: a fair comparison gives each arm its own learning rate (science.md).
 OWN = ("learning_rate",)
-# What can stand in place of the arm where it varies: how the cut was chosen, what was cut, what stands in for it.
-VARIANTS = {"pruning": "metric", "units": "units", "patch": "patch"}
+# What can stand in place of the arm where it varies (how the cut was chosen, what was cut, what stands in for it),
+# with its label, the choices that belong to it, and what the others are held against.
+VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "pruning": ("metric", ("keep", "oracle"), "angular"),
+    "units": ("units", (), "attention"),
+    "patch": ("patch", ("patch_rank", "patch_trained", "patch_fold"), "none"),
+}
 # What is drawn over an axis: held-out skills first, because the trained one carries most of any average.
 MEASURES = {
     "recovery_held_out": "Recovery on skills that were not trained on",
@@ -187,17 +194,86 @@ def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     ]
 
 
-def variants(runs: Sequence[Run], choice: str) -> dict[tuple[str, str], dict[float, list[Run]]]:
-    """Runs that differ in one of `VARIANTS`, in how much was removed and in their seed alone: by (where, the
-    choice), then by how much was removed. Empty where that choice does not vary."""
-    found: dict[tuple[str, str], dict[float, list[Run]]] = {}
-    groups = _alike([run for run in runs if run["choices"].get(choice)], choice, "removed", "seed")
-    varying = {key: group for key, group in groups.items() if len({r["choices"][choice] for r in group}) > 1}
-    for key, group in varying.items():
-        for name in dict.fromkeys(run["choices"][choice] for run in group):
-            counts: dict[float, list[Run]] = defaultdict(list)
-            for run in group:
-                if run["choices"][choice] == name:
-                    counts[run["choices"]["removed"]].append(run)
-            found[_apart(key, list(varying)), name] = dict(sorted(counts.items()))
+@dataclass(frozen=True)
+class Variant:
+    """Runs with one metric, kind of unit or patch, by how much was removed; `where` is what tells them from others
+    that differ in more."""
+
+    where: str
+    name: str
+    runs: dict[float, list[Run]]
+
+
+def variants(runs: Sequence[Run], choice: str) -> list[Variant]:
+    """Runs that differ in one of `VARIANTS`, in how much was removed and in their seed alone. Empty where that
+    choice does not vary."""
+    _, details, _ = VARIANTS[choice]
+    groups = _alike([run for run in runs if run["choices"].get(choice)], choice, *details, "removed", "seed")
+    named = [(key, _by_variant(group, choice, details)) for key, group in groups.items()]
+    varying = [(key, names) for key, names in named if len(names) > 1]
+    keys = [key for key, _ in varying]
+    return [Variant(_apart(key, keys), name, found) for key, names in varying for name, found in names.items()]
+
+
+def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dict[str, dict[float, list[Run]]]:
+    """Runs by the name of the variant, with those of its details that vary under that name, then by how much was
+    removed."""
+    found: dict[str, dict[float, list[Run]]] = {}
+    for name in dict.fromkeys(run["choices"][choice] for run in runs):
+        own = [run for run in runs if run["choices"][choice] == name]
+        varies = [d for d in details if len({_plain(run["choices"].get(d)) for run in own}) > 1]
+        for run in own:
+            parts = [f"{detail.split('_')[-1]}={_plain(run['choices'].get(detail))}" for detail in varies]
+            places = found.setdefault(" ".join([name, *parts]), {})
+            places.setdefault(run["choices"]["removed"], []).append(run)
+    return {name: dict(sorted(places.items())) for name, places in found.items()}
+
+
+@dataclass(frozen=True)
+class VariantDifference:
+    """A variant minus the one that it is held against: shares of the average, on the same items and seeds, before
+    and after training."""
+
+    where: str
+    name: str
+    removed: float
+    seeds: int
+    before: Interval
+    after: Interval
+
+
+def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
+    """Every variant against the first one named in `VARIANTS`, wherever both removed as much with a seed in
+    common. One seed: intervals over items; more: over seeds. Runs without their samples are left out."""
+    base, found = VARIANTS[choice][2], []
+    everything = variants(runs, choice)
+    bases = {variant.where: variant for variant in everything if variant.name == base}
+    for variant in everything:
+        for removed, own in variant.runs.items():
+            others = bases[variant.where].runs.get(removed, []) if variant.where in bases else []
+            pairs = [(a, b) for a in own for b in others if a["choices"]["seed"] == b["choices"]["seed"]]
+            if variant.name != base and pairs:
+                intervals = [_over_pairs(pairs, model) for model in ("pruned", "recovered")]
+                if None not in intervals:
+                    before, after = intervals
+                    about = variant.where, variant.name, removed, len(pairs)
+                    found.append(VariantDifference(*about, before, after))
     return found
+
+
+def _over_pairs(pairs: Sequence[tuple[Run, Run]], model: str) -> Any:
+    sides = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
+    if not all(scores for side in sides for scores in side):
+        return None
+    if model == "pruned":  # the same for every seed of training
+        sides = [side[:1] for side in sides]
+    weights = task_weights(list(sides[0][0]), pairs[0][0].get("part_of"))
+    return paired_difference(*sides, weights=weights)
+
+
+def _samples(run: Run, model: str) -> dict[str, list[float]]:
+    """Every item's score by task, from the file beside the run's summary."""
+    path = Path(run.get("folder", "")) / "samples.json"
+    if not path.is_file():
+        return {}
+    return {task: found["scores"] for task, found in json.loads(path.read_text())[model].items()}

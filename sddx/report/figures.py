@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sddx.report.curves import AXES, Family, Run, losses
+from sddx.report.curves import AXES, Family, Run, Variant, losses
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -65,16 +65,16 @@ def curves(family: Family, measure: str, title: str) -> str:
     return _svg(figure, f"{title} over {AXES[family.axis]}")
 
 
-def over_removed(by_name: Mapping[tuple[str, str], Mapping[float, Sequence[Run]]], measure: str, title: str) -> str:
+def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:
     """One measure over how much was removed, one line for each way of removing it."""
-    figure, axis = _figure(6, 3.6)
-    wheres = {where for where, _ in by_name}
-    styles = [(colour, line) for line in ("-", "--", ":") for colour in COLOURS]
-    for ((where, name), places), (colour, line) in zip(by_name.items(), styles, strict=False):
-        heights = [100 * sum(run[measure] for run in runs) / len(runs) for runs in places.values()]
-        label = f"{name}, {where}" if len(wheres) > 1 else name
-        axis.plot(list(places), heights, "o", ls=line, color=colour, label=label, ms=4)
-    axis.set_xticks(sorted({count for places in by_name.values() for count in places}))
+    figure, axis = _figure(6, 3.6 + 0.08 * max(len(variants) - 8, 0))
+    several = len({variant.where for variant in variants}) > 1
+    for number, variant in enumerate(variants):
+        heights = [100 * sum(run[measure] for run in runs) / len(runs) for runs in variant.runs.values()]
+        label = f"{variant.name}, {variant.where}" if several else variant.name
+        colour, line = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        axis.plot(list(variant.runs), heights, "o", ls=line, color=colour, label=label, ms=4)
+    axis.set_xticks(sorted({count for variant in variants for count in variant.runs}))
     axis.set_xlabel(AXES["removed"])
     axis.set_ylabel("recovery, %")
     axis.legend(frameon=False, fontsize=8, ncols=2)
@@ -94,8 +94,8 @@ def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) ->
     for removed in cuts:
         axis.plot(removed[0], len(removed), "o", mfc="none", mec="white", ms=11, mew=2)
         axis.plot(removed[0], len(removed), "o", mfc="none", mec="#d55e00", ms=13, mew=1.5)
-    axis.set_xlabel("first block of the run")
-    axis.set_ylabel("blocks in the run")
+    axis.set_xlabel("first unit of the run")
+    axis.set_ylabel("units in the run")
     return _svg(figure, "Angular distance by first block and number of blocks")
 
 

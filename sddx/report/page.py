@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from sddx.records import Units
 from sddx.report import figures
-from sddx.report.agreement import correlation_table, matrix, summary_table
+from sddx.report.agreement import correlation_table, matrix, per_unit, summary_table
 from sddx.report.curves import (
     AXES,
     MEASURES,
@@ -23,9 +23,11 @@ from sddx.report.curves import (
     Difference,
     Family,
     Run,
+    Variant,
     arms,
     differences,
     families,
+    variant_differences,
     variants,
 )
 from sddx.report.law import fit, seed_curves
@@ -45,7 +47,7 @@ def of_store(root: Path) -> list[Run]:
     found: dict[str, tuple[float, Run]] = {}
     for path in (root / "report").glob("*/*/summary.json"):
         if (path.parent / "manifest.json").is_file():
-            run = json.loads(path.read_text())
+            run = json.loads(path.read_text()) | {"folder": str(path.parent)}
             made, key = path.stat().st_mtime, json.dumps(run["choices"], sort_keys=True)
             if key not in found or made > found[key][0]:
                 found[key] = (made, run)
@@ -55,7 +57,7 @@ def of_store(root: Path) -> list[Run]:
 def of_folders(folders: Iterable[Path]) -> list[Run]:
     """The finished runs below some folders."""
     paths = sorted(path for folder in folders for path in folder.rglob("summary.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    return [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths]
 
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
@@ -189,61 +191,113 @@ def law_table(runs: Sequence[Run]) -> Table:
 
 
 def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The block distances that cuts were chosen from, one figure for each scoring that the store still has."""
+    """The distances that cuts were chosen from, one figure for each scoring that the store still has."""
     found = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
-        place = find(Path(scored[0]["store"]), "score", key)
-        mean_of = _scores(place)["mean"] if place else []
+        mean_of = _scores(scored[0]).get("mean", [])
         if mean_of and isinstance(mean_of[0], list):
-            total = len(mean_of) - 1
-            cuts = {tuple(sorted(set(range(total)) - set(run["cut"]))) for run in scored}
+            cuts = {_removed(run) for run in scored}
             found.append({"svg": Markup(figures.distances(mean_of, [cut for cut in cuts if cut]))})
     return found
 
 
-def _scores(place: Path) -> dict[str, Any]:
-    return json.loads((place / "scores.json").read_text())["pruning"]
+def _scores(run: Run) -> dict[str, Any]:
+    """What a run's cut was chosen by; empty where the store has it no more."""
+    place = find(Path(run["store"]), "score", run["artifacts"]["score"])
+    return json.loads((place / "scores.json").read_text()).get("pruning", {}) if place else {}
+
+
+def _removed(run: Run) -> tuple[int, ...]:
+    """The numbers of the units that a run removed."""
+    halves = run.get("no_attention", []), run.get("no_feedforward", [])
+    whole = sorted(set(range(run.get("blocks", max(run["cut"]) + 1))) - set(run["cut"]))
+    units = run["choices"].get("units", "blocks")
+    if units == "sublayers":
+        both = [unit for block in whole for unit in (2 * block, 2 * block + 1)]
+        return tuple(sorted([*both, *(2 * b for b in halves[0]), *(2 * b + 1 for b in halves[1])]))
+    return tuple({"blocks": whole, "attention": halves[0], "feedforward": halves[1]}[units])
 
 
 def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """How far the metrics agree that cuts were chosen by, for each kind of unit that several metrics scored."""
+    """How far the metrics agree that cuts were chosen by, for each model and kind of unit that several metrics
+    scored."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if "score" in run["artifacts"] and run["choices"].get("pruning"):
+            units = run["choices"].get("units", "blocks")
+            groups.setdefault((run["artifacts"]["model"], units), []).append(run)
     found = []
-    for units in sorted({run["choices"].get("units", "blocks") for run in runs}):
-        scores = {}
-        for run in runs:
-            key, name = run["artifacts"].get("score"), run["choices"].get("pruning")
-            if key and name and run["choices"].get("units", "blocks") == units and name not in scores:
-                if place := find(Path(run["store"]), "score", key):
-                    scores[name] = _scores(place)
-        if len(scores) > 1:
-            remove = max(run["choices"]["removed"] for run in runs)
-            total = max(block for run in runs for block in run["cut"]) + 1
-            table = summary_table(scores, remove, Units(units, total).names)
+    for (_, units), group in groups.items():
+        by_name = {run["choices"]["pruning"]: run for run in group}
+        scores = {name: kept for name, run in by_name.items() if (kept := _scores(run))}
+        counts = {len(per_unit(kept["mean"])) for kept in scores.values()}
+        if len(scores) > 1 and len(counts) == 1:
+            count = counts.pop()
+            remove = max(run["choices"]["removed"] for run in group)
+            names = Units(units, count // 2 if units == "sublayers" else count).names
             svg = Markup(figures.agreement(list(scores), matrix(scores)))
-            found.append({"units": units, "svg": svg, "table": table, "numbers": correlation_table(scores)})
+            table, numbers = summary_table(scores, remove, names), correlation_table(scores)
+            found.append({"units": units, "svg": svg, "table": table, "numbers": numbers})
     return found
 
 
-def variant_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For each of metric, units and patch that varies: recovery before and after training, over how much was
-    removed, and the figures."""
+def variant_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each of metric, units and patch that varies: recovery before and after training over how much was
+    removed, differences, scores per task before training, and figures."""
     sections = []
-    for choice, label in VARIANTS.items():
-        by_name = variants(runs, choice)
-        if by_name:
-            counts = sorted({count for places in by_name.values() for count in places})
-            rows = [
-                [where or "all runs", name, *(_before_after(places.get(count, [])) for count in counts)]
-                for (where, name), places in by_name.items()
-            ]
-            header = ["runs", label, *(f"{count:g} removed" for count in counts)]
+    for choice, (label, _, base) in VARIANTS.items():
+        if found := variants(runs, choice):
             drawn = [
-                {"title": title, "svg": Markup(figures.over_removed(by_name, measure, title))}
+                {"title": title, "svg": Markup(figures.over_removed(found, measure, title))}
                 for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
             ]
-            sections.append({"label": label, "table": {"header": header, "rows": rows}, "figures": drawn})
+            sections.append(
+                {
+                    "label": label,
+                    "base": base,
+                    "figures": drawn,
+                    "table": _variant_table(found, label),
+                    "differences": _variant_differences(runs, choice, label),
+                    "tasks": _variant_tasks(found, label),
+                }
+            )
     return sections
+
+
+def _variant_table(found: Sequence[Variant], label: str) -> Table:
+    counts = sorted({count for variant in found for count in variant.runs})
+    rows = [
+        [variant.where or "all runs", variant.name, *(_before_after(variant.runs.get(n, [])) for n in counts)]
+        for variant in found
+    ]
+    return {"header": ["runs", label, *(f"{count:g} removed" for count in counts)], "rows": rows}
+
+
+def _variant_differences(runs: Sequence[Run], choice: str, label: str) -> Table:
+    rows = [
+        [d.where or "all runs", d.name, f"{d.removed:g}", str(d.seeds), _shares(d.before), _shares(d.after)]
+        for d in variant_differences(runs, choice)
+    ]
+    return {"header": ["runs", label, "removed", "seeds", "before training", "after training"], "rows": rows}
+
+
+def _shares(interval: Any) -> str:
+    """An interval of shares, in points, with what it is over."""
+    points = [100 * value for value in (interval.estimate, interval.low, interval.high)]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points) + f" over {interval.contains}"
+
+
+def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
+    """Scores per task of the pruned model before training: whether one choice trades tasks against each other."""
+    first = next(iter(found[0].runs.values()))[0]
+    tasks = list(first["scores"]["pruned"])
+    rows = [
+        [variant.name, f"{count:g}", *(_score(runs, "pruned", task) for task in tasks)]
+        for variant in found
+        for count, runs in variant.runs.items()
+    ]
+    return {"header": [label, "removed", *tasks], "rows": rows}
 
 
 def _before_after(runs: Sequence[Run]) -> str:
@@ -282,7 +336,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         "arms": arm_table(runs),
         "differences": difference_table(differences(runs)),
         "tasks": task_table(runs),
-        "variants": variant_tables(runs),
+        "variants": variant_sections(runs),
         "agreements": agreements(runs),
         "heat_maps": heat_maps(runs),
         "funnel": funnel_table(runs),
@@ -308,7 +362,13 @@ def markdown(found: dict[str, Any]) -> str:
         "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
     parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
-    parts += [f"## By {v['label']}\n\n{grid(**v['table'])}" for v in found["variants"]]
+    for variant in found["variants"]:
+        titles = {"table": "", "differences": f", minus {variant['base']}, in points", "tasks": ", before training"}
+        parts += [
+            f"## By {variant['label']}{title}\n\n{grid(**variant[name])}"
+            for name, title in titles.items()
+            if variant[name]["rows"]
+        ]
     parts += [f"## Agreement of metrics, {a['units']}\n\n{grid(**a['table'])}" for a in found["agreements"]]
     for section in found["sections"]:
         parts += [

@@ -100,6 +100,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
             trained=trained,
             part_of={task: record["part_of"] for task, record in records.items()},
         ),
+        "part_of": {task: record["part_of"] for task, record in records.items()},
         "chance": {task: record["chance"] for task, record in records.items()},
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
@@ -124,8 +125,11 @@ def _cost(found: Found) -> dict[str, Any]:
     }
     student = manifests["train"][0]
     size = _read(found.cut, "size.json")
+    for patch in found.patches:
+        size |= _read(patch, "size.json")
     return {
         "cut": list(cut.kept),
+        "blocks": cut.total,
         "no_attention": list(cut.no_attention),
         "no_feedforward": list(cut.no_feedforward),
         "depth": cut.name,

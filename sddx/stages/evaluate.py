@@ -45,6 +45,7 @@ def evaluate(
         judged, teacher = frozen_model(model.path, **how), None
     results = build(evaluation)(judged, tokenizer, runtime)
     batches = text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH)
+    batches = (batch.to(runtime.device) for batch in batches)
     answers = responses(results)
     results["text"] = {
         "kl": divergence(teacher, judged, batches) if teacher else 0.0,

@@ -12,10 +12,10 @@ from sddx.models.load import frozen_model, load_model, load_tokenizer
 from sddx.models.student import prune as pruned
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
+from sddx.stages.prune import size_of, write_proof
 from sddx.stages.score import BATCH, MAX_LENGTH
 from sddx.surgery.fit import fit_patches
 from sddx.surgery.junction import Junction
-from sddx.surgery.soundness import prove
 
 
 def patch(
@@ -29,8 +29,8 @@ def patch(
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes the patches, `fit.json` (by gap, the share of the removed update that they leave unexplained) and
-    `proof.json` of the patched model.
+    """Writes the patches, `fit.json` (by gap, the share of the removed update that they leave unexplained), and
+    `proof.json` and `size.json` of the patched model.
 
     Raises UserError where a patch cannot stand in for what was removed, cannot be folded, or saw too little.
     """
@@ -40,10 +40,14 @@ def patch(
     batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
     found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime)
     Junction(found, patch["trained"], patch["fold"]).save(out)
+    del teacher
     frozen_model.cache_clear()
-    student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
-    pruned(student, what, out)
-    proof = prove(student, vocabulary=student.config.get_text_config().vocab_size, again=None)
-    (out / "proof.json").write_text(json.dumps(proof) + "\n")
+    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    student = load_model(model.path, **how)
+    _, attached = pruned(student, what, out)
+    for weight in attached.values():
+        weight.requires_grad_(patch["trained"])
+    write_proof(out, student, model, what, out, attached, how)
+    (out / "size.json").write_text(json.dumps({"pruned": size_of(student)}) + "\n")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
 from sddx.models.anatomy import blocks
 from sddx.models.load import load_model
-from sddx.models.student import is_stock, load_student, save_student
+from sddx.models.student import saved_and_loaded
 from sddx.records import Artifact, Cut, Units
 from sddx.runtime import Runtime
+from sddx.surgery.junction import Attached
 from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import cache_bytes, prove, saved_and_loaded
+from sddx.surgery.soundness import cache_bytes, prove
 
 LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk
 
@@ -39,19 +39,13 @@ def prune(
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     student = load_model(model.path, **how)
     kinds = Units(units, len(blocks(student)))
-    size = {"unpruned": _size(student)}
+    size = {"unpruned": size_of(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
     apply_cut(student, cut)
-    size["pruned"] = _size(student)
+    size["pruned"] = size_of(student)
 
-    def again() -> Any:
-        return saved_and_loaded(student) if is_stock(cut) else _own_round_trip(student, model, cut, how)
-
-    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    vocabulary = student.config.get_text_config().vocab_size
-    proof = prove(student, vocabulary=vocabulary, again=again if weights < LARGEST_RELOAD else None)
+    write_proof(out, student, model, cut, None, {}, how)
     cut.save(out / "cut.json")
-    (out / "proof.json").write_text(json.dumps(proof) + "\n")
     (out / "size.json").write_text(json.dumps(size) + "\n")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
     names = ("removed", "without_attention", "without_feedforward")
@@ -59,11 +53,20 @@ def prune(
     runtime.log(row | {"prune/parameters": size["pruned"]["parameters"]})
 
 
-def _size(model: Any) -> dict[str, int]:
+def size_of(model: Any) -> dict[str, int]:
+    """Parameters, and bytes of the cache per token."""
     return {"parameters": sum(w.numel() for w in model.parameters()), "cache_bytes": cache_bytes(model)}
 
 
-def _own_round_trip(student: Any, model: Artifact, cut: Cut, how: dict[str, Any]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        save_student(student, Path(folder), cut=cut, base=model.key)
-        return load_student(model.path, Path(folder), cut=cut, base=model.key, **how).model
+def write_proof(
+    out: Path, student: Any, model: Artifact, cut: Cut, patch: Path | None, attached: Attached, how: dict[str, str]
+) -> None:
+    """Prove a pruned, maybe patched, model and write what was found to `proof.json`."""
+
+    def again() -> Any:
+        return saved_and_loaded(student, model.path, cut=cut, base=model.key, patch=patch, attached=attached, **how)
+
+    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
+    vocabulary = student.config.get_text_config().vocab_size
+    proof = prove(student, vocabulary=vocabulary, again=again if weights < LARGEST_RELOAD else None)
+    (out / "proof.json").write_text(json.dumps(proof) + "\n")

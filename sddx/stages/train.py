@@ -62,6 +62,7 @@ def train(
     elif objective.needs_teacher:
         folder = (other or model).path
         teacher = SeparateTeacher(load_model(folder, dtype=dtype, attention=attention, device=runtime.device))
+    del unpruned  # a teacher holds it where one needs it; a large model's removed blocks are freed otherwise
     found = build(trainer)(
         student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
     )

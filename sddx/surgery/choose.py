@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sddx.records import GRANULARITIES, UserError
+from sddx.records import Units, UserError
 
 Rule = Callable[[dict[str, Any] | None, int, int], tuple[int, ...]]
 
 
+NOT_FOLDABLE = (
+    "pruning.patch.fold=true: this patch acts on the whole residual stream, which runs past every weight before "
+    "the junction, so that no weight can take it. Use pruning/patch=linear_ffn or mean, or fold=false."
+)
+
+
 @dataclass(frozen=True)
-class Stand:
+class PatchChoice:
     """What stands in for the removed parts (`pruning.patch`): a fit (null: nothing), whether it goes on learning
     with the student, and whether it is folded into weights that are there already."""
 
@@ -24,11 +30,7 @@ class Stand:
 
     def __post_init__(self) -> None:
         if self.fold and not getattr(self.fit, "foldable", False):
-            raise UserError(
-                "pruning.patch.fold=true: this patch acts on the whole residual stream, which runs past every "
-                "weight before the junction, so that no weight can take it. Use pruning/patch=linear_ffn or "
-                "mean, or fold=false."
-            )
+            raise UserError(NOT_FOLDABLE)
         if self.fold and self.trained:
             raise UserError(
                 "pruning.patch.fold=true leaves no weights that could be trained apart: set pruning.patch.trained="
@@ -43,15 +45,14 @@ class Pruning:
 
     choose: Rule
     remove: int
-    patch: Stand
+    patch: PatchChoice
     units: str = "blocks"
     metric: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.remove, int) or self.remove < 0:
             raise UserError(f"pruning.remove={self.remove!r} is not a number of units. Give 0 or more.")
-        if self.units not in GRANULARITIES:
-            raise UserError(f"pruning.units={self.units!r} is not known. Use one of {', '.join(GRANULARITIES)}.")
+        Units(self.units, 1)
 
 
 def contiguous(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from sddx.models.outputs import block_states, branch_states, first
 from sddx.records import Batch, Cut, UserError
 from sddx.runtime import Runtime
 from sddx.surgery.junction import Gap, before_gap, gaps
-from sddx.surgery.patches import Fit
+from sddx.surgery.patches import Fit, Patch
 
 
 def fit_patches(
@@ -35,33 +37,35 @@ def fit_patches(
             for gap, seen in observe(model, fits, batch).items():
                 fits[gap].see(seen.before, seen.after)
             bar.update(len(batch.input_ids))
-    solved = {gap: fit.solve() for gap, fit in fits.items()}
-    solved = {gap: _first_block(model, gap) if patch is None else patch for gap, patch in solved.items()}
+    solved = {gap: _begin(model, gap) if fit.reads == "preceding" else fit.solve() for gap, fit in fits.items()}
     for gap, fit in fits.items():
         if fit.epochs:
             solved[gap] = _imitate(model, gap, fit, solved[gap], batches, runtime)
     unexplained = _unexplained(model, fits, solved, batches)
     return {
-        gap: patch if hasattr(patch, "update") else patch.state_dict() for gap, patch in solved.items()
+        gap: patch if isinstance(patch, Patch) else patch.state_dict() for gap, patch in solved.items()
     }, unexplained
 
 
 def _require_possible(model: Any, cut: Cut, gap: Gap, fit: Fit) -> None:
     if fit.reads != "stream":
         before_gap(cut, gap)
-        if fit.reads == "feedforward" and part(blocks(model)[0], family(model).last_linear) is None:
+        if fit.reads == "feedforward" and part(blocks(model)[gap.start - 1], family(model).written) is None:
             raise UserError(
-                f"this patch needs one linear layer at the end of the feed-forward branch, and a "
-                f"{type(model).__name__} has none ({family(model).last_linear}). Use pruning/patch=linear."
+                f"the patch {fit.name!r} needs one linear layer at the end of the feed-forward branch, and block "
+                f"{gap.start - 1} of a {type(model).__name__} has none ({family(model).written}). Use "
+                "pruning/patch=linear."
             )
 
 
+@dataclass(frozen=True)
 class Seen:
     """What a batch showed at one gap: the patch's input and what it should give, of the attended tokens
-    [tokens, width]; and how the block before the junction was called."""
+    [tokens, width]; and how the block before the junction was called, where that is retrained."""
 
-    def __init__(self, before: Tensor, after: Tensor, call: tuple[Tensor, tuple, dict[str, Any]] | None) -> None:
-        self.before, self.after, self.call = before, after, call
+    before: Tensor
+    after: Tensor
+    call: tuple[Tensor, tuple, dict[str, Any]] | None = None
 
 
 def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen]:
@@ -73,15 +77,15 @@ def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen
     outputs: dict[int, Tensor] = {}
     handles = []
     for gap, fit in fits.items():
-        if fit.reads != "stream":
+        if fit.reads == "preceding":
             block = blocks(model)[gap.start - 1]
             handles.append(block.register_forward_pre_hook(_noting(calls, gap.start - 1), with_kwargs=True))
         if fit.reads == "feedforward":
-            last = part(blocks(model)[gap.start - 1], family(model).last_linear)
-            handles.append(last.register_forward_hook(_keeping(outputs, gap.start - 1)))
-    sublayers = any(gap.kind != "blocks" for gap in fits)
+            written = part(blocks(model)[gap.start - 1], family(model).written)
+            handles.append(written.register_forward_hook(_keeping(outputs, gap.start - 1)))
+    watched: Any = branch_states(model) if any(gap.kind != "blocks" for gap in fits) else nullcontext([])
     try:
-        with block_states(model) as states, branch_states(model) if sublayers else _nothing() as pairs:
+        with block_states(model) as states, watched as pairs:
             decoder(model)(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
@@ -95,17 +99,8 @@ def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen
         if fit.reads == "feedforward":
             output = outputs[gap.start - 1].reshape(*kept.shape, -1)[kept]
             before, after = output, output + (after - before)
-        found[gap] = Seen(before, after, calls.get(gap.start - 1) if fit.reads == "preceding" else None)
+        found[gap] = Seen(before, after, calls.get(gap.start - 1))
     return found
-
-
-class _nothing(list):
-    """An empty list of pairs, where no branch is looked at."""
-
-    def __enter__(self) -> list:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
 
 
 def _noting(calls: dict[int, tuple], place: int) -> Callable:
@@ -122,14 +117,14 @@ def _keeping(outputs: dict[int, Tensor], place: int) -> Callable:
     return keep
 
 
-def _first_block(model: Any, gap: Gap) -> nn.Module:
+def _begin(model: Any, gap: Gap) -> nn.Module:
     return deepcopy(blocks(model)[gap.start - 1]).float()
 
 
 def _predicted(patch: Any, seen: Seen, kept: Tensor) -> Tensor:
     """What the patch makes of what it is given."""
     if seen.call is None:
-        return patch(seen.before)
+        return patch(seen.before.float())
     hidden, arguments, named = seen.call
     return first(patch(hidden.float(), *arguments, **named))[kept]
 

@@ -13,14 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sddx.models.anatomy import bare, blocks, decoder, family, part, set_blocks, stack
+from sddx.models.anatomy import FAMILIES, Family, bare, blocks, decoder, family, part, set_blocks, stack
 from sddx.models.outputs import first
-from sddx.records import Cut, UserError
+from sddx.records import Cut, Units, UserError
 from sddx.surgery import patches
 from sddx.surgery.branches import twin
+from sddx.surgery.choose import NOT_FOLDABLE
 
 WEIGHTS, RECORD = "junction.safetensors", "junction.json"
 BLOCK = "block"  # in the record: a patch that is a block of the model's own kind
+
+
+NEEDS_BLOCKS = (
+    "this patch works on the block before the removed ones, and where branches are removed there is none. Use "
+    "pruning.units=blocks, or pruning/patch=linear or mean with pruning.patch.fold=false."
+)
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,9 @@ def _insert(model: Any, cut: Cut, gap: Gap, patch: Any) -> nn.Module:
         core = getattr(family(model), gap.kind).core
         getattr(student[cut.kept.index(gap.start)], core).patch = patch
     elif isinstance(patch, patches.FeedForwardMap):
-        linear = _own_last_linear(model, cut, gap)
-        linear.junction = patch
-        linear.register_forward_hook(_through)
+        written = _own_part(model, cut, gap, family(model).written)
+        written.junction = patch
+        written.register_forward_hook(_through)
     elif gap.end < cut.total:
         follower = _own_block(student, cut.kept.index(gap.end))
         follower.junction = patch
@@ -151,11 +158,12 @@ def _insert(model: Any, cut: Cut, gap: Gap, patch: Any) -> nn.Module:
 
 def before_gap(cut: Cut, gap: Gap) -> int:
     """The student's block before the junction. Raises UserError where there is none."""
-    if gap.kind != "blocks" or gap.start == 0:
-        what = f"block {gap.start} has none before it" if gap.kind == "blocks" else f"{gap.kind} alone was removed"
+    if gap.kind != "blocks":
+        raise UserError(NEEDS_BLOCKS)
+    if gap.start == 0:
         raise UserError(
-            f"this patch works on the block before the removed ones, and {what}. Use pruning/patch=linear, or "
-            "another cut."
+            "this patch works on the block before the removed ones, and block 0 has none before it. Use "
+            "pruning/patch=linear, or another cut."
         )
     return cut.kept.index(gap.start - 1)
 
@@ -166,16 +174,16 @@ def _own_block(student: nn.ModuleList, place: int) -> Any:
     return student[place]
 
 
-def _own_last_linear(model: Any, cut: Cut, gap: Gap) -> Any:
-    """A twin of the linear layer that ends the feed-forward branch before the junction, in its place."""
-    place, path = before_gap(cut, gap), family(model).last_linear.split(".")
-    if gap.start - 1 in cut.no_feedforward or part(blocks(model)[place], family(model).last_linear) is None:
+def _own_part(model: Any, cut: Cut, gap: Gap, path: str) -> Any:
+    """A twin of a module of the block before the junction, in its place."""
+    place = before_gap(cut, gap)
+    if gap.start - 1 in cut.no_feedforward or part(blocks(model)[place], path) is None:
         raise UserError(
-            f"this patch works on the linear layer {family(model).last_linear} of block {gap.start - 1}, which a "
-            f"{type(bare(model)).__name__} with this cut does not have. Use pruning/patch=linear."
+            f"this patch works on {path} of block {gap.start - 1}, which a {type(bare(model)).__name__} with this "
+            "cut does not have. Use pruning/patch=linear."
         )
     module = _own_block(blocks(model), place)
-    for name in path:
+    for name in path.split("."):
         setattr(module, name, twin(getattr(module, name)))
         module = getattr(module, name)
     return module
@@ -194,21 +202,30 @@ def _out_of(block: Any, arguments: tuple, output: Any) -> Any:
     return patched if isinstance(output, Tensor) else (patched, *output[1:])
 
 
+def require_patch(model_type: str, units: Units, chosen: Any) -> None:
+    """Raises UserError where the patch that was chosen (`pruning.patch`) cannot stand in for these units, or cannot
+    be folded into the weights of this family. What depends on the weights is found when it is put in."""
+    if units.granularity != "blocks" and (chosen.fold or chosen.fit.reads != "stream"):
+        raise UserError(NEEDS_BLOCKS)
+    if chosen.fold:
+        _require_foldable(model_type)
+
+
+def _require_foldable(model_type: str) -> None:
+    if post := FAMILIES.get(model_type, Family()).feedforward.post:
+        raise UserError(
+            f"nothing can be folded into a {model_type} model: a norm ({post}) stands between its feed-forward "
+            "weights and the residual stream. Set pruning.patch.fold=false."
+        )
+
+
 def _fold(model: Any, cut: Cut, gap: Gap, patch: Any) -> None:
     """Work a patch into the last linear layer of the feed-forward branch before the junction: exactly the same
     function. Raises UserError, with the reason, where it is not."""
     if not isinstance(patch, (patches.Shift, patches.FeedForwardMap)):
-        kind = BLOCK if isinstance(patch, Mapping) else type(patch).__name__
-        raise UserError(
-            f"a {kind} patch cannot be folded: it acts on the whole residual stream, which runs past every weight "
-            "before the junction. Set pruning.patch.fold=false, or use pruning/patch=linear_ffn or mean."
-        )
-    if post := family(model).feedforward.post:
-        raise UserError(
-            f"nothing can be folded into a {type(bare(model)).__name__}: a norm ({post}) stands between its "
-            "feed-forward weights and the residual stream. Set pruning.patch.fold=false."
-        )
-    linear = _own_last_linear(model, cut, gap)
+        raise UserError(NOT_FOLDABLE)
+    _require_foldable(decoder(model).config.model_type)
+    linear = _own_part(model, cut, gap, family(model).last_linear)
     bias = linear.bias
     if isinstance(patch, patches.FeedForwardMap):
         matrix = patch.matrix.double().to(linear.weight.device)

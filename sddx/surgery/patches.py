@@ -6,7 +6,7 @@ in float64 and `solve`s for the module. Sources: facts.md B5 (mean, low rank) an
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class LowRankMap(Patch):
 
 
 class FeedForwardMap(Patch):
-    """Turns the output f of the feed-forward branch before the junction into f T: `matrix` T [width, width]."""
+    """Turns what the feed-forward branch before the junction adds, f, into f T: `matrix` T [width, width]."""
 
     matrix: Tensor
 
@@ -82,34 +82,55 @@ class FeedForwardMap(Patch):
 
 
 class Fit:
-    """What is common to all fits. `reads` names what the patch is given: the residual `stream`, the output of
-    the `feedforward` branch before the junction, or the input of the `preceding` block."""
+    """What is common to all fits. `reads` names what the patch is given: the residual `stream`, what the
+    `feedforward` branch before the junction adds to it, or the input of the `preceding` block. `foldable`: the
+    patch can become part of weights that are there."""
 
+    name = ""
     reads: Reads = "stream"
     foldable = False
     epochs = 0
+    chunk = 4096  # tokens that are held in float64 at once
+
+    def __init__(self) -> None:
+        self.tokens = 0
 
     def see(self, before: Tensor, after: Tensor) -> None:
         """Take in tokens: [tokens, width] before and after, on any device."""
+        for x, y in zip(before.split(self.chunk), after.split(self.chunk), strict=True):
+            self.take(x.double(), y.double())
+            self.tokens += len(x)
 
-    def solve(self) -> Any:
+    def take(self, before: Tensor, after: Tensor) -> None:
+        """Add some tokens, in float64, to the sums."""
+
+    def solve(self) -> Patch:
         """The fitted module, in float64. Raises UserError where too few tokens were seen."""
+        raise TypeError(f"{type(self).__name__} solves nothing")
+
+    def _require(self, needed: int) -> None:
+        if self.tokens < needed:
+            raise UserError(
+                f"the patch {self.name!r} was given {self.tokens} calibration tokens and needs {needed} at least "
+                "(the width of the model, for a regression). Give more or longer calibration texts, or use "
+                "pruning/patch=mean."
+            )
 
 
 class Mean(Fit):
     """The emulated update (arXiv 2407.16286): the mean update that the removed part made."""
 
-    foldable = True
+    name, foldable = "mean", True
 
     def __init__(self) -> None:
-        self.tokens, self.total = 0, torch.zeros(())
+        super().__init__()
+        self.total = torch.zeros(())
 
-    def see(self, before: Tensor, after: Tensor) -> None:
-        self.tokens += len(before)
-        self.total = self.total + (after.double() - before.double()).sum(0)
+    def take(self, before: Tensor, after: Tensor) -> None:
+        self.total = self.total + (after - before).sum(0)
 
     def solve(self) -> Shift:
-        _require_tokens("mean", self.tokens, 1)
+        self._require(1)
         return Shift(bias=self.total / self.tokens)
 
 
@@ -117,16 +138,17 @@ class Diagonal(Fit):
     """Every channel times the ratio of its mean magnitudes after and before (the scaling of LinearPatch, arXiv
     2505.24680, without its rotation). A channel that is always 0 keeps its scale."""
 
-    def __init__(self) -> None:
-        self.tokens, self.before, self.after = 0, torch.zeros(()), torch.zeros(())
+    name = "diagonal"
 
-    def see(self, before: Tensor, after: Tensor) -> None:
-        self.tokens += len(before)
-        self.before = self.before + before.double().abs().sum(0)
-        self.after = self.after + after.double().abs().sum(0)
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = torch.zeros(()), torch.zeros(())
+
+    def take(self, before: Tensor, after: Tensor) -> None:
+        self.before, self.after = self.before + before.abs().sum(0), self.after + after.abs().sum(0)
 
     def solve(self) -> Scale:
-        _require_tokens("diagonal", self.tokens, 1)
+        self._require(1)
         ratio = self.after / self.before
         return Scale(factors=torch.where(self.before > 0, ratio, torch.ones_like(ratio)))
 
@@ -138,32 +160,30 @@ class Linear(Fit):
     Memory is a few [width, width] matrices in float64, whatever the number of tokens.
     """
 
-    chunk = 4096  # tokens that are held in float64 at once
+    name = "linear"
 
     def __init__(self, *, ridge: float = 1e-6) -> None:
-        self.ridge, self.tokens = ridge, 0
+        super().__init__()
+        if not ridge > 0:
+            raise UserError(f"pruning.patch.fit.ridge must be above 0, not {ridge}: states can lie in a subspace.")
+        self.ridge = ridge
         self.moments: tuple[Tensor, Tensor] | None = None
 
-    def see(self, before: Tensor, after: Tensor) -> None:
-        for x, y in zip(before.split(self.chunk), after.split(self.chunk), strict=True):
-            x = x.double()
-            update = y.double() - x
-            if self.moments is None:
-                square = x.new_zeros(x.shape[1], x.shape[1])
-                self.moments = square, square.clone()
-            self.moments[0].addmm_(x.T, x)
-            self.moments[1].addmm_(x.T, update)
-            self.tokens += len(x)
+    def take(self, before: Tensor, after: Tensor) -> None:
+        if self.moments is None:
+            square = before.new_zeros(before.shape[1], before.shape[1])
+            self.moments = square, square.clone()
+        self.moments[0].addmm_(before.T, before)
+        self.moments[1].addmm_(before.T, after - before)
 
-    def solve(self) -> Any:
+    def solve(self) -> Patch:
         return Map(matrix=self._regression())
 
     def _regression(self) -> Tensor:
-        name = type(self).__name__.lower()
-        _require_tokens(name, self.tokens, 1)
+        self._require(1)
         assert self.moments is not None
         square, cross = self.moments
-        _require_tokens(name, self.tokens, len(square))
+        self._require(len(square))
         # In place: at a width of 4,096 each copy is 128 MiB.
         strength = self.ridge * square.diagonal().mean()
         square.diagonal().add_(strength)
@@ -176,13 +196,15 @@ class LowRank(Linear):
     """The best linear update of rank `rank` (reduced-rank regression), then, with `epochs` above 0, trained to
     imitate the removed part (layer stitching, arXiv 2407.16286; its rank and training are not known)."""
 
+    name = "low_rank"
+
     def __init__(self, *, rank: int, ridge: float = 1e-6, epochs: int = 0, learning_rate: float = 1e-3) -> None:
         super().__init__(ridge=ridge)
         if rank < 1:
             raise UserError(f"pruning.patch.fit.rank must be at least 1, not {rank}.")
         self.rank, self.epochs, self.learning_rate = rank, epochs, learning_rate
 
-    def solve(self) -> LowRankMap:
+    def solve(self) -> Patch:
         whole = self._regression()
         assert self.moments is not None
         # The directions in which the fitted updates vary most; their projection is the best fit of this rank.
@@ -192,34 +214,29 @@ class LowRank(Linear):
 
 
 class LinearFeedForward(Linear):
-    """Least squares on the output f of the feed-forward branch before the junction, f T (ReplaceMe, arXiv
+    """Least squares on what the feed-forward branch before the junction adds, f to f T (ReplaceMe, arXiv
     2505.02819): can be folded into that branch's last linear layer."""
 
+    name, foldable = "linear_ffn", True
     reads: Reads = "feedforward"
-    foldable = True
 
-    def solve(self) -> FeedForwardMap:
+    def solve(self) -> Patch:
         update = self._regression()
         return FeedForwardMap(matrix=update + torch.eye(len(update), dtype=update.dtype, device=update.device))
 
 
 class LightBlock(Fit):
     """The block before the junction, retrained to imitate itself and the removed blocks by mean squared error
-    (LLM-Streamline, arXiv 2403.19135, which replaces a span of n + 1 blocks by one that begins as its first)."""
+    (LLM-Streamline, arXiv 2403.19135, which replaces a span of n + 1 blocks by one that begins as its first).
+    There is nothing to solve: training begins at that block."""
 
+    name = "block"
     reads: Reads = "preceding"
 
     def __init__(self, *, epochs: int = 1, learning_rate: float = 2e-4) -> None:
+        super().__init__()
         if epochs < 1:
             raise UserError(
                 f"pruning.patch.fit.epochs must be at least 1, not {epochs}: this patch is only trained."
             )
         self.epochs, self.learning_rate = epochs, learning_rate
-
-
-def _require_tokens(name: str, seen: int, needed: int) -> None:
-    if seen < needed:
-        raise UserError(
-            f"the patch {name!r} was given {seen} calibration tokens and needs {needed} at least (the width of the "
-            "model, for a regression). Give more or longer calibration texts, or use pruning/patch=mean."
-        )
