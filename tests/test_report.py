@@ -15,7 +15,8 @@ from wandb_file import history, records
 
 from sddx.report import __main__ as report
 from sddx.report import page
-from sddx.report.curves import AXES, MEASURES, differences, families
+from sddx.report.agreement import correlation, lowest, per_unit, stability
+from sddx.report.curves import AXES, MEASURES, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
 from sddx.report.workspace import workspace
 from sddx.sweep import cells
@@ -73,6 +74,64 @@ def test_runs_that_differ_otherwise_are_other_curves() -> None:
     assert {(family.axis, family.fixed) for family in families(both)} == {
         ("removed", "model tiny"), ("removed", "model large")
     }  # fmt: skip
+
+
+def test_arms_at_their_own_learning_rates_are_still_held_against_each_other() -> None:
+    """One rate for each arm belongs to the arm; two rates of one arm tell runs apart."""
+    rates = {"sft": 5e-4, "sdd": 4e-3}
+    own = [run(*key, gain=gain, learning_rate=rates[key[0]]) for key, gain in GAINS.items()]
+    (found,) = differences(own)
+    assert (found.arm, found.seeds) == ("sdd", 3)
+    other = [run("sft", seed=seed, learning_rate=4e-3) for seed in (0, 1, 2)]
+    assert [d.where for d in differences([*own, *other])] == ["learning_rate 0.004"]
+
+
+def test_variants_are_named_by_what_varies_in_them(tmp_path: Path) -> None:
+    """A patch that was trained and one that was not stand apart; one that only comes in one way has its name."""
+    patches = [("none", False, None), ("linear", False, None), ("linear", True, None), ("low_rank", False, 8)]
+    runs = [
+        run(removed=n, patch=name, patch_trained=trained, patch_rank=rank, patch_fold=False)
+        for n in (2, 3)
+        for name, trained, rank in patches
+    ]
+    found = variants(runs, "patch")
+    assert [variant.name for variant in found] == [
+        "none",
+        "linear trained=False",
+        "linear trained=True",
+        "low_rank",
+    ]
+    assert all(list(variant.runs) == [2, 3] for variant in found) and variants(runs, "pruning") == []
+
+
+def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
+    """One seed: an interval over items, of the average over tasks; runs without samples are left out."""
+    wrong = {"none": (6, 4), "linear": (2, 0)}
+    runs = []
+    for name, (a, b) in wrong.items():
+        items = {"held": [0.0] * a + [1.0] * (20 - a), "other": [0.0] * b + [1.0] * (20 - b)}
+        scores = {task: {"scores": values} for task, values in items.items()}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.json").write_text(json.dumps({"pruned": scores, "recovered": scores}))
+        runs.append(run(patch=name) | {"folder": str(tmp_path / name)})
+    (found,) = variant_differences(runs, "patch")
+    assert (found.name, found.seeds, found.before.contains) == ("linear", 1, "items")
+    assert found.before.estimate == found.after.estimate == pytest.approx(0.2)
+    assert 0 < found.after.low < 0.2 < found.after.high
+    assert variant_differences([entry | {"folder": ""} for entry in runs], "patch") == []
+    sections = page.variant_sections(runs)
+    assert [section["label"] for section in sections] == ["patch"]
+    assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
+
+
+def test_rank_correlations_and_stability_by_hand() -> None:
+    """Spearman's: 1 for the same order, -1 for the reverse; distances are read off the first diagonal."""
+    assert correlation([1, 2, 3], [10, 20, 21]) == pytest.approx(1) == -correlation([1, 2, 3], [3, 2, 1])
+    assert correlation([1, 1, 1], [1, 2, 3]) == 0
+    square = [[0, 5, 9], [5, 0, 4], [9, 4, 0]]
+    assert per_unit(square) == [5, 4] and lowest({"mean": square}, 1) == [1]
+    parts = {"mean": [1, 2, 3], "subsets": [[1, 2, 3], [1, 2, 3], [3, 2, 1]]}
+    assert stability(parts) == pytest.approx((1 - 1 - 1) / 3) and stability({"subsets": []}) is None
 
 
 def test_differences_are_paired_and_adjusted() -> None:
