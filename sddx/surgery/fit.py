@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +43,8 @@ def fit_patches(
         if fit.epochs:
             solved[gap] = _imitate(model, gap, fit, solved[gap], batches, runtime)
     unexplained = _unexplained(model, fits, solved, batches)
-    return {
-        gap: patch if isinstance(patch, Patch) else patch.state_dict() for gap, patch in solved.items()
-    }, unexplained
+    found = {gap: patch if isinstance(patch, Patch) else patch.state_dict() for gap, patch in solved.items()}
+    return found, unexplained
 
 
 def _require_possible(model: Any, cut: Cut, gap: Gap, fit: Fit) -> None:
@@ -72,49 +72,47 @@ def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen
     """One pass of the unpruned model: what stood before and after every gap."""
     device = next(model.parameters()).device
     mask = batch.attention_mask.to(device)
-    kept = mask.bool()
-    calls: dict[int, tuple] = {}
-    outputs: dict[int, Tensor] = {}
-    handles = []
-    for gap, fit in fits.items():
-        if fit.reads == "preceding":
-            block = blocks(model)[gap.start - 1]
-            handles.append(block.register_forward_pre_hook(_noting(calls, gap.start - 1), with_kwargs=True))
-        if fit.reads == "feedforward":
-            written = part(blocks(model)[gap.start - 1], family(model).written)
-            handles.append(written.register_forward_hook(_keeping(outputs, gap.start - 1)))
-    watched: Any = branch_states(model) if any(gap.kind != "blocks" for gap in fits) else nullcontext([])
-    try:
-        with block_states(model) as states, watched as pairs:
-            decoder(model)(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {}
+    branched: Any = branch_states(model) if any(gap.kind != "blocks" for gap in fits) else nullcontext([])
+    with block_states(model) as states, branched as pairs, _neighbours(model, fits) as (calls, written):
+        decoder(model)(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+    kept, found = mask.bool(), {}
     for gap, fit in fits.items():
         if gap.kind == "blocks":
             before, after = states[gap.start][kept], states[gap.end][kept]
         else:
             before, after = (state[kept] for state in pairs[2 * gap.start + (gap.kind == "feedforward")])
         if fit.reads == "feedforward":
-            output = outputs[gap.start - 1].reshape(*kept.shape, -1)[kept]
+            output = written[gap].reshape(*kept.shape, -1)[kept]
             before, after = output, output + (after - before)
-        found[gap] = Seen(before, after, calls.get(gap.start - 1))
+        found[gap] = Seen(before, after, calls.get(gap))
     return found
 
 
-def _noting(calls: dict[int, tuple], place: int) -> Callable:
-    def note(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        calls[place] = arguments[0], arguments[1:], named
+@contextmanager
+def _neighbours(model: Any, fits: Mapping[Gap, Fit]) -> Iterator[tuple[dict[Gap, tuple], dict[Gap, Tensor]]]:
+    """By gap, how the block before it was called and what its feed-forward branch wrote, where a fit reads that."""
+    calls: dict[Gap, tuple] = {}
+    written: dict[Gap, Tensor] = {}
 
-    return note
+    def called(gap: Gap, block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        calls[gap] = arguments[0], arguments[1:], named
 
+    def wrote(gap: Gap, module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        written[gap] = output
 
-def _keeping(outputs: dict[int, Tensor], place: int) -> Callable:
-    def keep(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        outputs[place] = output
-
-    return keep
+    handles = []
+    for gap, fit in fits.items():
+        if fit.reads != "stream":
+            block = blocks(model)[gap.start - 1]
+        if fit.reads == "preceding":
+            handles.append(block.register_forward_pre_hook(partial(called, gap), with_kwargs=True))
+        elif fit.reads == "feedforward":
+            handles.append(part(block, family(model).written).register_forward_hook(partial(wrote, gap)))
+    try:
+        yield calls, written
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _begin(model: Any, gap: Gap) -> nn.Module:
@@ -158,9 +156,8 @@ def _unexplained(
     for batch in batches[:8]:
         kept = batch.attention_mask.bool().to(next(model.parameters()).device)
         for gap, seen in observe(model, fits, batch).items():
-            unpatched = seen.call[0][kept] if seen.call else seen.before
             left[gap][0] += float(
                 (_predicted(solved[gap], seen, kept).double() - seen.after.double()).square().sum()
             )
-            left[gap][1] += float((unpatched.double() - seen.after.double()).square().sum())
+            left[gap][1] += float((seen.before.double() - seen.after.double()).square().sum())
     return {gap.name: error / energy if energy else 0.0 for gap, (error, energy) in left.items()}
