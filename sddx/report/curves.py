@@ -87,7 +87,7 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
 def families(runs: Sequence[Run]) -> list[Family]:
     """The curves that these runs can draw: for every axis, the runs that share all other choices."""
     found = []
-    for axis in AXES:
+    for axis in (axis for axis in AXES if axis not in OWN or not _is_own(runs, axis)):
         groups = _alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
         drawn = {key: group for key, group in groups.items() if len({r["choices"][axis] for r in group}) > 1}
         found += [Family(axis, _apart(key, list(drawn)), group) for key, group in drawn.items()]

@@ -31,7 +31,7 @@ from sddx.report.curves import (
     variants,
 )
 from sddx.report.law import fit, seed_curves
-from sddx.report.table import MODELS, grid, percent
+from sddx.report.table import grid, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -114,16 +114,16 @@ def _points(interval: Any) -> str:
 
 
 def task_table(runs: Sequence[Run]) -> Table:
-    """Scores per task, unpruned, pruned, and recovered by every arm (means over its seeds)."""
-    groups = arms(runs)
+    """Scores per task: of the unpruned model, of every pruned one, and of what every arm recovered from it (means
+    over its seeds)."""
     tasks = list(runs[0]["scores"]["unpruned"])
-    rows = []
-    for task in tasks:
-        starred = f"{task} *" if task in runs[0]["trained"] else task
-        rows += [[starred, *(_score(runs, model, task) for model in MODELS[:2])]]
-        rows[-1] += [_score(group, "recovered", task) for _, _, group in groups]
-    labels = [arm if where == "all runs" else f"{arm}, {where}" for where, arm, _ in groups]
-    return {"header": ["task", *MODELS[:2], *labels], "rows": rows}
+    rows = [["", "unpruned", *(_score(runs[:1], "unpruned", task) for task in tasks)]]
+    for where, arm, group in arms(runs):
+        pruned = [where, "pruned", *(_score(group[:1], "pruned", task) for task in tasks)]
+        rows += [pruned] if pruned not in rows else []
+        rows += [[where, arm, *(_score(group, "recovered", task) for task in tasks)]]
+    starred = [f"{task} *" if task in runs[0]["trained"] else task for task in tasks]
+    return {"header": ["runs", "model", *starred], "rows": rows}
 
 
 def _score(runs: Sequence[Run], model: str, task: str) -> str:
