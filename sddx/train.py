@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
-from sddx.records import Artifact, Units, UserError
+from sddx.precheck import precheck
+from sddx.records import Artifact, UserError
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, conclude
 from sddx.runtime import Runtime
@@ -150,31 +151,6 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     paths = [Path(node[key]) for node in nodes for key in ("path", "include") if node.get(key)]
     own = [OWN_TASKS] if any("tasks" in node for node in nodes) else []
     return [store.source("files", path) for path in [*own, *paths]]
-
-
-def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
-    one unit stays, metric and patch can be what they are asked to be, another teacher fits the student. Raises
-    UserError."""
-    from sddx.evaluation.harness import check_tasks
-    from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
-    from sddx.surgery.choose import require_removable
-    from sddx.surgery.junction import require_patch
-    from sddx.training.objective import require_comparable, require_junction
-
-    check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"])
-    folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
-    config = text_config(folder)
-    pruning = build(method["pruning"])
-    units = Units(pruning.units, config.num_hidden_layers)
-    require_removable(len(units), pruning.remove, "units" if units.granularity != "blocks" else "blocks")
-    if pruning.patch.fit is not None and pruning.remove:
-        require_patch(config.model_type, units, pruning.patch)
-        moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
-        require_junction(build(method["loss"]), retrained=moved)
-    require_chat_template(load_tokenizer(folder), folder)
-    if method["teacher"]:
-        require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
 
 
 def verify(config: dict[str, Any]) -> None:

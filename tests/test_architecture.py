@@ -15,7 +15,7 @@ LEVELS = [
     {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep"},
-    {"stages", "compare"},
+    {"stages", "compare", "precheck"},
     {"train"},
 ]
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}

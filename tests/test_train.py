@@ -255,6 +255,10 @@ MISTAKES = {
         ["pruning=shapley_task", "pruning.metric.value.tasks=[gsm8k]"],
         ["gsm8k_selection", "oracle"],
     ),
+    "two things at once": (
+        ["pruning.remove=12", "evaluation.tasks=[tiny_arithmetik]"],
+        ["12 blocks", "tiny_arithmetic"],
+    ),
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
