@@ -17,7 +17,7 @@ from sddx.evaluation.statistics import Interval, holm, paired_difference, t_inte
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
 AXES = {
-    "removed": "blocks (or branches) removed",
+    "removed": "blocks removed",
     "size": "training examples",
     "shift": "share of references in a foreign style",
     "rank": "LoRA rank",
@@ -59,6 +59,11 @@ class Family:
     runs: list[Run]
 
     @property
+    def label(self) -> str:
+        """What stands at the horizontal axis."""
+        return removed_label(self.runs) if self.axis == "removed" else AXES[self.axis]
+
+    @property
     def arms(self) -> list[str]:
         return losses(self.runs)
 
@@ -82,6 +87,12 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
     if measure == "recovery":
         return Interval(values[0], runs[0]["recovery_low"], runs[0]["recovery_high"], "items")
     return Interval(values[0], values[0], values[0], "nothing")
+
+
+def removed_label(runs: Sequence[Run]) -> str:
+    """What was removed: blocks, or branches too."""
+    kinds = {run["choices"].get("units") or "blocks" for run in runs}
+    return AXES["removed"] if kinds == {"blocks"} else "units removed"
 
 
 def families(runs: Sequence[Run]) -> list[Family]:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from sddx.report.curves import AXES, Family, Run, Variant, losses
+from sddx.report.curves import Family, Run, Variant, losses, removed_label
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -52,7 +52,7 @@ def curves(family: Family, measure: str, title: str) -> str:
         axis.plot(
             places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2
         )
-    axis.set_xlabel(AXES[family.axis])
+    axis.set_xlabel(family.label)
     axis.set_ylabel("%")
     if family.axis in ("size", "learning_rate", "rank"):
         axis.set_xscale("log", base=2)
@@ -62,7 +62,7 @@ def curves(family: Family, measure: str, title: str) -> str:
     elif family.axis == "removed":
         axis.set_xticks(sorted({run["choices"]["removed"] for run in family.runs}))
     axis.legend(frameon=False, fontsize=10)
-    return _svg(figure, f"{title} over {AXES[family.axis]}")
+    return _svg(figure, f"{title} over {family.label}")
 
 
 def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:
@@ -75,7 +75,8 @@ def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:
         colour, line = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
         axis.plot(list(variant.runs), heights, "o", ls=line, color=colour, label=label, ms=4)
     axis.set_xticks(sorted({count for variant in variants for count in variant.runs}))
-    axis.set_xlabel(AXES["removed"])
+    every = [run for variant in variants for runs in variant.runs.values() for run in runs]
+    axis.set_xlabel(removed_label(every))
     axis.set_ylabel("recovery, %")
     axis.legend(frameon=False, fontsize=8, ncols=2)
     return _svg(figure, f"Recovery over what was removed: {title}")

@@ -17,7 +17,6 @@ from sddx.records import Units
 from sddx.report import figures
 from sddx.report.agreement import correlation_table, matrix, per_unit, summary_table
 from sddx.report.curves import (
-    AXES,
     MEASURES,
     VARIANTS,
     Difference,
@@ -138,7 +137,7 @@ def curve_table(family: Family, measure: str) -> Table:
         for arm in family.arms
         for point in family.curve(arm, measure)
     ]
-    return {"header": ["arm", AXES[family.axis], "mean", "95 % interval", "seeds"], "rows": rows}
+    return {"header": ["arm", family.label, "mean", "95 % interval", "seeds"], "rows": rows}
 
 
 def _band(point: Any) -> str:
@@ -323,7 +322,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
     """Everything that the page shows."""
     sections = []
     for family in families(runs):
-        title = f"Over {AXES[family.axis]}" + (f" ({family.fixed})" if family.fixed else "")
+        title = f"Over {family.label}" + (f" ({family.fixed})" if family.fixed else "")
         drawn = [
             {"title": label, "svg": Markup(figures.curves(family, name, label)), "table": curve_table(family, name)}
             for name, label in MEASURES.items()
