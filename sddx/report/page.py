@@ -99,13 +99,17 @@ def difference_table(found: Sequence[Difference]) -> Table:
             d.arm,
             str(d.seeds),
             _points(d.held_out),
-            f"{d.p_held_out:.3f}",
+            _p(d.p_held_out),
             _points(d.average),
-            f"{d.p_average:.3f}",
+            _p(d.p_average),
         ]
         for d in found
     ]
     return {"header": ["runs", "arm minus sft", "seeds", "held-out", "p, Holm", "average", "p, Holm"], "rows": rows}
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _points(interval: Any) -> str:
