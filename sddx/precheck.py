@@ -25,16 +25,17 @@ def precheck(method: dict[str, Any]) -> None:
         lambda: _check_pruning(method, config),
     ]
     if method["teacher"]:
-        other = text_config(locate(method["teacher"])[0])
-        checks.append(lambda: require_comparable(build(method["loss"]), config, other))
-    wrong = []
+        checks.append(
+            lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
+        )
+    wrong: list[str] = []
     for each in checks:
         try:
             each()
         except UserError as error:
-            wrong.append(str(error))
+            wrong.extend(error.args)
     if wrong:
-        raise UserError("\n".join(wrong))
+        raise UserError(*wrong)
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

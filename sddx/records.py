@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: what was wrong, what was given, what to do.
+    """A mistake, or several, that the user can mend: what was wrong, what was given, what to do.
 
     Entry points print the message without a traceback and exit with status 2.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 @dataclass(frozen=True)

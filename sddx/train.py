@@ -121,8 +121,8 @@ def recover(
 
 def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
     """The files of evaluation tasks that metrics look at."""
-    values = [metric.get("value") or {} for metric in metrics.values()]
-    return list(dict.fromkeys(_files(store, *(value for value in values if "tasks" in value))))
+    values = [metric.get("value") for metric in metrics.values()]
+    return list(dict.fromkeys(_files(store, *(v for v in values if isinstance(v, dict) and "tasks" in v))))
 
 
 def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifact:

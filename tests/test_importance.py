@@ -288,5 +288,5 @@ def test_a_score_that_is_not_finite_is_refused(metric):
 
 
 def test_unknown_tokens_option_is_refused():
-    with pytest.raises(ValueError, match="'first'"):
+    with pytest.raises(UserError, match="'first'"):
         angular_distance(*one_token([1.0], [1.0]), tokens="first")

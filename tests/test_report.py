@@ -86,6 +86,26 @@ def test_arms_at_their_own_learning_rates_are_still_held_against_each_other() ->
     assert [d.where for d in differences([*own, *other])] == ["learning_rate 0.004"]
 
 
+def test_a_run_in_two_sweeps_counts_once(tmp_path: Path) -> None:
+    for sweep in ("a", "b"):
+        (tmp_path / sweep / "0").mkdir(parents=True)
+        (tmp_path / sweep / "0/summary.json").write_text(json.dumps(run() | {"artifacts": {"train": "x"}}))
+    assert len(page.of_folders([tmp_path])) == 1
+
+
+def test_what_is_the_same_in_every_seed_has_no_p() -> None:
+    """A t test would divide by nothing; the others' adjustment does not count it."""
+    same = [run(arm, seed=seed, gain=gain) for arm, gain in (("sft", 0.0), ("sdd", 0.1)) for seed in (0, 1)]
+    assert [(d.p_average, d.p_held_out) for d in differences(same)] == [(None, None)]
+
+
+def test_runs_from_before_a_choice_had_a_name_are_alike() -> None:
+    """An absent choice, one that is null and one at its default are one."""
+    old, new = run("sft", seed=0, removed=2), run("sdd", seed=0, removed=2, units="blocks", keep=None, patch="none")
+    pair = [run("sft", seed=1, removed=2), run("sdd", seed=1, removed=2, gain=0.2)]
+    assert [d.seeds for d in differences([old, new, *pair])] == [2]
+
+
 def test_variants_are_named_by_what_varies_in_them(tmp_path: Path) -> None:
     """A patch that was trained and one that was not stand apart; one that only comes in one way has its name."""
     patches = [("none", False, None), ("linear", False, None), ("linear", True, None), ("low_rank", False, 8)]
@@ -110,7 +130,7 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     runs = []
     for name, (a, b) in wrong.items():
         items = {"held": [0.0] * a + [1.0] * (20 - a), "other": [0.0] * b + [1.0] * (20 - b)}
-        scores = {task: {"scores": values} for task, values in items.items()}
+        scores = {task: {"scores": values, "hashes": [*map(str, range(20))]} for task, values in items.items()}
         (tmp_path / name).mkdir()
         (tmp_path / name / "samples.json").write_text(json.dumps({"pruned": scores, "recovered": scores}))
         runs.append(run(patch=name) | {"folder": str(tmp_path / name)})
@@ -119,6 +139,11 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     assert found.before.estimate == found.after.estimate == pytest.approx(0.2)
     assert 0 < found.after.low < 0.2 < found.after.high
     assert variant_differences([entry | {"folder": ""} for entry in runs], "patch") == []
+    other = json.loads((tmp_path / "linear/samples.json").read_text())
+    other["pruned"]["held"]["hashes"][3] = other["recovered"]["held"]["hashes"][3] = "other"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/samples.json").write_text(json.dumps(other))
+    assert variant_differences([runs[0], runs[1] | {"folder": str(tmp_path / "other")}], "patch") == []
     sections = page.variant_sections(runs)
     assert [section["label"] for section in sections] == ["patch"]
     assert "+20.0" in sections[0]["differences"]["rows"][0][-1]

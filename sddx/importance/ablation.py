@@ -72,6 +72,8 @@ class RandomSubnetworks:
     def __init__(self, *, value: OfLogits, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
         if not isinstance(value, OfLogits):
             raise UserError("random subnetworks are drawn for each text: value must be Loss or LogitDistance.")
+        if count < 1 or not 0 < keep < 1:
+            raise UserError(f"random subnetworks: count={count} must be at least 1, keep={keep} between 0 and 1.")
         self.value, self.count, self.keep, self.seed = value, count, keep, seed
 
     def measure(self, subject: Subject) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class RandomSubnetworks:
         is in all subnetworks or in none."""
         dice, present, worth = Random(self.seed), [], []
         texts = subject.texts(self.value.sequences)
+        if not texts:
+            raise UserError("random subnetworks need a loss, and no calibration text has a token after the first.")
         for text in subject.runtime.progress(texts, what="random subnetworks", unit="text"):
             drawn = [self._draw(dice, len(subject.units)) for _ in range(self.count)]
             present += drawn
@@ -92,7 +96,7 @@ class RandomSubnetworks:
             )
         means = torch.stack([has.T @ value, (1 - has).T @ value]) / counts
         squares = torch.stack([has.T @ value.square(), (1 - has).T @ value.square()]) / counts
-        error = ((squares - means.square()) / (counts - 1)).sum(0).sqrt()
+        error = ((squares - means.square()).clamp(min=0) / (counts - 1)).sum(0).sqrt()
         mean = (means[0] - means[1]).tolist()
         return {"mean": mean, "stderr": error.tolist(), "sequences": len(texts), "subsets": []}
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sddx.records import UserError
+
 # Below this squared chord, float32 cosines are too coarse and the difference itself is taken.
 NEAR = 1e-2
 CHUNK = 4096  # tokens whose directions are held at once
@@ -27,7 +29,7 @@ def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal[
     averaged over all its tokens.
     """
     if tokens not in ("last", "all"):
-        raise ValueError(f"tokens is 'last' or 'all', not {tokens!r}")
+        raise UserError(f"pruning.metric.tokens is 'last' or 'all', not {tokens!r}.")
     kept = mask.bool() if tokens == "all" else _last_token(mask)
     angles = []
     for rows, times in zip(*(place.split(CHUNK) for place in kept.nonzero(as_tuple=True)), strict=True):
@@ -82,7 +84,7 @@ def update_norm(
     zero update, and infinity to any other.
     """
     if order not in (1, 2):
-        raise ValueError(f"order is 1 or 2, not {order!r}")
+        raise UserError(f"pruning.metric.order is 1 or 2, not {order!r}.")
 
     def norm(before: Tensor, after: Tensor) -> Tensor:
         update = torch.linalg.vector_norm(after - before, ord=order, dim=-1)

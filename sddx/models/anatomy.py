@@ -36,7 +36,8 @@ class Family:
     """Where a family keeps its parts: paths from the causal language model, and names in its body and block.
 
     `last_linear` is the path in a block of the linear layer that writes the feed-forward branch's output;
-    `bias_setting` a setting of the config that gives this layer (and its neighbours in the branch) a bias.
+    `has_bias` says that it has a bias, `bias_setting` names a setting of the config that gives it (and its
+    neighbours in the branch) one.
     """
 
     body: str = "model"
@@ -45,6 +46,7 @@ class Family:
     attention: Branch = Branch("self_attn", ("input_layernorm",))
     feedforward: Branch = Branch("mlp", ("post_attention_layernorm",))
     last_linear: str = "mlp.down_proj"
+    has_bias: bool = False
     bias_setting: str | None = None
 
     @property
@@ -68,6 +70,7 @@ FAMILIES = {
         attention=Branch("attention", ("input_layernorm",)),
         feedforward=Branch("mlp", ("post_attention_layernorm",)),
         last_linear="mlp.dense_4h_to_h",
+        has_bias=True,
     ),
     "opt": Family(
         body="model.decoder",
@@ -75,6 +78,7 @@ FAMILIES = {
         attention=Branch("self_attn", ("self_attn_layer_norm",)),
         feedforward=Branch("fc2", ("final_layer_norm", "fc1", "activation_fn")),
         last_linear="fc2",
+        has_bias=True,
     ),
     "mpt": Family(
         body="transformer",

@@ -17,6 +17,7 @@ from sddx.records import Artifact, Units
 from sddx.report import figures
 from sddx.report.summary import write
 from sddx.report.table import grid
+from sddx.surgery.choose import contiguous, ranked
 
 Scores = Mapping[str, Any]  # the summary of one metric in scores.json
 Table = dict[str, Any]
@@ -45,8 +46,7 @@ def stability(scores: Scores) -> float | None:
 
 def lowest(scores: Scores, remove: int) -> list[int]:
     """The `remove` units of least score, ascending."""
-    values = per_unit(scores["mean"])
-    return sorted(sorted(range(len(values)), key=lambda unit: values[unit])[:remove])
+    return sorted(ranked(per_unit(scores["mean"]))[:remove])
 
 
 def summary_table(scores: Mapping[str, Scores], remove: int, units: Sequence[str]) -> Table:
@@ -58,8 +58,12 @@ def summary_table(scores: Mapping[str, Scores], remove: int, units: Sequence[str
         shared = f"{mean(others):.1f} of {remove}" if others and remove else "-"
         stable = stability(found)
         told = ", ".join(units[unit].removeprefix("block ") for unit in chosen[name])
-        rows.append([name, told, shared, "-" if stable is None else f"{stable:.2f}", f"{found['sequences']:,}"])
-    header = ["metric", f"least important {remove}", "shared with others", "stability", "items"]
+        known = found.get("stable")
+        sure = "-" if known is None else f"{100 * known:.0f} % after {found['orders']}"
+        rows.append(
+            [name, told, shared, "-" if stable is None else f"{stable:.2f}", sure, f"{found['sequences']:,}"]
+        )
+    header = ["metric", f"least important {remove}", "shared with others", "stability", "known", "items"]
     return {"header": header, "rows": rows}
 
 
@@ -99,8 +103,7 @@ def show_agreement(scored: Artifact, pruning: Mapping[str, Any], folder: Path) -
     write(folder / "agreement.svg", figures.agreement(list(scores), matrix(scores)))
     for name, found in scores.items():
         if isinstance(found["mean"][0], list):
-            start = min(range(count - pruning["remove"] + 1), key=lambda s: found["mean"][s][s + pruning["remove"]])
-            cut = range(start, start + pruning["remove"])
+            cut = contiguous(dict(found), count, pruning["remove"])
             write(folder / f"{name}.svg", figures.distances(found["mean"], [cut] if cut else []))
     write(folder / "agreement.md", "\n\n".join(grid(**table) for table in tables) + "\n")
     return folder / "agreement.md"

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "units": ("units", (), "attention"),
     "patch": ("patch", ("patch_rank", "patch_trained", "patch_fold"), "none"),
 }
+DRAWS = {"pruning": ("cut_seed",)}  # choices that only some variants have
 # What is drawn over an axis: held-out skills first, because the trained one carries most of any average.
 MEASURES = {
     "recovery_held_out": "Recovery on skills that were not trained on",
@@ -98,9 +99,9 @@ def removed_label(runs: Sequence[Run]) -> str:
 def families(runs: Sequence[Run]) -> list[Family]:
     """The curves that these runs can draw: for every axis, the runs that share all other choices."""
     found = []
-    for axis in (axis for axis in AXES if axis not in OWN or not _is_own(runs, axis)):
+    for axis in AXES:
         groups = _alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
-        drawn = {key: group for key, group in groups.items() if len({r["choices"][axis] for r in group}) > 1}
+        drawn = {key: group for key, group in groups.items() if not _one_each(group, axis)}
         found += [Family(axis, _apart(key, list(drawn)), group) for key, group in drawn.items()]
     return found
 
@@ -110,19 +111,34 @@ def losses(runs: Sequence[Run]) -> list[str]:
     return sorted({run["choices"]["loss"] for run in runs}, key=lambda arm: (arm != "sft", arm))
 
 
+# What a choice is where a run does not name it: runs from before it could be named.
+DEFAULTS = {"units": "blocks", "patch": "none", "patch_trained": False, "patch_fold": False, "oracle": False}
+
+
 def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
-    """Runs by all their choices but these. A setting that every arm has one value of belongs to the arm, not to
-    what tells the groups apart."""
-    if "loss" in apart_from:
-        apart_from += tuple(name for name in OWN if _is_own(runs, name))
+    """Runs by all their choices but these. A setting in `OWN` of which every arm of a group has one value belongs
+    to the arm, not to what tells groups apart."""
+    own = OWN if "loss" in apart_from else ()
+    found: dict[tuple, list[Run]] = {}
+    for key, group in _grouped(runs, *apart_from, *own).items():
+        if all(_one_each(group, name) for name in own):
+            found[key] = group
+        else:
+            found |= _grouped(group, *apart_from)
+    return found
+
+
+def _grouped(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        others = [(name, _plain(value)) for name, value in run["choices"].items() if name not in apart_from]
+        chosen = {name: value for name, value in run["choices"].items() if value is not None}
+        others = [(name, _plain(v)) for name, v in (DEFAULTS | chosen).items() if name not in apart_from]
         groups[tuple(sorted(others))].append(run)
     return groups
 
 
-def _is_own(runs: Sequence[Run], setting: str) -> bool:
+def _one_each(runs: Sequence[Run], setting: str) -> bool:
+    """Whether every arm has one value of a setting."""
     values: dict[str, set] = defaultdict(set)
     for run in runs:
         values[run["choices"]["loss"]].add(run["choices"].get(setting))
@@ -149,15 +165,15 @@ class Difference:
     seeds: int
     average: Interval
     held_out: Interval
-    p_average: float
-    p_held_out: float
+    p_average: float | None
+    p_held_out: float | None
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Every arm against SFT, wherever both were run with two seeds in common and all else equal."""
     pairs = list(_pairs(runs))
     columns = [[_paired(arm, base, score) for *_, arm, base in pairs] for score in (average, held_out)]
-    adjusted = [holm([p for _, p in column]) for column in columns]
+    adjusted = [_holm([p for _, p in column]) for column in columns]
     return [
         Difference(where, arm, len(ours), columns[0][n][0], columns[1][n][0], adjusted[0][n], adjusted[1][n])
         for n, (where, arm, ours, _) in enumerate(pairs)
@@ -176,11 +192,19 @@ def _pairs(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run], list[Run]
                 yield where, arm, [seeded[arm, seed] for seed in seeds], [seeded["sft", seed] for seed in seeds]
 
 
-def _paired(arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], float]) -> tuple[Interval, float]:
+def _holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment of those that are defined."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def _paired(
+    arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], float]
+) -> tuple[Interval, float | None]:
     points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
-    # With the same difference in every seed the t test has no variance to divide by.
-    p = float(ttest_1samp(points, 0).pvalue) if len(set(points)) > 1 else float(points[0] == 0)
-    return t_interval(points), p
+    # With the same difference in every seed, to rounding, the t test has no variance to divide by.
+    defined = max(points) - min(points) > 1e-9
+    return t_interval(points), float(ttest_1samp(points, 0).pvalue) if defined else None
 
 
 def average(run: Run) -> float:
@@ -219,7 +243,8 @@ def variants(runs: Sequence[Run], choice: str) -> list[Variant]:
     """Runs that differ in one of `VARIANTS`, in how much was removed and in their seed alone. Empty where that
     choice does not vary."""
     _, details, _ = VARIANTS[choice]
-    groups = _alike([run for run in runs if run["choices"].get(choice)], choice, *details, "removed", "seed")
+    cut = [run for run in runs if run["choices"].get(choice) and run["choices"]["removed"]]
+    groups = _alike(cut, choice, *details, *DRAWS.get(choice, ()), "removed", "seed")
     named = [(key, _by_variant(group, choice, details)) for key, group in groups.items()]
     varying = [(key, names) for key, names in named if len(names) > 1]
     keys = [key for key, _ in varying]
@@ -233,6 +258,8 @@ def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dic
     for name in dict.fromkeys(run["choices"][choice] for run in runs):
         own = [run for run in runs if run["choices"][choice] == name]
         varies = [d for d in details if len({_plain(run["choices"].get(d)) for run in own}) > 1]
+        if name == VARIANTS[choice][2]:
+            varies = []  # what the others are held against has no details
         for run in own:
             parts = [f"{detail.split('_')[-1]}={_plain(run['choices'].get(detail))}" for detail in varies]
             places = found.setdefault(" ".join([name, *parts]), {})
@@ -255,7 +282,8 @@ class VariantDifference:
 
 def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
     """Every variant against the first one named in `VARIANTS`, wherever both removed as much with a seed in
-    common. One seed: intervals over items; more: over seeds. Runs without their samples are left out."""
+    common. One seed: intervals over items; more: over seeds. Runs without samples, or with other items, are left
+    out."""
     base, found = VARIANTS[choice][2], []
     everything = variants(runs, choice)
     bases = {variant.where: variant for variant in everything if variant.name == base}
@@ -273,18 +301,20 @@ def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDiffere
 
 
 def _over_pairs(pairs: Sequence[tuple[Run, Run]], model: str) -> Any:
-    sides = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
-    if not all(scores for side in sides for scores in side):
-        return None
+    sides: Any = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
+    items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
+    if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
+        return None  # no samples, or others
+    sides = [[{task: found["scores"] for task, found in scores.items()} for scores in side] for side in sides]
     if model == "pruned":  # the same for every seed of training
         sides = [side[:1] for side in sides]
     weights = task_weights(list(sides[0][0]), pairs[0][0].get("part_of"))
     return paired_difference(*sides, weights=weights)
 
 
-def _samples(run: Run, model: str) -> dict[str, list[float]]:
-    """Every item's score by task, from the file beside the run's summary."""
+def _samples(run: Run, model: str) -> dict[str, dict[str, Any]]:
+    """Every item's score and hash by task, from the file beside the run's summary."""
     path = Path(run.get("folder", "")) / "samples.json"
     if not path.is_file():
         return {}
-    return {task: found["scores"] for task, found in json.loads(path.read_text())[model].items()}
+    return json.loads(path.read_text())[model]

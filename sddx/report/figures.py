@@ -13,6 +13,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 INK = "#010203"  # stands for the page's own text colour
 
 
+def _style(number: int) -> tuple[str, str]:
+    """Colour and line of the nth curve: when the colours are used up, other lines."""
+    return COLOURS[number % 6], ("-", "--", ":", "-.")[number // 6 % 4]
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
@@ -40,10 +45,10 @@ def _svg(figure: Any, label: str) -> str:
 def curves(family: Family, measure: str, title: str) -> str:
     """One measure over the family's axis, one line an arm, with bands over seeds."""
     figure, axis = _figure(6, 3.6)
-    for arm, colour in zip(family.arms, COLOURS, strict=False):
-        points = family.curve(arm, measure)
-        xs = [point.x for point in points]
-        axis.plot(xs, [100 * p.interval.estimate for p in points], "o-", color=colour, label=arm, ms=4)
+    for number, arm in enumerate(family.arms):
+        points, (colour, line) = family.curve(arm, measure), _style(number)
+        xs, ys = [point.x for point in points], [100 * point.interval.estimate for point in points]
+        axis.plot(xs, ys, "o", ls=line, color=colour, label=arm, ms=4)
         if any(point.interval.half_width for point in points):
             low, high = ([100 * getattr(p.interval, side) for p in points] for side in ("low", "high"))
             axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
@@ -72,7 +77,7 @@ def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:
     for number, variant in enumerate(variants):
         heights = [100 * sum(run[measure] for run in runs) / len(runs) for runs in variant.runs.values()]
         label = f"{variant.name}, {variant.where}" if several else variant.name
-        colour, line = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        colour, line = _style(number)
         axis.plot(list(variant.runs), heights, "o", ls=line, color=colour, label=label, ms=4)
     axis.set_xticks(sorted({count for variant in variants for count in variant.runs}))
     every = [run for variant in variants for runs in variant.runs.values() for run in runs]
@@ -113,7 +118,8 @@ def agreement(names: Sequence[str], correlations: Sequence[Sequence[float]]) -> 
 def quality_against_cost(runs: Sequence[Run]) -> str:
     """Recovery of every run over the seconds that its training (and its self-data) took."""
     figure, axis = _figure(6, 3.6)
-    for arm, colour in zip(losses(runs), COLOURS, strict=False):
+    for number, arm in enumerate(losses(runs)):
+        colour, _ = _style(number)
         of_arm = [run for run in runs if run["choices"]["loss"] == arm]
         seconds = [run["seconds"]["train"] + run["seconds"].get("distill", 0) for run in of_arm]
         axis.plot(seconds, [100 * run["recovery"] for run in of_arm], "o", color=colour, label=arm, ms=5, alpha=0.8)

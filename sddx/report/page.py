@@ -56,7 +56,9 @@ def of_store(root: Path) -> list[Run]:
 def of_folders(folders: Iterable[Path]) -> list[Run]:
     """The finished runs below some folders."""
     paths = sorted(path for folder in folders for path in folder.rglob("summary.json"))
-    return [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths]
+    runs = [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths]
+    # One run may stand in two sweeps, and must not count as two.
+    return list({json.dumps([run["choices"], run["artifacts"]], sort_keys=True): run for run in runs}.values())
 
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
@@ -105,10 +107,15 @@ def difference_table(found: Sequence[Difference]) -> Table:
         ]
         for d in found
     ]
-    return {"header": ["runs", "arm minus sft", "seeds", "held-out", "p, Holm", "average", "p, Holm"], "rows": rows}
+    return {
+        "header": ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average"],
+        "rows": rows,
+    }
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -119,13 +126,17 @@ def _points(interval: Any) -> str:
 def task_table(runs: Sequence[Run]) -> Table:
     """Scores per task: of the unpruned model, of every pruned one, and of what every arm recovered from it (means
     over its seeds)."""
-    tasks = list(runs[0]["scores"]["unpruned"])
-    rows = [["", "unpruned", *(_score(runs[:1], "unpruned", task) for task in tasks)]]
+    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]["unpruned"] if task != "average"))
+    tasks.append("average")
+    rows: list[list[str]] = []
     for where, arm, group in arms(runs):
+        model = str(group[0]["choices"].get("model", ""))
+        unpruned = [f"model {model}", "unpruned", *(_score(group[:1], "unpruned", task) for task in tasks)]
         pruned = [where, "pruned", *(_score(group[:1], "pruned", task) for task in tasks)]
-        rows += [pruned] if pruned not in rows else []
+        rows += [row for row in (unpruned, pruned) if row not in rows]
         rows += [[where, arm, *(_score(group, "recovered", task) for task in tasks)]]
-    starred = [f"{task} *" if task in runs[0]["trained"] else task for task in tasks]
+    trained = {task for run in runs for task in run["trained"]}
+    starred = [f"{task} *" if task in trained else task for task in tasks]
     return {"header": ["runs", "model", *starred], "rows": rows}
 
 
@@ -232,7 +243,8 @@ def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
             groups.setdefault((run["artifacts"]["model"], units), []).append(run)
     found = []
     for (_, units), group in groups.items():
-        by_name = {run["choices"]["pruning"]: run for run in group}
+        # Some metrics are measured for a number of units to remove: those of the largest cut are compared.
+        by_name = {run["choices"]["pruning"]: run for run in sorted(group, key=lambda r: r["choices"]["removed"])}
         scores = {name: kept for name, run in by_name.items() if (kept := _scores(run))}
         counts = {len(per_unit(kept["mean"])) for kept in scores.values()}
         if len(scores) > 1 and len(counts) == 1:
@@ -296,11 +308,11 @@ def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
     first = next(iter(found[0].runs.values()))[0]
     tasks = list(first["scores"]["pruned"])
     rows = [
-        [variant.name, f"{count:g}", *(_score(runs, "pruned", task) for task in tasks)]
+        [variant.where or "all runs", variant.name, f"{count:g}", *(_score(runs, "pruned", task) for task in tasks)]
         for variant in found
         for count, runs in variant.runs.items()
     ]
-    return {"header": [label, "removed", *tasks], "rows": rows}
+    return {"header": ["runs", label, "removed", *tasks], "rows": rows}
 
 
 def _before_after(runs: Sequence[Run]) -> str:

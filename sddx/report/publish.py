@@ -43,6 +43,7 @@ def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: di
         ]
         run.log({where: wandb.Html(str(svg)) for where, svg in figures})
         tables = {name: found[name] for name in TABLES if found[name]["rows"]}
+        tables |= {f"by {variant['label']}": variant["table"] for variant in found["variants"]}
         run.log({f"tables/{n}": wandb.Table(columns=t["header"], data=t["rows"]) for n, t in tables.items()})
         pages = wandb.Artifact(f"report-{identity}", type="report")
         for suffix in ("html", "md", "csv"):

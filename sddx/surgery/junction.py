@@ -30,6 +30,12 @@ NEEDS_BLOCKS = (
 )
 
 
+NO_BIAS = (
+    "a constant update cannot be folded into a {} model: its feed-forward branch has no bias, and its config no "
+    "setting for one. Set pruning.patch.fold=false, or use pruning/patch=linear_ffn."
+)
+
+
 @dataclass(frozen=True)
 class Gap:
     """A removed part: blocks `start` to `end` - 1 of the unpruned model, or one branch of the block `start`."""
@@ -209,6 +215,9 @@ def require_patch(model_type: str, units: Units, chosen: Any) -> None:
         raise UserError(NEEDS_BLOCKS)
     if chosen.fold:
         _require_foldable(model_type)
+        layout = FAMILIES.get(model_type, Family())
+        if chosen.fit.name == "mean" and not (layout.has_bias or layout.bias_setting):
+            raise UserError(NO_BIAS.format(model_type))
 
 
 def _require_foldable(model_type: str) -> None:
@@ -242,10 +251,7 @@ def _give_biases(model: Any) -> None:
     """Zero biases for all linear layers of the feed-forward branches, where the config has a setting for them."""
     setting = family(model).bias_setting
     if setting is None:
-        raise UserError(
-            f"a constant update cannot be folded into a {type(bare(model)).__name__}: its feed-forward branch "
-            "has no bias, and its config no setting for one. Set pruning.patch.fold=false, or use linear_ffn."
-        )
+        raise UserError(NO_BIAS.format(decoder(model).config.model_type))
     setattr(decoder(model).config, setting, True)
     branch = family(model).feedforward.core
     for place, block in enumerate(blocks(model)):

@@ -71,7 +71,8 @@ def check_all(cells: Sequence[Cell], check: Check) -> None:
         try:
             check(cell.config)
         except UserError as error:
-            mistakes.setdefault(str(error), []).append(cell.name)
+            for mistake in error.args:
+                mistakes.setdefault(str(mistake), []).append(cell.name)
     if mistakes:
         wrong = len({name for names in mistakes.values() for name in names})
         listed = "\n".join(f"{_few(names)}: {mistake}" for mistake, names in mistakes.items())
