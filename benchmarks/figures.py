@@ -1,0 +1,30 @@
+"""The README's curves: `python benchmarks/figures.py SWEEP_FOLDER [...]` draws them into `benchmarks/figures`.
+
+One SVG for each axis that varies in the sweeps and each kind of skill, in ink on white, so that a page of any colour
+can show it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sddx.report import figures, page
+from sddx.report.curves import families
+
+MEASURES = {"recovery_trained": "trained", "recovery_held_out": "held_out", "recovery": "recovery"}
+INK = {"currentColor": "#1b1f24", "<svg ": '<svg style="background:#ffffff;font-family:sans-serif" '}
+
+
+def main() -> None:
+    out = Path(__file__).parent / "figures"
+    for family in families(page.of_folders(map(Path, sys.argv[1:]))):
+        for measure, name in MEASURES.items():
+            svg = figures.curves(family, measure, name)
+            for old, new in INK.items():
+                svg = svg.replace(old, new)
+            (out / f"{family.axis}_{name}.svg").write_text(svg)
+
+
+if __name__ == "__main__":
+    main()
