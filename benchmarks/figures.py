@@ -1,6 +1,6 @@
 """The README's curves: `python benchmarks/figures.py SWEEP_FOLDER [...]` draws them into `benchmarks/figures`.
 
-One SVG for each axis that varies in the sweeps and each kind of skill, in ink on white, so that a page of any colour
+One SVG for each axis that varies in the sweeps and each kind of skill, in ink on white, so that any page
 can show it.
 """
 

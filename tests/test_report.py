@@ -18,6 +18,7 @@ from sddx.report import page
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, MEASURES, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
+from sddx.report.sections import variant_sections
 from sddx.report.workspace import workspace
 from sddx.sweep import cells
 
@@ -144,7 +145,7 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/samples.json").write_text(json.dumps(other))
     assert variant_differences([runs[0], runs[1] | {"folder": str(tmp_path / "other")}], "patch") == []
-    sections = page.variant_sections(runs)
+    sections = variant_sections(runs)
     assert [section["label"] for section in sections] == ["patch"]
     assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
 

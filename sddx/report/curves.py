@@ -90,6 +90,18 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
     return Interval(values[0], values[0], values[0], "nothing")
 
 
+def mean_of(runs: Sequence[Run], name: str) -> float | None:
+    """The mean of a number over the runs that have it."""
+    values = [run[name] for run in runs if run.get(name) is not None]
+    return mean(values) if values else None
+
+
+def score_of(runs: Sequence[Run], model: str, task: str) -> str:
+    """The mean score of a task, in per cent."""
+    values = [run["scores"][model][task] for run in runs if task in run["scores"][model]]
+    return f"{100 * mean(values):.1f}" if values else "-"
+
+
 def removed_label(runs: Sequence[Run]) -> str:
     """What was removed: blocks, or branches too."""
     kinds = {run["choices"].get("units") or "blocks" for run in runs}

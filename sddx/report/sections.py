@@ -1,0 +1,142 @@
+"""Parts of the report that are more than a table: what cuts were chosen by, and what else but the arm varied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from sddx.records import Units
+from sddx.report import figures
+from sddx.report.agreement import correlation_table, matrix, per_unit, summary_table
+from sddx.report.curves import VARIANTS, Run, Variant, mean_of, score_of, variant_differences, variants
+from sddx.report.table import percent
+from sddx.store.manifest import find
+
+Table = dict[str, Any]  # header: list of str, rows: list of lists of str
+
+
+def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The distances that cuts were chosen from, one figure for each scoring that the store still has."""
+    found = []
+    for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
+        scored = [run for run in runs if run["artifacts"].get("score") == key]
+        mean_of = _scores(scored[0]).get("mean", [])
+        if mean_of and isinstance(mean_of[0], list):
+            cuts = {_removed(run) for run in scored}
+            found.append({"svg": Markup(figures.distances(mean_of, [cut for cut in cuts if cut]))})
+    return found
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    """What a run's cut was chosen by; empty where the store has it no more."""
+    place = find(Path(run["store"]), "score", run["artifacts"]["score"])
+    return json.loads((place / "scores.json").read_text()).get("pruning", {}) if place else {}
+
+
+def _removed(run: Run) -> tuple[int, ...]:
+    """The numbers of the units that a run removed."""
+    halves = run.get("no_attention", []), run.get("no_feedforward", [])
+    whole = sorted(set(range(run.get("blocks", max(run["cut"]) + 1))) - set(run["cut"]))
+    units = run["choices"].get("units", "blocks")
+    if units == "sublayers":
+        both = [unit for block in whole for unit in (2 * block, 2 * block + 1)]
+        return tuple(sorted([*both, *(2 * b for b in halves[0]), *(2 * b + 1 for b in halves[1])]))
+    return tuple({"blocks": whole, "attention": halves[0], "feedforward": halves[1]}[units])
+
+
+def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """How far the metrics agree that cuts were chosen by, for each model and kind of unit that several metrics
+    scored."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if "score" in run["artifacts"] and run["choices"].get("pruning"):
+            units = run["choices"].get("units", "blocks")
+            groups.setdefault((run["artifacts"]["model"], units), []).append(run)
+    found = []
+    for (_, units), group in groups.items():
+        # Some metrics are measured for a number of units to remove: those of the largest cut are compared.
+        by_name = {run["choices"]["pruning"]: run for run in sorted(group, key=lambda r: r["choices"]["removed"])}
+        scores = {name: kept for name, run in by_name.items() if (kept := _scores(run))}
+        counts = {len(per_unit(kept["mean"])) for kept in scores.values()}
+        if len(scores) > 1 and len(counts) == 1:
+            count = counts.pop()
+            remove = max(run["choices"]["removed"] for run in group)
+            names = Units(units, count // 2 if units == "sublayers" else count).names
+            svg = Markup(figures.agreement(list(scores), matrix(scores)))
+            table, numbers = summary_table(scores, remove, names), correlation_table(scores)
+            found.append({"units": units, "svg": svg, "table": table, "numbers": numbers})
+    return found
+
+
+def variant_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each of metric, units and patch that varies: recovery before and after training over how much was
+    removed, differences, scores per task before training, and figures."""
+    sections = []
+    for choice, (label, _, base) in VARIANTS.items():
+        if found := variants(runs, choice):
+            drawn = [
+                {"title": title, "svg": Markup(figures.over_removed(found, measure, title))}
+                for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
+            ]
+            sections.append(
+                {
+                    "label": label,
+                    "base": base,
+                    "figures": drawn,
+                    "table": _variant_table(found, label),
+                    "differences": _variant_differences(runs, choice, label),
+                    "tasks": _variant_tasks(found, label),
+                }
+            )
+    return sections
+
+
+def _variant_table(found: Sequence[Variant], label: str) -> Table:
+    counts = sorted({count for variant in found for count in variant.runs})
+    rows = [
+        [variant.where or "all runs", variant.name, *(_before_after(variant.runs.get(n, [])) for n in counts)]
+        for variant in found
+    ]
+    return {"header": ["runs", label, *(f"{count:g} removed" for count in counts)], "rows": rows}
+
+
+def _variant_differences(runs: Sequence[Run], choice: str, label: str) -> Table:
+    rows = [
+        [d.where or "all runs", d.name, f"{d.removed:g}", str(d.seeds), _shares(d.before), _shares(d.after)]
+        for d in variant_differences(runs, choice)
+    ]
+    return {"header": ["runs", label, "removed", "seeds", "before training", "after training"], "rows": rows}
+
+
+def _shares(interval: Any) -> str:
+    """An interval of shares, in points, with what it is over."""
+    points = [100 * value for value in (interval.estimate, interval.low, interval.high)]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points) + f" over {interval.contains}"
+
+
+def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
+    """Scores per task of the pruned model before training: whether one choice trades tasks against each other."""
+    first = next(iter(found[0].runs.values()))[0]
+    tasks = list(first["scores"]["pruned"])
+    rows = [
+        [
+            variant.where or "all runs",
+            variant.name,
+            f"{count:g}",
+            *(score_of(runs, "pruned", task) for task in tasks),
+        ]
+        for variant in found
+        for count, runs in variant.runs.items()
+    ]
+    return {"header": ["runs", label, "removed", *tasks], "rows": rows}
+
+
+def _before_after(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "-"
+    before, after = (percent(mean_of(runs, name)).removesuffix(" %") for name in ("pruned_recovery", "recovery"))
+    return f"{before} → {after}"
