@@ -24,10 +24,10 @@ def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
-        mean_of = _scores(scored[0]).get("mean", [])
-        if mean_of and isinstance(mean_of[0], list):
+        distances = _scores(scored[0]).get("mean", [])
+        if distances and isinstance(distances[0], list):
             cuts = {_removed(run) for run in scored}
-            found.append({"svg": Markup(figures.distances(mean_of, [cut for cut in cuts if cut]))})
+            found.append({"svg": Markup(figures.distances(distances, [cut for cut in cuts if cut]))})
     return found
 
 
