@@ -139,7 +139,7 @@ class Shapley:
         stable = None
         with subject.runtime.progress(total=self.orders, what="orders of removal", unit="order") as bar:
             while 2 * len(pairs) < self.orders and not (stable is not None and stable >= 0.95):
-                wanted = min(2 if pairs else 4, self.orders // 2 - len(pairs))
+                wanted = min(4, self.orders // 2 - len(pairs))  # together: more of them share their first blocks
                 orders = [dice.sample(range(count), count) for _ in range(wanted)]
                 chains = [[_runs(order, length), _runs(order[::-1], length)] for order in orders]
                 self._evaluate(_quiet(subject), [run for pair in chains for order in pair for run in order], known)

@@ -5,7 +5,7 @@ A coalition is the set of units that are present: a tuple of booleans, one for e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from sddx.surgery.branches import without
 from sddx.surgery.remove import apply_cut
 
 Coalition = tuple[bool, ...]
+Head = Callable[[Tensor], Tensor]  # states [tokens, width] -> float32 logits [tokens, vocabulary]
 
 
 class Value(Protocol):
@@ -100,7 +101,7 @@ class OfLogits:
     `sequences`: how many of the texts (null: all). `chunk`: tokens that the head is applied to at once.
     """
 
-    def __init__(self, *, sequences: int | None = 64, reuse: bool = True, chunk: int = 1024) -> None:
+    def __init__(self, *, sequences: int | None = 64, reuse: bool = True, chunk: int = 256) -> None:
         self.sequences, self.reuse, self.chunk = sequences, reuse, chunk
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
@@ -135,15 +136,15 @@ class OfLogits:
         labelled = (batch.labels >= 0).to(hidden.device)
         labels = batch.labels.to(hidden.device)[labelled]
         pieces = zip(*(t.split(self.chunk) for t in (hidden[labelled], full[labelled], labels)), strict=True)
-        worth = torch.cat([self.token_value(to_logits(h).float(), to_logits(f).float(), t) for h, f, t in pieces])
+        worth = torch.cat([self.token_values(lambda x: to_logits(x).float(), *piece) for piece in pieces])
         owner = labelled.nonzero()[:, 0]
         sums = worth.new_zeros(len(labelled), dtype=torch.float64).index_add_(0, owner, worth.double())
         return (sums / labelled.sum(1)).cpu()
 
     label = "value"
 
-    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
-        """The value of each token, from logits with the coalition and with all units [tokens, vocabulary]."""
+    def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        """The value of each token, from the states with the coalition and with all units [tokens, width]."""
         raise TypeError(f"{type(self).__name__} gives no value")
 
 
@@ -152,8 +153,8 @@ class Loss(OfLogits):
 
     label = "loss of coalitions"
 
-    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
-        return -nn.functional.cross_entropy(logits, labels, reduction="none")
+    def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(to_logits(hidden), labels, reduction="none")
 
 
 class LogitDistance(OfLogits):
@@ -161,8 +162,8 @@ class LogitDistance(OfLogits):
 
     label = "logits of coalitions"
 
-    def token_value(self, logits: Tensor, full: Tensor, labels: Tensor) -> Tensor:
-        return -torch.linalg.vector_norm(logits - full, dim=-1)
+    def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        return -torch.linalg.vector_norm(to_logits(hidden) - to_logits(full), dim=-1)
 
 
 class TaskScore:
