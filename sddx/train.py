@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
@@ -31,7 +32,8 @@ from sddx.tracking import Tracker, mark
 
 STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "report")
 # Settings that change no number of a run.
-SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics")
+PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
+SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", *PLANNING)
 
 
 def recover(
@@ -173,6 +175,27 @@ def look(config: dict[str, Any]) -> Plan:
     return plan
 
 
+def afford(config: dict[str, Any]) -> None:
+    """Raises UserError for a run that is wrong, or that costs more than it may."""
+    from sddx.estimate.show import require
+
+    verify(config)
+    require([config])
+
+
+def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
+    """Print what these runs would build; where nothing else is to happen, also what that costs on a device. Raises
+    UserError where it costs more than it may."""
+    from sddx.estimate.costs import Estimate
+    from sddx.estimate.show import require, show
+
+    describe(plans)
+    if not configs[0]["dry_run"]:
+        require(configs)
+    else:
+        show([Estimate(config) for config in configs], configs[0], Console(width=max(100, Console().width)))
+
+
 def run(config: dict[str, Any], folder: Path) -> Path:
     """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
     `agreement.md`); raises UserError."""
@@ -231,8 +254,9 @@ def main(cfg: DictConfig) -> None:
         config = resolve(cfg)
         if config["dry_run"]:
             verify(config)
-            describe([look(config)])
+            tell([look(config)], [config])
         else:
+            afford(config)
             print(run(config, Path(HydraConfig.get().runtime.output_dir)))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
@@ -240,7 +264,7 @@ def main(cfg: DictConfig) -> None:
 
 
 register()
-launcher.install(verify, look, task="sddx.train.run")
+launcher.install(verify, look, tell, task="sddx.train.run")
 sweeper.install()
 if __name__ == "__main__":
     main()

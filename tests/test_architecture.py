@@ -14,9 +14,10 @@ LEVELS = [
     {"records", "runtime"},
     {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
     {"models", "data", "importance", "surgery", "evaluation"},
-    {"training", "report", "tiny", "sweep"},
+    {"training", "report", "tiny", "sweep", "estimate"},
     {"stages", "compare", "precheck"},
     {"train"},
+    {"plan"},
 ]
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

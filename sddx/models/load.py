@@ -34,12 +34,14 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The `model` group: a folder or hub id, its hub revision, and the dtype and attention it computes with."""
+    """The `model` group: a folder or hub id, its hub revision, the dtype and attention it computes with, and the
+    settings of its config.json that say how large it is, for plans and rehearsals without it."""
 
     path: str
     revision: str | None
     dtype: str
     attention: str
+    dimensions: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -17,24 +17,27 @@ from sddx.records import UserError
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
-from sddx.sweep.plan import Plan, describe, levels
+from sddx.sweep.plan import levels
 from sddx.tracking import mark
 
 Check = Callable[[dict[str, Any]], None]
-Look = Callable[[dict[str, Any]], Plan]
+Look = Callable[[dict[str, Any]], Any]
+Tell = Callable[[Sequence[Any], Sequence[dict[str, Any]]], None]
 
 
 class Grid(Launcher):
     """Composes and checks all cells, prints what they will cost, lets the engine run them, and says what became
     of each.
 
-    `check(config)` raises UserError for a cell that cannot run; `look(config)` says what it would build; `task`
-    is the path of the function that runs one, `task(config, folder)`.
+    `check(config)` raises UserError for a cell that cannot run; `look(config)` says what it would build (a Plan),
+    and `tell` prints that for all; `task` is the path of the function that runs one, `task(config, folder)`.
+    Without one nothing is run.
     """
 
     check: Check
     look: Look
-    task: str
+    tell: Tell
+    task: str | None
 
     def __init__(self, engine: Engine = in_process) -> None:
         self.engine = engine
@@ -47,12 +50,13 @@ class Grid(Launcher):
             cells = grid.compose(self._load, job_overrides, initial_job_idx)
             check_all(cells, type(self).check)
             plans = [type(self).look(cell.config) for cell in cells]
-            describe(plans)
-            if cells[0].config["dry_run"]:
+            type(self).tell(plans, [cell.config for cell in cells])
+            task = type(self).task
+            if cells[0].config["dry_run"] or task is None:
                 return []
             for cell in cells:
                 grid.prepare(cell)
-            self.engine([[cells[at].folder for at in level] for level in levels(plans)], type(self).task)
+            self.engine([[cells[at].folder for at in level] for level in levels(plans)], task)
         except UserError as error:
             print(f"\nerror: {error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -113,12 +117,12 @@ def conclude(cells: Sequence[Cell]) -> None:
         raise SystemExit(1)
 
 
-def install(check: Check, look: Look, task: str) -> None:
+def install(check: Check, look: Look, tell: Tell, task: str | None = None) -> None:
     """Let this launcher stand behind every `hydra/launcher=` of ours, and in for Hydra's own, `basic`. May be
     called more than once.
 
     Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone, hence the names.
     """
-    Grid.check, Grid.look, Grid.task = staticmethod(check), staticmethod(look), task
+    Grid.check, Grid.look, Grid.tell, Grid.task = staticmethod(check), staticmethod(look), staticmethod(tell), task
     for name in ("hydra_plugins.sddx.Grid", "hydra._internal.core_plugins.basic_launcher.BasicLauncher"):
         Plugins.instance().class_name_to_class[name] = Grid

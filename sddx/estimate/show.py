@@ -1,0 +1,168 @@
+"""An estimate as tables, and the refusal of what costs more than it may."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sddx.estimate.costs import Estimate, Part, distinct, seconds
+from sddx.estimate.devices import DEVICES, Device, device_of, probed
+from sddx.estimate.peaks import CONTEXT, peaks, remedies
+from sddx.records import UserError
+from sddx.sweep.plan import clock
+
+FSDP = "trainer.strategy=fsdp over several devices"
+
+
+def device_for(config: Mapping[str, Any], estimate: Estimate) -> Device:
+    """The device that a configuration is planned for (`gpu`), at its stated speed or at that of a `probe`."""
+    device, probe = device_of(config["gpu"]), config["probe"]
+    if probe is None:
+        return device
+    return probed(device, estimate.shape, estimate.model["dtype"], _seconds(probe))
+
+
+def _seconds(probe: Any) -> float:
+    try:
+        return float(str(probe).removesuffix("s"))
+    except ValueError:
+        raise UserError(f"probe={probe!r} is no duration. Give seconds, as in probe=60s.") from None
+
+
+def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
+    """Hours on one such device, work that several runs share counted once; None where its speed is not known."""
+    spent = seconds([part for each in estimates for part in each.parts()], device)
+    return None if spent is None else sum(spent.values()) / 3600
+
+
+def require(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError where these runs take more hours together than budget.gpu_hours, or where one needs more
+    memory than this machine's GPU has (with what would fit). Asked of neither, nothing is estimated."""
+    first = configs[0]
+    if first["budget"]["gpu_hours"] is not None:
+        estimates = [Estimate(config) for config in configs]
+        _within_budget(first, hours(estimates, device_for(first, estimates[0])))
+    if first["device"] != "cpu" and torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory
+        _within_memory(heaviest([Estimate(config) for config in configs]), room)
+
+
+def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
+    limit = config["budget"]["gpu_hours"]
+    if limit is not None and needed is not None and needed > limit:
+        raise UserError(
+            f"This takes about {needed:.1f} GPU-hours and budget.gpu_hours={limit}. Raise the budget, or take "
+            "fewer rows (dataset.size), fewer items (evaluation=quick) or fewer runs."
+        )
+
+
+def _within_memory(estimates: Sequence[Estimate], room: float) -> None:
+    for estimate in estimates:
+        stage, needed = max(peaks(estimate).items(), key=lambda found: found[1])
+        if needed + CONTEXT > room:
+            raise UserError(
+                f"The stage {stage} needs about {(needed + CONTEXT) / 1e9:.0f} GB, and this GPU has "
+                f"{room / 1e9:.0f}. {_way_out(estimate, stage, room)}"
+            )
+
+
+def _way_out(estimate: Estimate, stage: str, room: float) -> str:
+    if stage == "train":
+        found = remedies(estimate.config, room)
+        return f"Each of these would do: {'; '.join([*found, FSDP])}."
+    settings = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
+    return f"Lower {settings.get(stage, 'model.dtype to bfloat16')}, or use a GPU with more memory."
+
+
+def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Of the runs that hold the same things in memory, the one that is pruned least."""
+    found: dict[Any, Estimate] = {}
+    for each in sorted(estimates, key=lambda estimate: estimate.pruned.parameters):
+        data, names = each.config["loss"]["data"], ("batch_size", "gradient_checkpointing", "precision")
+        found[each.needs_teacher, data, *(each.config["trainer"].get(name) for name in names)] = each
+    return list(found.values())
+
+
+def show(estimates: Sequence[Estimate], config: Mapping[str, Any], console: Console) -> None:
+    """Print what runs cost: the models before and after, the stages with tokens, memory and time, disk, and what
+    fits where. Raises UserError where it is more than the budget allows."""
+    device = device_for(config, estimates[0])
+    for estimate in {(e.model["path"], e.cut.name): e for e in estimates}.values():
+        console.print(_model(estimate, config["context"]))
+    held: dict[str, float] = {}
+    for estimate in heaviest(estimates):
+        held |= {stage: max(size, held.get(stage, 0)) for stage, size in peaks(estimate).items()}
+    console.print(_stages([part for each in estimates for part in each.parts()], held, device, len(estimates)))
+    for line in _notes(heaviest(estimates)[-1], held, device):
+        console.print(line, highlight=False, soft_wrap=True)
+    _within_budget(config, hours(estimates, device))
+
+
+def _model(estimate: Estimate, context: int) -> Table:
+    before, after = estimate.unpruned, estimate.pruned
+    table = Table(
+        title=f"{estimate.model['path']}, {before.blocks} blocks to {estimate.cut.name}", title_justify="left"
+    )
+    for name in ("", "unpruned", "pruned", "less"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = {
+        "parameters": (before.parameters, after.parameters, 1, 0),
+        f"GFLOPs a token, prefill at {context:,}": (before.prefill(context), after.prefill(context), 1e9, 3),
+        f"GFLOPs a token, decode at {context:,}": (before.decode(context), after.decode(context), 1e9, 3),
+        "cache, bytes a token": (before.cache_bytes, after.cache_bytes, 1, 0),
+        "weights, GB": (before.weight_bytes, after.weight_bytes, 1e9, 3),
+    }
+    for name, (old, new, unit, digits) in rows.items():
+        table.add_row(name, *(f"{size / unit:,.{digits}f}" for size in (old, new)), f"{1 - new / old:.2%}")
+    return table
+
+
+def _stages(parts: Sequence[Part], held: Mapping[str, float], device: Device, runs: int) -> Table:
+    once, spent = distinct(parts), seconds(parts, device)
+    title = f"{runs} run{'s' if runs > 1 else ''} on {device.name}" + (", shared work once" if runs > 1 else "")
+    table = Table(title=title, title_justify="left")
+    for name in ("stage", "times", "tokens read", "written", "trained", "peak GB", "time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in dict.fromkeys(part.stage for part in once):
+        here = [part for part in once if part.stage == stage]
+        tokens = [sum(part.tokens.get(kind, 0) for part in here) for kind in ("read", "written", "trained")]
+        told = "?" if spent is None else clock(spent[stage])
+        memory = f"{held[stage.split()[0]] / 1e9:.1f}" if stage.split()[0] in held else ""
+        table.add_row(stage, str(len(here)), *(_count(value) for value in tokens), memory, told)
+    total = "?" if spent is None else clock(sum(spent.values()))
+    table.add_section()
+    table.add_row("all", "", "", "", "", f"{max(held.values()) / 1e9:.1f}", total)
+    return table
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens / 1e6:,.2f} M" if tokens else ""
+
+
+def _notes(estimate: Estimate, held: Mapping[str, float], device: Device) -> list[str]:
+    needed = max(held.values()) + CONTEXT
+    fits = [each.name for each in DEVICES.values() if each.memory >= needed] or ["none of those known here"]
+    disk = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in estimate.disk().items())
+    rows = estimate.rows
+    notes = [
+        f"Trained parameters: {estimate.trained:,}. Disk: {disk}.",
+        f"One device holds every stage: {', '.join(fits)}.",
+        f"Rows: {rows.count:,}; on average {rows.prompt:.0f} tokens a prompt, {rows.answer:.0f} a reference.",
+        "FLOPs count attention as the full square; of parameters, embeddings are looked up and cost none.",
+    ]
+    if needed > device.memory:
+        stage = max(held, key=lambda name: held[name])
+        notes.append(f"{stage} does not fit on {device.name}. {_way_out(estimate, stage, device.memory)}")
+    if estimate.unknown:
+        notes.append(f"Not counted, because their size is not known here: {', '.join(estimate.unknown)}.")
+    if device.reading is None:
+        notes.append("Hours are not known for a processor: probe=60s measures it.")
+    elif "probed" not in device.name:
+        notes.append(
+            "Hours rest on the maker's peak and shares of it that are ours: probe=60s measures them instead."
+        )
+    return notes

@@ -1,0 +1,52 @@
+"""What a run or a grid will cost, before anything is paid for or downloaded: `python -m sddx.plan`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from sddx.config import CONF, check, register, resolve
+from sddx.estimate.costs import Estimate
+from sddx.estimate.show import show
+from sddx.records import UserError
+from sddx.sweep import launcher, sweeper
+from sddx.train import SURROUNDINGS, recover
+
+
+def verify(config: dict[str, Any]) -> None:
+    """Raises UserError for keys and targets that are wrong; the model need not be here."""
+    check(config, recover, also=SURROUNDINGS)
+
+
+def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> None:
+    """Print what these runs cost together."""
+    show(estimates, configs[0], Console(width=max(100, Console().width)))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(cfg: DictConfig) -> None:
+    try:
+        if "sweeps" in HydraConfig.get().runtime.choices:
+            raise UserError("A file of sweeps/ describes many runs. Add --multirun to plan them all.")
+        config = resolve(cfg)
+        verify(config)
+        tell([Estimate(config)], [config])
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    register()
+    launcher.install(verify, Estimate, tell)
+    sweeper.install()
+    with tempfile.TemporaryDirectory() as folder:  # a plan leaves nothing behind
+        sys.argv += [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+        main()

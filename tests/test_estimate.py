@@ -1,0 +1,220 @@
+"""Laws of what a run is said to cost before it is run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composing import composed
+from families import ALL_FAMILIES
+from families import build as family_model
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from sddx.config import resolve
+from sddx.estimate import memory
+from sddx.estimate.costs import Estimate, distinct, seconds
+from sddx.estimate.devices import DEVICES, device_of, probed
+from sddx.estimate.peaks import peaks, remedies
+from sddx.estimate.show import hours, require
+from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
+from sddx.models.anatomy import blocks, decoder
+from sddx.records import UserError
+from sddx.surgery.remove import apply_cut
+
+# facts.md A3: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.
+SAVINGS = {
+    "llama31_8b_instruct": (
+        8_030_261_248,
+        [(7.594, 5.43), (7.158, 10.86), (6.722, 16.30), (6.285, 21.73), (5.849, 27.16)],
+    ),
+    "mistral_7b_instruct_v03": (
+        7_248_023_552,
+        [(6.812, 6.02), (6.376, 12.04), (5.939, 18.06), (5.503, 24.07), (5.067, 30.09)],
+    ),
+}
+
+
+def configured(*overrides: str) -> dict[str, Any]:
+    with composed(*overrides) as cfg:
+        return resolve(cfg)
+
+
+@pytest.mark.parametrize("model", SAVINGS)
+def test_parameters_agree_with_the_known_table(model: str) -> None:
+    config, (whole, rows) = configured(f"model={model}")["model"], SAVINGS[model]
+    for count, (billions, saving) in zip(range(2, 11, 2), rows, strict=True):
+        student = skeleton(shape_of(config), "bfloat16")
+        assert size_of(student).parameters == whole
+        removed(student, "blocks", count)
+        left = size_of(student).parameters
+        assert round(left / 1e9, 3) == billions and round(100 * (1 - left / whole), 2) == saving
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3", "gpt_neox"])
+def test_flops_are_those_that_pytorch_counts(family: str) -> None:
+    """Prefill with the last token's logits, and one step of decoding, with eager attention on the meta device."""
+    model = family_model(family).to("meta")
+    model.set_attn_implementation("eager")
+    size, context = size_of(model), 8  # within every window
+    mask = torch.zeros(1, 1, context, context, device="meta")
+    ids = torch.zeros(1, context, dtype=torch.long, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+    assert counter.get_total_flops() == pytest.approx(context * size.prefill(context), rel=1e-3)
+    cache = model(input_ids=ids[:, 1:], attention_mask=mask[..., 1:, 1:], use_cache=True).past_key_values
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids[:, :1], attention_mask=mask[..., :1, :], past_key_values=cache)
+    assert counter.get_total_flops() == pytest.approx(size.decode(context), rel=1e-3)
+
+
+@pytest.mark.parametrize(("units", "count"), [("blocks", 2), ("attention", 2), ("sublayers", 3)])
+def test_a_cut_skeleton_is_as_large_as_the_cut_model(units: str, count: int) -> None:
+    """Parameters and cache, without a weight."""
+    real = family_model("llama")
+    bare = skeleton(real.config, "float32")
+    apply_cut(real, removed(bare, units, count))
+    made, true = size_of(bare), size_of(real)
+    assert made == true
+
+
+def test_no_block_left_is_refused() -> None:
+    with pytest.raises(UserError, match=r"there are 5 blocks"):
+        removed(skeleton(family_model("llama").config, "float32"), "blocks", 5)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_can_be_planned(family: str) -> None:
+    """Sizes as those of the real model, and memory that grows with the batch. (Experts compute in bfloat16 alone on
+    a device without numbers.)"""
+    real = family_model(family)
+    ghost = skeleton(real.config, "bfloat16")
+    made, true = size_of(ghost), size_of(real)
+    assert (made.parameters, 2 * made.cache_bytes) == (true.parameters, true.cache_bytes)
+    few, many = (memory.reading(ghost, rows, 16) for rows in (2, 8))
+    assert 2 * few < many
+
+
+def small(depth: int) -> Any:
+    config = shape_of({"dimensions": dict(model_type="llama", vocab_size=64, hidden_size=256, intermediate_size=512,
+                                          num_hidden_layers=depth, num_attention_heads=4)})  # fmt: skip
+    return skeleton(config, "float32")
+
+
+def test_a_checkpointed_block_holds_one_hidden_state() -> None:
+    """Depth costs rows x tokens x width numbers a block, and no more."""
+    rows, length, held = 2, 128, []
+    for depth in (4, 8):
+        model = small(depth)
+        decoder(model).embed_tokens.requires_grad_(True)
+        held.append(memory.learning(model, rows, length, checkpointing=True, autocast=False))
+    assert held[1] - held[0] == 4 * rows * length * 256 * 4
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_traced_memory_is_what_the_profiler_sees(gradients: bool) -> None:
+    """A pass on the CPU with fused attention, against the same pass on the meta device."""
+    from transformers import LlamaForCausalLM
+
+    ghost, rows, length = small(6), 2, 256
+    real = LlamaForCausalLM(deepcopy(ghost.config)).requires_grad_(gradients)
+    real.set_attn_implementation("sdpa")
+    ghost.requires_grad_(gradients)
+    traced = (
+        memory.learning(ghost, rows, length, checkpointing=False, autocast=False)
+        if gradients
+        else memory.reading(ghost, rows, length)
+    )
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.set_grad_enabled(gradients):
+        hidden = decoder(real)(input_ids=ids, use_cache=False)[0]
+        if gradients:
+            hidden.sum().backward()
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert traced == pytest.approx(peak, rel=0.1)
+
+
+def test_work_that_runs_share_is_counted_once() -> None:
+    """Two seeds share everything but training and what is judged after it; a smaller data set adds no rows."""
+    one, other = (Estimate(configured(f"seed={seed}", "dataset.size=512")) for seed in (0, 1))
+    less = Estimate(configured("dataset.size=256"))
+    both = distinct([*one.parts(), *other.parts()])
+    again = [part.stage for part in both][len(one.parts()) :]
+    assert again == ["train", "evaluate recovered"]
+    added = {part.stage for part in distinct([*one.parts(), *less.parts()])[len(one.parts()) :]}
+    assert added == {"train", "evaluate recovered"}
+    device = DEVICES["h100"]
+    assert hours([one, other], device) < hours([one], device) + hours([other], device)  # type: ignore[operator]
+
+
+def test_arms_differ_in_what_they_pay_for() -> None:
+    """References are not written, a teacher is read, an untouched model is not trained."""
+    stages = {}
+    for loss in ("sft", "sdd", "kd"):
+        parts = Estimate(configured(f"loss={loss}")).parts()
+        stages[loss] = {part.stage: part for part in parts}
+    assert "distill" not in stages["sft"] and stages["sdd"]["distill"].steps > 0
+    assert stages["kd"]["train"].reading > 0 == stages["sft"]["train"].reading
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""
+    config = configured("model=llama31_8b_instruct", "max_length=1024", "dataset=tiny_arithmetic")
+    room = 40e9
+    found = remedies(config, room)
+    assert found and all(name.startswith(("trainer.", "tuning=qlora")) for name in found)
+    assert peaks(Estimate(config))["train"] > room
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = type("Properties", (), {"total_memory": room})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    with pytest.raises(UserError, match=r"train needs about \d+ GB, and this GPU has 40.*gradient_checkpointing"):
+        require([{**config, "device": "cuda"}])
+
+
+def test_more_than_the_budget_is_refused() -> None:
+    config = configured("model=llama31_8b_instruct", "gpu=h100", "budget.gpu_hours=0.01")
+    with pytest.raises(UserError, match=r"budget\.gpu_hours=0\.01"):
+        require([config])
+    require([configured("gpu=h100", "budget.gpu_hours=10")])
+
+
+def test_a_probe_measures_this_machine() -> None:
+    """A speed that is measured gives hours where a processor's stated one gives none."""
+    estimate = Estimate(configured())
+    device = device_of("cpu")
+    assert seconds(estimate.parts(), device) is None
+    found = seconds(estimate.parts(), probed(device, estimate.shape, "float32", 0.3))
+    assert found is not None and all(spent > 0 for spent in found.values())
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(UserError, match="gpu='abacus' is not known"):
+        device_of("abacus")
+
+
+def test_dimensions_that_are_none_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.dimensions"):
+        shape_of({"dimensions": {"model_type": "abacus"}})
+
+
+def test_the_command_plans_a_grid_and_leaves_nothing(tmp_path: Path) -> None:
+    given = ["--multirun", "+experiment=llama_26L", "pruning.remove=4,6", "gpu=h100"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sddx.plan", *given], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16.30%" in done.stdout and "10.86%" in done.stdout and "2 runs on H100" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_skeleton_keeps_depth() -> None:
+    assert len(blocks(small(3))) == 3
