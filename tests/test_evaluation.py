@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sddx.data.encode import IGNORED, Encoded, collate
 from sddx.evaluation import harness, text
 from sddx.records import Batch, Outputs, UserError
 from sddx.runtime import Runtime
@@ -306,6 +307,22 @@ def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:
     assert text.divergence(itself, model, [batch]) == pytest.approx(0.0, abs=1e-7)
     with pytest.raises(ValueError, match="no attended token"):
         text.divergence(teacher, model, [])
+
+
+def test_perplexity_counts_every_labelled_token_once(model) -> None:
+    """Equal to torch's cross-entropy of the model's own logits, whatever the chunk, the padding, and the way in
+    which the texts are put into batches; None where no text has a second token."""
+    rows = [Encoded("", ids, [*ids[1:], IGNORED], len(ids) - 1) for ids in ([5, 9, 7, 6, 8, 4, 11], [12, 5, 40])]
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[:-1]), reduction="none"))
+    expected = float(torch.cat(losses).double().mean().exp())
+    for chunk in (2, 512):
+        for batches in ([collate(rows, 0)], [collate([row], 0) for row in rows]):
+            assert text.perplexity(model, batches, chunk=chunk) == pytest.approx(expected, rel=1e-5)
+    assert text.perplexity(model, [collate([Encoded("", [5], [IGNORED], 0)], 0)]) is None
 
 
 def test_repetition_and_length_by_hand() -> None:
