@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.data.encode import IGNORED, Encoded, collate
-from sddx.evaluation import harness, text
+from sddx.evaluation import harness, task_data, tasks, text
 from sddx.records import Batch, Outputs, UserError
 from sddx.runtime import Runtime
 
@@ -252,19 +252,19 @@ def test_unknown_tasks_are_named_with_near_names(folder: Path, monkeypatch: pyte
     # The built-in index takes 5 s.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: only_ours)
     with pytest.raises(UserError, match="'chosing'; near names: choosing"):
-        harness.check_tasks(["answering", "chosing"], str(folder))
+        tasks.check_tasks(["answering", "chosing"], str(folder))
     with pytest.raises(UserError, match="more than once"):
-        harness.check_tasks(["answering", "answering"], str(folder))
+        tasks.check_tasks(["answering", "answering"], str(folder))
     with pytest.raises(UserError, match="must be a folder"):
-        harness.check_tasks(["answering"], str(folder / "nowhere"))
+        tasks.check_tasks(["answering"], str(folder / "nowhere"))
     with pytest.raises(UserError, match="is empty"):
-        harness.check_tasks([], str(folder))
+        tasks.check_tasks([], str(folder))
 
 
 def test_known_tasks_are_checked_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks whose YAML is in the folder need no index at all."""
-    monkeypatch.setattr(harness, "_task_manager", lambda *given: pytest.fail("the index was read"))
-    harness.check_tasks(["choosing", "answering"], str(folder))
+    monkeypatch.setattr(tasks, "task_manager", lambda *given: pytest.fail("the index was read"))
+    tasks.check_tasks(["choosing", "answering"], str(folder))
 
 
 def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> None:

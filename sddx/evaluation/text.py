@@ -1,4 +1,4 @@
-"""Quality beyond scores: distance from the unpruned model and perplexity on text, repetition and length of answers."""
+"""Quality beyond scores: distance from the unpruned model, perplexity on text, repetition and length of answers."""
 
 from __future__ import annotations
 
