@@ -227,6 +227,7 @@ def test_missing_data_is_named_where_the_hub_is_out_of_reach(
     monkeypatch.setattr(task_data, "_hub_answers", lambda: answers[0])
     with pytest.raises(UserError, match=r"not here: me/plain \(sub, other\).*python -m sddx.fetch"):
         task_data.require_task_data(["outer"], folder)
+    assert task_data._named([("me/many", str(n)) for n in range(57)]) == "me/many (0, 1, 2 and 54 more)"
     answers[0] = True
     task_data.require_task_data(["outer"], folder)
     answers[0] = False

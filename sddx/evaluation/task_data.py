@@ -73,11 +73,15 @@ def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
 
 
 def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
-    """Each dataset with its subsets."""
+    """Each dataset with its subsets, the first few by name."""
     subsets: dict[str, list[str]] = {}
     for path, name in datasets:
         subsets.setdefault(path, []).extend([name] if name else [])
-    return "; ".join(f"{path} ({', '.join(names)})" if names else path for path, names in subsets.items())
+    return "; ".join(f"{path} ({_few(names)})" if names else path for path, names in subsets.items())
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _cached(path: str, name: str | None) -> bool:
