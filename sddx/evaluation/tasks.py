@@ -195,8 +195,8 @@ def draw(
 
 
 def shared_out(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many items of each part: equal numbers, since parts count equally in their task's score, whose variance
-    that makes smallest and which any other numbers leave as unbiased. What a small part lacks, the others give;
+    """How many items of each part: equal numbers, because parts count equally in their task's score. It is unbiased
+    with any numbers, and surest with equal ones where parts vary alike. What a small part lacks, larger ones give;
     at least one of each."""
     shares: dict[str, int] = {}
     for size, name in sorted((size, name) for name, size in sizes.items()):
