@@ -76,10 +76,10 @@ def evaluate(
     each), drawn with a fixed seed and in equal numbers from the parts of a group.
 
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
-    "batch_size", "truncated"}. A record holds `score` (mean of the primary metric), `stderr`, `chance`, `n`, `metrics`, `unparsed` (share
-    of answers in which a filter found nothing, by filter), `part_of` (the name in `tasks`), `settings` (all
-    that makes two evaluations comparable) and `samples`, one dict per item. `truncated` counts lm-eval's
-    warnings that a prompt did not fit the model.
+    "batch_size", "truncated"}. A record holds `score` (mean of the primary metric), `stderr`, `chance`, `n`,
+    `metrics`, `unparsed` (share of answers in which a filter found nothing, by filter), `part_of` (the name in
+    `tasks`), `settings` (all that makes two evaluations comparable) and `samples`, one dict per item. `truncated`
+    counts lm-eval's warnings that a prompt did not fit the model.
 
     Raises UserError for an unknown task or metric, data that is not there, a tokenizer without a chat template, or
     an answer that is longer than the model's context.
