@@ -10,17 +10,16 @@ from sddx.records import Units, UserError
 
 
 def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
-    one unit stays, metric and patch can be what they are asked to be, another teacher fits the student. Raises one
-    UserError with all that is wrong."""
-    from sddx.evaluation.harness import check_tasks
+    """What would otherwise fail late: the evaluation tasks exist and their data is there, the tokenizer has a chat
+    template, at least one unit stays, metric and patch can be what they are asked to be, another teacher fits the
+    student. Raises one UserError with all that is wrong."""
     from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
     from sddx.training.objective import require_comparable
 
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
-        lambda: check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"]),
+        lambda: _check_evaluation(method["evaluation"]),
         lambda: require_chat_template(load_tokenizer(folder), folder),
         lambda: _check_pruning(method, config),
     ]
@@ -36,6 +35,17 @@ def precheck(method: dict[str, Any]) -> None:
             wrong.extend(error.args)
     if wrong:
         raise UserError(*wrong)
+
+
+def _check_evaluation(evaluation: dict[str, Any]) -> None:
+    """Tasks, and those that settings are given for, exist; what they read is there. Raises UserError."""
+    from sddx.evaluation.task_data import require_task_data
+    from sddx.evaluation.tasks import check_tasks
+
+    tasks, include = evaluation["tasks"], evaluation["include"]
+    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
+    check_tasks(tasks, include, **by_task)
+    require_task_data(tasks, include)
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sddx.evaluation import harness, text
+from sddx.data.encode import IGNORED, Encoded, collate
+from sddx.evaluation import harness, tasks, text
 from sddx.records import Batch, Outputs, UserError
 from sddx.runtime import Runtime
 
@@ -243,6 +244,107 @@ def test_groups_are_reported_under_their_name(model, tokenizer, folder: Path, tm
         harness.evaluate(model, tokenizer, QUIET, tasks=["both", "choosing"], include=str(tmp_path))
 
 
+GROUPS = """
+group: outer
+task: [inner, answering]
+aggregate_metric_list: [{metric: acc, weight_by_size: true, filter_list: [none]}]
+---
+group: inner
+task: [tagged]
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
+
+@pytest.fixture
+def nested(folder: Path, tmp_path: Path) -> str:
+    """Tasks `choosing` and `choosing_more` under a tag, in a group, in a group with `answering`."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    for number, group in enumerate(GROUPS.split("---")):
+        (tmp_path / f"group{number}.yaml").write_text(group)
+    (tmp_path / "choosing.yaml").write_text(CHOICE_TASK + "tag: tagged\n")
+    (tmp_path / "more.yaml").write_text("include: choosing.yaml\ntask: choosing_more\nnum_fewshot: 0\n")
+    return str(tmp_path)
+
+
+def test_groups_in_groups_are_one_reported_task(model, tokenizer, nested: str) -> None:
+    """All tasks below, through tags too, belong to the name that was asked for; what is given for it holds for
+    each, and every group's own figure is kept."""
+    given = {"shots": {"inner": 1}, "primary": {"inner": "acc,none"}, "chance": {"inner": None}}
+    found = harness.evaluate(model, tokenizer, QUIET, tasks=["inner", "answering"], include=nested, **given)
+    part_of = {name: record["part_of"] for name, record in found["tasks"].items()}
+    assert part_of == {"choosing": "inner", "choosing_more": "inner", "answering": "answering"}
+    assert found["tasks"]["choosing"]["chance"] is None and found["tasks"]["answering"]["chance"] == 0.0
+    # lm-eval's rule: a task that fixes 0 examples keeps them.
+    assert [found["tasks"][name]["settings"]["shots"] for name in part_of] == [1, 0, 0]
+    scores = [found["tasks"][name]["score"] for name in ("choosing", "choosing_more")]
+    assert found["groups"]["inner"]["acc,none"] == pytest.approx(sum(scores) / 2)
+    manager = tasks.task_manager(["outer"], nested)
+    assert tasks.load(["outer"], nested)[1] == dict.fromkeys(manager.load(["outer"])["tasks"], "outer")
+    assert len(tasks.load(["outer"], nested)[1]) == 3
+
+
+def test_shots_asked_for_by_name_win_over_a_fixed_zero(nested: str) -> None:
+    """One number for all leaves a task alone that fixes 0; its own name does not."""
+    for shots, expected in ((3, 0), ({"choosing_more": 3}, 3), ({}, 0), (None, 0)):
+        loaded, part_of = tasks.load(["choosing_more"], nested)
+        tasks.configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=None, metadata={})
+        assert loaded["tasks"]["choosing_more"].get_config("num_fewshot") == expected
+
+
+def test_a_limit_is_shared_out_among_the_parts(model, tokenizer, nested: str) -> None:
+    """By asked-for task, in equal numbers; what is not named is whole. Settings tell a sample from the whole."""
+    given = {"tasks": ["inner", "answering"], "include": nested, "limit": {"inner": 6}}
+    found = harness.evaluate(model, tokenizer, QUIET, **given)["tasks"]
+    assert {name: record["n"] for name, record in found.items()} == {
+        "choosing": 3, "choosing_more": 3, "answering": 12,
+    }  # fmt: skip
+    assert [record["settings"]["limit"] for record in found.values()] == [6, 6, None]
+
+
+@pytest.mark.parametrize("total", [1, 7, 57, 100, 1140, 14042, 10**6])
+def test_shares_are_equal_as_far_as_parts_reach(total: int) -> None:
+    """They add up to the total (at least one of each, at most all), and differ by one at most among the parts that
+    have more to give."""
+    sizes = {str(number): random.Random(number).randint(5, 300) for number in range(57)}
+    shares = tasks.shared_out(total, sizes)
+    assert sum(shares.values()) == min(max(total, 57), sum(sizes.values()))
+    assert all(1 <= shares[name] <= size for name, size in sizes.items())
+    open_parts = [share for name, share in shares.items() if share < sizes[name]]
+    assert not open_parts or max(shares.values()) <= min(open_parts) + 1
+
+
+class Sized:
+    """What a drawing looks at of a task."""
+
+    def __init__(self, size: int) -> None:
+        self.eval_docs = range(size)
+
+
+def test_what_is_drawn_hangs_on_the_name_alone() -> None:
+    """Each item is drawn as often as any other; a smaller limit draws a part of a larger one's items, and other
+    tasks beside it change nothing."""
+    names = [f"task{number}" for number in range(400)]
+    sized, own = {name: Sized(40) for name in names}, {name: name for name in names}
+    few, many = (tasks.draw(sized, own, limit) for limit in (10, 20))
+    assert all(set(few[name]) < set(many[name]) and few[name] == sorted(few[name]) for name in names)
+    alone = tasks.draw({"task7": Sized(40)}, {"task7": "task7"}, {"task7": 10})
+    assert alone == {"task7": few["task7"]}
+    counts = [sum(item in few[name] for name in names) for item in range(40)]  # binomial: 100, deviation 8.7
+    assert 65 < min(counts) and max(counts) < 135
+    assert tasks.draw(sized, own, None) is None
+
+
+def test_the_precision_to_expect_is_said_once(model, tokenizer, folder: Path, caplog) -> None:
+    """Before the first model is run, and not again for those that it is compared with."""
+    given = {"tasks": ["choosing"], "include": str(folder), "limit": 11}
+    with caplog.at_level("INFO", "sddx"):
+        for _ in range(2):
+            harness.evaluate(model, tokenizer, Runtime(), **given)
+    (line,) = [record.getMessage() for record in caplog.records if "Half-widths" in record.getMessage()]
+    assert "11 items" in line and "choosing 29.5, average 29.5, recovery 83.6" in line
+
+
 def test_unknown_tasks_are_named_with_near_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt task is refused before any work, with what it may have meant."""
     from lm_eval.tasks import TaskManager
@@ -251,19 +353,34 @@ def test_unknown_tasks_are_named_with_near_names(folder: Path, monkeypatch: pyte
     # The built-in index takes 5 s.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: only_ours)
     with pytest.raises(UserError, match="'chosing'; near names: choosing"):
-        harness.check_tasks(["answering", "chosing"], str(folder))
+        tasks.check_tasks(["answering", "chosing"], str(folder))
     with pytest.raises(UserError, match="more than once"):
-        harness.check_tasks(["answering", "answering"], str(folder))
+        tasks.check_tasks(["answering", "answering"], str(folder))
     with pytest.raises(UserError, match="must be a folder"):
-        harness.check_tasks(["answering"], str(folder / "nowhere"))
+        tasks.check_tasks(["answering"], str(folder / "nowhere"))
     with pytest.raises(UserError, match="is empty"):
-        harness.check_tasks([], str(folder))
+        tasks.check_tasks([], str(folder))
+    with pytest.raises(UserError, match="'answring'; near names: answering"):
+        tasks.check_tasks(["choosing"], str(folder), shots={"choosing": 1, "answring": 5}, primary=None)
+    for limit in (0, {"answering": 0}):
+        with pytest.raises(UserError, match="less than one item"):
+            tasks.check_tasks(["answering"], str(folder), limit=limit)
+    tasks.check_tasks(["choosing"], str(folder), limit={"answering": 5}, shots=3)
 
 
 def test_known_tasks_are_checked_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks whose YAML is in the folder need no index at all."""
-    monkeypatch.setattr(harness, "_task_manager", lambda *given: pytest.fail("the index was read"))
-    harness.check_tasks(["choosing", "answering"], str(folder))
+    monkeypatch.setattr(tasks, "task_manager", lambda *given: pytest.fail("the index was read"))
+    tasks.check_tasks(["choosing", "answering"], str(folder))
+
+
+def test_an_unknown_metric_is_refused_before_the_model_runs(
+    model, tokenizer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    given = {"tasks": ["choosing", "answering"], "include": str(folder)}
+    with pytest.raises(UserError, match="no metric 'acc_nrm,none'; it has acc,none"):
+        harness.evaluate(model, tokenizer, QUIET, primary={"choosing": "acc_nrm,none"}, **given)
 
 
 def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> None:
@@ -273,7 +390,7 @@ def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> No
         harness.evaluate(model, tokenizer, QUIET, tasks=["choosing"], include=str(tmp_path))
     given = {"tasks": ["answering"], "include": str(folder)}
     with pytest.raises(UserError, match="no metric 'f1,strict'; it has exact_match,strict, exact"):
-        harness.evaluate(model, tokenizer, QUIET, primary={"answering": "f1,strict"}, limit=1, **given)
+        harness.evaluate(model, tokenizer, QUIET, primary={"answering": "f1,strict"}, **given)
     with pytest.raises(UserError, match="up to 64 new tokens.*context has 64"):
         harness.evaluate(model, tokenizer, QUIET, max_new_tokens=64, **given)
     with pytest.raises(UserError, match="no chat template"):
@@ -306,6 +423,22 @@ def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:
     assert text.divergence(itself, model, [batch]) == pytest.approx(0.0, abs=1e-7)
     with pytest.raises(ValueError, match="no attended token"):
         text.divergence(teacher, model, [])
+
+
+def test_perplexity_counts_every_labelled_token_once(model) -> None:
+    """Equal to torch's cross-entropy of the model's own logits, whatever the chunk, the padding, and the way in
+    which the texts are put into batches; None where no text has a second token."""
+    rows = [Encoded("", ids, [*ids[1:], IGNORED], len(ids) - 1) for ids in ([5, 9, 7, 6, 8, 4, 11], [12, 5, 40])]
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[:-1]), reduction="none"))
+    expected = float(torch.cat(losses).double().mean().exp())
+    for chunk in (2, 512):
+        for batches in ([collate(rows, 0)], [collate([row], 0) for row in rows]):
+            assert text.perplexity(model, batches, chunk=chunk) == pytest.approx(expected, rel=1e-5)
+    assert text.perplexity(model, [collate([Encoded("", [5], [IGNORED], 0)], 0)]) is None
 
 
 def test_repetition_and_length_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from sddx.evaluation import statistics
-from sddx.evaluation.recovery import summarise
+from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.evaluation.statistics import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
 
 WRONG, RIGHT = 0.0, 1.0
@@ -47,6 +47,28 @@ def test_coverage_over_seeds() -> None:
     draws = np.random.default_rng(0).normal(0.02, 0.01, size=(2000, 3))
     held = sum(interval.low <= 0.02 <= interval.high for interval in map(t_interval, draws.tolist()))
     assert 1860 <= held <= 1940
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7])
+def test_the_expected_half_width_is_what_simulated_models_show(p: float) -> None:
+    """1.96 standard deviations of the scores, the average and the recovery of simulated pairs of models."""
+    items, part_of = {"algebra": 60, "law": 90, "sums": 400}, {"algebra": "mmlu", "law": "mmlu"}
+    generator = np.random.default_rng(0)
+    first, second = ({task: generator.binomial(n, p, 20000) / n for task, n in items.items()} for _ in range(2))
+    mmlu = (first["algebra"] + first["law"]) / 2
+    average, other = (mmlu + first["sums"]) / 2, (second["algebra"] + second["law"]) / 4 + second["sums"] / 2
+    shown = {"mmlu": mmlu, "sums": first["sums"], "average": average, "recovery": other / average}
+    found = statistics.expected_half_width(items, part_of, p=p)
+    assert found.keys() == shown.keys()
+    for name, values in shown.items():
+        assert found[name] == pytest.approx(stats.norm.ppf(0.975) * values.std(), rel=0.03), name
+
+
+def test_no_scores_are_less_sure_than_the_expected_half_width() -> None:
+    """p = 0.5 is the worst case: an interval over items is never wider, for binary scores or any from 0 to 1."""
+    for scores in ([0.0, 1.0] * 50, [0.0] * 80 + [1.0] * 20, np.random.default_rng(0).random(100).tolist()):
+        widest = statistics.expected_half_width({"t": len(scores)})["t"]
+        assert 1.959 * np.std(scores) / np.sqrt(len(scores)) <= widest
 
 
 def test_bootstrap_equals_drawing_items_one_by_one() -> None:
@@ -169,6 +191,13 @@ def test_what_is_not_defined_is_none() -> None:
     assert pruned_only["recovery"] is None and pruned_only["pruned_recovery"] == pytest.approx(3 / 7)
     nothing = {"unpruned": {"sums": [0, 0]}, "recovered": {"sums": [0, 1]}}
     assert summarise(nothing, chance={})["recovery"] is None
+
+
+def test_the_chance_of_a_reported_task_is_the_mean_over_its_parts() -> None:
+    """And is not known where that of one part is not."""
+    part_of = {"algebra": "mmlu", "law": "mmlu", "mc1": "truth", "mc2": "truth"}
+    levels = {"algebra": 0.25, "law": 0.35, "mc1": 0.2, "mc2": None, "sums": 0.0}
+    assert reported_chance(levels, part_of) == {"mmlu": pytest.approx(0.3), "truth": None, "sums": 0.0}
 
 
 def test_parts_of_a_reported_task_are_averaged_without_weights() -> None:

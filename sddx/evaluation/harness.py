@@ -7,19 +7,19 @@ read in lm-eval 0.4.13.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
 import logging
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sddx.evaluation.statistics import standard_error
+from sddx.evaluation.statistics import expected_half_width, standard_error
+from sddx.evaluation.task_data import task_datasets as task_datasets  # what is fetched for this harness
+from sddx.evaluation.tasks import SEEDS, configure, draw, given, load, require_metrics, require_room
 from sddx.records import UserError
 from sddx.runtime import Runtime
 
@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OWN_TASKS = Path(__file__).parents[1] / "tiny" / "tasks"
 # What lm-eval's regex filters give for an answer in which they find nothing.
 NOT_PARSED = "[invalid]"
-# The same seeds as lm-eval's command line, so that its numbers can be compared with ours.
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 
 
 def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata: Any) -> dict[str, Any]:
@@ -55,67 +52,6 @@ def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata:
     return splits
 
 
-def task_folders(include: str | None) -> list[Path]:
-    """Folders that are searched for task YAMLs: the package's own, then the user's, which wins.
-
-    Raises UserError where the user's is not a folder.
-    """
-    if include is not None and not Path(include).expanduser().is_dir():
-        raise UserError(f"evaluation.include must be a folder of lm-eval task YAMLs, and {include} is none.")
-    folders = [OWN_TASKS] if OWN_TASKS.is_dir() else []
-    return folders + ([Path(include).expanduser().resolve()] if include is not None else [])
-
-
-def check_tasks(tasks: Sequence[str], include: str | None = None) -> None:
-    """Raise UserError, with near names, where a task is in none of the folders nor among lm-eval's own.
-
-    Costs milliseconds as long as every task is in a folder; otherwise lm-eval's index is read (5 s).
-    """
-    if not tasks:
-        raise UserError("evaluation.tasks is empty: name at least one task.")
-    doubled = sorted({task for task in tasks if list(tasks).count(task) > 1})
-    if doubled:
-        raise UserError(f"evaluation.tasks names {', '.join(doubled)} more than once.")
-    if not set(tasks) <= named_in_files(task_folders(include)):
-        _task_manager(tasks, include)
-
-
-def named_in_files(folders: Sequence[Path]) -> set[str]:
-    """Names that YAML files declare literally (an inherited name is left to lm-eval's own index)."""
-    declaration = re.compile(r"^(?:task|group):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
-    files = [file for folder in folders for file in folder.glob("**/*.yaml")]
-    return {name for file in files for name in declaration.findall(file.read_text(encoding="utf-8"))}
-
-
-def _task_manager(tasks: Sequence[str], include: str | None) -> Any:
-    """lm-eval's TaskManager that knows all these tasks; its built-in index is read only where needed."""
-    folders = task_folders(include)
-    manager = _indexed(tuple(folders), defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):
-        manager = _indexed(tuple(folders), defaults=True)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UserError(" ".join(_unknown(task, manager.all_tasks) for task in unknown) + _where(folders))
-    return manager
-
-
-@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
-def _indexed(folders: tuple[Path, ...], *, defaults: bool) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=list(folders), include_defaults=defaults)
-
-
-def _unknown(task: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(task, known, n=4, cutoff=0.6)
-    return f"There is no evaluation task {task!r}" + (f"; near names: {', '.join(near)}." if near else ".")
-
-
-def _where(folders: Sequence[Path]) -> str:
-    searched = ", ".join(map(str, folders)) or "no folder"
-    return f" Searched lm-eval's own tasks and {searched} (evaluation.include)."
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,22 +64,25 @@ def evaluate(
     shots: int | Mapping[str, int] | None = None,
     primary: Mapping[str, str] | None = None,
     max_new_tokens: int | None = None,
-    limit: int | None = None,
+    chance: Mapping[str, float | None] | None = None,
+    limit: int | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval on the model where it lies (its device), and keep what every item scored.
 
-    `tasks` are lm-eval's names, groups included; `shots` overrides a task's number of examples (by task, or
-    for all that do not fix 0 themselves, which is lm-eval's rule); `primary` overrides the reported metric
-    ("acc_norm,none") by task; `limit` takes that many items of each task, drawn with a fixed seed.
+    `tasks` are lm-eval's names, groups included. What is given by task is given by these names, and holds for all
+    parts of a group: `shots`, a task's number of examples (or one number for all that do not fix 0 themselves,
+    which is lm-eval's rule); `primary`, the reported metric ("acc_norm,none"); `chance`, the score of guessing
+    (null: not known), where the task's own metadata does not say; `limit`, how many items (or one number for
+    each), drawn with a fixed seed and in equal numbers from the parts of a group.
 
-    Returns {"tasks": {task: record}, "groups": lm-eval's own group figures, "batch_size", "truncated"}. A
-    record holds `score` (mean of the primary metric), `stderr`, `chance`, `n`, `metrics`, `unparsed` (share
-    of answers in which a filter found nothing, by filter), `part_of` (the name in `tasks`), `settings` (all
-    that makes two evaluations comparable) and `samples`, one dict per item. `truncated` counts lm-eval's
-    warnings that a prompt did not fit the model.
+    Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
+    "batch_size", "truncated"}. A record holds `score` (mean of the primary metric), `stderr`, `chance`, `n`,
+    `metrics`, `unparsed` (share of answers in which a filter found nothing, by filter), `part_of` (the name in
+    `tasks`), `settings` (all that makes two evaluations comparable) and `samples`, one dict per item. `truncated`
+    counts lm-eval's warnings that a prompt did not fit the model.
 
-    Raises UserError for an unknown task, data that is not there, a tokenizer without a chat template, or an
-    answer that is longer than the model's context.
+    Raises UserError for an unknown task or metric, data that is not there, a tokenizer without a chat template, or
+    an answer that is longer than the model's context.
     """
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -154,16 +93,21 @@ def evaluate(
             "is on. Add a template to the tokenizer, or set evaluation.chat_template=false."
         )
     with _calm(runtime.quiet) as warnings, _seeded():
-        loaded, part_of = _load(tasks, include)
-        _configure(loaded["tasks"], part_of, shots, max_new_tokens)
+        loaded, part_of = load(tasks, include)
+        told = {"primary": primary or {}, "chance": chance or {}}
+        configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
         # The batch size must be given here: lm-eval ignores any other for a model that is handed over.
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        _fits(loaded["tasks"], harness.max_length)
+        require_metrics(loaded["tasks"])
+        require_room(loaded["tasks"], harness.max_length)
+        drawn = draw(loaded["tasks"], part_of, limit)
+        if not runtime.quiet:
+            _announce(_precision(loaded["tasks"], part_of, drawn))
         # `evaluate`, not `simple_evaluate`, which runs pip and git for a report of the environment each time.
         raw = evaluator.evaluate(
             harness,
             loaded,
-            samples=_drawn(loaded["tasks"], limit),
+            samples=drawn,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=chat_template,
@@ -176,13 +120,26 @@ def evaluate(
     template = _digest(str(tokenizer.chat_template)) if chat_template else None
     return {
         "tasks": {
-            name: _record(task, raw, part_of[name], (primary or {}).get(part_of[name]), template, limit)
+            name: _record(task, raw, part_of[name], template, given(limit, part_of[name]))
             for name, task in loaded["tasks"].items()
         },
         "groups": {name: _numbers(metrics) for name, metrics in raw.get("groups", {}).items()},
         "batch_size": batch_size,
         "truncated": len(warnings),
     }
+
+
+def _precision(tasks: Mapping[str, Any], part_of: Mapping[str, str], drawn: Mapping[str, list[int]] | None) -> str:
+    """How sure the scores to come can be, in points, before the first model is run."""
+    items = {name: len(drawn[name] if drawn else task.eval_docs) for name, task in tasks.items()}
+    widths = expected_half_width(items, part_of)
+    shown = ", ".join(f"{name} {100 * width:.1f}" for name, width in widths.items())
+    return f"{sum(items.values()):,} items. Half-widths of 95 % intervals to expect, in points, at most: {shown}."
+
+
+@cache  # said once for the models that a run compares
+def _announce(line: str) -> None:
+    logger.info(line)
 
 
 class _Truncations(logging.Handler):
@@ -239,83 +196,15 @@ def _seeded() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _load(tasks: Sequence[str], include: str | None) -> tuple[Any, dict[str, str]]:
-    """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to."""
-    manager = _task_manager(tasks, include)
-    loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
-    part_of: dict[str, str] = {}
-    for name in tasks:
-        try:
-            found = manager.load([name])
-        except Exception as error:
-            # All that happens here is reading a task's YAML and data: files, the hub, the user's functions.
-            raise UserError(
-                f"The evaluation task {name!r} could not be loaded: {type(error).__name__}: {error}. Data on "
-                "the Hugging Face hub must have been downloaded once, or be reachable now."
-            ) from error
-        for part in found["tasks"]:
-            if part in part_of:
-                raise UserError(f"The task {part!r} is asked for twice, in {part_of[part]!r} and {name!r}.")
-            part_of[part] = name
-        for kind in loaded:
-            loaded[kind].update(found.get(kind, {}))
-    return loaded, part_of
-
-
-def _configure(
-    tasks: Mapping[str, Any],
-    part_of: Mapping[str, str],
-    shots: int | Mapping[str, int] | None,
-    max_new_tokens: int | None,
-) -> None:
-    for name, task in tasks.items():
-        wanted = shots.get(part_of[name]) if isinstance(shots, Mapping) else shots
-        default = task.get_config("num_fewshot")
-        task.set_config("num_fewshot", (default or 0) if wanted is None or default == 0 else wanted)
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
-        if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
-            task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-
-
-def _fits(tasks: Mapping[str, Any], context: int) -> None:
-    """lm-eval cuts prompts to the room beside the answer, and stops with an assertion where there is none."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
-    for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "generate_until":
-            answer = normalize_gen_kwargs(task.get_config("generation_kwargs"))["max_gen_toks"]
-            if answer >= context:
-                raise UserError(
-                    f"The task {name!r} asks for up to {answer} new tokens, and the model's context "
-                    f"has {context}. Set evaluation.max_new_tokens, or max_gen_toks in the task's YAML."
-                )
-
-
-def _drawn(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]] | None:
-    """Items by task, ascending as lm-eval needs them. Not the first ones: files are often sorted."""
-    if limit is None:
-        return None
-    sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
-    return {name: sorted(random.Random(0).sample(range(size), min(limit, size))) for name, size in sizes.items()}
-
-
-def _primary(task: Any, samples: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
-    """The reported "metric,filter": as asked for, as the YAML's metadata says, or the first of each."""
-    metadata = task.get_config("metadata") or {}
-    known = list(dict.fromkeys(f"{metric},{row['filter']}" for row in samples for metric in row["metrics"]))
+def _primary(task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The reported "metric,filter": as asked for or as the YAML's metadata says, or the first of each."""
     first = f"{samples[0]['metrics'][0]},{samples[0]['filter']}"
-    primary = wanted or metadata.get("primary") or first
-    if primary not in known:
-        name = task.get_config("task")
-        raise UserError(f"The task {name!r} has no metric {primary!r}; it has {', '.join(known)}.")
-    return primary
+    return (task.get_config("metadata") or {}).get("primary") or first
 
 
-def _record(
-    task: Any, raw: Any, part_of: str, wanted: str | None, template: str | None, limit: int | None
-) -> dict[str, Any]:
+def _record(task: Any, raw: Any, part_of: str, template: str | None, limit: int | None) -> dict[str, Any]:
     name = task.get_config("task")
-    primary = _primary(task, raw["samples"][name], wanted)
+    primary = _primary(task, raw["samples"][name])
     samples = _samples(raw["samples"][name], primary)
     scores = [sample["score"] for sample in samples]
     metrics = _numbers(raw["results"][name])

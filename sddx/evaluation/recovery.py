@@ -132,6 +132,17 @@ def _standard_errors(scores: Scores, names: Mapping[str, str]) -> dict[str, floa
     return errors | {"average": math.hypot(*errors.values()) / len(errors)}
 
 
+def reported_chance(
+    chance: Mapping[str, float | None], part_of: Mapping[str, str] | None = None
+) -> dict[str, float | None]:
+    """Chance levels of reported tasks: the mean over their parts, None where one is not known."""
+    parts = _parts({task: (part_of or {}).get(task, task) for task in chance})
+    known = {
+        name: [level for task in tasks if (level := chance[task]) is not None] for name, tasks in parts.items()
+    }
+    return {name: float(np.mean(known[name])) if len(known[name]) == len(parts[name]) else None for name in parts}
+
+
 def _parts(names: Mapping[str, str]) -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {}
     for task, name in names.items():

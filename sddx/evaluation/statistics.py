@@ -6,12 +6,13 @@ over tasks is a macro average: every reported task counts once, whatever its num
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr, ndtri, stdtrit
 
 Scores = Mapping[str, Sequence[float]]
 
@@ -135,6 +136,29 @@ def paired_difference(
     averages = resample([first[0], second[0]], weights=weights, replicates=replicates, seed=seed)
     low, high = _percentiles(averages[0] - averages[1], level)
     return Interval(differences[0], low, high, "items", level)
+
+
+def expected_half_width(
+    items: Mapping[str, int], part_of: Mapping[str, str] | None = None, *, p: float = 0.5, level: float = 0.95
+) -> dict[str, float]:
+    """Half-width of the interval to expect from so many `items` by task: of each reported task's score, of the
+    macro average (under "average"), and of a recovery near 1 (under "recovery"), all as fractions.
+
+    Binomial variance p (1 - p) / n: no score between 0 and 1 varies more at a mean of p, and at none more than
+    at p = 0.5. A recovery is the ratio of two averages near p, whose relative variances add up to first order;
+    this takes them as independent, and models that fail on the same items do better.
+    """
+    z = float(ndtri((1 + level) / 2))
+    variances = {task: p * (1 - p) / count for task, count in items.items()}
+    weights = task_weights(list(items), part_of)
+    reported = {task: (part_of or {}).get(task, task) for task in items}
+    summed = dict.fromkeys(reported.values(), 0.0)
+    for task, variance in variances.items():
+        summed[reported[task]] += weights[task] ** 2 * variance
+    average = z * math.sqrt(sum(summed.values()))
+    # A reported task's share of the average is its score over their number.
+    alone = {name: z * len(summed) * math.sqrt(variance) for name, variance in summed.items()}
+    return {**alone, "average": average, "recovery": math.sqrt(2) * average / p}
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:

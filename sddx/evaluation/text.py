@@ -1,4 +1,4 @@
-"""Quality beyond scores: distance from the unpruned model on text, repetition and length of answers."""
+"""Quality beyond scores: distance from the unpruned model, perplexity on text, repetition and length of answers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,25 @@ def divergence(
 def _divergence(expected: torch.Tensor, given: torch.Tensor) -> float:
     log_p, log_q = expected.float().log_softmax(-1), given.float().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Iterable[Batch], *, chunk: int = 512) -> float | None:
+    """exp of the mean cross-entropy over all attended tokens that have a label, each counting once whatever its
+    text's length; None where there is none. Computed in `chunk`s and added up as in `divergence`."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        labelled = batch.attention_mask.bool() & (batch.labels >= 0)
+        given = run(model, batch.input_ids, batch.attention_mask)
+        pairs = zip(given.hidden[labelled].split(chunk), batch.labels[labelled].split(chunk), strict=True)
+        total += sum(_cross_entropy(given.head(hidden), labels) for hidden, labels in pairs)
+        tokens += int(labelled.sum())
+    # Not math.exp, which raises where a ruined model is beyond all numbers.
+    return float(torch.tensor(total / tokens, dtype=torch.float64).exp()) if tokens else None
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return float(nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum())
 
 
 def repetition(responses: Sequence[str], *, n: int = 4) -> float | None:

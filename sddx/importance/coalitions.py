@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sddx.evaluation.harness import check_tasks, evaluate, named_in_files, task_folders
+from sddx.evaluation.harness import evaluate
+from sddx.evaluation.tasks import check_tasks, named_in_files, task_folders
 from sddx.importance.score import Subject
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sddx.data.shards import read_rows
 from sddx.evaluation.harness import compact
-from sddx.evaluation.recovery import summarise
+from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.store import manifest
@@ -89,19 +89,16 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
     trained = _read(found.data, "dataset.json")["trains"]
     records = results["unpruned"]["tasks"]
+    chance = {task: record["chance"] for task, record in records.items()}
+    part_of = {task: record["part_of"] for task, record in records.items()}
     scores = {
         model: {task: [sample["score"] for sample in record["samples"]] for task, record in result["tasks"].items()}
         for model, result in results.items()
     }
     return {
-        **summarise(
-            scores,
-            chance={task: record["chance"] for task, record in records.items()},
-            trained=trained,
-            part_of={task: record["part_of"] for task, record in records.items()},
-        ),
-        "part_of": {task: record["part_of"] for task, record in records.items()},
-        "chance": {task: record["chance"] for task, record in records.items()},
+        **summarise(scores, chance=chance, trained=trained, part_of=part_of),
+        "part_of": part_of,
+        "chance": reported_chance(chance, part_of),
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}

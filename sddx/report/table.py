@@ -56,6 +56,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("recovery above chance", percent(summary.get("recovery_above_chance"))),
         ("gap closed", percent(summary.get("gap_closed"))),
         ("KL(unpruned || model)", _text(summary, "kl", "{:.3f}", " nats a token on held-out text")),
+        ("perplexity", _text(summary, "perplexity", "{:,.2f}", " on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
         ("refused answers", percent(summary.get("fallback_share"))),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
-from sddx.evaluation.text import divergence, mean_length, repetition
+from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
 from sddx.models.load import frozen_model, load_tokenizer
 from sddx.models.student import load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
@@ -33,8 +35,8 @@ def evaluate(
 
     `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
     unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
-    texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text; repetition and
-    length are those of the answers.
+    texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text, and
+    `text.perplexity` the model's on the same tokens; repetition and length are those of the answers.
     """
     tokenizer = load_tokenizer(model.path)
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
@@ -44,17 +46,19 @@ def evaluate(
     else:
         judged, teacher = frozen_model(model.path, **how), None
     results = build(evaluation)(judged, tokenizer, runtime)
-    batches = text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH)
-    batches = (batch.to(runtime.device) for batch in batches)
+    batches = list(text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH))
+    moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
     results["text"] = {
-        "kl": divergence(teacher, judged, batches) if teacher else 0.0,
+        "kl": divergence(teacher, judged, moved()) if teacher else 0.0,
+        "perplexity": perplexity(judged, moved()),
         "repetition": repetition(answers),
         "mean_length": mean_length(answers),
     }
     (out / "results.json").write_text(json.dumps(results) + "\n")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
+    runtime.log({"evaluate/perplexity": results["text"]["perplexity"]})
 
 
 def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> tuple[Any, Teacher]:

@@ -1,0 +1,112 @@
+"""The hub datasets that evaluation tasks read: which, and whether they can be read here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sddx.evaluation.tasks import named_in_files, task_folders, task_manager
+from sddx.records import UserError
+
+PATIENCE = 3.0  # seconds that the hub has to answer
+
+
+def task_datasets(tasks: Sequence[str], include: str | None = None) -> list[tuple[str, str | None]]:
+    """What tasks and groups read from the Hugging Face hub, as (path, name) of `datasets.load_dataset`: each once,
+    in their order, from lm-eval's index and without loading any.
+
+    Data in local files, and what a task's own code loads, is not among them. Costs milliseconds where all tasks
+    are the package's own, whose data lies beside them. Raises UserError as `check_tasks` does.
+    """
+    if include is None and set(tasks) <= named_in_files(task_folders(None)):
+        return []
+    index = task_manager(tasks, include).task_index
+    found = [_on_hub(source) for task in tasks for source in _sources(index, task, {})]
+    return list(dict.fromkeys(pair for pair in found if pair is not None))
+
+
+def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The data settings of all tasks behind a name, or behind an entry in a group's list: a name with settings of
+    its own, which win over those of the groups around it, which win over the task's."""
+    own = {} if isinstance(member, str) else member
+    name = member if isinstance(member, str) else own.get("group", own.get("task"))
+    entry = index.get(name) if isinstance(name, str) else None
+    config = own if entry is None else entry.cfg or {}
+    settings = {**_data(config), **settings, **_data(own)}
+    # A tag has no configuration, but names of its own; a group has a list of tasks.
+    members = sorted(entry.tags) if entry is not None and entry.cfg is None else config.get("task")
+    if not isinstance(members, list):
+        yield settings
+        return
+    for each in members:
+        yield from _sources(index, each, settings)
+
+
+def _data(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs")
+    return {name: config[name] for name in names if name in config}
+
+
+def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    path, given = source.get("dataset_path"), source.get("dataset_kwargs") or {}
+    if path is None or source.get("custom_dataset") or Path(path).exists():
+        return None
+    # `json`, `parquet` and their like are no datasets, but ways to read the files that are given.
+    reader = "/" not in path and ("data_files" in given or "data_dir" in given)
+    return None if reader else (path, source.get("dataset_name"))
+
+
+def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
+    """Raise UserError where tasks read hub datasets that are not in the cache of `datasets`, and the hub cannot be
+    reached; nothing is loaded. The hub is asked once, and only where something is missing."""
+    missing = [pair for pair in task_datasets(tasks, include) if not _cached(*pair)]
+    if missing and not _hub_answers():
+        from datasets.config import HF_DATASETS_CACHE
+
+        raise UserError(
+            f"The hub cannot be reached, and evaluation tasks need data that is not here: {_named(missing)}. "
+            "Where there is a network, run python -m sddx.fetch with the settings of this run; it fills the cache "
+            f"({HF_DATASETS_CACHE}), which can be copied here. The tasks of evaluation=tiny need no network."
+        )
+
+
+def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
+    """Each dataset with its subsets, the first few by name."""
+    subsets: dict[str, list[str]] = {}
+    for path, name in datasets:
+        subsets.setdefault(path, []).extend([name] if name else [])
+    return "; ".join(f"{path} ({_few(names)})" if names else path for path, names in subsets.items())
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _cached(path: str, name: str | None) -> bool:
+    """Whether `datasets` can read this from its cache alone: <owner>___<name>/<subset>/<version>/<hash>/."""
+    from datasets.config import HF_DATASETS_CACHE
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, last = path.split("/")
+    folder = Path(HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(last)])
+    return any(
+        found.parent.suffix != ".incomplete" for found in folder.glob(f"{name or '*'}/*/*/dataset_info.json")
+    )
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the hub may be asked, and answers at all (with whatever status)."""
+    import httpx
+    from datasets.config import HF_HUB_OFFLINE
+    from huggingface_hub import constants, get_session
+
+    if HF_HUB_OFFLINE or constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except httpx.HTTPError:
+        return False
+    return True
