@@ -148,7 +148,7 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     """What these settings read from disk, by content; the package's own evaluation tasks belong to it."""
     from sddx.evaluation.harness import OWN_TASKS
 
-    paths = [Path(node[key]) for node in nodes for key in ("path", "include") if node.get(key)]
+    paths = [Path(node[key]) for node in nodes for key in ("path", "include", "data_files") if node.get(key)]
     own = [OWN_TASKS] if any("tasks" in node for node in nodes) else []
     return [store.source("files", path) for path in [*own, *paths]]
 

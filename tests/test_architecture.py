@@ -12,7 +12,7 @@ import sddx
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
-    {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
+    {"build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep"},
     {"stages", "compare", "precheck"},
