@@ -29,7 +29,7 @@ from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
-STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "report")
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
 # Settings that change no number of a run.
 SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics")
 
@@ -66,6 +66,7 @@ def recover(
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
+    from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
     from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
@@ -115,7 +116,10 @@ def recover(
     inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, student]}
     results = {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
-    found = Found(unpruned, scores, cut, patches, data, rows, student, results)
+    include, limit = evaluation.get("include"), evaluation.get("limit")
+    tasks = {"tasks": evaluation["tasks"], "include": include, "limit": limit}
+    shared = make(overlap, data, *_files(store, evaluation), **tasks)
+    found = Found(unpruned, scores, cut, patches, data, rows, student, results, shared)
     return found, make(report, *found.artifacts(), choices=choices)
 
 

@@ -18,6 +18,7 @@ from words import tiny_llama, word_tokenizer
 
 from sddx.data import checkers
 from sddx.data.encode import collate, encode, encode_all, ending, render, text_batches
+from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
 from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
 from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
@@ -554,6 +555,51 @@ def test_rows_of_the_hub_may_lie_in_a_local_file(tmp_path: Path, monkeypatch: py
         hub(**of_hub, **(kept | {"only": {"right": 3}}), data_files=path)
     with pytest.raises(UserError, match="data_files"):
         hub(**of_hub, **kept, data_files=str(tmp_path / "none.jsonl"))
+
+
+def sentence(first: int, words: int) -> str:
+    return " ".join(f"w{number}" for number in range(first, first + words))
+
+
+def test_an_overlap_is_a_run_of_words() -> None:
+    """Thirteen words in a row, whatever their case and punctuation, and twelve are not; a shorter item counts
+    where all of it stands there; order matters; nothing overlaps with nothing."""
+    training = [f"Before. {sentence(0, 13).upper()}!! After", "He said: yes, it is so.", ""]
+    items = [
+        f"x {sentence(0, 13)} y",
+        f"x {sentence(0, 12)} y {sentence(1, 12)}",
+        "Yes (it is) so?",
+        "so it is",
+        "before",
+        "",
+    ]
+    assert overlapping(training, items) == [0, 2, 4]
+    assert overlapping(training, items, n=12) == [0, 1, 2, 4]
+    assert overlapping([], items) == overlapping(training, []) == []
+
+
+def test_overlap_agrees_with_a_search_for_substrings() -> None:
+    """On random texts over few words: an item overlaps where one of its runs is a substring of a row."""
+    dice = random.Random(0)
+    training, items = ([" ".join(dice.choices("abc", k=dice.randint(1, 9))) for _ in range(30)] for _ in range(2))
+    for n in (1, 4, 6):
+        runs = [[item.split()[at : at + n] for at in range(max(len(item.split()) - n, 0) + 1)] for item in items]
+        found = [any(" ".join(run) in row for run in own for row in training) for own in runs]
+        assert overlapping(iter(training), items, n) == [place for place, hit in enumerate(found) if hit]
+
+
+def test_real_training_and_test_rows_hardly_overlap() -> None:
+    """GSM8K's own train and test files share 13 words in 10 of 1,319 items (0.76 %), mostly stock phrases of
+    solutions; Alpaca and Dolly share none with it. An item put among the training rows is found."""
+    training, items = (
+        [f"{e.prompt}\n{e.response}" for e in load(real_file(name), prompt="question", response="answer").examples]
+        for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl")
+    )
+    assert len(overlapping(training, items)) == 10
+    assert set(overlapping([*training, items[7]], items)) == {7, *overlapping(training, items)}
+    for name in ("alpaca_train.json", "dolly_train.json"):
+        rows = load(real_file(name), prompt="{instruction}\n{input}", response="output").examples
+        assert not overlapping([f"{row.prompt}\n{row.response}" for row in rows], items)
 
 
 def test_a_hub_dataset_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -443,3 +443,22 @@ def responses(results: Mapping[str, Any]) -> list[str]:
     """All generated answers, for measures of the text itself."""
     records = results["tasks"].values()
     return [s["response"] for record in records for s in record["samples"] if s["response"] is not None]
+
+
+def task_texts(tasks: Sequence[str], include: str | None, limit: int | None) -> dict[str, list[str]]:
+    """The text of every item that an evaluation of these tasks looks at, by task: its prompt and its target, or
+    all its choices, without few-shot examples. Raises UserError as `evaluate` does."""
+    with _calm(True), _seeded():
+        loaded = _load(tasks, include)[0]["tasks"]
+        drawn, texts = _drawn(loaded, limit), {}
+        for name, task in loaded.items():
+            documents = task.eval_docs
+            items = drawn[name] if drawn else range(len(documents))
+            texts[name] = [_text(task, documents[item]) for item in items]
+    return texts
+
+
+def _text(task: Any, document: Any) -> str:
+    """A document's question and what may be answered. A task that is written as code may have no choices."""
+    answers = task.doc_to_choice(document) if task.get_config("doc_to_choice") else [task.doc_to_target(document)]
+    return "\n".join(map(str, [task.doc_to_text(document), *answers]))

@@ -58,6 +58,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("KL(unpruned || model)", _text(summary, "kl", "{:.3f}", " nats a token on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
+        ("overlap with training rows", _overlap(summary.get("overlap"))),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
@@ -74,6 +75,15 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
     values = {model: text.get(measure) for model, text in summary.get("text", {}).items()}
     shown = [f"{model} {form.format(value)}" for model, value in values.items() if value is not None]
     return ", ".join(shown) + unit if shown else ABSENT
+
+
+def _overlap(found: Mapping[str, Any] | None) -> str:
+    """The share of each task's items that share a run of words with a training row, where there is any."""
+    if found is None:
+        return ABSENT
+    shares = {task: record["share"] for task, record in found["tasks"].items() if record["share"]}
+    shown = [f"{task} {percent(share)}" for task, share in shares.items()]
+    return (", ".join(shown) or "none") + f" of evaluation items ({found['words']} words in a row)"
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:
