@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sddx.build import build
@@ -10,18 +11,18 @@ from sddx.records import Units, UserError
 
 
 def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
-    one unit stays, metric and patch can be what they are asked to be, another teacher fits the student. Raises one
-    UserError with all that is wrong."""
+    """What would otherwise fail late: the evaluation tasks exist, the chat template carries prompts and answers,
+    at least one unit stays, metric and patch can be what they are asked to be, another teacher fits the student.
+    Raises one UserError with all that is wrong."""
     from sddx.evaluation.harness import check_tasks
-    from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
+    from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
 
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
         lambda: check_tasks(method["evaluation"]["tasks"], method["evaluation"]["include"]),
-        lambda: require_chat_template(load_tokenizer(folder), folder),
+        lambda: _check_template(folder),
         lambda: _check_pruning(method, config),
     ]
     if method["teacher"]:
@@ -36,6 +37,16 @@ def precheck(method: dict[str, Any]) -> None:
             wrong.extend(error.args)
     if wrong:
         raise UserError(*wrong)
+
+
+def _check_template(folder: Path) -> None:
+    """Prompts and answers can be put into the model's own chat form, and told apart in it. Raises UserError."""
+    from sddx.data.encode import ending
+    from sddx.models.load import load_tokenizer, require_chat_template
+
+    tokenizer = load_tokenizer(folder)
+    require_chat_template(tokenizer, folder)
+    ending(tokenizer)
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

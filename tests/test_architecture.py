@@ -17,6 +17,7 @@ LEVELS = [
     {"training", "report", "tiny", "sweep"},
     {"stages", "compare", "precheck"},
     {"train"},
+    {"fetch"},
 ]
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -315,6 +315,26 @@ def test_a_model_without_a_chat_template_is_refused(first: tuple[Path, Path, dic
         job(tmp_path / "out", first[1], "model=local", f"model.path={tmp_path / 'model'}")
 
 
+BROKEN = {
+    "it drops the prompt": (
+        "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}",
+        "drops the user",
+    ),
+    "it drops the answer": ("{{ messages[0].content }}", "cannot be found"),
+    "it does not render": ("{{ raise_exception('no turns') }}", "no turns"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_chat_template_is_told_before_any_work(name: str, tmp_path: Path) -> None:
+    template, complaint = BROKEN[name]
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=complaint):
+        job(tmp_path / "out", tmp_path / "store", "model=local", f"model.path={tmp_path / 'model'}")
+    assert not (tmp_path / "store").exists()
+
+
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:
     """From any directory: status 2 and a message for a user's mistake."""
     command = [

@@ -125,6 +125,12 @@ def _hub_rows(
 ) -> Iterable[dict[str, Any]]:
     if data_files is not None:
         return read_table(Path(data_files))
+    return from_hub(name, subset, split=split, revision=revision)
+
+
+def from_hub(name: str, subset: str | None, *, split: str | None, revision: str | None) -> Any:
+    """The rows of a dataset of the hub, from the cache of `datasets` where they are in it; of all splits, by name,
+    where `split` is None. Raises UserError where it cannot be loaded."""
     import datasets
 
     try:

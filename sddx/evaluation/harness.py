@@ -445,7 +445,7 @@ def responses(results: Mapping[str, Any]) -> list[str]:
     return [s["response"] for record in records for s in record["samples"] if s["response"] is not None]
 
 
-def task_texts(tasks: Sequence[str], include: str | None, limit: int | None) -> dict[str, list[str]]:
+def task_texts(tasks: Sequence[str], include: str | None, limit: Any) -> dict[str, list[str]]:
     """The text of every item that an evaluation of these tasks looks at, by task: its prompt and its target, or
     all its choices, without few-shot examples. Raises UserError as `evaluate` does."""
     with _calm(True), _seeded():

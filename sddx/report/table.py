@@ -58,7 +58,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("KL(unpruned || model)", _text(summary, "kl", "{:.3f}", " nats a token on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
-        ("overlap with training rows", _overlap(summary.get("overlap"))),
+        ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
@@ -77,12 +77,17 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
     return ", ".join(shown) + unit if shown else ABSENT
 
 
-def _overlap(found: Mapping[str, Any] | None) -> str:
-    """The share of each task's items that share a run of words with a training row, where there is any."""
-    if found is None:
+def _overlap(summary: Mapping[str, Any]) -> str:
+    """The share of items that share a run of words with a training row, of each task (with its parts) that has
+    any."""
+    if not (found := summary.get("overlap")):
         return ABSENT
-    shares = {task: record["share"] for task, record in found["tasks"].items() if record["share"]}
-    shown = [f"{task} {percent(share)}" for task, share in shares.items()]
+    items, hits = Counter[str](), Counter[str]()
+    for task, record in found["tasks"].items():
+        name = summary.get("part_of", {}).get(task, task)
+        items[name] += record["items"]
+        hits[name] += record["overlapping"]
+    shown = [f"{name} {percent(count / items[name])}" for name, count in hits.items() if count]
     return (", ".join(shown) or "none") + f" of evaluation items ({found['words']} words in a row)"
 
 
