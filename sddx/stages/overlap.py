@@ -24,10 +24,9 @@ def overlap(
     """Writes `overlap.json`: the length of a run in `words`, and under `tasks` how many `items` are evaluated in
     each, how many are `overlapping` with a training row (see `sddx.data.overlap`), and the `share`.
 
-    A row is its prompt and its reference answer, an item its document's text as the task renders it,
-    with its target or choices. What the model itself
-    writes into self-data, and few-shot examples, are not looked at. `files` are those that tasks are read from,
-    for the key's sake.
+    A row is its prompt and its reference answer; an item is its document's text as the task renders it, with its
+    target or choices. What the model itself writes into self-data, and few-shot examples, are not looked at.
+    `files` are those that tasks are read from, for the key's sake.
     """
     texts = task_texts(tasks, include, limit)
     owners = [task for task, items in texts.items() for _ in items]
