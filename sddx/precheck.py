@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sddx.build import build
@@ -10,17 +11,17 @@ from sddx.records import Units, UserError
 
 
 def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist and their data is there, the tokenizer has a chat
-    template, at least one unit stays, metric and patch can be what they are asked to be, another teacher fits the
-    student. Raises one UserError with all that is wrong."""
-    from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
+    """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
+    prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, another teacher
+    fits the student. Raises one UserError with all that is wrong."""
+    from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
 
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
         lambda: _check_evaluation(method["evaluation"]),
-        lambda: require_chat_template(load_tokenizer(folder), folder),
+        lambda: _check_template(folder),
         lambda: _check_pruning(method, config),
     ]
     if method["teacher"]:
@@ -46,6 +47,16 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
     by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
     check_tasks(tasks, include, **by_task)
     require_task_data(tasks, include)
+
+
+def _check_template(folder: Path) -> None:
+    """Prompts and answers can be put into the model's own chat form, and told apart in it. Raises UserError."""
+    from sddx.data.encode import ending
+    from sddx.models.load import load_tokenizer, require_chat_template
+
+    tokenizer = load_tokenizer(folder)
+    require_chat_template(tokenizer, folder)
+    ending(tokenizer)
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

@@ -30,7 +30,7 @@ from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
-STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "report")
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
 # Settings that change no number of a run.
 PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
 SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", *PLANNING)
@@ -68,6 +68,7 @@ def recover(
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
+    from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
     from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
@@ -117,7 +118,10 @@ def recover(
     inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, student]}
     results = {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
-    found = Found(unpruned, scores, cut, patches, data, rows, student, results)
+    include, limit = evaluation.get("include"), evaluation.get("limit")
+    tasks = {"tasks": evaluation["tasks"], "include": include, "limit": limit}
+    shared = make(overlap, data, *_files(store, evaluation), **tasks)
+    found = Found(unpruned, scores, cut, patches, data, rows, student, results, shared)
     return found, make(report, *found.artifacts(), choices=choices)
 
 
@@ -150,7 +154,7 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     """What these settings read from disk, by content; the package's own evaluation tasks belong to it."""
     from sddx.evaluation.tasks import OWN_TASKS
 
-    paths = [Path(node[key]) for node in nodes for key in ("path", "include") if node.get(key)]
+    paths = [Path(node[key]) for node in nodes for key in ("path", "include", "data_files") if node.get(key)]
     own = [OWN_TASKS] if any("tasks" in node for node in nodes) else []
     return [store.source("files", path) for path in [*own, *paths]]
 

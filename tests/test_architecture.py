@@ -12,12 +12,12 @@ import sddx
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
-    {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
+    {"build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},
     {"stages", "compare", "precheck"},
     {"train"},
-    {"plan"},
+    {"plan", "fetch"},
 ]
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

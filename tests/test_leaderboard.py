@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sddx.build import build
 from sddx.config import CONF, resolve
 from sddx.evaluation import task_data, tasks
-from sddx.evaluation.harness import compact, task_datasets
+from sddx.evaluation.harness import compact
 from sddx.evaluation.recovery import summarise
+from sddx.evaluation.task_data import task_datasets
 from sddx.records import UserError
 from sddx.runtime import Runtime
 

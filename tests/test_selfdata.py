@@ -1,16 +1,22 @@
 """Laws of self-data: who writes an answer, what is kept of it, and that neighbours change nothing."""
 
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from composing import composed
+from test_data import real_file
 from words import tiny_llama, word_tokenizer
 
+import sddx
+from sddx.config import resolve
 from sddx.data import checkers
 from sddx.data.encode import render
 from sddx.data.selfdata import (
     CUT_OFF,
+    REASONS,
     TOO_LONG,
     Answer,
     Rewrite,
@@ -21,8 +27,16 @@ from sddx.data.selfdata import (
     judge,
     write_answers,
 )
-from sddx.data.shards import read_rows, write_rows
+from sddx.data.shards import read_examples, read_rows, write_rows
+from sddx.data.sources import pinned
 from sddx.records import Example, UserError
+from sddx.runtime import Runtime
+from sddx.stages.distill import distill
+from sddx.stages.prepare import prepare
+from sddx.store import Store
+from sddx.train import _files
+
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
 PROMPTS = [
     "what ?",
@@ -118,6 +132,54 @@ def test_long_prompts_are_refused_and_all_rows_are_reported() -> None:
     assert answers[0] == Answer("", TOO_LONG)
     assert answers[1:] == write_answers(model, tokenizer, PROMPTS, **GREEDY)
     assert sum(done) == len(answers)
+
+
+REAL = {
+    "gsm8k": ("gsm8k_train.jsonl", checkers.math_answer),
+    "alpaca": ("alpaca_train.json", checkers.none),
+    "dolly": ("dolly_train.json", checkers.none),
+}
+
+
+def head(path: Path, name: str, count: int) -> str:
+    """A file with the shortest rows of a real one: the embedded model's context is small."""
+    text = Path(real_file(name)).read_text()
+    rows = json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
+    rows = sorted(rows, key=lambda row: sum(map(len, row.values())))[:count]
+    path.write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize("dataset", REAL)
+def test_real_rows_are_distilled_from_a_local_file(dataset: str, tmp_path: Path) -> None:
+    """prepare and distill on rows in each published format, by the embedded model: every row comes back once, in
+    its order, with its reference and either the model's own answer or the reason why not."""
+    name, check = REAL[dataset]
+    given = [f"dataset={dataset}", f"dataset.data_files={head(tmp_path / name, name, 6)}", "dataset.size=4"]
+    if dataset == "dolly":  # this copy has Alpaca's columns
+        given += ["dataset.prompt='{instruction} {input}'", "dataset.response=output"]
+    with composed(*given, "generation.max_new_tokens=8") as cfg:
+        config = resolve(cfg)
+    quiet, store = Runtime(quiet=True), Store(tmp_path / "store")
+    (file,) = files = _files(store, pinned(config["dataset"]))
+    assert file.path == tmp_path / name
+    data = store.build(prepare, *files, runtime=quiet, dataset=config["dataset"], validation=2)
+    (shard,) = sorted((data.path / "shards").iterdir())
+    asked = {name: config["dataset"][name] for name in ("check", "rewrite")}
+    asked |= {"generation": config["generation"], "dtype": "float32", "attention": "sdpa", "guided": True}
+    inputs = store.source("model", CHECKPOINT), store.source("rows", shard)
+    rewrites = read_rows(Rewrite, store.build(distill, *inputs, runtime=quiet, **asked).path / "rewrites.jsonl")
+
+    examples = [*read_examples(data.path / "validation.jsonl"), *read_examples(shard)]
+    assert len({e.id for e in examples}) == 6 and {e.origin for e in examples} == {"reference"}
+    assert [(r.id, r.prompt, r.reference) for r in rewrites] == [(e.id, e.prompt, e.response) for e in examples[2:]]
+    assert all("####" in e.response for e in examples) == (dataset == "gsm8k")
+    assert {r.reason for r in rewrites} <= {"", *REASONS} - {TOO_LONG}
+    assert any(not r.reason for r in rewrites) == (dataset != "gsm8k")  # nobody expects the tiny model to be right
+    assert all(not r.reason or r.reason != "wrong answer" or not check(r.answer, r.reference) for r in rewrites)
+    for row, rewrite in zip(distil(rewrites, fallback="reference"), rewrites, strict=True):
+        refused = (rewrite.reference, "reference", rewrite.reason)
+        assert (row.response, row.origin, row.note) == (refused if rewrite.reason else (rewrite.answer, "self", ""))
 
 
 def example(id: str) -> Example:

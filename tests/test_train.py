@@ -17,7 +17,9 @@ from composing import SMALL, composed
 import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
-from sddx.records import UserError
+from sddx.data.shards import write_rows
+from sddx.records import Artifact, Example, UserError
+from sddx.report import table
 from sddx.train import run
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
@@ -41,7 +43,7 @@ def test_the_summary_says_all_that_was_promised(first: tuple[Path, Path, dict]) 
     promised = (
         "recovery recovery_low recovery_high recovery_trained recovery_held_out gap_closed pruned_recovery "
         "scores cut parameters supervised_tokens steps fallback_share seconds peak_memory artifacts choices "
-        "versions"
+        "versions overlap"
     ).split()
     assert set(promised) <= summary.keys()
     assert all(summary["scores"][model].keys() >= {"tiny_facts", "average"} for model in summary["scores"])
@@ -56,6 +58,32 @@ def test_metrics_reach_csv_and_wandb(first: tuple[Path, Path, dict]) -> None:
     names = {row["name"] for row in csv.DictReader((out / "metrics.csv").open())}
     assert {"train/loss", "train/squarehead", "train/learning_rate", "validation/loss"} <= names
     assert len(list(out.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_training_rows_that_stand_in_the_evaluation_are_told(
+    first: tuple[Path, Path, dict], tmp_path: Path
+) -> None:
+    """An evaluation item among the training rows: one of its task's items overlaps; the others are as before. The
+    stage looks at the same items as the evaluation, and the table says so."""
+    from sddx.evaluation.harness import task_texts
+    from sddx.runtime import Runtime
+    from sddx.stages.overlap import overlap
+
+    _, store, summary = first
+    found = summary["overlap"]["tasks"]
+    assert {task: record["items"] for task, record in found.items()} == {"tiny_arithmetic": 6, "tiny_facts": 6}
+    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6)
+    rows = Path(next(store.glob(f"prepare/*/{summary['artifacts']['prepare']}")))
+    shutil.copytree(rows, tmp_path / "rows")
+    question, answer = texts["tiny_facts"][2].split("\n", 1)
+    write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
+    settings = {"tasks": list(texts), "include": None, "limit": 6, "runtime": Runtime(quiet=True)}
+    overlap(tmp_path, Artifact("prepare", "key", tmp_path / "rows"), **settings)
+    told = json.loads((tmp_path / "overlap.json").read_text())
+    assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
+    assert told["tasks"]["tiny_arithmetic"] == found["tiny_arithmetic"]
+    shown = dict(table.lines(summary | {"overlap": told}))["overlap with training rows"]
+    assert "tiny_facts 16.7 %" in shown and "13 words" in shown
 
 
 def test_the_same_command_again_builds_nothing_and_has_its_curves(
@@ -78,7 +106,7 @@ def test_another_arm_and_seed_share_what_they_can(first: tuple[Path, Path, dict]
     out, store, summary = first
     other = job(tmp_path, store, "loss=sft", "seed=1")
     same = {stage for stage, key in summary["artifacts"].items() if other["artifacts"].get(stage) == key}
-    assert same == {"model", "prepare", "score", "prune", "evaluate_unpruned", "evaluate_pruned"}
+    assert same == {"model", "prepare", "score", "prune", "evaluate_unpruned", "evaluate_pruned", "overlap"}
     assert other["fallback_share"] is None and 0 <= summary["fallback_share"] <= 1
     compare([str(out), str(tmp_path)])
 
@@ -285,6 +313,26 @@ def test_a_model_without_a_chat_template_is_refused(first: tuple[Path, Path, dic
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="chat template"):
         job(tmp_path / "out", first[1], "model=local", f"model.path={tmp_path / 'model'}")
+
+
+BROKEN = {
+    "it drops the prompt": (
+        "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}",
+        "drops the user",
+    ),
+    "it drops the answer": ("{{ messages[0].content }}", "cannot be found"),
+    "it does not render": ("{{ raise_exception('no turns') }}", "no turns"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_chat_template_is_told_before_any_work(name: str, tmp_path: Path) -> None:
+    template, complaint = BROKEN[name]
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=complaint):
+        job(tmp_path / "out", tmp_path / "store", "model=local", f"model.path={tmp_path / 'model'}")
+    assert not (tmp_path / "store").exists()
 
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:

@@ -23,6 +23,15 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _LONGEST_NUMBER = 100
+# What follows "the answer is", up to the end of the sentence or to where it begins to explain the answer.
+_STATEMENT = re.compile(
+    r"\banswer\b(?:[*_ ]*[:=]|[^.?!:\n\d]{0,60}?\b(?:is|would be)\b:?)\s*([^\n]+?)"
+    r"(?=[.!?;](?:\s|$)|,\s|\s\(|\s(?:because|since|as|which|so)\b|\n|$)",
+    re.IGNORECASE,
+)
+_INLINE = re.compile(r"\W*?(?:\$|\\\()(.+?)(?:\$|\\\))\W*")
+_TEXT = r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"
+_UNIT = re.compile(rf"\s*(?:[^\W\d_]{{2,}}(?:[ /][^\W\d_]+)*\d?|\\?%|[°$€£]|{_TEXT})?\s*")
 _STATED = r"[\s:=*\"'(\[]*"
 _LETTERS = (
     re.compile(r"boxed\{\W*(?:text\{)?\W*([A-J])\b"),
@@ -43,9 +52,13 @@ def final_number(text: str) -> Fraction | None:
     itself).
     """
     found = list(_NUMBER.finditer(_plain(text.rsplit("####", 1)[-1])))
-    if not found or len(found[-1].group()) > _LONGEST_NUMBER:
+    return _value(found[-1]) if found else None
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    if len(number.group()) > _LONGEST_NUMBER:
         return None
-    part = found[-1].groupdict()
+    part = number.groupdict()
     if part["decimal"]:
         value = Fraction(part["decimal"].replace(",", ""))
     elif int(part["bottom"]) == 0:
@@ -64,6 +77,74 @@ def last_number(answer: str, reference: str) -> bool:
     """
     number = final_number(answer)
     return number is not None and number == final_number(reference)
+
+
+def math_answer(answer: str, reference: str) -> bool:
+    """Whether both give the same answer: equal numbers, whatever their units, or the same expression (see
+    `final_answer`).
+
+    Expressions are compared as text, so `x+1` is not `1+x`: a right answer that is refused gives way to its
+    reference, while a wrong one that is accepted would be trained. Two unreadable answers do not agree.
+    """
+    written = final_answer(answer)
+    return written is not None and written == final_answer(reference)
+
+
+def final_answer(text: str) -> Fraction | str | None:
+    """The answer that a text commits itself to: the number after GSM8K's last `####`; else what is in its last
+    `\\boxed{}`; else what it last states ("the answer is 72"); else its last number.
+
+    A stated answer comes before the last number because chat models go on after it ("The answer is 72. I hope
+    this helps, 2 things to note ..."), where SDFT's rule (`last_number`) reads 2. "The answer is 3 + 4 = 7" states
+    7. A box, or a statement that is a formula between dollars, gives a number where it holds nothing else but a
+    unit, or else an expression, as text without spaces and in one spelling. None where nothing can be read.
+    """
+    if "####" in text:
+        return final_number(text)
+    if (inside := _boxed(text)) is not None:
+        return _formula(inside)
+    stated = [answer for piece in _STATEMENT.findall(text) if (answer := _stated(piece)) is not None]
+    return stated[-1] if stated else final_number(text)
+
+
+def _boxed(text: str) -> str | None:
+    """What stands between the braces of the last `\\boxed{`; None without one, or where it does not close."""
+    _, mark, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for place, letter in enumerate(rest if mark else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return rest[:place]
+    return None
+
+
+def _stated(piece: str) -> Fraction | str | None:
+    """The formula, or the number at the beginning, of what is stated; of an equation its right side."""
+    if formula := _INLINE.fullmatch(piece):
+        return _formula(formula[1])
+    right = _plain(piece).rsplit("=", 1)[-1]
+    found = _NUMBER.search(right)
+    return _value(found) if found and not re.search(r"\w", right[: found.start()]) else None
+
+
+def _formula(formula: str) -> Fraction | str | None:
+    """A number with at most a unit beside it; else the expression; None for an empty formula."""
+    text = re.sub(rf"^{_TEXT}$", r"\1", _tidy(formula))
+    text = re.sub(r"^[A-Za-z]\s*=", "", text).strip()  # x = 3 answers with 3
+    plain = re.sub(r"^([-−]) ", r"\1", _plain(text))
+    number = _NUMBER.match(plain)
+    if number and not re.search(r"\d\s*\^", text) and _UNIT.fullmatch(plain, number.end()):
+        return _value(number)
+    return re.sub(r"\s+", "", re.sub(_TEXT, r"\1", text)) or None
+
+
+def _tidy(formula: str) -> str:
+    """LaTeX in one spelling, without what only changes its look."""
+    text = re.sub(r"\\left|\\right|\\displaystyle|\\[,;:! ]|~", " ", formula.replace("{,}", ","))
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\^\s*\{?\\circ\}?|\\degree", "°", text)
+    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", text).lstrip(" $").rstrip(" $.")
 
 
 def exact(answer: str, reference: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sddx.records import Batch, Example, UserError
@@ -38,7 +39,8 @@ class Ending:
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None = None) -> str:
     """The chat template's text of one user turn, up to where the answer begins, or with the answer and all
-    that the template puts after it. Raises UserError for a tokenizer without a chat template."""
+    that the template puts after it. Raises UserError for a tokenizer without a chat template, and for one that
+    does not render."""
     if not tokenizer.chat_template:
         raise UserError(
             "The tokenizer has no chat template, so prompts and answers cannot be told apart. Given: "
@@ -49,15 +51,27 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     generating = {"add_generation_prompt": response is None}
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, **generating, **_TEMPLATE_SETTINGS))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **generating, **_TEMPLATE_SETTINGS))
+    except TemplateError as error:
+        raise UserError(
+            f"The chat template does not render a user's turn: {type(error).__name__}: {error}. Use the template "
+            "that belongs to the model."
+        ) from error
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     """What the template writes after an answer. Its first special token ends the turn; where it holds none,
-    the tokenizer's end-of-sequence token is put there. Raises UserError where there is neither, and where the
-    rendered prompt is not the beginning of the rendered conversation."""
+    the tokenizer's end-of-sequence token is put there. Raises UserError where there is neither, where the
+    template drops the prompt or the answer, and where the rendered prompt is not the beginning of the rendered
+    conversation."""
     prompt, answer = "Hello", "Good day"
     start, whole = render(tokenizer, prompt), render(tokenizer, prompt, answer)
+    if prompt not in start:
+        raise UserError(
+            f"The chat template drops the user's prompt. Given: {prompt!r} is rendered as {start!r}. Use the "
+            "template that belongs to the model."
+        )
     if not whole.startswith(start) or answer not in whole[len(start) :]:
         raise UserError(
             "The chat template renders a prompt differently once it is answered, so the answer's tokens "

@@ -15,8 +15,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sddx.hub import asking
 from sddx.records import Dataset, Example, UserError
 
+COMMIT = re.compile("[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
 Check = Callable[[str, str], bool]
@@ -49,6 +51,8 @@ def hub(
     subset: str | None,
     split: str,
     revision: str | None,
+    data_files: str | None = None,
+    only: Mapping[str, Any] | None = None,
     prompt: str,
     response: str,
     size: int | None,
@@ -58,11 +62,13 @@ def hub(
     trains: Sequence[str] = (),
 ) -> Dataset:
     """As `jsonl`, for a dataset of the Hugging Face hub at one `revision` (a commit, for a result to be
-    repeated).
+    repeated). `data_files` is a local file of the same rows, as `jsonl` reads it: the hub is then not asked, and
+    `subset`, `split` and `revision` mean nothing. `only` leaves the rows whose columns have these values.
 
-    Raises UserError also where it cannot be reached, or has no such subset, split or revision.
+    Raises UserError also where it cannot be reached, or has no such subset, split or revision, and where `only`
+    leaves no row.
     """
-    rows = _hub_rows(name, subset, split, revision)
+    rows = _only(only or {}, _hub_rows(name, subset, split, revision, data_files), name)
     examples = _examples(rows, prompt, response, where=name)
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
@@ -80,52 +86,83 @@ def hub_texts(
     subset: str | None,
     split: str,
     revision: str | None,
+    data_files: str | None = None,
     column: str,
     size: int | None,
     seed: int,
 ) -> list[str]:
-    """As `texts`, for a dataset of the hub."""
-    examples = _examples(_hub_rows(name, subset, split, revision), column, column, where=name)
+    """As `texts`, for a dataset of the hub, or its rows in the local file `data_files` (see `hub`)."""
+    examples = _examples(_hub_rows(name, subset, split, revision, data_files), column, column, where=name)
     return [example.prompt for example in _head(examples, size, seed, where=name)]
 
 
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration node of `hub` or `hub_texts` with its revision resolved to a commit, so that a dataset is
-    known by its content; any other node as it is. Raises UserError where the hub cannot be asked."""
-    if not {"name", "revision"} <= node.keys() or re.fullmatch("[0-9a-f]{40}", node["revision"] or ""):
+    known by its content; a node whose rows are in a local file, and any other, as it is. Raises UserError where
+    the hub cannot be asked."""
+    if not of_hub(node) or COMMIT.fullmatch(node["revision"] or ""):
         return dict(node)
     from huggingface_hub import HfApi
 
-    try:
-        commit = HfApi().dataset_info(node["name"], revision=node["revision"]).sha
-    except Exception as error:  # no network, no such dataset, no access: all the user's to mend
-        raise UserError(
-            f"The commit of dataset {node['name']} (revision {node['revision']}) cannot be asked for: "
-            f"{type(error).__name__}. Without a network, give a revision of 40 hexadecimal digits that is in the "
-            "cache of `datasets`; dataset=tiny_arithmetic needs neither."
-        ) from error
+    name, revision = node["name"], node["revision"]
+    offline = (
+        f"the commit of dataset {name} (revision {revision}) cannot be asked for. Without a network, give a "
+        "revision of 40 hexadecimal digits that is in the cache of `datasets` (python -m sddx.fetch fills it and "
+        "says which), or the rows in a local file (data_files=...); dataset=tiny_arithmetic needs neither."
+    )
+    with asking("dataset", name, revision, otherwise=offline):
+        commit = HfApi().dataset_info(name, revision=revision).sha
     return {**node, "revision": commit}
 
 
-def _hub_rows(name: str, subset: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+def of_hub(node: Mapping[str, Any]) -> bool:
+    """Whether a node's rows come from the hub: one of `hub` or `hub_texts` that names no local file."""
+    return {"name", "revision"} <= node.keys() and not node.get("data_files")
+
+
+def _hub_rows(
+    name: str, subset: str | None, split: str, revision: str | None, data_files: str | None
+) -> Iterable[dict[str, Any]]:
+    if data_files is not None:
+        return read_table(Path(data_files))
+    return from_hub(name, subset, split=split, revision=revision)
+
+
+def from_hub(name: str, subset: str | None, *, split: str | None, revision: str | None) -> Any:
+    """The rows of a dataset of the hub, from the cache of `datasets` where they are in it; of all splits, by name,
+    where `split` is None. Raises UserError where it cannot be loaded."""
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, subset, split=split, revision=revision))
+        return datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
         raise UserError(
             f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
             f"subset={subset}, split={split}, revision={revision}. Check the name, the network and (for a "
-            "gated dataset) `hf auth login`; a local file is read by sddx.data.sources.jsonl, and "
+            "gated dataset) `hf auth login`; rows in a local file are given as data_files=rows.jsonl, and "
             "dataset=tiny_arithmetic needs no network."
         ) from error
+
+
+def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The rows whose columns have the wanted values. Raises UserError where there is none."""
+    kept = [row for row in rows if all(row.get(column) == value for column, value in wanted.items())]
+    if not kept:
+        raise UserError(
+            f"No row of {where} has {dict(wanted)}. Name columns and values that it has in dataset.only, or "
+            "set it to null for all rows."
+        )
+    return kept
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON lines, JSON array or Parquet file. Raises UserError where it is missing, damaged or
     empty."""
     if not path.is_file():
-        raise UserError(f"There is no dataset file {path} (looked in {path.absolute().parent}). Mend dataset.path.")
+        raise UserError(
+            f"There is no dataset file {path} (looked in {path.absolute().parent}). "
+            "Mend its path (dataset.path, or data_files for rows of the hub)."
+        )
     rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
     if not rows:
         raise UserError(f"The dataset file {path} is empty. Give a file with at least one row.")

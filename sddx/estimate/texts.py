@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.build import build
-from sddx.evaluation.harness import OWN_TASKS
+from sddx.evaluation.tasks import OWN_TASKS
 
 CHARACTERS = 4  # a token, in English, with a vocabulary of 32,000 words or more; ours
 SAMPLE = 64  # rows of a local data set that lengths are taken from

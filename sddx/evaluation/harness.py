@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sddx.evaluation.statistics import expected_half_width, standard_error
-from sddx.evaluation.task_data import task_datasets as task_datasets  # what is fetched for this harness
 from sddx.evaluation.tasks import SEEDS, configure, draw, given, load, require_metrics, require_room
 from sddx.records import UserError
 from sddx.runtime import Runtime
@@ -332,3 +331,22 @@ def responses(results: Mapping[str, Any]) -> list[str]:
     """All generated answers, for measures of the text itself."""
     records = results["tasks"].values()
     return [s["response"] for record in records for s in record["samples"] if s["response"] is not None]
+
+
+def task_texts(tasks: Sequence[str], include: str | None, limit: Any) -> dict[str, list[str]]:
+    """The text of every item that an evaluation of these tasks looks at, by task: its prompt and its target, or
+    all its choices, without few-shot examples. Raises UserError as `evaluate` does."""
+    with _calm(True), _seeded():
+        loaded, part_of = load(tasks, include)
+        drawn, texts = draw(loaded["tasks"], part_of, limit), {}
+        for name, task in loaded["tasks"].items():
+            documents = task.eval_docs
+            items = drawn[name] if drawn else range(len(documents))
+            texts[name] = [_text(task, documents[item]) for item in items]
+    return texts
+
+
+def _text(task: Any, document: Any) -> str:
+    """A document's question and what may be answered. A task that is written as code may have no choices."""
+    answers = task.doc_to_choice(document) if task.get_config("doc_to_choice") else [task.doc_to_target(document)]
+    return "\n".join(map(str, [task.doc_to_text(document), *answers]))

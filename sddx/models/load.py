@@ -8,18 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sddx.hub import asking
 from sddx.models.anatomy import decoder
 from sddx.records import UserError
 
@@ -60,33 +54,27 @@ def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is a folder but holds no config.json. Give a model's own folder.")
         return folder.resolve(), None
-    try:
-        cached = snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True)
-        snapshot = Path(cached)
-        if not _has_weights(snapshot):
-            raise LocalEntryNotFoundError(f"{snapshot} is incomplete")
-    except (LocalEntryNotFoundError, HFValidationError):
-        snapshot = _download(path, revision)
+    snapshot = cached(path, revision) or download(path, revision)
     return snapshot, snapshot.name
 
 
-def _download(path: str, revision: str | None) -> Path:
-    """Fetch a hub snapshot; every way in which that fails is the user's to mend."""
+def cached(path: str, revision: str | None) -> Path | None:
+    """The whole snapshot of a hub model in this machine's cache; None where it is not there, or not all of it."""
     try:
+        found = Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return found if _has_weights(found) else None
+
+
+def download(path: str, revision: str | None) -> Path:
+    """Fetch a hub model's snapshot. Raises UserError where it is gated, not found, or out of reach."""
+    otherwise = (
+        f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub. Give an "
+        "existing folder or a hub id that can be reached from here; model=tiny needs no network."
+    )
+    with asking("model", path, revision, otherwise=otherwise):
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{path} is gated and this account has no access. Accept its licence at "
-            f"https://huggingface.co/{path}, then log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{path} has no revision {revision!r}. Give an existing branch, tag or commit.") from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise UserError(
-            f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub "
-            f"({type(error).__name__}). Give an existing folder or a hub id that can be reached from here; "
-            f"model=tiny needs no network."
-        ) from error
 
 
 def _has_weights(folder: Path) -> bool:

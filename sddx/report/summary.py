@@ -21,7 +21,8 @@ from sddx.store import manifest
 @dataclass(frozen=True)
 class Found:
     """What a run built, or found in the store. `rows` are the held-out shard and the training shards;
-    `results` the evaluations of the unpruned, the pruned and the recovered model."""
+    `results` the evaluations of the unpruned, the pruned and the recovered model; `overlap` what the training rows
+    share with the evaluation."""
 
     model: Artifact
     scores: list[Artifact]
@@ -31,11 +32,12 @@ class Found:
     rows: list[Artifact]
     student: Artifact
     results: dict[str, Artifact]
+    overlap: Artifact
 
     def artifacts(self) -> list[Artifact]:
         """All of them in one row, from which `of` makes the record again."""
         first = [self.model, *self.scores, self.cut, *self.patches, self.data]
-        return [*first, *self.rows, self.student, *self.results.values()]
+        return [*first, *self.rows, self.student, *self.results.values(), self.overlap]
 
     @classmethod
     def of(cls, artifacts: Sequence[Artifact]) -> Found:
@@ -54,6 +56,7 @@ class Found:
         stages = {"prepare": [self.data], "score": self.scores, "prune": [self.cut], "patch": self.patches}
         stages |= {"distill": distilled, "train": [self.student]}
         stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
+        stages |= {"overlap": [self.overlap]}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
     def rewrites(self) -> list[Rewrite]:
@@ -62,7 +65,8 @@ class Found:
         return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
 
 
-SINGLE = {"model": "model", "cut": "prune", "data": "prepare", "student": "train"}  # of what a run has one of
+# Of what a run has one of.
+SINGLE = {"model": "model", "cut": "prune", "data": "prepare", "student": "train", "overlap": "overlap"}
 
 
 def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +103,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
         **summarise(scores, chance=chance, trained=trained, part_of=part_of),
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),
+        "overlap": _read(found.overlap, "overlap.json"),
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}

@@ -59,6 +59,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("perplexity", _text(summary, "perplexity", "{:,.2f}", " on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
+        ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
@@ -75,6 +76,20 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
     values = {model: text.get(measure) for model, text in summary.get("text", {}).items()}
     shown = [f"{model} {form.format(value)}" for model, value in values.items() if value is not None]
     return ", ".join(shown) + unit if shown else ABSENT
+
+
+def _overlap(summary: Mapping[str, Any]) -> str:
+    """The share of items that share a run of words with a training row, of each task (with its parts) that has
+    any."""
+    if not (found := summary.get("overlap")):
+        return ABSENT
+    items, hits = Counter[str](), Counter[str]()
+    for task, record in found["tasks"].items():
+        name = summary.get("part_of", {}).get(task, task)
+        items[name] += record["items"]
+        hits[name] += record["overlapping"]
+    shown = [f"{name} {percent(count / items[name])}" for name, count in hits.items() if count]
+    return (", ".join(shown) or "none") + f" of evaluation items ({found['words']} words in a row)"
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:

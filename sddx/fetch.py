@@ -1,0 +1,224 @@
+"""What a run needs from the Hugging Face hub, fetched beforehand: `python -m sddx.fetch +experiment=llama_26L`.
+
+It takes the same settings as `python -m sddx.train`, and is all of a run that needs a network: afterwards the
+same command, with the revisions that it prints, runs without one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from sddx.config import CONF, check, resolve
+from sddx.hub import asking
+from sddx.records import UserError
+from sddx.train import SURROUNDINGS, recover
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A repository of the hub (`kind` model or dataset), its subset where a data set has any, the revision asked
+    for, and the groups of the configuration that ask."""
+
+    kind: str
+    name: str
+    subset: str | None
+    revision: str | None
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A wanted repository as the hub has it: its commit, the bytes of its files, and whether they are here."""
+
+    wanted: Wanted
+    commit: str
+    size: int
+    present: bool
+
+
+def wanted(config: dict[str, Any]) -> list[Wanted]:
+    """What a run of this configuration reads from the hub: the models that are no local folder, the rows and texts
+    that are in no local file, and the data of evaluation tasks. Raises UserError for a task that is not known."""
+    from sddx.data.sources import of_hub
+
+    models = [("model", config["model"]["path"], config["model"]["revision"]), ("teacher", config["teacher"], None)]
+    groups: dict[tuple[str, str, str | None, str | None], list[str]] = {}
+    for group, path, revision in models:
+        if path and not Path(path).expanduser().is_dir():
+            groups.setdefault(("model", path, None, revision), []).append(group)
+    for group in ("dataset", "calibration", "text"):
+        if of_hub(node := config[group]):
+            groups.setdefault(("dataset", node["name"], node["subset"], node["revision"]), []).append(group)
+    for name, subset in _task_data(config):
+        groups.setdefault(("dataset", name, subset, None), []).append("evaluation")
+    return [Wanted(*repository, groups=tuple(dict.fromkeys(names))) for repository, names in groups.items()]
+
+
+def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The data sets of all tasks that are evaluated or that a metric looks at."""
+    from sddx.evaluation.task_data import task_datasets
+
+    value = (config["pruning"].get("metric") or {}).get("value")
+    nodes = [config["evaluation"], *([value] if isinstance(value, dict) and "tasks" in value else [])]
+    return [pair for node in nodes for pair in task_datasets(node["tasks"], node.get("include"))]
+
+
+def look(repository: Wanted) -> Seen:
+    """Ask the hub, without downloading. Raises UserError where the repository is not found, is gated without
+    access, has no such revision or subset, or the hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    from sddx.models.load import FILES
+
+    kind, name, revision = repository.kind, repository.name, repository.revision
+    otherwise = (
+        f"the hub has no {kind} {name}, or it cannot be reached from here. Check the name and the network; "
+        "where there is none, run this on a machine that has one and copy its cache (HF_HOME)."
+    )
+    with asking(kind, name, revision, otherwise=otherwise):
+        HfApi().auth_check(name, repo_type=kind)
+        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        info = ask(name, revision=revision, files_metadata=True)
+    files = filter_repo_objects(
+        info.siblings or [], allow_patterns=FILES if kind == "model" else None, key=lambda file: file.rfilename
+    )
+    commit = str(info.sha)
+    return Seen(repository, commit, sum(file.size or 0 for file in files), _present(repository, commit))
+
+
+def _present(repository: Wanted, commit: str) -> bool:
+    """Whether this commit is in the cache of this machine, whole."""
+    if repository.kind == "model":
+        from sddx.models.load import cached
+
+        snapshot = cached(repository.name, repository.revision)
+        return snapshot is not None and snapshot.name == commit
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(repository.name, repository.subset, revision=commit)
+    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
+        raise UserError(
+            f"dataset {repository.name} (subset {repository.subset}) cannot be read: {type(error).__name__}: "
+            f"{error}. Check the subset and the network."
+        ) from error
+    return Path(builder.cache_dir).is_dir()
+
+
+def too_large(seen: Sequence[Seen]) -> list[str]:
+    """What is wrong with the room on the disks that hold the caches; nothing where all fits. A data set counts
+    twice, as it comes and as it is unpacked, and whole, whatever its subset: the room needed at most."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    needed: dict[int, int] = {}
+    folders: dict[int, Path] = {}
+    for one in (one for one in seen if not one.present):
+        unpacked = [Path(datasets.config.HF_DATASETS_CACHE)] if one.wanted.kind == "dataset" else []
+        for folder in (Path(HF_HUB_CACHE), *unpacked):
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            disk = existing.stat().st_dev
+            needed[disk] = needed.get(disk, 0) + one.size
+            folders.setdefault(disk, existing)
+    free = {disk: shutil.disk_usage(folder).free for disk, folder in folders.items()}
+    return [
+        f"There is not enough room in {folders[disk]}: {_bytes(size)} needed at most, {_bytes(free[disk])} free. "
+        "Make room, or put the caches elsewhere with HF_HOME=/another/folder."
+        for disk, size in needed.items()
+        if size > free[disk]
+    ]
+
+
+def fetch(config: dict[str, Any], console: Console) -> None:
+    """Download what a run of this configuration needs and the machine lacks, and print what there is, with the
+    overrides that pin it. Raises one UserError, before any download, with all that stands in the way."""
+    repositories = wanted(config)
+    if not repositories:
+        console.print("Nothing to fetch: the model, the rows, the texts and the tasks of this run are all here.")
+        return
+    seen: list[Seen] = []
+    wrong: list[str] = []
+    for repository in repositories:
+        try:
+            seen.append(look(repository))
+        except UserError as error:
+            wrong.extend(error.args)
+    if wrong := [*wrong, *too_large(seen)]:
+        raise UserError(*wrong)
+    for one in seen:
+        if not one.present:
+            _download(one)
+    _show(seen, console)
+
+
+def _download(one: Seen) -> None:
+    from sddx.data.sources import from_hub
+    from sddx.models.load import download
+
+    if one.wanted.kind == "model":
+        download(one.wanted.name, one.wanted.revision)
+    else:
+        from_hub(one.wanted.name, one.wanted.subset, split=None, revision=one.commit)
+
+
+def _show(seen: Sequence[Seen], console: Console) -> None:
+    table = Table(title="From the hub", title_justify="left")
+    for column in ("for", "what", "commit", "size", ""):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for one in seen:
+        repository = one.wanted
+        what = f"{repository.kind} {repository.name}" + (f" ({repository.subset})" if repository.subset else "")
+        state = "was here" if one.present else "downloaded"
+        table.add_row(", ".join(repository.groups), what, one.commit[:12], _bytes(one.size), state)
+    console.print(table)
+    pinned = [(group, one.commit) for one in seen for group in one.wanted.groups]
+    pins = [f"{group}.revision={commit}" for group, commit in pinned if group not in ("teacher", "evaluation")]
+    if pins:
+        console.print("To run on exactly these, with or without a network, add:")
+        console.print(" ".join(pins), soft_wrap=True, highlight=False)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _composed(cfg: DictConfig) -> None:
+    try:
+        if "sweeps" in HydraConfig.get().runtime.choices:
+            raise UserError("A file of sweeps/ describes many runs. Fetch for each model and data set it names.")
+        config = resolve(cfg)
+        check(config, recover, also=SURROUNDINGS)
+        fetch(config, Console(width=max(120, Console().width)))
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main() -> None:
+    """The command line. A run folder is neither needed nor made."""
+    if any(argument == "-m" or argument.startswith("--mul") for argument in sys.argv[1:]):
+        print(
+            "\nerror: --multirun is not for fetching: give one configuration, without it, for each model and "
+            "data set that the sweep names.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    sys.argv[1:1] = ["hydra.run.dir=.", "hydra/job_logging=stdout"]
+    _composed()
+
+
+if __name__ == "__main__":
+    main()

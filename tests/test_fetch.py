@@ -1,0 +1,185 @@
+"""Fetching: what a run needs of the hub, told before any download, and then downloaded once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import httpx
+import huggingface_hub
+import pytest
+from composing import composed
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+from rich.console import Console
+
+import sddx
+from sddx.config import resolve
+from sddx.evaluation import task_data
+from sddx.fetch import Wanted, fetch, wanted
+from sddx.models import load
+from sddx.records import UserError
+
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
+COMMITS = {"meta-llama/Llama-3.1-8B-Instruct": "a" * 40, "openai/gsm8k": "b" * 40, "Salesforce/wikitext": "c" * 40}
+SIZES = {"config.json": 1_000, "model.safetensors": 16_000_000_000, "original/weights.pth": 10**15}
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+class Hub:
+    """A hub with these repositories, and caches that are empty at first. `refused` maps a repository to what
+    asking for it raises; `downloads` are in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.refused: dict[str, Exception] = {}
+        self.downloads: list[tuple] = []
+
+    def info(self, name: str, *, revision: str | None, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        sizes = SIZES if name == LLAMA else {"data.parquet": 2_000_000}
+        files = [SimpleNamespace(rfilename=file, size=size) for file, size in sizes.items()]
+        return SimpleNamespace(sha=COMMITS[name], siblings=files)
+
+    def auth_check(self, name: str, *, repo_type: str) -> None:
+        if name in self.refused:
+            raise self.refused[name]
+
+    def snapshot(self, name: str, *, local_files_only: bool = False, **_: object) -> str:
+        folder = self.folder / COMMITS[name]
+        if local_files_only and not folder.exists():
+            raise LocalEntryNotFoundError("not cached")
+        if not local_files_only:
+            self.downloads.append((name,))
+            shutil.copytree(CHECKPOINT, folder)
+        return str(folder)
+
+    def builder(self, name: str, subset: str | None, *, revision: str) -> SimpleNamespace:
+        return SimpleNamespace(cache_dir=str(self.folder / f"{name.replace('/', '___')}-{subset}-{revision}"))
+
+    def load_dataset(self, name: str, subset: str | None, *, split: str | None, revision: str) -> None:
+        assert split is None
+        self.downloads.append((name, subset))
+        Path(self.builder(name, subset, revision=revision).cache_dir).mkdir()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(tmp_path)
+    for name, answer in (("auth_check", made.auth_check), ("model_info", made.info), ("dataset_info", made.info)):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda self, *a, answer=answer, **k: answer(*a, **k))
+    monkeypatch.setattr(load, "snapshot_download", made.snapshot)
+    monkeypatch.setattr(datasets, "load_dataset_builder", made.builder)
+    monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
+    tasks = {"gsm8k": ("openai/gsm8k", "main")}
+    monkeypatch.setattr(
+        task_data, "task_datasets", lambda names, _: [tasks[name] for name in names if name in tasks]
+    )
+    room(monkeypatch, 10**12)
+    return made
+
+
+def room(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free))
+
+
+def configured(*overrides: str) -> dict:
+    with composed("run.name=x", *overrides) as cfg:
+        return resolve(cfg)
+
+
+def fetched(*overrides: str) -> str:
+    console = Console(width=160, record=True, quiet=True)
+    with console.capture() as said:
+        console.quiet = False
+        fetch(configured(*overrides), console)
+    return said.get()
+
+
+def test_a_run_wants_what_is_not_on_this_machine(hub: Hub, tmp_path: Path) -> None:
+    """The paper's experiment: a gated model, rows that are also a task's data, texts for two purposes. What is
+    local or generated is not wanted."""
+    assert wanted(configured("+experiment=llama_26L")) == [
+        Wanted("model", LLAMA, None, None, ("model",)),
+        Wanted("dataset", "openai/gsm8k", "main", None, ("dataset", "evaluation")),
+        Wanted("dataset", "Salesforce/wikitext", "wikitext-2-raw-v1", None, ("calibration", "text")),
+    ]
+    local = [f"{group}.data_files=rows.jsonl" for group in ("dataset", "calibration", "text")]
+    local += ["model=tiny", "evaluation.tasks=[tiny_facts]"]
+    assert wanted(configured("+experiment=llama_26L", *local)) == wanted(configured()) == []
+    assert wanted(configured("teacher=some/one")) == [Wanted("model", "some/one", None, None, ("teacher",))]
+    selection = ["pruning=shapley_task", "pruning.metric.value.tasks=[gsm8k]", "pruning.metric.value.oracle=true"]
+    assert wanted(configured(*selection)) == [Wanted("dataset", "openai/gsm8k", "main", None, ("evaluation",))]
+
+
+def test_everything_is_downloaded_once_and_pinned(hub: Hub) -> None:
+    """The second time all is there; the printed line pins what was resolved, and a run accepts it."""
+    first = fetched("+experiment=llama_26L")
+    everything = [(LLAMA,), ("openai/gsm8k", "main"), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    assert hub.downloads == everything and first.count("downloaded") == 3
+    assert "16.0 GB" in first and "2.0 MB" in first  # without the files that are never read
+    again = fetched("+experiment=llama_26L")
+    assert hub.downloads == everything and again.count("was here") == 3
+    pins = again.strip().splitlines()[-1].split()
+    config = configured("+experiment=llama_26L", *pins)
+    chosen = {"model": LLAMA, "dataset": "openai/gsm8k", "calibration": "Salesforce/wikitext"}
+    chosen["text"] = "Salesforce/wikitext"
+    assert {group: config[group]["revision"] for group in chosen} == {
+        g: COMMITS[name] for g, name in chosen.items()
+    }
+
+
+def test_all_that_stands_in_the_way_is_told_before_any_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gated model (with and without a token), an unknown revision, a hub out of reach, and too little room."""
+    hub.refused = {
+        LLAMA: GatedRepoError("no", response=RESPONSE),
+        "openai/gsm8k": RevisionNotFoundError("no", response=RESPONSE),
+        "Salesforce/wikitext": httpx.ConnectError("no"),
+    }
+    for token, said in ((None, "no access token"), ("hf_x", "this account has no access")):
+        monkeypatch.setattr("sddx.hub.get_token", lambda token=token: token)
+        with pytest.raises(UserError) as caught:
+            fetched("+experiment=llama_26L", "dataset.revision=v9")
+        for part in (said, "hf auth login", "no revision 'v9'", "ConnectError", "Salesforce/wikitext"):
+            assert part in str(caught.value)
+    hub.refused = {"Salesforce/wikitext": hub.refused["Salesforce/wikitext"]}
+    room(monkeypatch, 10**9)
+    with pytest.raises(UserError) as caught:
+        fetched("+experiment=llama_26L")
+    for part in ("Salesforce/wikitext", "16.0 GB needed", "1.0 GB free", "HF_HOME"):
+        assert part in str(caught.value)
+    assert not hub.downloads
+
+
+def test_a_subset_that_does_not_exist_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def builder(name: str, subset: str, *, revision: str) -> None:
+        raise ValueError(f"BuilderConfig {subset!r} not found")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    with pytest.raises(UserError, match="'mian' not found"):
+        fetched("dataset=gsm8k", "dataset.subset=mian")
+    assert not hub.downloads
+
+
+COMMANDS = {
+    "": (0, "Nothing to fetch"),
+    "--multirun seed=0,1": (2, "not for fetching"),
+    "+sweeps=depth": (2, "many runs"),
+}
+
+
+@pytest.mark.parametrize("given", COMMANDS)
+def test_the_command_line(given: str, tmp_path: Path) -> None:
+    """The defaults need nothing; a sweep is refused; no folder and no file is left behind."""
+    status, said = COMMANDS[given]
+    command = [sys.executable, "-m", "sddx.fetch", *given.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == status and said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
