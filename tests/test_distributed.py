@@ -95,8 +95,8 @@ def same(found: Found, expected: Found) -> None:
 
 @pytest.mark.parametrize(("strategy", "name"), [("ddp", "lora"), ("fsdp", "lora"), ("fsdp", "full")])
 def test_two_processes_find_what_one_finds_even_after_a_crash(tmp_path, one, strategy, name):
-    """With every kind of term, dropout, steps that do not divide by two, and with blocks computed again. Killed in the fifth step, with
-    checkpoints at the second and fourth, the same call goes on; only one process wrote."""
+    """With every kind of term, dropout, steps that do not divide by two, and blocks computed again. Killed in the
+    fifth step, with checkpoints at the second and fourth, the same call goes on; only one process wrote."""
     tune, expected = TUNINGS[name], one[name]
     settings = {"tune": tune, "checkpoint_every": 2, "gradient_checkpointing": name == "full"}
     with pytest.raises(Killed):

@@ -109,15 +109,15 @@ def of_optimizer(state: dict[str, Any], change: Callable[[int, Any], Any]) -> di
     return state | {"state": changed}
 
 
-def put_together(model: nn.Module) -> None:
-    """Makes the trained weights of a sharded model whole again in process 0, where they can be saved. The model
-    cannot run any more. All processes call it."""
+def put_together(model: nn.Module, *, frozen: bool) -> None:
+    """Makes the trained weights of a sharded model, and the frozen ones if asked, whole again in process 0, where
+    they can be saved. The model cannot run any more. All processes call it."""
     put: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
-        if not (isinstance(weight, DTensor) and weight.requires_grad):
+        if not isinstance(weight, DTensor) or not (weight.requires_grad or frozen):
             continue
         if id(weight) not in put:  # tied weights stay tied
             full = whole(weight.detach())
-            put[id(weight)] = weight if rank() else nn.Parameter(full)
+            put[id(weight)] = weight if rank() else nn.Parameter(full, weight.requires_grad)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, put[id(weight)])

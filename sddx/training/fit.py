@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from sddx.models.anatomy import bare, blocks
+from sddx.models.anatomy import bare, blocks, is_adapted
 from sddx.records import Cut, Interrupted, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
@@ -72,8 +72,8 @@ def fit(
 
     strategy `ddp` and `fsdp`: this is one of `devices` processes (`launch.launch`), which share out the
     micro-batches of every step. With `ddp` each has all weights, with `fsdp` a shard of each: student and
-    teacher may then still be in the computer's memory, and afterwards the trained weights alone are whole, in
-    the first process. Numbers differ from those of one process by rounding alone. `gradient_checkpointing`
+    teacher may then still be in the computer's memory, and afterwards what is saved of the student
+    (an adapter, or all weights) is whole, in the first process alone. Numbers differ from those of one process by rounding alone. `gradient_checkpointing`
     computes each block again in the backward pass instead of keeping what is inside it.
 
     An optimiser step is batch_size * accumulate examples; `budget` with `epochs`, `tokens` or `steps` says
@@ -136,7 +136,7 @@ def fit(
     _run(module, loader, [metrics, validation, resume], runtime, precision, out)
     student.eval()
     validation.restore_best(module)
-    put_together(student)
+    put_together(student, frozen=not is_adapted(student))
     return {
         "steps": len(planned),
         "examples": sum(step.examples for step in planned),
