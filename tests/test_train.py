@@ -262,6 +262,12 @@ MISTAKES = {
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
+    "a strategy that does not exist": (["trainer.strategy=dpp"], ["did you mean ddp"]),
+    "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
+    "devices without a share": (["trainer.strategy=ddp", "trainer.devices=2"], ["trainer.accumulate"]),
+    "4 bits of an unknown kind": (["tuning=qlora", "tuning.quantization.type=nf3"], ["nf3", "nf4"]),
+    "shards of 4-bit weights": (["tuning=qlora", "trainer.strategy=fsdp"], ["shards", "ddp"]),
+    "4-bit weights that take up a patch": (["tuning=qlora", "pruning/patch=linear_ffn"], ["fold=false"]),
     "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
 }
 
@@ -272,6 +278,28 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     with pytest.raises(UserError) as caught:
         job(tmp_path, first[1], *overrides)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices, bfloat16, bitsandbytes; and a launcher that starts the whole run several times."""
+
+    def complaint(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            job(tmp_path / "out", tmp_path, *overrides)
+        return str(caught.value)
+
+    cuda = {"is_available": True, "device_count": 2, "is_bf16_supported": False, "get_device_name": "Old"}
+    for name, value in cuda.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value, **given: value)
+    four = ("trainer.strategy=ddp", "trainer.devices=4", "trainer.accumulate=4", "device=cuda")
+    assert "finds 2 CUDA devices" in complaint(*four)
+    assert "Old does not compute in bfloat16" in complaint("trainer.precision=bf16", "device=cuda")
+    with monkeypatch.context() as hidden:
+        hidden.setattr("sddx.models.load.find_spec", lambda name: None)
+        assert "sddx[qlora]" in complaint("tuning=qlora")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "trainer.devices=4" in complaint()
 
 
 def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:

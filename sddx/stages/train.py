@@ -44,9 +44,9 @@ def train(
     `inputs` hold reference examples or rewrites, a patch where one stands in for what was removed, and a model
     of stage `teacher` where the teacher is not the unpruned model; `selfdata` says what becomes of refused
     rewrites. With an adapter the unpruned model is in the same weights, all blocks in and whole, adapter and
-    patch off; any other teacher is loaded beside the student, and with trainer.strategy=fsdp this one too where
-    branches were removed or a patch was put in. Raises UserError where no row is left,
-    TrainingDiverged where a loss is not finite.
+    patch off, and in 4 bit where `tuning.quantization` holds them so; any other teacher is loaded beside the
+    student, and with trainer.strategy=fsdp this one too where branches were removed or a patch was put in. Raises
+    UserError where no row is left, TrainingDiverged where a loss is not finite, Interrupted after SIGTERM.
     """
     strategy = trainer.get("strategy", "single")
     how: dict[str, Any] = {"dtype": dtype, "attention": attention}
@@ -65,7 +65,7 @@ def train(
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)
-    student = load(model.path)
+    student = load(model.path, quantization=tuning.get("quantization"))
     unpruned, attached = prune(student, cut, patch.path if patch else None)
     student = build(tuning)(student, seed)
     for weight in attached.values():

@@ -71,10 +71,10 @@ def fit(
     """Trains the student in place and gives a summary; student and teacher are on `runtime.device` already.
 
     strategy `ddp` and `fsdp`: this is one of `devices` processes (`launch.launch`), which share out the
-    micro-batches of every step. With `ddp` each has all weights, with `fsdp` a shard of each: student and
-    teacher may then still be in the computer's memory, and afterwards what is saved of the student
-    (an adapter, or all weights) is whole, in the first process alone. Numbers differ from those of one process by rounding alone. `gradient_checkpointing`
-    computes each block again in the backward pass instead of keeping what is inside it.
+    micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
+    all weights, with `fsdp` a shard of each: student and teacher may then still be in the computer's memory, and
+    afterwards what is saved of the student (an adapter, or all weights) is whole in the first process alone.
+    `gradient_checkpointing` computes each block again in the backward pass instead of keeping what is inside it.
 
     An optimiser step is batch_size * accumulate examples; `budget` with `epochs`, `tokens` or `steps` says
     how many there are (`batches.plan`). AdamW with a cosine schedule after a `warmup` share of the steps;
