@@ -80,8 +80,8 @@ def check_hardware(trainer: dict[str, Any], device: str) -> None:
     devices, there = trainer.get("devices", 1), torch.cuda.device_count()
     if trainer.get("strategy", "single") != "single" and (":" in device or devices > there):
         raise UserError(
-            f"trainer.devices={devices} with device={device}, but torch finds {there} CUDA devices. Ask for as many "
-            "at most, with device=cuda; CUDA_VISIBLE_DEVICES chooses which."
+            f"trainer.devices={devices} with device={device}, but torch finds {there} CUDA devices. Ask for no "
+            "more, with device=cuda; CUDA_VISIBLE_DEVICES chooses which."
         )
     if trainer.get("precision") == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from composing import SMALL, composed
+from safetensors.torch import load_file
 
 import sddx
 from sddx.compare import main as compare
@@ -105,6 +106,7 @@ CUTS = {
         ["pruning/patch=block", "pruning.patch.fit.epochs=1", "tuning=full", "loss.terms.squarehead.junction=skip"],
         "9L",
     ),
+    "the last blocks, in 4 bit": (["pruning=last", "tuning=qlora"], "9L"),
     "blocks by coalitions": (
         ["pruning=shapley", "pruning.metric.orders=4", "pruning.metric.value.sequences=4"],
         "9L",
@@ -153,6 +155,25 @@ def curves(out: Path) -> list[dict]:
     timed = ("tokens_per_second", "seconds")
     rows = csv.DictReader((out / "metrics.csv").open())
     return [row for row in rows if row["name"].startswith("train/") and not row["name"].endswith(timed)]
+
+
+def test_several_devices_train_the_same_student(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Shards in two processes, beside a patch that learns and a teacher that is separate for it: the stages
+    around run once, the rows and what is saved are those of one process."""
+    given = [
+        "loss=kd", "pruning=last", "pruning/patch=low_rank", "pruning.patch.fit.rank=4", "trainer.batch_size=4",
+        "pruning.patch.trained=true", "trainer.accumulate=2", "trainer.budget=steps", "trainer.steps=2",
+    ]  # fmt: skip
+    more = ["trainer.strategy=fsdp", "trainer.devices=2"]
+    found = [job(tmp_path / name, first[1], *given, *extra) for name, extra in (("one", []), ("two", more))]
+    one, two = (next(first[1].glob(f"train/*/{summary['artifacts']['train']}")) for summary in found)
+    assert one != two and {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for name in ("adapter_model.safetensors", "junction.safetensors"):
+        ours, theirs = load_file(two / name), load_file(one / name)
+        assert ours.keys() == theirs.keys()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for a, b in zip(curves(tmp_path / "two"), curves(tmp_path / "one"), strict=True):
+        assert a["name"] == b["name"] and float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-5)
 
 
 def altered(folder: Path, **fields: object) -> Path:
