@@ -17,13 +17,17 @@ import pytest
 import torch
 from families import build
 from test_training import CUT, EVERYTHING, Killed, Log, examples, pruned, weights
+from torch.distributed.tensor import DTensor
 
+from sddx.models.anatomy import blocks
 from sddx.models.teacher import SeparateTeacher
 from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.training import distributed
+from sddx.training.distributed import shard
 from sddx.training.fit import fit, require_devices
 from sddx.training.launch import launch
+from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
 
 Found = tuple[dict, dict, list[dict]]  # the trained weights, what fit said, and the rows
@@ -105,6 +109,23 @@ def test_two_processes_find_what_one_finds_even_after_a_crash(tmp_path, one, str
     assert saved["global_step"] == 4
     assert {type(value) for value in saved["state_dict"].values()} == {torch.Tensor}
     same(trained(tmp_path, strategy, **settings), expected)
+
+
+def hold_half(*, runtime: Runtime) -> None:
+    """Raises where a process holds more than its half of a student's or a shared teacher's weights."""
+    student, teacher = pruned(ADAPTER)
+    module = Distiller(student, teacher, EVERYTHING, CUT, 0, steps_total=1, learning_rate=1e-3)
+    sizes = {name: weight.numel() for name, weight in module.named_parameters()}
+    shard(module, [*blocks(student), *teacher.blocks], torch.device("cpu"))
+    removed = set(teacher.blocks.parameters()) - set(student.parameters())
+    assert removed and all(isinstance(weight, DTensor) for weight in removed)
+    held = {name: weight.to_local().numel() for name, weight in module.named_parameters()}
+    assert held.keys() == sizes.keys() and all(2 * held[name] == size for name, size in sizes.items())
+
+
+def test_of_two_processes_each_holds_half_of_every_weight():
+    """Of what is frozen, of the adapter, and of the removed blocks that only the teacher runs."""
+    launch(hold_half, 2, Runtime(quiet=True))
 
 
 def test_what_each_process_takes(monkeypatch):

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from sddx.models.anatomy import bare, blocks, is_adapted
+from sddx.models.teacher import SeparateTeacher
 from sddx.records import Cut, Interrupted, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
@@ -127,6 +128,8 @@ def fit(
         checkpoint_blocks(student)
     if strategy == "fsdp":
         shard(module, [*blocks(student), *getattr(teacher, "blocks", [])], torch.device(runtime.device))
+        if isinstance(teacher, SeparateTeacher):
+            teacher.to(runtime.device)  # its embeddings, norm and head, which stay whole
     metrics = Metrics(runtime, planned, log_every)
     held_out = Step.of(rows_validation, range(len(rows_validation)), batch_size)
     validation = Validation(rows_validation, held_out, pad_id, runtime, validate_every, keep == "best")
