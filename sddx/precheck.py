@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from sddx.records import Units, UserError
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
     prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, another teacher
-    fits the student. Raises one UserError with all that is wrong."""
+    fits the student, the devices can share the training, weights can be held as they are asked to be. Raises one
+    UserError with all that is wrong."""
     from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
 
@@ -23,6 +25,8 @@ def precheck(method: dict[str, Any]) -> None:
         lambda: _check_evaluation(method["evaluation"]),
         lambda: _check_template(folder),
         lambda: _check_pruning(method, config),
+        lambda: _check_processes(method["trainer"]),
+        lambda: _check_quantization(method),
     ]
     if method["teacher"]:
         checks.append(
@@ -72,3 +76,53 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
+
+
+def _check_processes(trainer: dict[str, Any]) -> None:
+    """Strategy and devices go together, and one process alone was started. Raises UserError."""
+    from sddx.training.fit import require_devices
+
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if started > 1:
+        raise UserError(
+            f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
+            f"trainer.strategy=ddp trainer.devices={started} starts processes for the training alone."
+        )
+    require_devices(trainer.get("strategy", "single"), trainer.get("devices", 1), trainer.get("accumulate", 1))
+
+
+def check_hardware(trainer: dict[str, Any], device: str) -> None:
+    """Where the run itself takes place (a sweep may be started elsewhere): there are as many CUDA devices as are
+    asked for, and they compute in the precision. Raises UserError."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return
+    devices, there = trainer.get("devices", 1), torch.cuda.device_count()
+    if trainer.get("strategy", "single") != "single" and (":" in device or devices > there):
+        raise UserError(
+            f"trainer.devices={devices} with device={device}, but torch finds {there} CUDA devices. Ask for no "
+            "more, with device=cuda; CUDA_VISIBLE_DEVICES chooses which."
+        )
+    if trainer.get("precision") == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"trainer.precision=bf16, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
+            "trainer.precision=32."
+        )
+
+
+def _check_quantization(method: dict[str, Any]) -> None:
+    """4-bit weights can be had, and nothing is asked of them that they cannot do. Raises UserError."""
+    from sddx.models.load import four_bit
+
+    quantization, patch = method["tuning"].get("quantization"), build(method["pruning"]).patch
+    if quantization is None:
+        return
+    four_bit(**quantization)
+    if method["trainer"].get("strategy") == "fsdp":
+        raise UserError("4-bit weights cannot be cut into shards: use trainer.strategy=ddp or tuning=lora.")
+    if patch.fit is not None and method["pruning"]["remove"] and (patch.fold or patch.fit.reads == "preceding"):
+        raise UserError(
+            "4-bit weights can take up no patch: set pruning.patch.fold=false (pruning/patch=block cannot be), or "
+            "use tuning=lora."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -21,6 +22,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+class Interrupted(SystemExit):
+    """This process was told to end (SIGTERM) and has saved what the same command goes on from. Left alone, it ends
+    the process with the status that a shell gives to that signal."""
+
+    def __init__(self, status: int = 128 + signal.SIGTERM) -> None:
+        super().__init__(status)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
-from sddx.precheck import precheck
+from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, conclude
@@ -204,11 +204,13 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
     `agreement.md`); raises UserError."""
     verify(config)
+    device = _device(config["device"])
+    check_hardware(config["trainer"], device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
-        runtime = Runtime(device=_device(config["device"]), log=tracker.log)
+        runtime = Runtime(device=device, log=tracker.log)
         if config["stages"]:
             return show_agreement(score_all(config, store, runtime), config["pruning"], folder)
         if is_cell(folder):

@@ -19,12 +19,14 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 import sddx.train
+from sddx.records import Interrupted
 from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command
 from sddx.sweep import __main__ as look
 from sddx.sweep import cells
 from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
+from sddx.sweep.worker import perform
 
 
 @pytest.fixture
@@ -129,6 +131,21 @@ def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch
     assert status == 1 and seen == [0, 1]
     assert [cells.state(folder) for folder in folders] == ["failed", "failed"]
     assert cells.read(folders[0])["reason"].startswith(type(error).__name__)
+
+
+def told_to_end(config: dict, folder: Path) -> None:
+    """A task that SIGTERM reached in training."""
+    raise Interrupted
+
+
+def test_a_cell_that_was_told_to_end_is_no_failure_and_goes_on(tmp_path: Path) -> None:
+    """The process ends, with the sweep in it, as its scheduler wants; the cell is taken up again."""
+    (tmp_path / cells.CONFIG).write_text("seed: 0\n")
+    for _ in range(2):
+        with pytest.raises(Interrupted) as caught:
+            perform(tmp_path, f"{__name__}.told_to_end")
+        assert caught.value.code == 143 and cells.state(tmp_path) == "interrupted"
+    assert not (tmp_path / cells.TRACEBACK).exists()
 
 
 def test_every_mistake_of_every_cell_is_told_before_the_first_starts(sweep, capsys) -> None:

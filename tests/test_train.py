@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from composing import SMALL, composed
+from safetensors.torch import load_file
 
 import sddx
 from sddx.compare import main as compare
@@ -133,6 +134,7 @@ CUTS = {
         ["pruning/patch=block", "pruning.patch.fit.epochs=1", "tuning=full", "loss.terms.squarehead.junction=skip"],
         "9L",
     ),
+    "the last blocks, in 4 bit": (["pruning=last", "tuning=qlora"], "9L"),
     "blocks by coalitions": (
         ["pruning=shapley", "pruning.metric.orders=4", "pruning.metric.value.sequences=4"],
         "9L",
@@ -181,6 +183,25 @@ def curves(out: Path) -> list[dict]:
     timed = ("tokens_per_second", "seconds")
     rows = csv.DictReader((out / "metrics.csv").open())
     return [row for row in rows if row["name"].startswith("train/") and not row["name"].endswith(timed)]
+
+
+def test_several_devices_train_the_same_student(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Shards in two processes, beside a patch that learns and a teacher that is separate for it: the stages
+    around run once, the rows and what is saved are those of one process."""
+    given = [
+        "loss=kd", "pruning=last", "pruning/patch=low_rank", "pruning.patch.fit.rank=4", "trainer.batch_size=4",
+        "pruning.patch.trained=true", "trainer.accumulate=2", "trainer.budget=steps", "trainer.steps=2",
+    ]  # fmt: skip
+    more = ["trainer.strategy=fsdp", "trainer.devices=2"]
+    found = [job(tmp_path / name, first[1], *given, *extra) for name, extra in (("one", []), ("two", more))]
+    one, two = (next(first[1].glob(f"train/*/{summary['artifacts']['train']}")) for summary in found)
+    assert one != two and {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for name in ("adapter_model.safetensors", "junction.safetensors"):
+        ours, theirs = load_file(two / name), load_file(one / name)
+        assert ours.keys() == theirs.keys()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for a, b in zip(curves(tmp_path / "two"), curves(tmp_path / "one"), strict=True):
+        assert a["name"] == b["name"] and float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-5)
 
 
 def altered(folder: Path, **fields: object) -> Path:
@@ -290,6 +311,12 @@ MISTAKES = {
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
+    "a strategy that does not exist": (["trainer.strategy=dpp"], ["did you mean ddp"]),
+    "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
+    "devices without a share": (["trainer.strategy=ddp", "trainer.devices=2"], ["trainer.accumulate"]),
+    "4 bits of an unknown kind": (["tuning=qlora", "tuning.quantization.type=nf3"], ["nf3", "nf4"]),
+    "shards of 4-bit weights": (["tuning=qlora", "trainer.strategy=fsdp"], ["shards", "ddp"]),
+    "4-bit weights that take up a patch": (["tuning=qlora", "pruning/patch=linear_ffn"], ["fold=false"]),
     "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
 }
 
@@ -300,6 +327,28 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     with pytest.raises(UserError) as caught:
         job(tmp_path, first[1], *overrides)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices, bfloat16, bitsandbytes; and a launcher that starts the whole run several times."""
+
+    def complaint(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            job(tmp_path / "out", tmp_path, *overrides)
+        return str(caught.value)
+
+    cuda = {"is_available": True, "device_count": 2, "is_bf16_supported": False, "get_device_name": "Old"}
+    for name, value in cuda.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value, **given: value)
+    four = ("trainer.strategy=ddp", "trainer.devices=4", "trainer.accumulate=4", "device=cuda")
+    assert "finds 2 CUDA devices" in complaint(*four)
+    assert "Old does not compute in bfloat16" in complaint("trainer.precision=bf16", "device=cuda")
+    with monkeypatch.context() as hidden:
+        hidden.setattr("sddx.models.load.find_spec", lambda name: None)
+        assert "sddx[qlora]" in complaint("tuning=qlora")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "trainer.devices=4" in complaint()
 
 
 def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:

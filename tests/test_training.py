@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY, build
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sddx.data.encode import Encoded
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
@@ -235,6 +236,27 @@ def test_accumulation_is_exact(tmp_path, tune):
         assert again["train"] == pytest.approx(report["train"], rel=1e-9)
     moved = [(value - before[name]).abs().max() for name, value in weights(whole).items()]
     assert report["steps"] == 4 and max(moved) > 1e-4
+
+
+@pytest.mark.parametrize("tune", [ADAPTER, full], ids=["lora", "full"])
+def test_checkpointed_blocks_change_no_number(tmp_path, monkeypatch, tune):
+    """Each block runs once more, in the backward pass, dropout and hidden states included; losses, gradient norms
+    and weights stay as they are, with frozen embeddings and a shared teacher as with neither."""
+    blocks_run: list[int] = []
+    run_block = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda *given, **more: (blocks_run.append(1), run_block(*given, **more))[1]
+    )
+    found = []
+    for again in (False, True):
+        blocks_run.clear()
+        (out := tmp_path / str(again)).mkdir()
+        log = Log(out)
+        student, report = train(out, tune=tune, objective=EVERYTHING, log=log, gradient_checkpointing=again)
+        found.append((weights(student), log.rows(), len(blocks_run)))
+    (once, rows, runs), (twice, same_rows, more) = found
+    assert all(torch.equal(value, twice[name]) for name, value in once.items()) and rows == same_rows
+    assert more == runs + report["steps"] * len(CUT.kept)
 
 
 def test_paper_squarehead_depends_on_how_the_step_was_cut(tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
 from sddx.models.anatomy import decoder
@@ -86,8 +87,16 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", *shards))
 
 
-def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa", device: str = "cpu") -> Any:
-    """The causal language model in a folder, in eval mode, weights trainable.
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    device: str = "cpu",
+    quantization: Any = None,
+) -> Any:
+    """The causal language model in a folder, in eval mode, weights trainable. With `quantization` (see `four_bit`)
+    the linear layers of its blocks are frozen in 4 bit, shard by shard as they are read.
 
     Raises UserError where weights are not safetensors, are missing, left over or of another shape, where the
     model needs its own code, or where its architecture is not supported.
@@ -99,9 +108,13 @@ def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa",
             f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
             f"weights are never loaded: convert them to safetensors, or fetch the model again."
         )
+    packed: dict[str, Any] = {}
+    if quantization is not None:
+        packed = {"quantization_config": four_bit(**quantization), "device_map": {"": device}}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            **packed,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             use_safetensors=True,
@@ -114,7 +127,26 @@ def load_model(folder: Path, *, dtype: str = "float32", attention: str = "sdpa",
         raise UserError(f"{folder} does not load with {tried}: {error}") from error
     _require_all_weights(report, folder)
     decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
-    return model.to(device).eval()
+    return (model if packed else model.to(device)).eval()
+
+
+def four_bit(*, type: str, double: bool, compute: str) -> Any:
+    """How linear layers are held in 4 bit (2305.14314): in the values of `type` (nf4, or fp4), one scale for 64
+    weights; `double` quantises the scales as well; products are taken in the dtype `compute`. Raises UserError
+    for other values, and where bitsandbytes is not installed."""
+    if type not in ("nf4", "fp4") or compute not in DTYPES:
+        raise UserError(
+            f"tuning.quantization of type {type!r} with compute {compute!r} is not known. Use type nf4 or fp4, and "
+            f"compute {', '.join(DTYPES)}."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError("4-bit weights need bitsandbytes: pip install 'sddx[qlora]', or use tuning=lora.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=DTYPES[compute],
+    )
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,11 @@ class SharedTeacher:
             if id(weight) not in own:
                 weight.requires_grad_(False)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks that the teacher runs, those of the student among them."""
+        return self.full.blocks
+
     def to(self, device: torch.device | str) -> SharedTeacher:
         """Move what the student lacks; the rest moves with the student."""
         self.full.blocks.to(device)
@@ -96,6 +101,11 @@ class SeparateTeacher:
 
     def __init__(self, model: Any) -> None:
         self.model = model.requires_grad_(False).eval()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks that the teacher runs, none of the student's."""
+        return blocks(self.model)
 
     def to(self, device: torch.device | str) -> SeparateTeacher:
         self.model.to(device)

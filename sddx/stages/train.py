@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import load_model, load_tokenizer
-from sddx.models.student import prune, save_student
+from sddx.models.student import is_stock, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.runtime import Runtime
 from sddx.surgery.junction import is_trained
+from sddx.training.distributed import is_joined, rank
+from sddx.training.launch import launch
 
 
 def train(
@@ -35,14 +38,23 @@ def train(
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes the student (an adapter or full weights, with its cut and base) and `training.json`.
+    """Writes the student (an adapter or full weights, with its cut and base) and `training.json`; on several
+    devices in processes of their own (`launch`), of which each loads the model and the first one writes.
 
     `inputs` hold reference examples or rewrites, a patch where one stands in for what was removed, and a model
     of stage `teacher` where the teacher is not the unpruned model; `selfdata` says what becomes of refused
     rewrites. With an adapter the unpruned model is in the same weights, all blocks in and whole, adapter and
-    patch off; any other teacher is loaded beside the student. Raises UserError where no row is left,
-    TrainingDiverged where a loss is not finite.
+    patch off, and in 4 bit where `tuning.quantization` holds them so; any other teacher is loaded beside the
+    student, and with trainer.strategy=fsdp this one too where branches were removed or a patch was put in. Raises
+    UserError where no row is left, TrainingDiverged where a loss is not finite, Interrupted after SIGTERM.
     """
+    strategy = trainer.get("strategy", "single")
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention}
+    if strategy != "single" and not is_joined():
+        spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **how)
+        again = partial(train, out, model, pruned, validation, *inputs, max_length=max_length, seed=seed, **spec)
+        launch(again, trainer["devices"], runtime)
+        return
     shards = [artifact for artifact in inputs if artifact.stage not in ("teacher", "patch")]
     other, patch = (next((a for a in inputs if a.stage == stage), None) for stage in ("teacher", "patch"))
     cut = Cut.load(pruned.path / "cut.json")
@@ -51,23 +63,31 @@ def train(
     rows, dropped = encode_all(tokenizer, _examples(shards, selfdata), max_length=max_length)
     held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
 
-    student = load_model(model.path, dtype=dtype, attention=attention, device=runtime.device)
+    # What is to be cut into shards may not fit on one device.
+    load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)
+    student = load(model.path, quantization=tuning.get("quantization"))
     unpruned, attached = prune(student, cut, patch.path if patch else None)
     student = build(tuning)(student, seed)
     for weight in attached.values():
         weight.requires_grad_(is_trained(patch.path) if patch else False)
+    # A block and its twin, with a branch less or a patch more, cannot share their shards.
+    twins = bool(attached) or not is_stock(cut)
     teacher: Any = None
-    if objective.needs_teacher and is_adapted(student) and other is None:
+    if objective.needs_teacher and is_adapted(student) and other is None and not (twins and strategy == "fsdp"):
         teacher = SharedTeacher(student, unpruned, cut)
     elif objective.needs_teacher:
-        folder = (other or model).path
-        teacher = SeparateTeacher(load_model(folder, dtype=dtype, attention=attention, device=runtime.device))
+        teacher = SeparateTeacher(load((other or model).path))
     del unpruned  # a teacher holds it where one needs it; a large model's removed blocks are freed otherwise
+    names = {id(weight): name for name, weight in student.named_parameters()}
     found = build(trainer)(
         student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
     )
-    save_student(student, out, cut=cut, base=model.key, attached=attached)
-    (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
+    if rank() == 0:
+        for gap, weight in attached.items():
+            if weight.requires_grad:  # shards were put together in a new one
+                attached[gap] = student.get_parameter(names[id(weight)])
+        save_student(student, out, cut=cut, base=model.key, attached=attached)
+        (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
 
 
 def _examples(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Example]:

@@ -14,14 +14,15 @@ from pathlib import Path
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
-from sddx.records import UserError
+from sddx.records import Interrupted, UserError
 from sddx.sweep import cells
 
 
 def perform(folder: Path, task: str) -> None:
     """Calls `task(config, folder)`, named by its path, with the configuration that lies in the cell's folder.
 
-    What it raises, SystemExit too, ends in that folder, and the cell is failed; an interrupt is passed on. A
+    What it raises, SystemExit too, ends in that folder, and the cell is failed; an interrupt, or the end after
+    SIGTERM, is passed on. A
     cell that is done already, as one that a scheduler starts twice, is left alone.
     """
     start = time.perf_counter()
@@ -31,7 +32,7 @@ def perform(folder: Path, task: str) -> None:
         try:
             get_method(task)(OmegaConf.to_container(OmegaConf.load(folder / cells.CONFIG)), folder)
             failure = None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             cells.write(folder, state="interrupted", seconds=time.perf_counter() - start)
             raise
         except BaseException as error:

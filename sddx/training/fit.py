@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from sddx.records import Cut, UserError
+from sddx.models.anatomy import bare, blocks, is_adapted
+from sddx.models.teacher import SeparateTeacher
+from sddx.records import Cut, Interrupted, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
 from sddx.training.batches import Step, StepLoader, micro_batches, plan
+from sddx.training.distributed import any_of_us, as_in, barrier, put_together, rank, shard, whole, world
 from sddx.training.module import Distiller, Teacher
 from sddx.training.objective import Objective, one_of
 
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from sddx.data.encode import Encoded
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+STRATEGIES = ("single", "ddp", "fsdp")
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -57,8 +65,17 @@ def fit(
     validate_every: int | None = None,
     log_every: int = 10,
     checkpoint_every: int = 200,
+    strategy: str = "single",
+    devices: int = 1,
+    gradient_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Trains the student in place and gives a summary; student and teacher are on `runtime.device` already.
+
+    strategy `ddp` and `fsdp`: this is one of `devices` processes (`launch.launch`), which share out the
+    micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
+    all weights, with `fsdp` a shard of each: student and teacher may then still be in the computer's memory, and
+    afterwards what is saved of the student (an adapter, or all weights) is whole in the first process alone.
+    `gradient_checkpointing` computes each block again in the backward pass instead of keeping what is inside it.
 
     An optimiser step is batch_size * accumulate examples; `budget` with `epochs`, `tokens` or `steps` says
     how many there are (`batches.plan`). AdamW with a cosine schedule after a `warmup` share of the steps;
@@ -66,20 +83,23 @@ def fit(
     automatic mixed precision. The loss on the held-out rows is taken every `validate_every` steps (None: at
     the end only) and at the end; keep `best` goes back to the weights with the lowest.
 
-    `out/resume` holds a checkpoint of every `checkpoint_every` steps; the store deletes it with the finished
-    stage, so that a crash while the student is saved costs little. Where there is
-    one, training goes on from it, sees the same examples and ends with the same weights; the rows up to it
-    are logged again.
+    `out/resume` holds a checkpoint of every `checkpoint_every` steps, and of the step in which SIGTERM came
+    (`Resume`); the store deletes it with the finished stage, so that a crash while the student is saved costs
+    little. Where there is one, training goes on from it, sees the same examples and ends with the same weights;
+    the rows up to it are logged again.
 
     Returns steps, examples, supervised_tokens, attended_tokens, tokens_per_second (attended tokens over the
     whole loop of this process), kept_step, and the terms of the last step (`train`) and of the kept weights
-    on the held-out rows (`validation`, empty without such rows). Raises UserError for bad settings, and
-    TrainingDiverged, with step and term, where a loss is not finite.
+    on the held-out rows (`validation`, empty without such rows). Raises UserError for bad settings,
+    TrainingDiverged, with step and term, where a loss is not finite, and Interrupted after SIGTERM.
     """
     one_of("precision", precision, tuple(PRECISIONS))
     one_of("keep", keep, ("last", "best"))
     if keep == "best" and not rows_validation:
         raise UserError("trainer.keep=best chooses by held-out rows, and there are none: use keep=last")
+    require_devices(strategy, devices, accumulate)
+    if devices != world():
+        raise ValueError(f"{devices} processes are to train, and {world()} do: call this through launch")
     planned = plan(
         rows_train,
         seed,
@@ -104,6 +124,12 @@ def fit(
         clip=clip,
         head_chunk=head_chunk,
     )
+    if gradient_checkpointing:
+        checkpoint_blocks(student)
+    if strategy == "fsdp":
+        shard(module, [*blocks(student), *getattr(teacher, "blocks", [])], torch.device(runtime.device))
+        if isinstance(teacher, SeparateTeacher):
+            teacher.to(runtime.device)  # its embeddings, norm and head, which stay whole
     metrics = Metrics(runtime, planned, log_every)
     held_out = Step.of(rows_validation, range(len(rows_validation)), batch_size)
     validation = Validation(rows_validation, held_out, pad_id, runtime, validate_every, keep == "best")
@@ -113,6 +139,7 @@ def fit(
     _run(module, loader, [metrics, validation, resume], runtime, precision, out)
     student.eval()
     validation.restore_best(module)
+    put_together(student, frozen=not is_adapted(student))
     return {
         "steps": len(planned),
         "examples": sum(step.examples for step in planned),
@@ -187,14 +214,14 @@ class Validation(lightning.Callback):
             self.kept, self.kept_step = values, step
         elif not self.kept or values["loss"] < self.kept["loss"]:
             self.kept, self.kept_step = values, step
-            self.weights = {name: value.detach().cpu().clone() for name, value in module.trainable().items()}
+            self.weights = {n: whole(value.detach()).cpu().clone() for n, value in module.trainable().items()}
 
     def restore_best(self, module: Distiller) -> None:
         """Puts the remembered weights back, if any."""
         with torch.no_grad():
             for name, value in module.trainable().items():
                 if name in self.weights:
-                    value.copy_(self.weights[name])
+                    value.copy_(as_in(value, self.weights[name]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.kept, "kept_step": self.kept_step, "weights": self.weights}
@@ -204,18 +231,61 @@ class Validation(lightning.Callback):
 
 
 class Resume(lightning.Callback):
-    """Saves what is needed to go on, every so many steps; runs last, so that it saves what others did."""
+    """Saves what is needed to go on, every so many steps and when the process is told to end; runs last, so that
+    it saves what others did.
+
+    At SIGTERM the step is finished and saved, and Interrupted raised; where somebody handled that signal before
+    (submitit, which queues a job again), they decide when the process ends, and it is only saved. In the last
+    step there is nothing to save: the training is done.
+    """
 
     def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+        self.path, self.every, self.told = path, every, False
+        self.before = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        # Over Lightning's own handler, which would end without saving; Lightning puts back what was before.
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, self.notice)
+
+    def notice(self, number: int, frame: Any) -> None:
+        self.told = True
+        if callable(self.before):
+            self.before(number, frame)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
-        step = index + 1
-        if step % self.every == 0 and step < module.steps_total:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            trainer.save_checkpoint(temporary, weights_only=False)
+        step, told = index + 1, any_of_us(self.told, module.device)
+        if step == module.steps_total or not (told or step % self.every == 0):
+            return
+        self.save(trainer)
+        self.told = False
+        if told and not callable(self.before):
+            if rank() == 0:
+                log.warning(
+                    "SIGTERM: saved after step %d of %d; the same command goes on", step, module.steps_total
+                )
+            raise Interrupted
+
+    def save(self, trainer: Any) -> None:
+        """Writes the checkpoint, in one process; the others wait."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary, weights_only=False)
+        if rank() == 0:
             os.replace(temporary, self.path)
+        barrier()
+
+
+class OneOfSeveral(SingleDeviceStrategy):
+    """For Lightning each process trains alone on its device; what they do together is in `distributed`. The
+    first one alone writes files.
+
+    Its own DDP would average gradients, and sum them up once for each of a step's backward passes.
+    """
+
+    @property
+    def is_global_zero(self) -> bool:
+        return rank() == 0
 
 
 def _run(
@@ -232,7 +302,7 @@ def _run(
     device = torch.device(runtime.device)
     trainer = lightning.Trainer(
         accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
+        strategy=OneOfSeveral(_with_number(device)),
         precision=PRECISIONS[precision],
         max_epochs=1,
         logger=False,
@@ -245,13 +315,42 @@ def _run(
     )
     checkpoint = out / "resume" / "last.ckpt"
     found = checkpoint.exists()
-    if checkpoint.parent.exists():
+    if checkpoint.parent.exists() and rank() == 0:
         done = torch.load(checkpoint, weights_only=True)["global_step"] if found else 0
         for row in keep_rows(out, done + 1):
             runtime.log(row)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
         trainer.fit(module, loader, ckpt_path=str(checkpoint) if found else None, weights_only=True)
+
+
+def _with_number(device: torch.device) -> torch.device:
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def require_devices(strategy: str, devices: int, accumulate: int) -> None:
+    """Raises UserError where a strategy is not known or so many devices cannot share a step."""
+    one_of("trainer.strategy", strategy, STRATEGIES)
+    if devices < 1 or (strategy == "single" and devices > 1):
+        raise UserError(
+            f"trainer.devices={devices} does not go with trainer.strategy={strategy}. Use trainer.strategy=ddp for "
+            "a model that fits on one device, fsdp for one that does not, or trainer.devices=1."
+        )
+    if devices > accumulate and strategy != "single":
+        raise UserError(
+            f"trainer.devices={devices} share out the micro-batches of a step, and there are trainer.accumulate="
+            f"{accumulate}: some would have nothing to do. Set trainer.accumulate to a multiple of {devices} and "
+            "divide trainer.batch_size by the same, which changes no number but for rounding."
+        )
+
+
+def checkpoint_blocks(student: Any) -> None:
+    """Lets each block be computed again in the backward pass. Raises UserError where the model cannot."""
+    try:
+        # The reentrant way needs inputs with gradients, which a frozen embedding does not give.
+        bare(student).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"trainer.gradient_checkpointing=true does not go with this model: {error}") from None
 
 
 def _row(step: int, prefix: str, values: dict[str, float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -14,6 +14,7 @@ from sddx.models.outputs import run
 from sddx.models.teacher import Teacher
 from sddx.records import Batch, Cut, UserError
 from sddx.training.batches import Step
+from sddx.training.distributed import as_in, of_optimizer, share, sum_gradients, summed, whole
 from sddx.training.head import token_sums
 from sddx.training.objective import Objective, Totals, layer_pairs
 
@@ -28,7 +29,8 @@ class Distiller(lightning.LightningModule):
     The step's micro-batches are accumulated here (manual optimisation), each term already divided by the
     totals of the step, so the gradient does not depend on how the step was cut. The teacher is not a
     submodule: neither optimiser nor checkpoint sees it. `teacher(batch, states=bool) -> Outputs`.
-    Randomness within a step (dropout) is a function of (seed, step).
+    Of several processes each takes its share of them, and gradients and values are summed over all (`distributed`).
+    Randomness (dropout) is a function of (seed, step, micro-batch), whichever process has it.
 
     Raises UserError where the objective needs a teacher and has none, or holds layers and the cut leaves no
     pair of them.
@@ -63,7 +65,7 @@ class Distiller(lightning.LightningModule):
         self.last: dict[str, float] = {}
         _check(objective, cut, teacher)
 
-    def terms(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
         """This micro-batch's share of every term of the step, unweighted: name -> scalar."""
         objective = self.objective
         teacher = None
@@ -80,22 +82,26 @@ class Distiller(lightning.LightningModule):
                 values[name] = term.value(student, teacher, batch.attention_mask, self.cut, totals)
         return values
 
+    def _share(self, batch: Batch, step: Step, weight: float) -> dict[str, Tensor]:
+        return {name: value * weight for name, value in self(batch.to(self.device), step.totals).items()}
+
     def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
         step, batches = item
-        torch.manual_seed(self.seed * 1_000_003 + index)
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         seen: list[dict[str, Tensor]] = []
-        for batch in batches:
-            values = self.terms(batch.to(self.device), step.totals)
+        for number, batch, weight in share(batches):
+            torch.manual_seed(((self.seed * 1_000_003 + index) * 1_000_003 + number) % 2**63)
+            values = self._share(batch, step, weight)
             self.manual_backward(self._weighted(values))
             seen.append({name: value.detach() for name, value in values.items()})
-        summed = _summed(seen)
-        row = self._finite(summed | {"loss": self._weighted(summed)}, index)
+        total = _summed(seen)
+        row = self._finite(total | {"loss": self._weighted(total)}, index)
         group = optimizer.param_groups[0]
+        sum_gradients(group["params"])
         if self.clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
-            row |= self._finite({"gradient_norm": norm}, index)
+            row |= self._finite({"gradient_norm": whole(norm)}, index)
         row["learning_rate"] = group["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -104,12 +110,12 @@ class Distiller(lightning.LightningModule):
         self.last = row | {"supervised_tokens": self.supervised_tokens}
 
     @torch.no_grad()
-    def validate(self, step: Step, batches: Iterable[Batch]) -> dict[str, float]:
+    def validate(self, step: Step, batches: Sequence[Batch]) -> dict[str, float]:
         """Every term, and the weighted `loss`, over held-out rows taken as one step; dropout off."""
         self.student.eval()
-        summed = _summed([self.terms(batch.to(self.device), step.totals) for batch in batches])
+        total = _summed([self._share(batch, step, weight) for _, batch, weight in share(batches)])
         self.student.train()
-        return {name: value.item() for name, value in (summed | {"loss": self._weighted(summed)}).items()}
+        return {name: value.item() for name, value in (total | {"loss": self._weighted(total)}).items()}
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -123,12 +129,18 @@ class Distiller(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainable = self.trainable()
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in trainable}
+        checkpoint["state_dict"] = {n: whole(v) for n, v in checkpoint["state_dict"].items() if n in trainable}
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [of_optimizer(state, lambda number, v: whole(v)) for state in states]
         checkpoint["supervised_tokens"] = self.supervised_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["state_dict"].keys() != self.trainable().keys():
+        weights = self.trainable()
+        if checkpoint["state_dict"].keys() != weights.keys():
             raise UserError("the checkpoint to resume from holds other parameters than this student trains")
+        checkpoint["state_dict"] = {name: as_in(weights[name], v) for name, v in checkpoint["state_dict"].items()}
+        numbered, states = list(weights.values()), checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [of_optimizer(s, lambda n, v: as_in(numbered[n], v)) for s in states]
         self.supervised_tokens = checkpoint["supervised_tokens"]
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -164,7 +176,8 @@ def cosine_with_warmup(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def _summed(seen: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([values[name] for values in seen]).sum() for name in seen[0]}
+    """Over this process's micro-batches, and over the processes."""
+    return summed({name: torch.stack([values[name] for values in seen]).sum() for name in seen[0]})
 
 
 def _check(objective: Objective, cut: Cut, teacher: Teacher | None) -> None:

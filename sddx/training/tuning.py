@@ -1,6 +1,8 @@
-"""Which parameters of the student are trained: a LoRA adapter, or all of them."""
+"""Which parameters of the student are trained: a LoRA adapter (on a base in 4 bit, if asked), or all of them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,6 +37,28 @@ def lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def qlora(
+    model: nn.Module,
+    seed: int,
+    *,
+    quantization: dict[str, Any],
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+) -> PeftModel:
+    """`lora` on a base whose linear layers are in 4 bit (2305.14314).
+
+    `quantization` says how (`sddx.models.load.four_bit`) and is applied when the base is loaded for training, to
+    all blocks: a shared teacher is the unpruned model in 4 bit too. The saved adapter is an ordinary one, and is
+    evaluated on the base in its own dtype. Raises UserError as `lora` does, ValueError where the base was not
+    loaded so.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(f"the base is to be loaded with quantization={quantization}")
+    return lora(model, seed, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
 
 
 def full(model: nn.Module, seed: int) -> nn.Module:

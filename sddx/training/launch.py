@@ -1,0 +1,181 @@
+"""The processes of a training on several devices: started for it alone, and gone when it is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from threading import Thread, current_thread, main_thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import get_context
+
+from sddx.records import Interrupted, UserError
+from sddx.runtime import Runtime
+
+PATIENCE = timedelta(hours=1)  # that a process waits for the others, e.g. while one writes a checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its number of how many, the port where they meet, its device; and whether the
+    process that started it leaves it to somebody else what SIGTERM means."""
+
+    rank: int
+    devices: int
+    port: int
+    device: str
+    outlives: bool
+
+
+def launch(work: Callable[..., None], devices: int, runtime: Runtime) -> None:
+    """Calls `work(runtime=...)` in so many processes, one a device, as one torch.distributed group.
+
+    They are started afresh and are given the work itself, which must be picklable: whatever started this
+    process, a cell of a sweep included, the command line is not run again and the stages around stay in one
+    process, as does the lock on what is built. The rows and the progress of the first process come back to
+    `runtime`. What one of them raises ends the others and is raised here: a UserError or Interrupted as itself,
+    anything else as a RuntimeError with its traceback. SIGTERM is passed on to all of them.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # of what ran in this process before: they need the memory
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outlives = callable(signal.getsignal(signal.SIGTERM))
+    workers: dict[Connection, Any] = {}
+    try:
+        for number in range(devices):
+            place = Place(number, devices, meeting.port, _device(runtime.device, number), outlives)
+            end, process = _start(work, place, runtime.quiet)
+            workers[end] = process
+        with _passed_on(list(workers.values())):
+            _listen(workers, runtime)
+    finally:
+        for process in workers.values():
+            process.kill()
+            process.join()
+
+
+def _device(device: str, number: int) -> str:
+    return f"cuda:{number}" if device.startswith("cuda") else device
+
+
+def _start(work: Callable[..., None], place: Place, quiet: bool) -> tuple[Connection, Any]:
+    context = get_context("spawn")  # CUDA does not survive a fork
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_perform, args=(work, place, quiet, there), daemon=False)
+    process.start()
+    there.close()
+    return here, process
+
+
+def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> None:
+    """Hands on what the processes say until all have ended. Raises what the first that failed did."""
+    talking = list(workers)
+    while talking:
+        ready: list[Any] = wait(talking)
+        for end in ready:
+            try:
+                kind, value = end.recv()
+            except EOFError:
+                talking.remove(end)
+                _require_success(workers[end])
+                continue
+            if kind == "failed":
+                raise value
+            getattr(runtime, kind)(value)
+
+
+def _require_success(process: Any) -> None:
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a process of the training ended with status {process.exitcode}, without a word")
+
+
+@contextmanager
+def _passed_on(processes: Sequence[Any]) -> Iterator[None]:
+    """While the body runs, SIGTERM reaches the processes too, after who was told of it before."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def tell(number: int, frame: Any) -> None:
+        if callable(before):
+            before(number, frame)
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+
+    signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _perform(work: Callable[..., None], place: Place, quiet: bool, end: Connection) -> None:
+    """What each of the processes runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that started them, which ends them
+    if place.outlives:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+    Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _join(place)
+        work(runtime=_runtime(place, quiet, end))
+        dist.destroy_process_group()
+    except (UserError, Interrupted) as known:
+        end.send(("failed", known))
+    except BaseException:
+        told = f"in process {place.rank} of {place.devices} of the training:\n{traceback.format_exc()}"
+        end.send(("failed", RuntimeError(told)))
+    end.close()
+
+
+def _end_with_parent() -> None:
+    """Nobody would collect what an orphan trains, and the same command may be run again beside it."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _join(place: Place) -> None:
+    """Make this process one of the group."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.captureWarnings(True)
+    cuda = place.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(place.device)
+    else:
+        torch.set_num_threads(max(torch.get_num_threads() // place.devices, 1))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=dist.TCPStore("127.0.0.1", place.port, is_master=False),
+        rank=place.rank,
+        world_size=place.devices,
+        timeout=PATIENCE,
+        device_id=torch.device(place.device) if cuda else None,
+    )
+
+
+def _runtime(place: Place, quiet: bool, end: Connection) -> Runtime:
+    """The first process speaks for all."""
+    if place.rank:
+        return Runtime(device=place.device, quiet=True)
+    return Runtime(
+        device=place.device,
+        quiet=quiet,
+        log=lambda row: end.send(("log", row)),
+        watch=lambda state: end.send(("watch", state)),
+    )
