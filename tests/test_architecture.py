@@ -12,10 +12,19 @@ import sddx
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
-    {"build", "store", "config", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
+    {
+        "arguments",
+        "build",
+        "store",
+        "config",
+        "tracking",
+        "surgery.choose",
+        "importance.metrics",
+        "training.losses",
+    },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep"},
-    {"stages", "compare", "precheck"},
+    {"stages", "compare", "precheck", "export", "bench"},
     {"train"},
 ]
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}
