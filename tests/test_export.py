@@ -20,9 +20,12 @@ import sddx
 from sddx.config import resolve
 from sddx.export.__main__ import main
 from sddx.export.formats import inspect_model
-from sddx.export.write import own_config
+from sddx.export.write import own_config, require_stock
 from sddx.models.load import load_model
+from sddx.models.recovered import Recovered
 from sddx.records import Cut, UserError
+from sddx.surgery.junction import Gap, Junction
+from sddx.surgery.patches import Map
 from sddx.surgery.remove import apply_cut
 from sddx.train import run
 
@@ -162,18 +165,20 @@ def test_what_became_plain_weights_is_exported(name: str, runs: SimpleNamespace,
 
 
 FOREIGN = {
-    "branches are gone": (["pruning=block_influence", "pruning.units=attention"], ["12L-3A", "sddx.load"]),
-    "a patch stands apart": (["pruning/patch=linear"], ["linear", "module of its own", "sddx.load"]),
+    "branches are gone": (Cut((0, 1, 2, 3), 4, no_attention=(1,)), False, ["4L-1A", "sddx.load"]),
+    "a patch stands apart": (Cut((0, 3), 4), True, ["linear", "module of its own", "sddx.load"]),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_no_stock_loader_builds_is_refused(
-    name: str, runs: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_no_stock_loader_builds_is_refused(name: str, tmp_path: Path) -> None:
     """Pitfall H: with the reason, and with what does load it."""
-    overrides, said = FOREIGN[name]
-    refused(capsys, tmp_path / "to", [f"run={runs.make(name, *overrides)}"], said)
+    cut, patched, said = FOREIGN[name]
+    Junction({Gap("blocks", 1, 3): Map(matrix=torch.eye(2))}).save(tmp_path)
+    summary = {"choices": {"patch": "linear"}}
+    with pytest.raises(UserError) as caught:
+        require_stock(Recovered(tmp_path, summary, tmp_path, cut, tmp_path, tmp_path if patched else None))
+    assert all(part in str(caught.value) for part in said)
 
 
 def refused(capsys: pytest.CaptureFixture, to: Path, given: list[str], said: list[str]) -> None:
@@ -263,13 +268,13 @@ def test_the_card_says_what_was_done_and_no_path_of_this_machine(runs: SimpleNam
 def test_every_family_comes_back_from_a_folder_that_runtimes_can_read(family: str, tmp_path: Path) -> None:
     """Pitfalls A and C; a config that the pruned model does not fit is found out."""
     build(family).save_pretrained(tmp_path / "base")
-    model = load_model(tmp_path / "base")
+    model = load_model(tmp_path / "base", attention="eager")
     apply_cut(model, Cut.without({1, 3}, 5))
     model.save_pretrained(tmp_path / "to")
     (tmp_path / "to" / "tokenizer.json").write_text("{}")
     own_config(tmp_path / "base", tmp_path / "to")
     assert inspect_model(tmp_path / "to")["blocks"] == 3
-    assert torch.equal(load_model(tmp_path / "to")(tokens()).logits, model(tokens()).logits)
+    assert torch.equal(load_model(tmp_path / "to", attention="eager")(tokens()).logits, model(tokens()).logits)
     path = tmp_path / "to" / "config.json"
     depth = next(name for name in json.loads(path.read_text()) if name in ("num_hidden_layers", "n_layers"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {depth: 5, "layer_types": None}))

@@ -176,23 +176,27 @@ def own_config(base: Path, folder: Path) -> None:
     transformers 5 writes some settings in a new place (`rope_parameters`), where older readers do not look for
     them and take a default without a word. Where the result is not read as what was saved, that stays.
     """
-    path = folder / "config.json"
-    saved, old, new = path.read_text(), _settings(base), _settings(folder)
-    kept = json.loads((base / "config.json").read_text())
-    kept.pop("auto_map", None)  # code that is not exported
+    path, old, new = folder / "config.json", _settings(base), _settings(folder)
+    kept, saved = (json.loads((place / "config.json").read_text()) for place in (base, folder))
     changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
     dtype = changed.pop("dtype", new.get("dtype"))
     kept |= changed | {"torch_dtype" if "torch_dtype" in kept else "dtype": dtype}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    _write_config(path, kept)
     if _settings(folder) != new:
-        path.write_text(saved)
+        _write_config(path, saved)
+
+
+def _write_config(path: Path, fields: dict[str, Any]) -> None:
+    fields.pop("auto_map", None)  # names code that is not exported
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """A config as transformers reads it, without what it says about its file."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     fields = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in fields.items() if name not in ("_name_or_path", "transformers_version")}
+    about_the_file = ("_name_or_path", "transformers_version", "auto_map")
+    return {name: value for name, value in fields.items() if name not in about_the_file}
 
 
 def _copy_adapter(train: Path, folder: Path, base: Path) -> None:
