@@ -206,8 +206,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     cut = "" if context == asked else f" (asked: {asked}, more than fits)"
     console.print(
         f"batch {found['batch']}, context {context}{cut}, {found['new']} new tokens, {found['repeats']} pairs on "
-        f"{found['device_name']} in {found['dtype']}; medians, and the range of the ratio over the pairs. The share "
-        "of parameters is no speed: embeddings and head stay, and what attention costs grows with the context.",
+        f"{found['device_name']} in {found['dtype']}; medians, and the range of the ratio over the pairs. The "
+        "share of parameters is no speed: embeddings and head stay, and attention costs more as the context grows.",
         highlight=False,
     )
 

@@ -11,8 +11,8 @@ from sddx.records import Units, UserError
 
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist, the tokenizer has a chat template, at least
-    one unit stays, metric and patch can be what they are asked to be, another teacher fits the student. Raises one
-    UserError with all that is wrong."""
+    one unit stays, metric and patch can be what they are asked to be, what writes answers is installed, another
+    teacher fits the student. Raises one UserError with all that is wrong."""
     from sddx.evaluation.harness import check_tasks
     from sddx.models.load import load_tokenizer, locate, require_chat_template, text_config
     from sddx.training.objective import require_comparable
@@ -24,6 +24,8 @@ def precheck(method: dict[str, Any]) -> None:
         lambda: require_chat_template(load_tokenizer(folder), folder),
         lambda: _check_pruning(method, config),
     ]
+    if method["loss"]["data"] != "reference":
+        checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
     if method["teacher"]:
         checks.append(
             lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
