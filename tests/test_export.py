@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sddx
 from sddx.config import resolve
 from sddx.export.__main__ import main
+from sddx.export.card import _without_paths
 from sddx.export.formats import inspect_model
 from sddx.export.write import own_config, require_stock
 from sddx.models.load import load_model
@@ -225,6 +226,22 @@ def test_another_base_model_is_refused(
     refused(capsys, tmp_path / "to", [f"run={summary}"], ["not the one that the run used"])
 
 
+def test_a_folder_that_was_filled_meanwhile_stays(
+    runs: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = tmp_path / "to"
+
+    def meanwhile(run: object) -> dict:
+        to.mkdir()
+        (to / "notes.txt").write_text("keep")
+        return {}
+
+    monkeypatch.setattr("sddx.export.card.record", meanwhile)
+    assert main([f"run={runs.first}", f"to={to}"]) == 2
+    assert "meanwhile" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["to", "notes.txt"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_failed_proof_leaves_nothing(
     dtype: str,
@@ -255,6 +272,7 @@ def test_the_card_says_what_was_done_and_no_path_of_this_machine(runs: SimpleNam
         "not yet run", "torch", "unpruned",
     ):  # fmt: skip
         assert part in card
+    assert _without_paths({"teacher": "/home/me/teacher", "removed": 3}) == {"teacher": "teacher", "removed": 3}
     summary, kept = json.loads(runs.first.read_text()), json.loads((to / "sddx.json").read_text())
     assert kept["cut"]["kept"] == summary["cut"] and kept["artifacts"] == summary["artifacts"]
     assert kept["summary"]["scores"] == summary["scores"]

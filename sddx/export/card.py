@@ -30,8 +30,15 @@ def record(run: Recovered) -> dict[str, Any]:
         "cut": {"kept": list(cut.kept), "total": cut.total, "name": cut.name},
         "artifacts": run.summary["artifacts"],
         "versions": run.summary["versions"],
-        "summary": {name: run.summary[name] for name in EXCERPT if name in run.summary},
+        "summary": {name: _without_paths(run.summary[name]) for name in EXCERPT if name in run.summary},
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """The same, but of a path (another teacher may be named by one) the last part alone."""
+    if isinstance(value, dict):
+        return {name: _without_paths(each) for name, each in value.items()}
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def text(run: Recovered, proof: dict[str, Any]) -> str:
@@ -128,11 +135,11 @@ def _loading(proof: dict[str, Any]) -> str:
 
 def _proven(proof: dict[str, Any]) -> str:
     same = (
-        "were equal, bit for bit," if proof["equal"] else f"differed by {proof['largest_difference']:.3g} at most"
+        "were, bit for bit, those" if proof["equal"] else f"were within {proof['largest_difference']:.3g} of those"
     )
+    where = f"in {proof['dtype']} on {proof['device']}, over {proof['tokens']} tokens of {proof['prompts']} prompts"
     return (
-        f"The logits of what is in this folder, read by stock loaders, {same} from those of the model that was "
-        f"evaluated, in {proof['dtype']} on {proof['device']}, over {proof['tokens']} tokens of {proof['prompts']} "
-        f"prompts; {proof['flipped_greedy_tokens']} greedy tokens flipped. The largest logit was "
+        f"The logits of what is in this folder, read by stock loaders, {same} of the recovered model as it was "
+        f"trained, {where}; {proof['flipped_greedy_tokens']} greedy tokens flipped. The largest logit was "
         f"{proof['largest_logit']:.3g}. All of it is in `proof.json`; `sddx.json` says which cut and which run."
     )

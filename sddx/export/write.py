@@ -130,9 +130,16 @@ def _appearing(to: Path) -> Iterator[Path]:
         raise UserError(f"{to} cannot be written ({error.strerror}). Give another folder: to=...") from error
     try:
         yield folder
-        folder.rename(to)  # onto an empty folder at most; another one that came meanwhile stays
+        _rename(folder, to)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, to: Path) -> None:
+    try:
+        folder.rename(to)  # onto an empty folder at most
+    except OSError as error:
+        raise UserError(f"{to} was filled meanwhile ({error.strerror}). Give another folder: to=...") from error
 
 
 def _write_weights(
