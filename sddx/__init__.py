@@ -8,34 +8,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(summary: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
-    """The recovered model (in eval mode) and its tokenizer, from a run's `summary.json`.
+def load(summary: str | Path, *, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """The recovered model (in eval mode) and its tokenizer, from a run's `summary.json`, in the run's dtype unless
+    another is given.
 
-    Raises UserError where the store that the run wrote to, or the base model, is gone.
+    Raises UserError where there is no such summary, or the store that the run wrote to, or the base model, is gone.
     """
-    import json
-
     from sddx.models.load import load_tokenizer
-    from sddx.models.student import load_student
-    from sddx.records import Cut, UserError
-    from sddx.store.manifest import find
+    from sddx.models.recovered import find_run
 
-    fields = json.loads(Path(summary).read_text())
-    keys, base, found = fields["artifacts"], Path(fields["model_path"]), {}
-    for stage in (stage for stage in ("prune", "patch", "train") if stage in keys):
-        place = find(Path(fields["store"]), stage, keys[stage])
-        if place is None or not base.is_dir():
-            gone = base if place else f"{stage} {keys[stage]} in the store {fields['store']}"
-            raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
-        found[stage] = place
-    student = load_student(
-        base,
-        found["train"],
-        cut=Cut.load(found["prune"] / "cut.json"),
-        base=keys["model"],
-        patch=found.get("patch"),
-        dtype=fields["dtype"],
-        attention=fields["attention"],
-        device=device,
-    )
-    return student.model, load_tokenizer(base)
+    run = find_run(summary)
+    return run.student(dtype, device).model, load_tokenizer(run.base)

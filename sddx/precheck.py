@@ -13,9 +13,9 @@ from sddx.records import Units, UserError
 
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
-    prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, another teacher
-    fits the student, the devices can share the training, weights can be held as they are asked to be. Raises one
-    UserError with all that is wrong."""
+    prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, what writes
+    answers is installed, another teacher fits the student, the devices can share the training, weights can be held
+    as they are asked to be. Raises one UserError with all that is wrong."""
     from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
 
@@ -28,6 +28,8 @@ def precheck(method: dict[str, Any]) -> None:
         lambda: _check_processes(method["trainer"]),
         lambda: _check_quantization(method),
     ]
+    if method["loss"]["data"] != "reference":
+        checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
     if method["teacher"]:
         checks.append(
             lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))

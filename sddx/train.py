@@ -65,6 +65,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
+    from sddx.data.vllm import engines
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
@@ -106,7 +107,8 @@ def recover(
             rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=generation)
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
-    frozen_model.cache_clear()  # its memory is needed for training
+    frozen_model.cache_clear()  # its memory is needed for training, and that of vLLM's engines
+    engines.cache_clear()
     learning: dict[str, Any] = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
     teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
     student = make(

@@ -12,13 +12,16 @@ import sddx
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
-    {"build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics", "training.losses"},
+    {
+        "arguments", "build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics",
+        "training.losses",
+    },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},
-    {"stages", "compare", "precheck"},
+    {"stages", "compare", "precheck", "export", "bench"},
     {"train"},
     {"plan", "fetch"},
-]
+]  # fmt: skip
 PURE = {"importance.metrics", "surgery.choose", "training.losses"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

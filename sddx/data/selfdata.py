@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -83,12 +84,12 @@ def write_answers(
         rows = [tokens[row] for row in batch]
         written = _continue(model, rows, choose, max_new_tokens, ends, padding_id(tokenizer))
         for row, ids in zip(batch, written, strict=True):
-            answers[row] = _answer(tokenizer, ids, ends)
+            answers[row] = answer_of(tokenizer, ids, ends)
         progress(len(batch))
     return answers
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: those of the generation config, the tokenizer's, and the chat
     template's."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
@@ -195,7 +196,8 @@ def _continue(
     return whole[:, width:].tolist()
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> Answer:
+def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> Answer:
+    """The answer in the tokens that a model wrote: up to the first that ends it, or cut off."""
     stop = next((place for place, token in enumerate(ids) if token in ends), None)
     text = tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Answer(text.strip(), "" if stop is not None else CUT_OFF)

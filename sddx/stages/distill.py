@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from sddx.build import build
 from sddx.data.selfdata import acceptance, judge
@@ -27,7 +30,8 @@ def distill(
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was.
+    """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was; and
+    `generation.json`: the backend that wrote, and its version.
 
     `guided` shows the reference in the rewriting template (self-data distillation, SDFT; facts A5); without
     it the model sees the prompt alone (the control `sdd_plain`).
@@ -37,10 +41,15 @@ def distill(
         rewriting_prompt(rewrite, example.prompt, example.response) if guided else example.prompt
         for example in examples
     ]
-    teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    answers = build(generation)(
+    write = build(generation)
+    # One that can say who writes reads the model from its folder itself: ours stays out of memory.
+    own = hasattr(write, "about")
+    teacher = model.path if own else frozen_model(model.path, dtype, attention, runtime.device)
+    about = write.about(model.path) if own else {"backend": "transformers", "version": transformers.__version__}
+    answers = write(
         teacher, load_tokenizer(model.path), prompts, lambda rows: runtime.log({"distill/written": rows})
     )
+    (out / "generation.json").write_text(json.dumps(about) + "\n")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
     runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})

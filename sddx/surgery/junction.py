@@ -97,6 +97,13 @@ def is_trained(folder: Path) -> bool:
     return json.loads((folder / RECORD).read_text())["trained"]
 
 
+def is_stock(folder: Path) -> bool:
+    """Whether the patches in a folder leave a model that transformers itself can build: they are folded into its
+    weights, or are blocks of its own kind."""
+    about = json.loads((folder / RECORD).read_text())
+    return about["fold"] or all(gap["patch"] == BLOCK for gap in about["gaps"])
+
+
 Attached = dict[str, nn.Parameter]  # the weights of patches inside a student, by gap and name
 
 

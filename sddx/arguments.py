@@ -1,0 +1,49 @@
+"""`key=value` arguments of the small entry points, in the form that the main job's have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from sddx.records import UserError
+
+REQUIRED = ""  # the default of a setting that must be given
+
+
+def plain_arguments(given: Sequence[str], **defaults: str | None) -> dict[str, Any]:
+    """The values of `key=value` arguments, as text, over their defaults; `null` is None.
+
+    Raises UserError, with all that is wrong at once, for a key that is not among the defaults, one that is given
+    twice, and one that has no value.
+    """
+    pairs = [argument.partition("=") for argument in given]
+    keys = [key for key, _, _ in pairs]
+    wrong = [f"{key!r} is no setting of the form key=value." for key, sign, _ in pairs if not sign]
+    wrong += [_unknown(key, list(defaults)) for key, sign, _ in pairs if sign and key not in defaults]
+    wrong += [f"{key} is given more than once." for key in defaults if keys.count(key) > 1]
+    values = defaults | {key: None if value == "null" else value for key, _, value in pairs}
+    wrong += [f"{key} has no value. Give it as {key}=..." for key in defaults if values[key] == REQUIRED]
+    if wrong:
+        raise UserError(*wrong)
+    return values
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"{key} is not a setting.{meant} Known here: {', '.join(known)}."
+
+
+def number(values: dict[str, Any], key: str) -> int:
+    """A setting that counts something. Raises UserError where it is not a whole number of 1 or more."""
+    if not str(values[key]).isdecimal() or int(values[key]) < 1:
+        raise UserError(f"{key}={values[key]} is not a number of 1 or more. Give {key}=1, for example.")
+    return int(values[key])
+
+
+def one_of(values: dict[str, Any], key: str, known: Sequence[Any]) -> Any:
+    """A setting with a few values. Raises UserError for any other."""
+    if values[key] not in known:
+        raise UserError(f"{key}={values[key]} is not known. Use one of {', '.join(map(str, known))}.")
+    return values[key]

@@ -1,0 +1,74 @@
+"""What other runtimes will look for in a model folder, checked without them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sddx.models.anatomy import FAMILIES, Family, per_layer_lists
+from sddx.records import UserError
+
+# The names under which these runtimes know the architectures of `anatomy.FAMILIES`. Read in vLLM's registry of
+# models and in llama.cpp's convert_hf_to_gguf.py, not tried.
+KNOWN = (
+    "LlamaForCausalLM MistralForCausalLM MixtralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM "
+    "Gemma2ForCausalLM Gemma3ForCausalLM Phi3ForCausalLM GPTNeoXForCausalLM"
+).split()
+HEADS = {"lm_head.weight", "embed_out.weight"}  # the latter is GPT-NeoX's
+RUNTIMES = {"vLLM": {*KNOWN, "OPTForCausalLM", "MptForCausalLM"}, "llama.cpp": set(KNOWN)}
+
+
+def inspect_model(folder: Path) -> dict[str, Any]:
+    """The facts of a model folder that loaders rely on, and what each runtime is expected to make of it.
+
+    Raises UserError where they contradict each other: the architecture is not transformers' own, depth, per-layer
+    lists and the names of the weights disagree, the head's weights are not as the config says, or `tokenizer.json`
+    is missing.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    names, depth = _tensor_names(folder), config.num_hidden_layers
+    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
+    numbers = _block_numbers(names, FAMILIES.get(config.model_type, Family()))
+    tied = bool(config.tie_word_embeddings)
+    lists = {name: len(value) for name, value in vars(config).items() if name.endswith("layer_types") and value}
+    checks = {
+        f"{architecture} is no causal language model of transformers": architecture
+        in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        f"num_hidden_layers is {depth} and the weights are of blocks {numbers}": numbers == list(range(depth)),
+        f"per-layer lists have {lists} entries for {depth} blocks": set(lists.values()) <= {depth},
+        f"tie_word_embeddings is {tied} and the head's weights say otherwise": tied != bool(HEADS & {*names}),
+        "tokenizer.json is missing": (folder / "tokenizer.json").is_file(),
+    }
+    wrong = [problem for problem, holds in checks.items() if not holds]
+    if wrong:
+        raise UserError(f"{folder} is not what runtimes expect: {'; '.join(wrong)}.")
+    found = {"architecture": architecture, "blocks": depth, "tensors": len(names), "tied_embeddings": tied}
+    return found | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture)}
+
+
+def _expected(architecture: str) -> dict[str, str]:
+    known = {name: architecture in architectures for name, architectures in RUNTIMES.items()}
+    return {
+        name: "architecture known, files as expected; not yet run" if good else f"does not know {architecture}"
+        for name, good in known.items()
+    }
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return names
+
+
+def _block_numbers(names: list[str], layout: Family) -> list[int]:
+    """The numbers of the blocks that weights are named after, ascending."""
+    prefix = re.compile(rf"{re.escape(layout.body)}\.{layout.blocks}\.(\d+)\.")
+    return sorted({int(found[1]) for name in names if (found := prefix.match(name))})

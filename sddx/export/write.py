@@ -1,0 +1,215 @@
+"""The folder of an exported model: refused where no stock loader could read it, renamed into place when proven."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from sddx.export import card, proof
+from sddx.export.formats import inspect_model
+from sddx.models.anatomy import is_adapted
+from sddx.models.load import DTYPES, load_model
+from sddx.models.recovered import Recovered, find_run
+from sddx.models.student import is_stock
+from sddx.records import UserError
+from sddx.store import Store
+from sddx.surgery import junction
+
+ADAPTER = "adapter_model.safetensors"
+SHARD = "5GB"
+# What belongs to a tokenizer, and the terms that the base model came with.
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
+    "chat_template*",
+)  # fmt: skip
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def export(
+    path: str | Path,
+    to: Path,
+    *,
+    adapter: str = "merged",
+    dtype: str | None = None,
+    device: str = "cpu",
+    evaluated: bool = False,
+) -> dict[str, Any]:
+    """Write the recovered model of a run (its `summary.json`) into the folder `to`, and return the proof that what
+    stock loaders read from there is the model that `sddx.load` gives.
+
+    `adapter` merged: one folder; apart: `to`/base and `to`/adapter. `evaluated`: the run's evaluation is repeated
+    on what was written. The folder appears complete and proven, or not at all. Raises UserError where `to` holds
+    something, where no stock loader can read such a model, where the run or its base model is not what it was,
+    and where the proof fails.
+    """
+    run = find_run(path)
+    _require_exportable(run, to, adapter, dtype)
+    if evaluated:
+        proof.require_evaluation(run)
+    disable_progress_bar()
+    how = run.how(dtype, device)
+    with _appearing(to) as folder:
+        prompts = proof.prompts(run)
+        expected = _write_weights(run, folder, to, adapter, how, prompts)
+        model = load_exported(folder, adapter, how)
+        found = proof.prove(expected, model, prompts, adapter=adapter, how=how)
+        found["formats"] = inspect_model(model_folder(folder, adapter))
+        if evaluated:
+            found["evaluation"] = proof.flipped_items(run, model, device)
+        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n")
+        (folder / "README.md").write_text(card.text(run, found), encoding="utf-8")
+    return found
+
+
+def model_folder(folder: Path, adapter: str) -> Path:
+    """Where in an export the model without its adapter lies."""
+    return folder / "base" if adapter == "apart" else folder
+
+
+def load_exported(folder: Path, adapter: str, how: dict[str, str]) -> Any:
+    """The model as transformers, and peft where the adapter is apart, read it; nothing of ours takes part."""
+    model = load_model(model_folder(folder, adapter), **how)
+    if adapter == "merged":
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder / "adapter")).to(how["device"]).eval()
+
+
+def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | None) -> None:
+    """Raises UserError for all that can be known before a model is loaded."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} exists and is not empty. Give another folder: to=..., nothing is overwritten.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
+    if adapter == "apart" and not (run.train / ADAPTER).is_file():
+        raise UserError("this run trained all weights (tuning=full), so there is no adapter. Use adapter=merged.")
+    require_stock(run)
+    base = Store(Path(run.summary["store"])).source("model", run.base)
+    if base.key != run.summary["artifacts"]["model"]:
+        raise UserError(
+            f"the base model in {run.base} is not the one that the run used: its files were changed. Put them "
+            "back, or run again."
+        )
+
+
+def require_stock(run: Recovered) -> None:
+    """Raises UserError where the model is none that transformers can build from a config, with what loads it."""
+    loads = (
+        f"sddx.load({str(run.folder / 'summary.json')!r}) loads it as it is; transformers, vLLM and llama.cpp "
+        "build whole blocks of their own kinds alone, so there is nothing to export for them."
+    )
+    if not is_stock(run.cut):
+        raise UserError(
+            f"this model lacks branches of blocks ({run.cut.name}: attention A, feed-forward F). {loads}"
+        )
+    if run.patch is not None and not junction.is_stock(run.patch):
+        raise UserError(
+            f"a patch ({run.summary['choices']['patch']}) stands in this model as a module of its own. {loads} "
+            "Patches that can be exported: pruning/patch=block, and linear_ffn or mean with patch.fold=true."
+        )
+
+
+@contextmanager
+def _appearing(to: Path) -> Iterator[Path]:
+    """A folder beside `to` that takes its place when all went well, and is gone otherwise."""
+    folder = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{to} cannot be written ({error.strerror}). Give another folder: to=...") from error
+    try:
+        yield folder
+        _rename(folder, to)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename(folder: Path, to: Path) -> None:
+    try:
+        folder.rename(to)  # onto an empty folder at most
+    except OSError as error:
+        raise UserError(f"{to} was filled meanwhile ({error.strerror}). Give another folder: to=...") from error
+
+
+def _write_weights(
+    run: Recovered, folder: Path, to: Path, adapter: str, how: dict[str, str], prompts: list[list[int]]
+) -> list[Any]:
+    """Write model and tokenizer, and return the logits that they must give. The model is freed on leaving, so that
+    one is held at a time."""
+    student = run.student(how["dtype"], how["device"]).model
+    expected = proof.logits(student, prompts)
+    if adapter == "apart":
+        _copy_adapter(run.train, folder / "adapter", to / "base")
+        student = student.unload()
+    elif is_adapted(student):
+        student = student.merge_and_unload()
+    target = model_folder(folder, adapter)
+    _save(student, run.base, target)
+    return expected
+
+
+def _save(model: Any, base: Path, folder: Path) -> None:
+    """The model in the files that its base model came in."""
+    if (base / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()  # what came with the base is copied, sound or not
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    own_config(base, folder)
+    if not (folder / "tokenizer.json").exists():
+        _copy(base, folder, (*TOKENIZER, "generation_config.json", *TERMS))
+    if not (folder / "tokenizer.json").exists():  # written by every fast tokenizer, and asked for by runtimes
+        AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(folder)
+
+
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for path in source.iterdir():
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+            shutil.copyfile(path, folder / path.name)
+
+
+def own_config(base: Path, folder: Path) -> None:
+    """Write `config.json` as the base model's own, with what the cut changed and no more.
+
+    transformers 5 writes some settings in a new place (`rope_parameters`), where older readers do not look for
+    them and take a default without a word. Where the result is not read as what was saved, that stays.
+    """
+    path, old, new = folder / "config.json", _settings(base), _settings(folder)
+    kept, saved = (json.loads((place / "config.json").read_text()) for place in (base, folder))
+    changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
+    dtype = changed.pop("dtype", new.get("dtype"))
+    kept |= changed | {"torch_dtype" if "torch_dtype" in kept else "dtype": dtype}
+    _write_config(path, kept)
+    if _settings(folder) != new:
+        _write_config(path, saved)
+
+
+def _write_config(path: Path, fields: dict[str, Any]) -> None:
+    fields.pop("auto_map", None)  # names code that is not exported
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """A config as transformers reads it, without what it says about its file."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    fields = json.loads(config.to_json_string(use_diff=False))
+    about_the_file = ("_name_or_path", "transformers_version", "auto_map")
+    return {name: value for name, value in fields.items() if name not in about_the_file}
+
+
+def _copy_adapter(train: Path, folder: Path, base: Path) -> None:
+    """The adapter as it was trained, on the pruned model: its block numbers are those of `base` already."""
+    folder.mkdir()
+    shutil.copyfile(train / ADAPTER, folder / ADAPTER)
+    config = json.loads((train / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(base), "revision": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
