@@ -18,6 +18,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sddx.build import build
 from sddx.records import UserError
 
 _PACKAGE = Path(__file__).parent
@@ -31,9 +32,11 @@ def register() -> None:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values. Raises UserError for interpolations and `???` that have none."""
+    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Raises UserError for
+    interpolations and `???` that have none."""
     try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore
+        return build(config["rehearse"])(config) if config.get("rehearse") else config
     except OmegaConfBaseException as error:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
         what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]

@@ -23,11 +23,12 @@ def precheck(method: dict[str, Any]) -> None:
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
         lambda: _check_evaluation(method["evaluation"]),
-        lambda: _check_template(folder),
         lambda: _check_pruning(method, config),
         lambda: _check_processes(method["trainer"]),
         lambda: _check_quantization(method),
     ]
+    if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
+        checks.append(lambda: _check_template(folder))
     if method["loss"]["data"] != "reference":
         checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
     if method["teacher"]:

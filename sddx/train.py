@@ -20,8 +20,9 @@ from sddx.build import build
 from sddx.config import CONF, check, flatten, register, resolve, writable_folder
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
+from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
-from sddx.report.summary import Found, conclude
+from sddx.report.summary import Found, Taught, conclude
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
@@ -33,7 +34,9 @@ from sddx.tracking import Tracker, mark
 STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
 # Settings that change no number of a run.
 PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
-SURROUNDINGS = ("run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", *PLANNING)
+SURROUNDINGS = (
+    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", *PLANNING
+)  # fmt: skip
 
 
 def recover(
@@ -59,31 +62,27 @@ def recover(
 ) -> tuple[Found, Artifact]:
     """Self-data distillation of a depth-pruned model (arXiv 2410.09982), stage by stage.
 
-    Each stage is built where the store lacks it. Returns all that was built, and the report on it, which names
-    the run's `choices`. Raises UserError for a user's mistake.
+    Each stage is built where the store lacks it. A loss without terms trains nothing: the pruned model is judged as
+    it is. Returns all that was built, and the report on it, which names the run's `choices`. Raises UserError for
+    a user's mistake.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.data.vllm import engines
     from sddx.models.load import frozen_model, locate
-    from sddx.stages.distill import distill
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
-    from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
     from sddx.stages.report import report
     from sddx.stages.score import score
-    from sddx.stages.train import train
 
-    dataset, calibration, text = pinned(dataset), pinned(calibration), pinned(text)
+    calibration, text = pinned(calibration), pinned(text)
     disable_progress_bar()  # a bar for every loaded model hides those that matter
     make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     folder, _ = locate(model["path"], revision=model["revision"])
     unpruned = store.source("model", folder)
-    data = make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)
 
     texts, units = _files(store, calibration), pruning.get("units", "blocks")
     scores, patches = [], []
@@ -96,35 +95,65 @@ def recover(
         stand = _settings(pruning["patch"])
         patches = [make(patch, unpruned, cut, *texts, patch=stand, calibration=calibration, **how)]
 
+    taught, shared = Taught(), []
+    asked: dict[str, Any]
+    if loss["terms"]:
+        learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata, "seed": seed}
+        rewriting = {"dataset": dataset, "validation": validation, "generation": generation}
+        given = (store, runtime, unpruned, cut, patches, teacher)
+        taught = teach(*given, rewriting, {**learning, "max_length": max_length}, how)
+        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
+        shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
+
+    judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
+    files = _files(store, evaluation, text)
+    inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, *taught.student]}
+    results = {name: judge(*given, *files) for name, given in inputs.items()}
+    frozen_model.cache_clear()
+    found = Found(unpruned, scores, cut, patches, taught, results, shared)
+    return found, make(report, *found.artifacts(), choices=choices)
+
+
+def teach(
+    store: Store,
+    runtime: Runtime,
+    unpruned: Artifact,
+    cut: Artifact,
+    patches: list[Artifact],
+    teacher: str | None,
+    rewriting: dict[str, Any],
+    learning: dict[str, Any],
+    how: dict[str, Any],
+) -> Taught:
+    """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
+    learned from them."""
+    from sddx.data.sources import pinned
+    from sddx.data.vllm import engines
+    from sddx.models.load import frozen_model, locate
+    from sddx.stages.distill import distill
+    from sddx.stages.prepare import prepare
+    from sddx.stages.train import train
+
+    dataset, style = pinned(rewriting["dataset"]), learning["loss"]["data"]
+    files, validation = _files(store, dataset), rewriting["validation"]
+    data = store.build(prepare, *files, runtime=runtime, dataset=dataset, validation=validation)
     # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
     rows = [store.source("rows", path) for path in examples]
-    if loss["data"] != "reference":
+    if style != "reference":
         total = sum(len(path.read_text().splitlines()) for path in examples)
-        asked = {"guided": loss["data"] == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
+        asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
         bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with runtime.counting(total, **bar) as watched:
-            rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=generation)
+            rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=rewriting["generation"])
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
     frozen_model.cache_clear()  # its memory is needed for training, and that of vLLM's engines
     engines.cache_clear()
-    learning: dict[str, Any] = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata}
     teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
-    student = make(
-        train, unpruned, cut, *rows, *patches, *teachers, **learning, max_length=max_length, seed=seed, **how
-    )
-
-    judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
-    files = _files(store, evaluation, text)
-    inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, student]}
-    results = {name: judge(*given, *files) for name, given in inputs.items()}
-    frozen_model.cache_clear()
-    include, limit = evaluation.get("include"), evaluation.get("limit")
-    tasks = {"tasks": evaluation["tasks"], "include": include, "limit": limit}
-    shared = make(overlap, data, *_files(store, evaluation), **tasks)
-    found = Found(unpruned, scores, cut, patches, data, rows, student, results, shared)
-    return found, make(report, *found.artifacts(), choices=choices)
+    inputs = [unpruned, cut, *rows, *patches, *teachers]
+    student = store.build(train, *inputs, runtime=runtime, **learning, **how)
+    return Taught([data], rows, [student])
 
 
 def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
@@ -256,10 +285,12 @@ def _device(wanted: str) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it in every run
     try:
         if "sweeps" in HydraConfig.get().runtime.choices:
             raise UserError("A file of sweeps/ describes many runs. Add --multirun to run them all.")
         config = resolve(cfg)
+        announce(config)
         if config["dry_run"]:
             verify(config)
             tell([look(config)], [config])

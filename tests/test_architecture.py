@@ -18,7 +18,7 @@ LEVELS = [
     },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},
-    {"stages", "compare", "precheck", "export", "bench"},
+    {"stages", "compare", "precheck", "export", "bench", "rehearse"},
     {"train"},
     {"plan", "fetch"},
 ]  # fmt: skip

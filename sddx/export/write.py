@@ -92,7 +92,7 @@ def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | Non
         raise UserError(f"{to} exists and is not empty. Give another folder: to=..., nothing is overwritten.")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
-    if adapter == "apart" and not (run.train / ADAPTER).is_file():
+    if adapter == "apart" and not (run.trained and (run.trained / ADAPTER).is_file()):
         raise UserError("this run trained all weights (tuning=full), so there is no adapter. Use adapter=merged.")
     require_stock(run)
     base = Store(Path(run.summary["store"])).source("model", run.base)
@@ -150,7 +150,8 @@ def _write_weights(
     student = run.student(how["dtype"], how["device"]).model
     expected = proof.logits(student, prompts)
     if adapter == "apart":
-        _copy_adapter(run.train, folder / "adapter", to / "base")
+        assert run.trained is not None  # else it was refused
+        _copy_adapter(run.trained, folder / "adapter", to / "base")
         student = student.unload()
     elif is_adapted(student):
         student = student.merge_and_unload()

@@ -20,7 +20,7 @@ class Recovered:
     summary: dict[str, Any]
     base: Path
     cut: Cut
-    train: Path
+    trained: Path | None
     patch: Path | None
 
     def how(self, dtype: str | None = None, device: str = "cpu") -> dict[str, str]:
@@ -35,7 +35,7 @@ class Recovered:
         """The recovered model, in eval mode and frozen."""
         key = self.summary["artifacts"]["model"]
         return load_student(
-            self.base, self.train, cut=self.cut, base=key, patch=self.patch, **self.how(dtype, device)
+            self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.how(dtype, device)
         )
 
     def artifact(self, stage: str) -> Path | None:
@@ -68,4 +68,4 @@ def find_run(path: str | Path) -> Recovered:
             raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
         found[stage] = place
     cut = Cut.load(found["prune"] / "cut.json")
-    return Recovered(file.parent, fields, base, cut, found["train"], found.get("patch"))
+    return Recovered(file.parent, fields, base, cut, found.get("train"), found.get("patch"))

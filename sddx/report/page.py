@@ -72,7 +72,7 @@ def arm_table(runs: Sequence[Run]) -> Table:
     counts = ("examples", "supervised_tokens", "steps")
     rows = []
     for where, arm, group in arms(runs):
-        seconds = mean(run["seconds"]["train"] for run in group)
+        seconds = mean(run["seconds"].get("train", 0) for run in group)
         found = [percent(mean_of(group, name)) for name in shares] + [
             f"{mean_of(group, name):,.0f}" for name in counts
         ]

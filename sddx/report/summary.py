@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +19,61 @@ from sddx.store import manifest
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What training went through, if there was any: the prepared data set, its held-out shard and its training
+    shards (as they are, or rewritten), and the student."""
+
+    data: list[Artifact] = field(default_factory=list)
+    rows: list[Artifact] = field(default_factory=list)
+    student: list[Artifact] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Found:
-    """What a run built, or found in the store. `rows` are the held-out shard and the training shards;
-    `results` the evaluations of the unpruned, the pruned and the recovered model; `overlap` what the training rows
-    share with the evaluation."""
+    """What a run built, or found in the store. `results` are the evaluations of the unpruned, the pruned and the
+    recovered model (without training, the pruned one again); `overlap` what the training rows share with them."""
 
     model: Artifact
     scores: list[Artifact]
     cut: Artifact
     patches: list[Artifact]
-    data: Artifact
-    rows: list[Artifact]
-    student: Artifact
+    taught: Taught
     results: dict[str, Artifact]
-    overlap: Artifact
+    overlap: list[Artifact]
 
     def artifacts(self) -> list[Artifact]:
         """All of them in one row, from which `of` makes the record again."""
-        first = [self.model, *self.scores, self.cut, *self.patches, self.data]
-        return [*first, *self.rows, self.student, *self.results.values(), self.overlap]
+        taught = [*self.taught.data, *self.taught.rows, *self.taught.student]
+        first = [self.model, *self.scores, self.cut, *self.patches]
+        return [*first, *taught, *self.results.values(), *self.overlap]
 
     @classmethod
     def of(cls, artifacts: Sequence[Artifact]) -> Found:
         by_stage: dict[str, list[Artifact]] = {}
         for artifact in artifacts:
             by_stage.setdefault(artifact.stage, []).append(artifact)
-        rows = by_stage.get("distill") or by_stage["rows"]
-        one = {name: by_stage[stage][0] for name, stage in SINGLE.items()}
+
+        def some(*stages: str) -> list[Artifact]:
+            return next((by_stage[stage] for stage in stages if stage in by_stage), [])
+
+        taught = Taught(some("prepare"), some("distill", "rows"), some("train"))
         results = dict(zip(table.MODELS, by_stage["evaluate"], strict=True))
-        scores, patches = by_stage.get("score", []), by_stage.get("patch", [])
-        return cls(scores=scores, patches=patches, rows=rows, results=results, **one)
+        (model,), (cut,) = by_stage["model"], by_stage["prune"]
+        return cls(model, some("score"), cut, some("patch"), taught, results, some("overlap"))
 
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
-        distilled = [shard for shard in self.rows if shard.stage == "distill"]
-        stages = {"prepare": [self.data], "score": self.scores, "prune": [self.cut], "patch": self.patches}
-        stages |= {"distill": distilled, "train": [self.student]}
+        distilled = [shard for shard in self.taught.rows if shard.stage == "distill"]
+        stages = {"prepare": self.taught.data, "score": self.scores, "prune": [self.cut], "patch": self.patches}
+        stages |= {"distill": distilled, "train": self.taught.student}
         stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
-        stages |= {"overlap": [self.overlap]}
+        stages |= {"overlap": self.overlap}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
     def rewrites(self) -> list[Rewrite]:
         """The judged answers that training drew on (without the held-out shard); empty for reference data."""
-        shards = [shard for shard in self.rows[1:] if shard.stage == "distill"]
+        shards = [shard for shard in self.taught.rows[1:] if shard.stage == "distill"]
         return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
-
-
-# Of what a run has one of.
-SINGLE = {"model": "model", "cut": "prune", "data": "prepare", "student": "train", "overlap": "overlap"}
 
 
 def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
-    trained = _read(found.data, "dataset.json")["trains"]
+    trained = [task for data in found.taught.data for task in _read(data, "dataset.json")["trains"]]
     records = results["unpruned"]["tasks"]
     chance = {task: record["chance"] for task, record in records.items()}
     part_of = {task: record["part_of"] for task, record in records.items()}
@@ -103,7 +110,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
         **summarise(scores, chance=chance, trained=trained, part_of=part_of),
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),
-        "overlap": _read(found.overlap, "overlap.json"),
+        "overlap": next((_read(shared, "overlap.json") for shared in found.overlap), None),
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}
@@ -119,13 +126,13 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
 def _cost(found: Found) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
     cut = Cut.load(found.cut.path / "cut.json")
-    training = _read(found.student, "training.json")
+    training: dict[str, Any] = next((_read(student, "training.json") for student in found.taught.student), {})
     rewrites = found.rewrites()
     manifests = {
         stage: [manifest.read(artifact.path) or {} for artifact in artifacts]
         for stage, artifacts in found.built().items()
     }
-    student = manifests["train"][0]
+    built = manifests.get("train", manifests["prune"])[0]
     size = _read(found.cut, "size.json")
     for patch in found.patches:
         size |= _read(patch, "size.json")
@@ -138,11 +145,11 @@ def _cost(found: Found) -> dict[str, Any]:
         "parameters": {model: sizes["parameters"] for model, sizes in size.items()},
         "cache_bytes": {model: sizes["cache_bytes"] for model, sizes in size.items()},
         "patch_unexplained": {k: v for patch in found.patches for k, v in _read(patch, "fit.json").items()},
-        "examples": training["examples"],
-        "supervised_tokens": training["supervised_tokens"],
-        "steps": training["steps"],
-        "tokens_per_second": training["tokens_per_second"],
-        "dropped_rows": training["dropped_rows"],
+        "examples": training.get("examples", 0),
+        "supervised_tokens": training.get("supervised_tokens", 0),
+        "steps": training.get("steps", 0),
+        "tokens_per_second": training.get("tokens_per_second", 0),
+        "dropped_rows": training.get("dropped_rows", 0),
         "fallback_share": sum(bool(rewrite.reason) for rewrite in rewrites) / len(rewrites) if rewrites else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
@@ -154,11 +161,11 @@ def _cost(found: Found) -> dict[str, Any]:
             },
         },
         "model_path": str(found.model.path),
-        "dtype": student["spec"]["dtype"],
-        "attention": student["spec"]["attention"],
-        "versions": student["versions"],
-        "device": student["device"],
-        "threads": student["threads"],
+        "dtype": built["spec"]["dtype"],
+        "attention": built["spec"]["attention"],
+        "versions": built["versions"],
+        "device": built["device"],
+        "threads": built["threads"],
     }
 
 

@@ -80,7 +80,8 @@ class Layerwise:
 class Objective:
     """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses.
 
-    Raises UserError for unknown data, no terms, or a weight that is not a finite number of at least 0.
+    Without terms nothing is trained. Raises UserError for unknown data, or a weight that is not a finite number of
+    at least 0.
     """
 
     data: str
@@ -88,8 +89,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         one_of("data", self.data, DATA)
-        if not self.terms:
-            raise UserError("a loss has no terms: give at least one name under `terms`")
         for name, term in self.terms.items():
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise UserError(f"the weight of {name} must be finite and at least 0, not {term.weight}")

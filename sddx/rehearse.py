@@ -1,0 +1,114 @@
+"""The dress rehearsal: an experiment's own settings on small stand-ins for what is large or far away."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sddx.store import default_root
+from sddx.store.digest import digest
+
+TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
+CONTEXT = 2048  # tokens, where the model itself has more
+
+
+def small(
+    config: dict[str, Any], *, width: int, rows: int, texts: int, items: int, new_tokens: int
+) -> dict[str, Any]:
+    """The configuration with a random model of the same architecture, depth and kinds of layers but `width`
+    channels, `rows` rows and `texts` texts of the embedded world, and `items` items of two of its tasks; answers of
+    `new_tokens`, one epoch, on the processor.
+
+    Under `rehearse` stands what was replaced, one line each; all else is left as it is.
+    """
+    store = Path(config["store"] or default_root()).expanduser()
+    folder = _random_model(config["model"], width, store / "rehearsals")
+    dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
+    world = {"_target_": "sddx.tiny.data.conversations", "split": "calibration", "size": texts}
+    replaced = {
+        "model": {**config["model"], "path": str(folder), "revision": None, "dimensions": None},
+        "dataset": _rows(dataset, rows),
+        "calibration": {**world, "seed": 0},
+        "text": {**world, "seed": 1},
+        "evaluation": {
+            **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
+            "limit": items, "max_new_tokens": new_tokens,
+        },
+        "generation": {**generation, "max_new_tokens": new_tokens},
+        "trainer": {**config["trainer"], "epochs": 1},
+        "validation": 8,
+        "teacher": None,
+        "device": "cpu",
+        "run": {**config["run"], "name": f"rehearsal-{config['run']['name']}"},
+        "wandb": {**config["wandb"], "mode": "disabled"},
+    }  # fmt: skip
+    said = [
+        f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide",
+        f"rows: {dataset.get('name', dataset['_target_'])} by {rows} word problems of the embedded world, with the "
+        f"checker and the rewriting template of the experiment",
+        f"texts for scoring and for KL: {texts} of the embedded world",
+        f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots",
+        f"answers: {new_tokens} tokens; one epoch; the processor; nothing goes to W&B",
+    ]
+    return {**config, **replaced, "rehearse": said}
+
+
+def _rows(dataset: dict[str, Any], rows: int) -> dict[str, Any]:
+    kept = {name: dataset[name] for name in ("seed", "check", "rewrite")}
+    source = {"_target_": "sddx.tiny.data.dataset", "skill": "arithmetic", "shift": 1.0, "size": rows}
+    return {**source, **kept, "trains": ["tiny_arithmetic"]}
+
+
+def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
+    """The folder of a random model with the embedded tokenizer, made where it is not there yet."""
+    config = _narrow(model, width)
+    folder = root / f"{config.model_type}-{digest([config.to_dict(), model['dtype']])[:12]}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sddx.models.load import DTYPES, load_tokenizer
+
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as name, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model["dtype"]])
+        made.save_pretrained(Path(name) / "made")
+        load_tokenizer(_tiny()).save_pretrained(Path(name) / "made")
+        if not folder.exists():
+            os.replace(Path(name) / "made", folder)
+    return folder
+
+
+def _narrow(model: dict[str, Any], width: int) -> Any:
+    """The model's config with few channels, heads and words; depth and the kinds of its layers stay."""
+    from sddx.estimate.skeleton import shape_of
+    from sddx.models.load import load_tokenizer
+
+    config, tokenizer = shape_of(model), load_tokenizer(_tiny())
+    heads, groups = 4, config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+    settings = {
+        "hidden_size": width, "intermediate_size": 2 * width, "vocab_size": len(tokenizer),
+        "num_attention_heads": heads, "head_dim": width // heads, "num_key_value_heads": max(heads // groups, 1),
+        "max_position_embeddings": min(config.max_position_embeddings, CONTEXT),
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def _tiny() -> Path:
+    return Path(__file__).parent / "tiny" / "checkpoint"
+
+
+def announce(config: dict[str, Any]) -> None:
+    """Print what a rehearsal replaced; nothing for a run that is none."""
+    if config.get("rehearse"):
+        print("A rehearsal: its numbers mean nothing. Replaced:")
+        print("\n".join(f"  {line}" for line in config["rehearse"]))
+        print("All else is the experiment's.")

@@ -1,0 +1,66 @@
+"""Every experiment runs from end to end on small stand-ins, with all other settings its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from composing import composed
+from omegaconf import OmegaConf
+
+from sddx.config import CONF, resolve
+from sddx.estimate.skeleton import shape_of
+from sddx.train import run
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+def rehearsed(experiment: str, store: Path, *given: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The experiment's own configuration, and that of its rehearsal."""
+    with composed(f"+experiment={experiment}", "+rehearse=cpu", f"store={store}", *given) as cfg:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        return plain, resolve(cfg)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_can_be_rehearsed(experiment: str, store: Path, tmp_path: Path) -> None:
+    """All stages run; the cut takes what the experiment's does, out of as many blocks."""
+    plain, config = rehearsed(experiment, store)
+    summary = json.loads(run(config, tmp_path).read_text())
+    lost = summary["no_attention"] if plain["pruning"]["units"] == "attention" else None
+    removed = summary["blocks"] - len(summary["cut"]) if lost is None else len(lost)
+    assert removed == plain["pruning"]["remove"]
+    assert summary["blocks"] == plain["model"]["dimensions"]["num_hidden_layers"]
+    assert (summary["steps"] > 0) == bool(plain["loss"]["terms"])
+    assert set(summary["scores"]) == {"unpruned", "pruned", "recovered"}
+
+
+def test_what_is_not_replaced_is_the_experiments(store: Path) -> None:
+    """Arm, cut, tuning, lengths, batches, precision, checker and template; and what is replaced is said."""
+    plain, config = rehearsed("llama_26L", store, "loss=kd", "tuning.rank=4")
+    for kept in ("loss", "pruning", "tuning", "max_length", "selfdata", "seed"):
+        assert config[kept] == plain[kept]
+    assert {**config["trainer"], "epochs": 3} == plain["trainer"]
+    for kept in ("check", "rewrite"):
+        assert config["dataset"][kept] == plain["dataset"][kept]
+    assert any("meta-llama/Llama-3.1-8B-Instruct" in line for line in config["rehearse"])
+
+
+def test_the_stand_in_has_the_models_depth_and_kinds(store: Path) -> None:
+    """The same family, as many blocks, the same grouping of heads; and it is made once."""
+    plain, config = rehearsed("qwen3_8b_30L", store)
+    true, made = shape_of(plain["model"]), shape_of(config["model"])
+    assert (made.model_type, made.num_hidden_layers) == (true.model_type, true.num_hidden_layers)
+    assert (
+        made.num_attention_heads // made.num_key_value_heads == true.num_attention_heads // true.num_key_value_heads
+    )
+    assert made.layer_types == true.layer_types
+    written = Path(config["model"]["path"]).stat().st_mtime_ns
+    assert Path(rehearsed("qwen3_8b_30L", store)[1]["model"]["path"]).stat().st_mtime_ns == written
