@@ -39,6 +39,7 @@ def small(
         "generation": {**generation, "max_new_tokens": new_tokens},
         "trainer": {**config["trainer"], "epochs": 1},
         "validation": 8,
+        "choices": {**config["choices"], "model": f"{config['choices']['model']}, rehearsed", "size": rows},
         "teacher": None,
         "device": "cpu",
         "run": {**config["run"], "name": f"rehearsal-{config['run']['name']}"},

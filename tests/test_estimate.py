@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -196,6 +197,22 @@ def test_a_probe_measures_this_machine() -> None:
     assert found is not None and all(spent > 0 for spent in found.values())
 
 
+def test_shards_hold_a_share_of_the_weights() -> None:
+    """Over two devices half of what one holds, but for the pass itself and the block at hand."""
+    alone = configured("model=llama31_8b_instruct", "tuning=full", "trainer.batch_size=1")
+    shared = {**alone, "trainer": {**alone["trainer"], "strategy": "fsdp", "devices": 4}}
+    one, four = (peaks(Estimate(config))["train"] for config in (alone, shared))
+    assert four < 0.5 * one
+
+
+def test_a_disk_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type("usage", (), {"free": 10**9})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"needs .* GB in the store .*1\.0 GB are free"):
+        require([configured("model=llama31_8b_instruct", "tuning=full", f"store={tmp_path}")])
+    require([configured("model=llama31_8b_instruct", f"store={tmp_path}")])
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UserError, match="gpu='abacus' is not known"):
         device_of("abacus")
@@ -216,5 +233,11 @@ def test_the_command_plans_a_grid_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_skeleton_keeps_depth() -> None:
-    assert len(blocks(small(3))) == 3
+def test_the_skeleton_leaves_its_config_as_it_was() -> None:
+    """Depth, and how models of it attend: the same config makes real models, in a probe for one."""
+    config = family_model("llama").config
+    before = config.to_dict() | {"attends": config._attn_implementation}
+    ghost = skeleton(config, "float32")
+    removed(ghost, "blocks", 2)
+    assert config.to_dict() | {"attends": config._attn_implementation} == before
+    assert len(blocks(ghost)) == config.num_hidden_layers - 2

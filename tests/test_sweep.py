@@ -115,7 +115,6 @@ def test_a_failing_cell_leaves_its_reason_and_the_others_go_on(sweep, store, cap
 def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch) -> None:
     """SystemExit too, which would end Hydra's own sweep."""
     monkeypatch.setattr(sddx.train, "look", lambda config: SimpleNamespace(steps=[], rates=dict))
-    monkeypatch.setattr("sddx.sweep.launcher.describe", lambda plans: None)
     seen = []
 
     def fail(store, runtime, *, seed: int, **method: object) -> None:
@@ -124,10 +123,10 @@ def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch
 
     monkeypatch.setattr(sddx.train, "recover", fail)
     monkeypatch.setattr(sddx.train, "verify", lambda config: None)
-    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, "sddx.train.run")
+    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, lambda *given: None, "sddx.train.run")
     status, folders = sweep("--multirun", "seed=0,1")
     monkeypatch.undo()
-    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, "sddx.train.run")
+    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, sddx.train.tell, "sddx.train.run")
     assert status == 1 and seen == [0, 1]
     assert [cells.state(folder) for folder in folders] == ["failed", "failed"]
     assert cells.read(folders[0])["reason"].startswith(type(error).__name__)

@@ -19,6 +19,7 @@ from sddx.records import UserError
 
 # What this code reaches of a stated peak. Ours, not yet measured on a GPU: a probe replaces them.
 READING, LEARNING, DECODING = 0.40, 0.35, 0.60
+PROBED = 512  # tokens of the text on which speed is measured
 LAUNCH = 0.9e-3  # seconds a block and step that decoding cannot fall below in eager transformers; ours too
 
 
@@ -79,8 +80,8 @@ def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
     reading, learning with LoRA, and decoding, a third of `seconds` each."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     model = _two_blocks(config, dtype, where)
-    matrices, share = size_of(model).matrices, seconds / 3
-    ids = torch.zeros(1, 512, dtype=torch.long, device=where)
+    ids, share = torch.zeros(1, PROBED, dtype=torch.long, device=where), seconds / 3
+    flops = PROBED * size_of(model).prefill(PROBED)
     mask = torch.ones_like(ids)
     body = decoder(model)
 
@@ -88,10 +89,10 @@ def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
     def read() -> None:
         body(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    reading = 2 * matrices * ids.numel() / _duration(read, share, where)
+    reading = flops / _duration(read, share, where)
     held = sum(weight.numel() * weight.element_size() for weight in body.parameters())
     step = _duration(_decoder(body, ids), share, where)
-    learning = 2 * 2 * matrices * ids.numel() / _duration(_learner(model, ids, mask), share, where)
+    learning = 2 * flops / _duration(_learner(model, ids, mask), share, where)
     return Device(f"{device.name}, probed", device.memory, reading, learning, held / step, 0.0)
 
 

@@ -66,7 +66,16 @@ def _training(estimate: Estimate) -> float:
 
 
 def _held(estimate: Estimate) -> float:
-    """Weights of student and teacher, and the optimiser's moments."""
+    """Weights of student and teacher, and the optimiser's moments; in shards, a device's share of them and one
+    block, whole, with the next one on its way."""
+    trainer = estimate.config["trainer"]
+    held, sizes = _unsharded(estimate), estimate.unpruned
+    if trainer.get("strategy") != "fsdp":
+        return held
+    return held / trainer["devices"] + 2 * sizes.weight_bytes / sizes.blocks
+
+
+def _unsharded(estimate: Estimate) -> float:
     unpruned, pruned = estimate.unpruned.weight_bytes, estimate.pruned.weight_bytes
     if estimate.is_full:
         each = DTYPES[estimate.model["dtype"]].itemsize

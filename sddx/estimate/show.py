@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from sddx.estimate.costs import Estimate, Part, distinct, seconds
 from sddx.estimate.devices import DEVICES, Device, device_of, probed
 from sddx.estimate.peaks import CONTEXT, peaks, remedies
 from sddx.records import UserError
+from sddx.store import default_root
 from sddx.sweep.plan import clock
 
 FSDP = "trainer.strategy=fsdp over several devices"
@@ -40,9 +43,12 @@ def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
 
 
 def require(configs: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError where these runs take more hours together than budget.gpu_hours, or where one needs more
-    memory than this machine's GPU has (with what would fit). Asked of neither, nothing is estimated."""
+    """Raises UserError where these runs take more hours together than budget.gpu_hours, where one needs more memory
+    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one trains. Asked
+    of none of these, nothing is estimated."""
     first = configs[0]
+    for config in configs:
+        _within_disk(config)
     if first["budget"]["gpu_hours"] is not None:
         estimates = [Estimate(config) for config in configs]
         _within_budget(first, hours(estimates, device_for(first, estimates[0])))
@@ -57,6 +63,20 @@ def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
         raise UserError(
             f"This takes about {needed:.1f} GPU-hours and budget.gpu_hours={limit}. Raise the budget, or take "
             "fewer rows (dataset.size), fewer items (evaluation=quick) or fewer runs."
+        )
+
+
+def _within_disk(config: Mapping[str, Any]) -> None:
+    """All weights are kept, and while they are trained three times as much again. (An adapter is small.)"""
+    if not config["tuning"]["_target_"].endswith(".full") or not config["loss"]["terms"]:
+        return
+    needed = 4 * Estimate(config).pruned.weight_bytes
+    root = Path(config["store"] or default_root()).expanduser().absolute()
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise UserError(
+            f"Training all weights needs {needed / 1e9:.1f} GB in the store {root}, where {free / 1e9:.1f} GB are "
+            "free. Make room (python -m sddx.store gc), give another store=/folder, or use tuning=lora."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,10 @@ def skeleton(config: Any, dtype: str) -> Any:
     """The causal language model of this config on the meta device, in eval mode and frozen."""
     attention = "eager" if config.model_type == "mpt" else TRACED  # MPT computes its scores itself
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+        # Of a copy: transformers writes into a config how its model attends.
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), dtype=DTYPES[dtype], attn_implementation=attention
+        )
     return model.eval().requires_grad_(False)
 
 

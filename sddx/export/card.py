@@ -101,9 +101,18 @@ def _facts(run: Recovered, name: str, terms: dict[str, Any]) -> list[tuple[str, 
         ),
         ("in their place", patch if chosen["patch"] != "none" else "nothing"),
         ("parameters", f"{summary['parameters']['unpruned']:,} before, {_parameters(summary):,} after"),
-        ("training data", f"{chosen['dataset']}, {chosen['size']:,} rows, seed {chosen['dataset_seed']}"),
-        ("training", f"loss {chosen['loss']}, tuning {chosen['tuning']}, seed {chosen['seed']}"),
+        *_training(summary, chosen),
         ("made with", ", ".join(f"{package} {version}" for package, version in summary["versions"].items())),
+    ]
+
+
+def _training(summary: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str, str]]:
+    if not summary["steps"]:
+        return [("training", "none: the model is as it was cut")]
+    rows = "all rows" if chosen["size"] is None else f"{chosen['size']:,} rows"
+    return [
+        ("training data", f"{chosen['dataset']}, {rows}, seed {chosen['dataset_seed']}"),
+        ("training", f"loss {chosen['loss']}, tuning {chosen['tuning']}, seed {chosen['seed']}"),
     ]
 
 

@@ -93,7 +93,7 @@ def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | Non
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
     if adapter == "apart" and not (run.trained and (run.trained / ADAPTER).is_file()):
-        raise UserError("this run trained all weights (tuning=full), so there is no adapter. Use adapter=merged.")
+        raise UserError("this run has no adapter: all weights were trained, or none. Use adapter=merged.")
     require_stock(run)
     base = Store(Path(run.summary["store"])).source("model", run.base)
     if base.key != run.summary["artifacts"]["model"]:

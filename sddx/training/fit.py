@@ -264,6 +264,7 @@ class Resume(lightning.Callback):
                 log.warning(
                     "SIGTERM: saved after step %d of %d; the same command goes on", step, module.steps_total
                 )
+            barrier()  # the first of several to raise ends them all, and this is to be said before
             raise Interrupted
 
     def save(self, trainer: Any) -> None:
