@@ -120,6 +120,16 @@ def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], t
     assert (summary["fallback_share"] is None) == loss.startswith("squarehead")
 
 
+def test_without_training_the_pruned_model_is_what_is_left(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """loss=none: no rows, no student; the model that comes back is the cut one, and shares the cut with the arms."""
+    summary = job(tmp_path, first[1], "loss=none", "evaluation.chat_template=false")
+    assert not {"prepare", "distill", "train", "overlap"} & set(summary["artifacts"])
+    assert summary["artifacts"]["prune"] == first[2]["artifacts"]["prune"]
+    assert summary["scores"]["recovered"] == summary["scores"]["pruned"] and summary["steps"] == 0
+    model, _ = sddx.load(tmp_path / "summary.json")
+    assert len(model.model.layers) == 9 and not hasattr(model, "peft_config")
+
+
 CUTS = {
     "attention, a patch that learns": (
         ["pruning=block_influence", "pruning.units=attention", "pruning/patch=mean", "pruning.patch.trained=true"],

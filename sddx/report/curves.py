@@ -102,6 +102,13 @@ def score_of(runs: Sequence[Run], model: str, task: str) -> str:
     return f"{100 * mean(values):.1f}" if values else "-"
 
 
+def perplexity_of(runs: Sequence[Run], model: str) -> str:
+    """The mean perplexity on held-out text."""
+    texts = [run.get("text", {}).get(model, {}) for run in runs]
+    values = [text["perplexity"] for text in texts if text.get("perplexity") is not None]
+    return f"{mean(values):,.2f}" if values else "-"
+
+
 def removed_label(runs: Sequence[Run]) -> str:
     """What was removed: blocks, or branches too."""
     kinds = {run["choices"].get("units") or "blocks" for run in runs}

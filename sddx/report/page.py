@@ -23,6 +23,7 @@ from sddx.report.curves import (
     differences,
     families,
     mean_of,
+    perplexity_of,
     score_of,
 )
 from sddx.report.law import fit, seed_curves
@@ -117,20 +118,24 @@ def _points(interval: Any) -> str:
 
 
 def task_table(runs: Sequence[Run]) -> Table:
-    """Scores per task: of the unpruned model, of every pruned one, and of what every arm recovered from it (means
-    over its seeds)."""
+    """Scores per task, and perplexity on held-out text: of the unpruned model, of every pruned one, and of what every
+    arm recovered from it (means over its seeds)."""
     tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]["unpruned"] if task != "average"))
     tasks.append("average")
     rows: list[list[str]] = []
     for where, arm, group in arms(runs):
         model = str(group[0]["choices"].get("model", ""))
-        unpruned = [f"model {model}", "unpruned", *(score_of(group[:1], "unpruned", task) for task in tasks)]
-        pruned = [where, "pruned", *(score_of(group[:1], "pruned", task) for task in tasks)]
+        unpruned = [f"model {model}", "unpruned", *_measured(group[:1], "unpruned", tasks)]
+        pruned = [where, "pruned", *_measured(group[:1], "pruned", tasks)]
         rows += [row for row in (unpruned, pruned) if row not in rows]
-        rows += [[where, arm, *(score_of(group, "recovered", task) for task in tasks)]]
+        rows += [[where, arm, *_measured(group, "recovered", tasks)]]
     trained = {task for run in runs for task in run["trained"]}
     starred = [f"{task} *" if task in trained else task for task in tasks]
-    return {"header": ["runs", "model", *starred], "rows": rows}
+    return {"header": ["runs", "model", *starred, "perplexity"], "rows": rows}
+
+
+def _measured(runs: Sequence[Run], model: str, tasks: Sequence[str]) -> list[str]:
+    return [*(score_of(runs, model, task) for task in tasks), perplexity_of(runs, model)]
 
 
 def curve_table(family: Family, measure: str) -> Table:
