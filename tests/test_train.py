@@ -121,7 +121,7 @@ def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], t
 
 
 def test_without_training_the_pruned_model_is_what_is_left(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
-    """loss=none: no rows, no student; the model that comes back is the cut one, and shares the cut with the arms."""
+    """loss=none: no rows, no student; what comes back is the cut model, and the cut is that of the arms."""
     summary = job(tmp_path, first[1], "loss=none", "evaluation.chat_template=false")
     assert not {"prepare", "distill", "train", "overlap"} & set(summary["artifacts"])
     assert summary["artifacts"]["prune"] == first[2]["artifacts"]["prune"]

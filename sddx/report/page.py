@@ -118,8 +118,8 @@ def _points(interval: Any) -> str:
 
 
 def task_table(runs: Sequence[Run]) -> Table:
-    """Scores per task, and perplexity on held-out text: of the unpruned model, of every pruned one, and of what every
-    arm recovered from it (means over its seeds)."""
+    """Scores per task, and perplexity on held-out text: of the unpruned model, of every pruned one, and of what
+    every arm recovered from it (means over its seeds)."""
     tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]["unpruned"] if task != "average"))
     tasks.append("average")
     rows: list[list[str]] = []
