@@ -27,13 +27,13 @@ from sddx.train import SURROUNDINGS, recover
 
 @dataclass(frozen=True)
 class Wanted:
-    """A repository of the hub (`kind` model or dataset), its subset where a data set has any, the revision asked
-    for, and the groups of the configuration that ask."""
+    """A repository of the hub (`kind` model or dataset) at the revision asked for, the subsets of a data set (None:
+    it has none), and the groups of the configuration that ask."""
 
     kind: str
     name: str
-    subset: str | None
     revision: str | None
+    subsets: tuple[str | None, ...]
     groups: tuple[str, ...]
 
 
@@ -53,16 +53,19 @@ def wanted(config: dict[str, Any]) -> list[Wanted]:
     from sddx.data.sources import of_hub
 
     models = [("model", config["model"]["path"], config["model"]["revision"]), ("teacher", config["teacher"], None)]
-    groups: dict[tuple[str, str, str | None, str | None], list[str]] = {}
+    asked: dict[tuple[str, str, str | None], list[tuple[str | None, str]]] = {}
     for group, path, revision in models:
         if path and not Path(path).expanduser().is_dir():
-            groups.setdefault(("model", path, None, revision), []).append(group)
+            asked.setdefault(("model", path, revision), []).append((None, group))
     for group in ("dataset", "calibration", "text"):
         if of_hub(node := config[group]):
-            groups.setdefault(("dataset", node["name"], node["subset"], node["revision"]), []).append(group)
+            asked.setdefault(("dataset", node["name"], node["revision"]), []).append((node["subset"], group))
     for name, subset in _task_data(config):
-        groups.setdefault(("dataset", name, subset, None), []).append("evaluation")
-    return [Wanted(*repository, groups=tuple(dict.fromkeys(names))) for repository, names in groups.items()]
+        asked.setdefault(("dataset", name, None), []).append((subset, "evaluation"))
+    return [
+        Wanted(*repository, *(tuple(dict.fromkeys(each)) for each in zip(*pairs, strict=True)))
+        for repository, pairs in asked.items()
+    ]
 
 
 def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -107,14 +110,17 @@ def _present(repository: Wanted, commit: str) -> bool:
         return snapshot is not None and snapshot.name == commit
     import datasets
 
-    try:
-        builder = datasets.load_dataset_builder(repository.name, repository.subset, revision=commit)
-    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
-        raise UserError(
-            f"dataset {repository.name} (subset {repository.subset}) cannot be read: {type(error).__name__}: "
-            f"{error}. Check the subset and the network."
-        ) from error
-    return Path(builder.cache_dir).is_dir()
+    for subset in repository.subsets:
+        try:
+            builder = datasets.load_dataset_builder(repository.name, subset, revision=commit)
+        except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
+            raise UserError(
+                f"dataset {repository.name} (subset {subset}) cannot be read: {type(error).__name__}: {error}. "
+                "Check the subset and the network."
+            ) from error
+        if not Path(builder.cache_dir).is_dir():
+            return False
+    return True
 
 
 def too_large(seen: Sequence[Seen]) -> list[str]:
@@ -169,8 +175,9 @@ def _download(one: Seen) -> None:
 
     if one.wanted.kind == "model":
         download(one.wanted.name, one.wanted.revision)
-    else:
-        from_hub(one.wanted.name, one.wanted.subset, split=None, revision=one.commit)
+        return
+    for subset in one.wanted.subsets:
+        from_hub(one.wanted.name, subset, split=None, revision=one.commit)
 
 
 def _show(seen: Sequence[Seen], console: Console) -> None:
@@ -179,7 +186,9 @@ def _show(seen: Sequence[Seen], console: Console) -> None:
         table.add_column(column, justify="right" if column == "size" else "left")
     for one in seen:
         repository = one.wanted
-        what = f"{repository.kind} {repository.name}" + (f" ({repository.subset})" if repository.subset else "")
+        named = [subset for subset in repository.subsets if subset]
+        subsets = f" ({named[0]})" if len(named) == 1 else f" ({len(named)} subsets)" if named else ""
+        what = f"{repository.kind} {repository.name}{subsets}"
         state = "was here" if one.present else "downloaded"
         table.add_row(", ".join(repository.groups), what, one.commit[:12], _bytes(one.size), state)
     console.print(table)

@@ -107,16 +107,16 @@ def test_a_run_wants_what_is_not_on_this_machine(hub: Hub, tmp_path: Path) -> No
     """The paper's experiment: a gated model, rows that are also a task's data, texts for two purposes. What is
     local or generated is not wanted."""
     assert wanted(configured("+experiment=llama_26L")) == [
-        Wanted("model", LLAMA, None, None, ("model",)),
-        Wanted("dataset", "openai/gsm8k", "main", None, ("dataset", "evaluation")),
-        Wanted("dataset", "Salesforce/wikitext", "wikitext-2-raw-v1", None, ("calibration", "text")),
+        Wanted("model", LLAMA, None, (None,), ("model",)),
+        Wanted("dataset", "openai/gsm8k", None, ("main",), ("dataset", "evaluation")),
+        Wanted("dataset", "Salesforce/wikitext", None, ("wikitext-2-raw-v1",), ("calibration", "text")),
     ]
     local = [f"{group}.data_files=rows.jsonl" for group in ("dataset", "calibration", "text")]
     local += ["model=tiny", "evaluation.tasks=[tiny_facts]"]
     assert wanted(configured("+experiment=llama_26L", *local)) == wanted(configured()) == []
-    assert wanted(configured("teacher=some/one")) == [Wanted("model", "some/one", None, None, ("teacher",))]
+    assert wanted(configured("teacher=some/one")) == [Wanted("model", "some/one", None, (None,), ("teacher",))]
     selection = ["pruning=shapley_task", "pruning.metric.value.tasks=[gsm8k]", "pruning.metric.value.oracle=true"]
-    assert wanted(configured(*selection)) == [Wanted("dataset", "openai/gsm8k", "main", None, ("evaluation",))]
+    assert wanted(configured(*selection)) == [Wanted("dataset", "openai/gsm8k", None, ("main",), ("evaluation",))]
 
 
 def test_everything_is_downloaded_once_and_pinned(hub: Hub) -> None:
@@ -134,6 +134,20 @@ def test_everything_is_downloaded_once_and_pinned(hub: Hub) -> None:
     assert {group: config[group]["revision"] for group in chosen} == {
         g: COMMITS[name] for g, name in chosen.items()
     }
+
+
+def test_a_repository_of_many_subsets_is_asked_for_and_counted_once(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MMLU's data is one repository, whose size its 57 subsets share."""
+    subsets = [("cais/mmlu", f"subject {number}") for number in range(57)]
+    monkeypatch.setattr(task_data, "task_datasets", lambda names, _: subsets)
+    COMMITS.setdefault("cais/mmlu", "3" * 40)
+    [one] = [each for each in wanted(configured()) if each.name == "cais/mmlu"]
+    assert len(one.subsets) == 57
+    room(monkeypatch, 5 * 10**6)  # the repository twice over, as it comes and as it is unpacked
+    assert "(57 subsets)" in fetched()
+    assert hub.downloads == subsets
 
 
 def test_all_that_stands_in_the_way_is_told_before_any_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,9 +182,9 @@ def test_locate_takes_the_cache_before_the_network(tmp_path, monkeypatch):
 RESPONSE = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
 FAILURES = [
     (GatedRepoError("no", response=RESPONSE), "hf auth login"),
-    (RepositoryNotFoundError("no", response=RESPONSE), "model=tiny needs no network"),
+    (RepositoryNotFoundError("no", response=RESPONSE), "model=tiny needs none"),
     (LocalEntryNotFoundError("no"), "Tried: a local folder"),
-    (httpx.ConnectError("no"), "model=tiny needs no network"),
+    (httpx.ConnectError("no"), "model=tiny needs none"),
 ]
 
 

@@ -72,7 +72,8 @@ def download(path: str, revision: str | None) -> Path:
     """Fetch a hub model's snapshot. Raises UserError where it is gated, not found, or out of reach."""
     otherwise = (
         f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub. Give an "
-        "existing folder or a hub id that can be reached from here; model=tiny needs no network."
+        "existing folder or a hub id that can be reached from here, or fetch it where there is a network "
+        "(python -m sddx.fetch with the same settings); model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):
         return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
