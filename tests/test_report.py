@@ -69,6 +69,16 @@ def test_one_seed_has_the_interval_over_items_and_says_so() -> None:
     assert family.curve("sft", "recovery_held_out")[0].interval.half_width == 0
 
 
+def test_a_curve_without_intervals_is_drawn(tmp_path: Path) -> None:
+    """Nothing trained, at 32 block counts, by a model whose recovery has no interval: a page all the same."""
+    runs = [run("none", removed=n) | {"recovery_low": None, "recovery_high": None} for n in range(32)]
+    for each in runs:
+        each["text"] = {model: {"perplexity": 1234.5} for model in each["scores"]}
+    publish(runs, [], tmp_path)
+    written = (tmp_path / "report.html").read_text()
+    assert "1,234.50" in written and written.count("<svg") >= 2
+
+
 def test_runs_that_differ_otherwise_are_other_curves() -> None:
     """Two models over two block counts are two families, named for the model."""
     both = [run(removed=n, model=model) for n in (2, 3) for model in ("tiny", "large")]

@@ -85,7 +85,8 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
     values = [run[measure] for run in runs]
     if len(values) > 1:
         return t_interval(values)
-    if measure == "recovery":
+    # Where the unpruned model may score nothing in a draw of items, recovery has no interval.
+    if measure == "recovery" and runs[0]["recovery_low"] is not None:
         return Interval(values[0], runs[0]["recovery_low"], runs[0]["recovery_high"], "items")
     return Interval(values[0], values[0], values[0], "nothing")
 

@@ -65,7 +65,8 @@ def curves(family: Family, measure: str, title: str) -> str:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     elif family.axis == "removed":
-        axis.set_xticks(sorted({run["choices"]["removed"] for run in family.runs}))
+        counts = sorted({run["choices"]["removed"] for run in family.runs})
+        axis.set_xticks(counts[:: len(counts) // 16 + 1])  # more have no room
     axis.legend(frameon=False, fontsize=10)
     return _svg(figure, f"{title} over {family.label}")
 
