@@ -92,7 +92,9 @@ class Estimate:
 
     @property
     def needs_teacher(self) -> bool:
-        return any("cross_entropy" not in str(term) for term in self.config["loss"]["terms"].values())
+        """Whether a term looks at the unpruned model."""
+        terms = self.config["loss"]["terms"].values()
+        return any(not term["_target_"].endswith(".Supervised") for term in terms)
 
     def parts(self) -> list[Part]:
         """All pieces of work of a run, in the order of its stages."""
