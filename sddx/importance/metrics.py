@@ -18,7 +18,7 @@ from sddx.records import UserError
 
 # Below this squared chord, float32 cosines are too coarse and the difference itself is taken.
 NEAR = 1e-2
-CHUNK = 4096  # tokens whose directions are held at once
+CHUNK = 256  # tokens whose directions are held at once: few enough for a processor's cache
 
 
 def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal["last", "all"] = "last") -> Tensor:
@@ -69,11 +69,14 @@ def block_influence(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     ShortGPT's BI (arXiv 2403.03853; facts B1).
     """
 
-    def influence(before: Tensor, after: Tensor) -> Tensor:
+    kept = mask.bool()
+    before, values = _directions(_kept(states[0], kept)), []
+    for state in states[1:]:
+        after = _directions(_kept(state, kept))
         # For unit vectors 1 - cosine is half the squared chord, exactly 0 for equal states.
-        return (_directions(after) - _directions(before)).square().sum(-1) / 2
-
-    return _over_units(states, mask, influence)
+        values.append((after - before).square().sum(-1) / 2)
+        before = after
+    return _sequence_means(torch.stack(values, dim=1), kept)
 
 
 def update_norm(
