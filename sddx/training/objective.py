@@ -80,8 +80,8 @@ class Layerwise:
 class Objective:
     """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses.
 
-    Without terms nothing is trained. Raises UserError for unknown data, or a weight that is not a finite number of
-    at least 0.
+    Without terms nothing is trained, so that answers need not be written. Raises UserError for unknown data, for
+    self-data without terms, or a weight that is not a finite number of at least 0.
     """
 
     data: str
@@ -89,6 +89,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         one_of("data", self.data, DATA)
+        if not self.terms and self.data != "reference":
+            raise UserError(f"a loss on data={self.data} has no terms: name at least one, or use loss=none")
         for name, term in self.terms.items():
             if not (math.isfinite(term.weight) and term.weight >= 0):
                 raise UserError(f"the weight of {name} must be finite and at least 0, not {term.weight}")
