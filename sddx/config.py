@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
         what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]
         raise UserError(f"{what} Give each as name=value on the command line.") from None
+
+
+@contextmanager
+def mistakes_told() -> Iterator[None]:
+    """A UserError in the body is printed, without a traceback, and ends the program with status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:

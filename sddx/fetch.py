@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, check, resolve
+from sddx.config import CONF, check, mistakes_told, resolve
 from sddx.hub import asking
 from sddx.records import UserError
 from sddx.train import SURROUNDINGS, recover
@@ -205,26 +205,22 @@ def _bytes(count: int) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _composed(cfg: DictConfig) -> None:
-    try:
+    with mistakes_told():
         if "sweeps" in HydraConfig.get().runtime.choices:
             raise UserError("A file of sweeps/ describes many runs. Fetch for each model and data set it names.")
         config = resolve(cfg)
         check(config, recover, also=SURROUNDINGS)
         fetch(config, Console(width=max(120, Console().width)))
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
     if any(argument == "-m" or argument.startswith("--mul") for argument in sys.argv[1:]):
-        print(
-            "\nerror: --multirun is not for fetching: give one configuration, without it, for each model and "
-            "data set that the sweep names.",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+        with mistakes_told():
+            raise UserError(
+                "--multirun is not for fetching: give one configuration, without it, for each model and data set "
+                "that the sweep names."
+            )
     sys.argv[1:1] = ["hydra.run.dir=.", "hydra/job_logging=stdout"]
     _composed()
 

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sddx.config import CONF, check, register, resolve
+from sddx.config import CONF, check, mistakes_told, register, resolve
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.records import UserError
@@ -32,15 +32,12 @@ def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> No
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
-    try:
+    with mistakes_told():
         if "sweeps" in HydraConfig.get().runtime.choices:
             raise UserError("A file of sweeps/ describes many runs. Add --multirun to plan them all.")
         config = resolve(cfg)
         verify(config)
         tell([Estimate(config)], [config])
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sddx.build import build
-from sddx.config import CONF, check, flatten, register, resolve, writable_folder
+from sddx.config import CONF, check, flatten, mistakes_told, register, resolve, writable_folder
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
@@ -286,7 +285,7 @@ def _device(wanted: str) -> str:
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it in every run
-    try:
+    with mistakes_told():
         if "sweeps" in HydraConfig.get().runtime.choices:
             raise UserError("A file of sweeps/ describes many runs. Add --multirun to run them all.")
         config = resolve(cfg)
@@ -297,9 +296,6 @@ def main(cfg: DictConfig) -> None:
         else:
             afford(config)
             print(run(config, Path(HydraConfig.get().runtime.output_dir)))
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 register()

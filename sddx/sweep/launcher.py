@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from sddx.config import mistakes_told
 from sddx.records import UserError
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
@@ -46,7 +46,7 @@ class Grid(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        try:
+        with mistakes_told():
             cells = grid.compose(self._load, job_overrides, initial_job_idx)
             check_all(cells, type(self).check)
             plans = [type(self).look(cell.config) for cell in cells]
@@ -57,9 +57,6 @@ class Grid(Launcher):
             for cell in cells:
                 grid.prepare(cell)
             self.engine([[cells[at].folder for at in level] for level in levels(plans)], task)
-        except UserError as error:
-            print(f"\nerror: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
         report(cells)
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
