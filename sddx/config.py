@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -31,6 +32,7 @@ CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder
 def register() -> None:
     """Tell Hydra and OmegaConf what the YAML files rely on. May be called more than once."""
     OmegaConf.register_new_resolver("package", lambda: str(_PACKAGE), replace=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it wants a package more
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def look(repository: Wanted) -> Seen:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    from sddx.models.load import FILES
+    from sddx.models.load import FILES, TWICE
 
     kind, name, revision = repository.kind, repository.name, repository.revision
     otherwise = (
@@ -95,7 +95,10 @@ def look(repository: Wanted) -> Seen:
         ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
         info = ask(name, revision=revision, files_metadata=True)
     files = filter_repo_objects(
-        info.siblings or [], allow_patterns=FILES if kind == "model" else None, key=lambda file: file.rfilename
+        info.siblings or [],
+        allow_patterns=FILES if kind == "model" else None,
+        ignore_patterns=TWICE if kind == "model" else None,
+        key=lambda file: file.rfilename,
     )
     commit = str(info.sha)
     return Seen(repository, commit, sum(file.size or 0 for file in files), _present(repository, commit))

@@ -72,10 +72,12 @@ def recover(
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
+    from sddx.stages.prepare import prepare
     from sddx.stages.prune import prune
     from sddx.stages.report import report
     from sddx.stages.score import score
 
+    dataset = pinned(dataset) if loss["terms"] else dataset
     calibration, text = pinned(calibration), pinned(text)
     disable_progress_bar()  # a bar for every loaded model hides those that matter
     make = partial(store.build, runtime=runtime)
@@ -94,20 +96,26 @@ def recover(
         stand = _settings(pruning["patch"])
         patches = [make(patch, unpruned, cut, *texts, patch=stand, calibration=calibration, **how)]
 
+    # Before anything is paid for: that there are rows, and that the tasks can be evaluated at all.
+    data = []
+    if loss["terms"]:
+        data = [make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)]
+    judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
+    files = _files(store, evaluation, text)
+    results = {"unpruned": judge(*files)}
+
     taught, shared = Taught(), []
     asked: dict[str, Any]
     if loss["terms"]:
         learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata, "seed": seed}
-        rewriting = {"dataset": dataset, "validation": validation, "generation": generation}
-        given = (store, runtime, unpruned, cut, patches, teacher)
-        taught = teach(*given, rewriting, {**learning, "max_length": max_length}, how)
+        rewriting = {"dataset": dataset, "generation": generation}
+        learning["max_length"] = max_length
+        taught = teach(store, runtime, unpruned, cut, patches, data[0], teacher, rewriting, learning, how)
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
-    judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
-    files = _files(store, evaluation, text)
-    inputs = {"unpruned": [], "pruned": [cut, *patches], "recovered": [cut, *patches, *taught.student]}
-    results = {name: judge(*given, *files) for name, given in inputs.items()}
+    inputs = {"pruned": [cut, *patches], "recovered": [cut, *patches, *taught.student]}
+    results |= {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
     found = Found(unpruned, scores, cut, patches, taught, results, shared)
     return found, make(report, *found.artifacts(), choices=choices)
@@ -119,6 +127,7 @@ def teach(
     unpruned: Artifact,
     cut: Artifact,
     patches: list[Artifact],
+    data: Artifact,
     teacher: str | None,
     rewriting: dict[str, Any],
     learning: dict[str, Any],
@@ -126,16 +135,12 @@ def teach(
 ) -> Taught:
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
-    from sddx.data.sources import pinned
     from sddx.data.vllm import engines
     from sddx.models.load import frozen_model, locate
     from sddx.stages.distill import distill
-    from sddx.stages.prepare import prepare
     from sddx.stages.train import train
 
-    dataset, style = pinned(rewriting["dataset"]), learning["loss"]["data"]
-    files, validation = _files(store, dataset), rewriting["validation"]
-    data = store.build(prepare, *files, runtime=runtime, dataset=dataset, validation=validation)
+    dataset, style = rewriting["dataset"], learning["loss"]["data"]
     # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
     rows = [store.source("rows", path) for path in examples]
@@ -213,8 +218,9 @@ def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
     from sddx.estimate.show import require
 
+    check(config, recover, also=SURROUNDINGS)
+    require([config])  # first: it needs no model
     verify(config)
-    require([config])
 
 
 def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
@@ -284,7 +290,6 @@ def _device(wanted: str) -> str:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it in every run
     with mistakes_told():
         if "sweeps" in HydraConfig.get().runtime.choices:
             raise UserError("A file of sweeps/ describes many runs. Add --multirun to run them all.")

@@ -113,7 +113,7 @@ def test_a_checkpointed_block_holds_one_hidden_state() -> None:
     for depth in (4, 8):
         model = small(depth)
         decoder(model).embed_tokens.requires_grad_(True)
-        held.append(memory.learning(model, rows, length, checkpointing=True, autocast=False))
+        held.append(memory.learning(model, rows, length, checkpointing=True))
     assert held[1] - held[0] == 4 * rows * length * 256 * 4
 
 
@@ -127,7 +127,7 @@ def test_traced_memory_is_what_the_profiler_sees(gradients: bool) -> None:
     real.set_attn_implementation("sdpa")
     ghost.requires_grad_(gradients)
     traced = (
-        memory.learning(ghost, rows, length, checkpointing=False, autocast=False)
+        memory.learning(ghost, rows, length, checkpointing=False)
         if gradients
         else memory.reading(ghost, rows, length)
     )

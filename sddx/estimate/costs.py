@@ -14,8 +14,8 @@ from sddx.build import build
 from sddx.data.shards import SHARD_ROWS
 from sddx.estimate.devices import Device
 from sddx.estimate.skeleton import Size, removed, shape_of, size_of, skeleton
-from sddx.estimate.texts import counter, items_of, limited, rows_of, text_tokens
-from sddx.records import Cut
+from sddx.estimate.texts import STATED, counter, items_of, limited, rows_of, text_tokens
+from sddx.records import Cut, UserError
 from sddx.store.digest import digest
 
 TEMPLATE = 80  # tokens that a rewriting template adds; ours
@@ -23,6 +23,11 @@ WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
 LONGEST = 2.5  # the longest answer of a batch in mean ones, which the batch waits for; ours
 SCORED = 2048  # tokens at which calibration texts are cut, and texts in a batch
 TEXT_BATCH = 32
+# Settings of which a student is made.
+LEARNED = (
+    "pruning", "calibration", "dataset", "validation", "generation", "selfdata", "loss", "tuning", "trainer",
+    "seed", "max_length", "teacher",
+)  # fmt: skip
 ADAPTER = ("rank", "alpha", "dropout", "targets")
 
 
@@ -49,7 +54,7 @@ class Part:
 
 
 class Estimate:
-    """What a configuration costs. `notes` say what had to be assumed."""
+    """What a configuration costs; `assumed` and `unknown` say what it does not know."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises UserError where the model's dimensions are not known or too much is removed."""
@@ -97,7 +102,10 @@ class Estimate:
         return any(not term["_target_"].endswith(".Supervised") for term in terms)
 
     def parts(self) -> list[Part]:
-        """All pieces of work of a run, in the order of its stages."""
+        """All pieces of work of a run, in the order of its stages; of stages=[score], that alone (with the metrics
+        of the run's own cut)."""
+        if self.config["stages"]:
+            return [part for part in [self._score()] if part is not None]
         found = [self._score(), *self._distill(), self._train(), *self._evaluate()]
         return [part for part in found if part is not None]
 
@@ -163,12 +171,14 @@ class Estimate:
         passes = 2 + self.is_full + bool(trainer.get("gradient_checkpointing"))
         flops = read * passes * self.pruned.prefill(int(row) or 1)
         shown = read * self.unpruned.prefill(int(row) or 1) if self.needs_teacher else 0
-        names = ("loss", "tuning", "trainer", "pruning", "dataset", "seed", "max_length", "teacher", "generation")
-        about = [self.config[name] for name in names]
+        flops += 2 * passes * self.pruned.head * self._examples(row) * self.rows.answer
+        about = [self.config[name] for name in LEARNED]
         return self._part("train", about, learning=flops, reading=shown, tokens={"trained": read})
 
     def _examples(self, row: float) -> float:
         trainer = self.config["trainer"]
+        if trainer["budget"] != "examples" and trainer[trainer["budget"]] is None:
+            raise UserError(f"trainer.budget={trainer['budget']} needs trainer.{trainer['budget']}=...")
         if trainer["budget"] == "steps":
             return trainer["steps"] * trainer["batch_size"] * trainer["accumulate"]
         if trainer["budget"] == "tokens":
@@ -179,14 +189,9 @@ class Estimate:
         evaluation, text = self.config["evaluation"], self.config["text"]
         models = {"unpruned": self.unpruned, "pruned": self.pruned}
         models |= {"recovered": self.pruned} if self.config["loss"]["terms"] else {}
-        names = {
-            "unpruned": [],
-            "pruned": ["pruning"],
-            "recovered": ["pruning", "loss", "tuning", "trainer", "seed"],
-        }
+        names = {"unpruned": (), "pruned": ("pruning", "calibration"), "recovered": LEARNED}
         for name, size in models.items():
             rest = [self.config[each] for each in names[name]]
-            rest += [self.config["dataset"]] if name == "recovered" else []
             work = self._judge(size, name != "unpruned")
             yield self._part(f"evaluate {name}", [evaluation, text, rest], **work)
 
@@ -200,7 +205,8 @@ class Estimate:
                 continue
             count, length = limited(evaluation["limit"], task, items.count), self.length(task)
             read += count * items.passes * length
-            total["reading"] += count * items.passes * length * size.prefill(int(length) or 1)
+            # lm-eval computes the logits of every token of a prompt.
+            total["reading"] += count * items.passes * length * (size.prefill(int(length) or 1) + 2 * size.head)
             written += count * items.written
             total["steps"] += min(LONGEST * items.written, 256) * -(-count // batch)
         texts, length = text_tokens(self.config["text"], self.tokens, SCORED)
@@ -217,6 +223,12 @@ class Estimate:
             return 0
         count = (shots.get(task) if isinstance(shots, Mapping) else shots) or 0
         return (items.preamble + items.characters * (1 + count)) / 4
+
+    @property
+    def assumed(self) -> bool:
+        """Whether the rows of a hub data set are taken to be as long as GSM8K's, because theirs are not known."""
+        dataset = self.config["dataset"]
+        return "split" in dataset and not dataset.get("data_files") and dataset["name"] not in STATED
 
     @property
     def unknown(self) -> list[str]:
@@ -237,7 +249,7 @@ def passes(metric: Mapping[str, Any], blocks: int) -> float:
         return (1 + blocks) * (1 if kind == "LeaveOneOut" else max(metric["until"], 1))
     if kind == "Shapley":
         return metric["orders"] * blocks / 2
-    return {"RandomSubnetworks": metric.get("count", 10), "taylor": 3}.get(kind, 1)
+    return {"RandomSubnetworks": metric.get("count", 10), "Taylor": 3}.get(kind, 1)
 
 
 def _shards(rows: int) -> list[int]:

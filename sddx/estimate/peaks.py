@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sddx.estimate import memory
@@ -11,15 +12,18 @@ from sddx.estimate.skeleton import skeleton
 from sddx.estimate.texts import text_tokens
 from sddx.models.load import DTYPES
 
+log = logging.getLogger(__name__)
 CONTEXT = 0.7e9  # bytes that a CUDA process takes before its first tensor; ours
 FRAGMENTS = 1.03  # what an allocator holds over what is asked of it; ours
+LONGEST = 2.5  # the longest prompt of a task in mean ones, which lm-eval runs first; ours
 NF4 = 0.28  # bytes of a weight in 4 bits with its scales, over its bytes in 16
 
 
 def peaks(estimate: Estimate) -> dict[str, float]:
     """Peak bytes by stage: weights, and what the stage holds beside them. For training, rows are taken as long as
     max_length allows."""
-    found = {"score": _scoring(estimate), "prune": estimate.unpruned.weight_bytes}
+    scored = {"score": _scoring(estimate)} if estimate.config["pruning"].get("metric") else {}
+    found = scored | {"prune": estimate.unpruned.weight_bytes}
     if estimate.config["loss"]["terms"]:
         if estimate.config["loss"]["data"] != "reference":
             found["distill"] = _distilling(estimate)
@@ -28,14 +32,28 @@ def peaks(estimate: Estimate) -> dict[str, float]:
     return {stage: FRAGMENTS * held for stage, held in found.items()}
 
 
+def _traced(trace: Callable[..., int], *given: Any, **settings: Any) -> int:
+    """What a traced pass holds; nothing, with a word, where a family cannot run without numbers (experts, in some
+    dtypes)."""
+    try:
+        return trace(*given, **settings)
+    except (RuntimeError, AttributeError) as error:
+        log.warning("memory beyond the weights is not known for this model: %s", str(error).splitlines()[0])
+        return 0
+
+
 def _whole(estimate: Estimate) -> Any:
     return skeleton(estimate.shape, estimate.model["dtype"])
 
 
 def _scoring(estimate: Estimate) -> float:
-    _, length = text_tokens(estimate.config["calibration"], estimate.tokens, SCORED)
-    return estimate.unpruned.weight_bytes + memory.reading(
-        _whole(estimate), TEXT_BATCH, int(length) or 1, states=True
+    """Weights, and the states of a batch at every block, its texts as long as they may be (those at hand: as they
+    are on average)."""
+    node = estimate.config["calibration"]
+    _, mean = text_tokens(node, estimate.tokens, SCORED)
+    length = SCORED if "split" in node and "name" in node else int(2 * mean) or 1
+    return estimate.unpruned.weight_bytes + _traced(
+        memory.reading, _whole(estimate), TEXT_BATCH, length, states=True
     )
 
 
@@ -45,7 +63,7 @@ def _distilling(estimate: Estimate) -> float:
     batch, longest = estimate.writing, 2 * estimate.shown
     cache = batch * estimate.unpruned.cache_bytes * (longest + estimate.config["generation"]["max_new_tokens"])
     logits = 2 * batch * estimate.shape.vocab_size * 4
-    passing = memory.reading(_whole(estimate), batch, int(longest) or 1)
+    passing = _traced(memory.reading, _whole(estimate), batch, int(longest) or 1)
     return estimate.unpruned.weight_bytes + cache + logits + passing
 
 
@@ -53,12 +71,12 @@ def _training(estimate: Estimate) -> float:
     """Weights, a pass over a batch of the longest rows with its gradients, the two moments of what is trained, and
     one chunk of the head."""
     config, trainer = estimate.config, estimate.config["trainer"]
-    passing = memory.learning(
+    passing = _traced(
+        memory.learning,
         estimate.student(),
         trainer["batch_size"],
         config["max_length"],
         checkpointing=bool(trainer.get("gradient_checkpointing")),
-        autocast=trainer["precision"] == "bf16",
     )
     # The head's logits in the model's dtype, in float32, and the gradients of both.
     chunk = trainer["head_chunk"] * estimate.shape.vocab_size * 2 * (DTYPES[estimate.model["dtype"]].itemsize + 4)
@@ -91,10 +109,10 @@ def _unsharded(estimate: Estimate) -> float:
 
 def _evaluating(estimate: Estimate) -> float:
     evaluation = estimate.config["evaluation"]
-    batch, length = evaluation["batch_size"], int(max(map(estimate.length, evaluation["tasks"]))) or 1
+    batch, length = evaluation["batch_size"], int(LONGEST * max(map(estimate.length, evaluation["tasks"]))) or 1
     # lm-eval holds a batch's logits in the model's dtype and their logarithms in float32.
     logits = batch * length * estimate.shape.vocab_size * (DTYPES[estimate.model["dtype"]].itemsize + 4)
-    return estimate.unpruned.weight_bytes + logits + memory.reading(_whole(estimate), batch, length)
+    return estimate.unpruned.weight_bytes + logits + _traced(memory.reading, _whole(estimate), batch, length)
 
 
 def remedies(config: Mapping[str, Any], room: float) -> list[str]:

@@ -47,6 +47,8 @@ def require(configs: Sequence[Mapping[str, Any]]) -> None:
     than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one trains. Asked
     of none of these, nothing is estimated."""
     first = configs[0]
+    if first["stages"]:
+        return
     for config in configs:
         _within_disk(config)
     if first["budget"]["gpu_hours"] is not None:
@@ -177,6 +179,8 @@ def _notes(estimate: Estimate, held: Mapping[str, float], device: Device) -> lis
     if needed > device.memory:
         stage = max(held, key=lambda name: held[name])
         notes.append(f"{stage} does not fit on {device.name}. {_way_out(estimate, stage, device.memory)}")
+    if estimate.assumed:
+        notes.append(f"The rows of {estimate.config['dataset']['name']} are not known here: taken to be GSM8K's.")
     if estimate.unknown:
         notes.append(f"Not counted, because their size is not known here: {', '.join(estimate.unknown)}.")
     if device.reading is None:

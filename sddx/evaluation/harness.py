@@ -96,7 +96,7 @@ def evaluate(
         told = {"primary": primary or {}, "chance": chance or {}}
         configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
         # The batch size must be given here: lm-eval ignores any other for a model that is handed over.
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         require_metrics(loaded["tasks"])
         require_room(loaded["tasks"], harness.max_length)
         drawn = draw(loaded["tasks"], part_of, limit)

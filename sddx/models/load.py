@@ -25,6 +25,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+TWICE = ["consolidated*", "original/*"]  # the same weights in their makers' own form
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]
 def cached(path: str, revision: str | None) -> Path | None:
     """The whole snapshot of a hub model in this machine's cache; None where it is not there, or not all of it."""
     try:
-        found = Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True))
+        found = Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE, local_files_only=True
+            )
+        )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return found if _has_weights(found) else None
@@ -76,7 +81,7 @@ def download(path: str, revision: str | None) -> Path:
         "(python -m sddx.fetch with the same settings); model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -288,6 +288,13 @@ class OneOfSeveral(SingleDeviceStrategy):
     def is_global_zero(self) -> bool:
         return rank() == 0
 
+    def teardown(self) -> None:
+        """Lightning's own without its move to the computer's memory: shards are put together where they are."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
 
 def _run(
     module: Distiller,
