@@ -21,8 +21,9 @@ from sddx.config import resolve
 from sddx.export.__main__ import main
 from sddx.export.card import _without_paths
 from sddx.export.formats import inspect_model
-from sddx.export.write import own_config, require_stock
+from sddx.export.write import require_stock
 from sddx.models.load import load_model
+from sddx.models.plain import own_config
 from sddx.models.recovered import Recovered
 from sddx.records import Cut, UserError
 from sddx.surgery.junction import Gap, Junction
@@ -259,7 +260,7 @@ def test_a_failed_proof_leaves_nothing(
             weights[name], weights[other] = weights[other], weights[name]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("sddx.export.write.own_config", swapped)
+    monkeypatch.setattr("sddx.models.plain.own_config", swapped)
     refused(capsys, tmp_path / "to", [f"run={runs.first}", f"dtype={dtype}"], ["not the recovered one"])
 
 

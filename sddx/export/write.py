@@ -7,17 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
-from sddx.models.anatomy import is_adapted
 from sddx.models.load import DTYPES, load_model
+from sddx.models.plain import write_merged
 from sddx.models.recovered import Recovered, find_run
 from sddx.models.student import is_stock
 from sddx.records import UserError
@@ -25,13 +23,6 @@ from sddx.store import Store
 from sddx.surgery import junction
 
 ADAPTER = "adapter_model.safetensors"
-SHARD = "5GB"
-# What belongs to a tokenizer, and the terms that the base model came with.
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
-    "chat_template*",
-)  # fmt: skip
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def export(
@@ -153,58 +144,8 @@ def _write_weights(
         assert run.trained is not None  # else it was refused
         _copy_adapter(run.trained, folder / "adapter", to / "base")
         student = student.unload()
-    elif is_adapted(student):
-        student = student.merge_and_unload()
-    target = model_folder(folder, adapter)
-    _save(student, run.base, target)
+    write_merged(student, run.base, model_folder(folder, adapter))
     return expected
-
-
-def _save(model: Any, base: Path, folder: Path) -> None:
-    """The model in the files that its base model came in."""
-    if (base / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig()  # what came with the base is copied, sound or not
-    model.save_pretrained(folder, max_shard_size=SHARD)
-    own_config(base, folder)
-    if not (folder / "tokenizer.json").exists():
-        _copy(base, folder, (*TOKENIZER, "generation_config.json", *TERMS))
-    if not (folder / "tokenizer.json").exists():  # written by every fast tokenizer, and asked for by runtimes
-        AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(folder)
-
-
-def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
-            shutil.copyfile(path, folder / path.name)
-
-
-def own_config(base: Path, folder: Path) -> None:
-    """Write `config.json` as the base model's own, with what the cut changed and no more.
-
-    transformers 5 writes some settings in a new place (`rope_parameters`), where older readers do not look for
-    them and take a default without a word. Where the result is not read as what was saved, that stays.
-    """
-    path, old, new = folder / "config.json", _settings(base), _settings(folder)
-    kept, saved = (json.loads((place / "config.json").read_text()) for place in (base, folder))
-    changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
-    dtype = changed.pop("dtype", new.get("dtype"))
-    kept |= changed | {"torch_dtype" if "torch_dtype" in kept else "dtype": dtype}
-    _write_config(path, kept)
-    if _settings(folder) != new:
-        _write_config(path, saved)
-
-
-def _write_config(path: Path, fields: dict[str, Any]) -> None:
-    fields.pop("auto_map", None)  # names code that is not exported
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """A config as transformers reads it, without what it says about its file."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    fields = json.loads(config.to_json_string(use_diff=False))
-    about_the_file = ("_name_or_path", "transformers_version", "auto_map")
-    return {name: value for name, value in fields.items() if name not in about_the_file}
 
 
 def _copy_adapter(train: Path, folder: Path, base: Path) -> None:
