@@ -14,8 +14,8 @@ from sddx.records import Units, UserError
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
     prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, what writes
-    answers is installed, another teacher fits the student, the devices can share the training, weights can be held
-    as they are asked to be. Raises one UserError with all that is wrong."""
+    answers and what judges models is installed, another teacher fits the student, the devices can share the
+    training, weights can be held as they are asked to be. Raises one UserError with all that is wrong."""
     from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
 
@@ -24,6 +24,7 @@ def precheck(method: dict[str, Any]) -> None:
     checks: list[Callable[[], None]] = [
         lambda: _check_evaluation(method["evaluation"]),
         lambda: _check_pruning(method, config),
+        lambda: _check_backend(method),
         lambda: _check_processes(method["trainer"]),
         lambda: _check_quantization(method),
     ]
@@ -79,6 +80,24 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
+
+
+def _check_backend(method: dict[str, Any]) -> None:
+    """What judges the models is installed, and can load what is left of them. Raises UserError."""
+    from sddx.evaluation.harness import BACKENDS
+
+    backend = method["evaluation"].get("backend", "hf")
+    if backend not in BACKENDS:
+        raise UserError(f"evaluation.backend={backend} is not known. Use one of {', '.join(BACKENDS)}.")
+    if backend != "vllm":
+        return
+    if not build(method["pruning"]).is_stock:
+        raise UserError(
+            "evaluation.backend=vllm loads whole blocks of the model's own kind alone. Removed branches "
+            "(pruning.units) and patches that are modules of their own need evaluation.backend=hf; patches that "
+            "vLLM can load: pruning/patch=block, and linear_ffn or mean with pruning.patch.fold=true."
+        )
+    build(method["evaluation"]["vllm"]).require()
 
 
 def _check_processes(trainer: dict[str, Any]) -> None:

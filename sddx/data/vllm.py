@@ -5,7 +5,6 @@ The engines start with the first rows and stay for the next ones, until `engines
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -21,14 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from sddx.data import vllm_worker
 from sddx.data.encode import render
 from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
-from sddx.models.load import frozen_model, text_config
-from sddx.records import UserError
+from sddx.models.load import text_config
+from sddx.models.vllm import failed, free_memory, require_vllm
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
 
@@ -58,24 +56,7 @@ class Writer:
 
     def require(self) -> None:
         """Raises UserError where vLLM is not there, or not GPUs enough."""
-        python = self.python or sys.executable
-        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-        try:
-            found = subprocess.run([python, "-P", "-c", look], capture_output=True, timeout=60).returncode == 0
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UserError(f"generation.python={python} cannot be run: {error}. Give an interpreter.") from error
-        if not found:
-            raise UserError(
-                f"vLLM is not installed for {python}. Install the extra (pip install 'sddx[vllm]', needs CUDA); "
-                "or, where vLLM wants another torch, give the interpreter of an environment that has it with "
-                "generation.python=/path/to/python; or use generation=greedy."
-            )
-        wanted, there = self.tensor_parallel * self.data_parallel, torch.cuda.device_count()
-        if 0 < there < wanted:
-            raise UserError(
-                f"generation.tensor_parallel={self.tensor_parallel} times data_parallel={self.data_parallel} "
-                f"makes {wanted} GPUs, and there are {there}. Give less of either."
-            )
+        require_vllm(self, group="generation", instead="generation=greedy")
 
     def about(self, folder: Path) -> dict[str, str]:
         """Who writes: the backend and its version, from the engines themselves."""
@@ -148,10 +129,7 @@ class Writer:
 def engines(folder: Path, writer: Writer) -> list[Engine]:
     """The running engines for a model; `engines.cache_clear()` ends them and frees their GPUs. What we hold on the
     GPU is freed first."""
-    frozen_model.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return [Engine(folder, writer, place) for place in range(writer.data_parallel)]
 
 
@@ -190,9 +168,7 @@ class Engine:
         return json.loads(self._process.stdout.readline() or self._failed())
 
     def _failed(self) -> NoReturn:
-        status = self._process.wait()
-        end = "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-8:])
-        raise UserError(f"vLLM ended with status {status}. The end of its log, {self._log.name}:\n{end}")
+        raise failed(self._process.wait(), self._log.name)
 
 
 def _end(process: subprocess.Popen, log: Any) -> None:

@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,15 @@ from sddx.records import UserError
 from sddx.runtime import Runtime
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 # What lm-eval's regex filters give for an answer in which they find nothing.
 NOT_PARSED = "[invalid]"
+# What runs the model, and the distribution whose version is recorded. Their numbers are never compared.
+BACKENDS = {"hf": "transformers", "vllm": "vllm"}
 
 
 def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata: Any) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | LM,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
     *,
@@ -65,8 +69,13 @@ def evaluate(
     max_new_tokens: int | None = None,
     chance: Mapping[str, float | None] | None = None,
     limit: int | Mapping[str, int] | None = None,
+    backend: str = "hf",
+    vllm: Any = None,
 ) -> dict[str, Any]:
     """Run lm-eval on the model where it lies (its device), and keep what every item scored.
+
+    With `backend` vllm, the model is lm-eval's own around an engine, which makes its own batches; the settings of
+    the engine, `vllm`, are used where it is made (sddx.evaluation.vllm).
 
     `tasks` are lm-eval's names, groups included. What is given by task is given by these names, and holds for all
     parts of a group: `shots`, a task's number of examples (or one number for all that do not fix 0 themselves,
@@ -75,10 +84,10 @@ def evaluate(
     each), drawn with a fixed seed and in equal numbers from the parts of a group.
 
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
-    "batch_size", "truncated"}. A record holds `score` (mean of the primary metric), `stderr`, `chance`, `n`,
-    `metrics`, `unparsed` (share of answers in which a filter found nothing, by filter), `part_of` (the name in
-    `tasks`), `settings` (all that makes two evaluations comparable) and `samples`, one dict per item. `truncated`
-    counts lm-eval's warnings that a prompt did not fit the model.
+    "batch_size", "truncated", "backend": its name and version}. A record holds `score` (mean of the primary
+    metric), `stderr`, `chance`, `n`, `metrics`, `unparsed` (share of answers in which a filter found nothing, by
+    filter), `part_of` (the name in `tasks`), `settings` (all that makes two evaluations comparable) and `samples`,
+    one dict per item. `truncated` counts lm-eval's warnings that a prompt did not fit the model.
 
     Raises UserError for an unknown task or metric, data that is not there, a tokenizer without a chat template, or
     an answer that is longer than the model's context.
@@ -96,15 +105,16 @@ def evaluate(
         told = {"primary": primary or {}, "chance": chance or {}}
         configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
         # The batch size must be given here: lm-eval ignores any other for a model that is handed over.
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        own = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
+        lm: Any = model if backend == "vllm" else HFLM(pretrained=model, **own)
         require_metrics(loaded["tasks"])
-        require_room(loaded["tasks"], harness.max_length)
+        require_room(loaded["tasks"], lm.max_length)
         drawn = draw(loaded["tasks"], part_of, limit)
         if not runtime.quiet:
             _announce(_precision(loaded["tasks"], part_of, drawn))
         # `evaluate`, not `simple_evaluate`, which runs pip and git for a report of the environment each time.
         raw = evaluator.evaluate(
-            harness,
+            lm,
             loaded,
             samples=drawn,
             bootstrap_iters=0,
@@ -117,14 +127,16 @@ def evaluate(
     if warnings:
         logger.warning("%d prompts or batches did not fit the model's context: %s", len(warnings), warnings[0])
     template = _digest(str(tokenizer.chat_template)) if chat_template else None
+    shared = {"chat_template": template, "backend": backend}
     return {
         "tasks": {
-            name: _record(task, raw, part_of[name], template, given(limit, part_of[name]))
+            name: _record(task, raw, part_of[name], {**shared, "limit": given(limit, part_of[name])})
             for name, task in loaded["tasks"].items()
         },
         "groups": {name: _numbers(metrics) for name, metrics in raw.get("groups", {}).items()},
-        "batch_size": batch_size,
+        "batch_size": lm.batch_size,
         "truncated": len(warnings),
+        "backend": {"name": backend, "version": metadata.version(BACKENDS[backend])},
     }
 
 
@@ -201,7 +213,7 @@ def _primary(task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
     return (task.get_config("metadata") or {}).get("primary") or first
 
 
-def _record(task: Any, raw: Any, part_of: str, template: str | None, limit: int | None) -> dict[str, Any]:
+def _record(task: Any, raw: Any, part_of: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     name = task.get_config("task")
     primary = _primary(task, raw["samples"][name])
     samples = _samples(raw["samples"][name], primary)
@@ -221,7 +233,7 @@ def _record(task: Any, raw: Any, part_of: str, template: str | None, limit: int 
         "metrics": metrics,
         "unparsed": _unparsed(task, samples),
         "part_of": part_of,
-        "settings": _settings(task, raw["versions"][name], primary, template, limit),
+        "settings": _settings(task, raw["versions"][name], primary, shared),
         "samples": samples,
     }
 
@@ -284,20 +296,20 @@ def _unparsed(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, floa
     }
 
 
-def _settings(task: Any, version: Any, primary: str, template: str | None, limit: int | None) -> dict[str, Any]:
-    """What two evaluations must share to be compared; `chat_template` is a digest of it, or None."""
+def _settings(task: Any, version: Any, primary: str, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What two evaluations must share to be compared: `shared`, which the task does not know (`chat_template` is a
+    digest of it, or None), and what it does."""
     import lm_eval
 
     return {
         "version": version,
         "primary": primary,
         "shots": task.get_config("num_fewshot"),
-        "chat_template": template,
         "filters": json.loads(json.dumps(task.get_config("filter_list"), default=_name)),
         "generation": json.loads(json.dumps(task.get_config("generation_kwargs"), default=_name)),
         "seeds": SEEDS,
-        "limit": limit,
         "lm_eval": lm_eval.__version__,
+        **shared,
     }
 
 

@@ -94,8 +94,12 @@ def _require_close(differences: torch.Tensor, scale: float, name: str) -> float:
 
 
 def require_evaluation(run: Recovered) -> None:
-    """Raises UserError where the run's evaluation cannot be repeated."""
-    _settings(run)
+    """Raises UserError where the run's evaluation cannot be repeated here."""
+    if _settings(run).get("backend") == "vllm":
+        raise UserError(
+            "check=eval repeats the run's evaluation in this process, and vLLM did it (evaluation.backend=vllm): "
+            "its numbers are not compared with others. Leave check=eval out."
+        )
     load_samples(run.folder, "recovered")
 
 

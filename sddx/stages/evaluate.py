@@ -6,6 +6,7 @@ import json
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sddx.build import build
@@ -13,7 +14,8 @@ from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
 from sddx.models.load import frozen_model, load_tokenizer
-from sddx.models.student import load_student
+from sddx.models.plain import write_merged
+from sddx.models.student import Student, load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
@@ -36,16 +38,16 @@ def evaluate(
     `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
     unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
     texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text, and
-    `text.perplexity` the model's on the same tokens; repetition and length are those of the answers.
+    `text.perplexity` the model's on the same tokens; repetition and length are those of the answers. Where the
+    evaluation's backend is vllm, the scores are those of the merged weights; KL and perplexity are still those of
+    the model as it was trained.
     """
     tokenizer = load_tokenizer(model.path)
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     given = {artifact.stage: artifact.path for artifact in inputs}
-    if "prune" in given:
-        judged, teacher = _student(model, given, how)
-    else:
-        judged, teacher = frozen_model(model.path, **how), None
-    results = build(evaluation)(judged, tokenizer, runtime)
+    apart = _by_vllm(out, model, given, evaluation, how) if evaluation.get("backend") == "vllm" else None
+    judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
+    results = apart or build(evaluation)(judged, tokenizer, runtime)
     batches = list(text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH))
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
@@ -61,13 +63,31 @@ def evaluate(
     runtime.log({"evaluate/perplexity": results["text"]["perplexity"]})
 
 
-def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> tuple[Any, Teacher]:
+def _by_vllm(
+    out: Path, model: Artifact, given: dict[str, Path], evaluation: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """The scores by vLLM, which reads a folder: the unpruned model's own, or one of merged weights that is gone
+    afterwards. None of our models is in memory meanwhile."""
+    engine = build(evaluation["vllm"])
+    if "prune" not in given:
+        return engine.judge(model.path, evaluation, how["dtype"])
+    with TemporaryDirectory(dir=out) as name:
+        write_merged(_student(model, given, how).model, model.path, Path(name))
+        return engine.judge(Path(name), evaluation, how["dtype"])
+
+
+def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> Student:
+    """The pruned or recovered model."""
+    frozen_model.cache_clear()
+    cut, trained, patch = Cut.load(given["prune"] / "cut.json"), given.get("train"), given.get("patch")
+    return load_student(model.path, trained, cut=cut, base=model.key, patch=patch, **how)
+
+
+def _beside(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> tuple[Any, Teacher]:
     """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
     are still there, so that a large model is held once."""
-    frozen_model.cache_clear()
-    cut = Cut.load(given["prune"] / "cut.json")
-    trained, patch = given.get("train"), given.get("patch")
-    student = load_student(model.path, trained, cut=cut, base=model.key, patch=patch, **how)
+    student = _student(model, given, how)
     if student.unpruned is None:
         return student.model, SeparateTeacher(frozen_model(model.path, **how))
+    cut = Cut.load(given["prune"] / "cut.json")
     return student.model, SharedTeacher(student.model, student.unpruned, cut)

@@ -54,6 +54,13 @@ class Pruning:
             raise UserError(f"pruning.remove={self.remove!r} is not a number of units. Give 0 or more.")
         Units(self.units, 1)
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether transformers itself can build what is left: whole blocks alone go, and what stands in for them is
+        folded into weights, or a block of the model's own kind."""
+        inside = self.patch.fit is None or self.patch.fold or self.patch.fit.reads == "preceding"
+        return not self.remove or (self.units == "blocks" and inside)
+
 
 def contiguous(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
     """The run of `remove` units that matters least.

@@ -1,0 +1,77 @@
+"""Evaluation by vLLM, in a process of its own: the same harness with lm-eval's `VLLM` in place of `HFLM`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sddx.evaluation import vllm_worker
+from sddx.models.vllm import failed, free_memory, require_vllm
+from sddx.records import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What vLLM is started with where `evaluation.backend` is vllm. `data_parallel` engines (through ray) share the
+    items, each on `tensor_parallel` GPUs. `max_model_len` in tokens; null: the model's context, for which there
+    must be memory. `python` is the interpreter that has vllm, lm_eval and scipy (null: this one); of sddx it uses
+    this one."""
+
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    python: str | None = None
+
+    def require(self) -> None:
+        """Raises UserError where vLLM is not there, or not GPUs enough."""
+        needs = ["vllm", "lm_eval", "scipy", *(["ray"] if self.data_parallel > 1 else [])]
+        require_vllm(self, group="evaluation.vllm", instead="evaluation.backend=hf", needs=needs)
+
+    def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """What `harness.evaluate` returns with the settings `evaluation`, for the model in a plain folder. What we
+        hold on the GPU is freed first.
+
+        Raises UserError as `evaluate` does, and where vLLM fails, with the end of its log.
+        """
+        free_memory()
+        settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
+        told = self._told({"model": self._model(folder, dtype), "evaluation": settings})
+        if "mistake" in told:
+            raise UserError(*told["mistake"])
+        return told["results"]
+
+    def _told(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The worker's answer. Its log is kept where it fails."""
+        log = tempfile.NamedTemporaryFile("w", prefix="sddx-vllm-", suffix=".log", delete=False)
+        logger.info("vLLM judges the model. Its log: %s", log.name)
+        with log, tempfile.TemporaryDirectory() as name:
+            asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
+            asked.write_text(json.dumps(request))
+            command = [self.python or sys.executable, "-P", vllm_worker.__file__, str(asked), str(answer)]
+            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+            if status:
+                raise failed(status, log.name)
+            told = json.loads(answer.read_text())
+        Path(log.name).unlink()
+        return told
+
+    def _model(self, folder: Path, dtype: str) -> dict[str, Any]:
+        """What lm-eval's VLLM is made with."""
+        return {
+            "pretrained": str(folder),
+            "dtype": dtype,
+            "tensor_parallel_size": self.tensor_parallel,
+            "data_parallel_size": self.data_parallel,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "max_model_len": self.max_model_len,
+            "batch_size": "auto",
+        }

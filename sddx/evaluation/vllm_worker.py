@@ -1,0 +1,47 @@
+"""The process in which vLLM judges a model: `python -P vllm_worker.py REQUEST ANSWER`, two JSON files.
+
+The request holds `model` (what lm-eval's VLLM is made with) and `evaluation` (the settings of `harness.evaluate`);
+the answer is {results: what that returns}, or {mistake: what a UserError says}. Another Python that runs this needs
+vllm, lm_eval and scipy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+
+def judge(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    from sddx.evaluation.harness import evaluate
+    from sddx.records import UserError
+    from sddx.runtime import Runtime
+
+    lm = VLLM(**request["model"])
+    try:
+        return {"results": evaluate(lm, lm.tokenizer, Runtime(), **request["evaluation"])}
+    except UserError as error:
+        return {"mistake": list(error.args)}
+
+
+def use_this_sddx() -> None:
+    """Import `sddx` from the folder of this file, whatever another Python has under that name, and nothing else
+    that lies beside it."""
+    folder = Path(__file__).resolve().parents[1]
+    spec = spec_from_file_location("sddx", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    sys.modules["sddx"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["sddx"])
+
+
+if __name__ == "__main__":  # vLLM's own processes read this file too
+    logging.basicConfig(level=logging.INFO)
+    use_this_sddx()
+    _request, _answer = map(Path, sys.argv[1:])
+    _answer.write_text(json.dumps(judge(json.loads(_request.read_text()))))

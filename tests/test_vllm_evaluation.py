@@ -1,0 +1,196 @@
+"""Laws of evaluation by vLLM: lm-eval's own VLLM class around a stand-in engine, in a process of its own, gives the
+scores of the HF backend item by item, and the two are never compared.
+
+The stand-in has vLLM's names and runs the model with transformers. What vLLM itself does on a GPU is not tried
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from composing import SMALL, composed
+
+from sddx.compare import compare, load_samples
+from sddx.config import resolve
+from sddx.evaluation.vllm import Engine
+from sddx.export.__main__ import main as export
+from sddx.models.load import frozen_model
+from sddx.records import UserError
+from sddx.store import manifest
+from sddx.train import run
+
+ENGINE = """
+import os
+from types import SimpleNamespace
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+print("vLLM talks on standard output")
+
+class SamplingParams:
+    def __init__(self, *, max_tokens, temperature, stop=(), **rest):
+        self.max_tokens, self.stop, self.scoring = max_tokens, stop, "prompt_logprobs" in rest
+        assert temperature == 0
+
+def TokensPrompt(prompt_token_ids):
+    return prompt_token_ids
+
+class LLM:
+    def __init__(self, *, model, dtype, max_model_len, **rest):
+        if os.environ.get("STAND_IN_FAILS"):
+            raise RuntimeError("CUDA out of memory")
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        context = max_model_len or self.model.config.max_position_embeddings
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm, lora_request):
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self.scored(ids) if each.scoring else self.written(ids, each) for ids, each in pairs]
+
+    def scored(self, ids):
+        steps = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        rows = [{ids[t + 1]: float(steps[t, ids[t + 1]]), int(steps[t].argmax()): float(steps[t].max())}
+                for t in range(len(ids) - 1)]
+        return SimpleNamespace(prompt_logprobs=[None, *rows])
+
+    def written(self, ids, sampling):
+        start, text = len(ids), ""
+        while len(ids) < start + sampling.max_tokens:
+            ids = ids + [self.model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+            text = self.tokenizer.decode(ids[start:], skip_special_tokens=False)
+            if found := [text.index(stop) for stop in sampling.stop if stop in text]:
+                text = text[: min(found)]
+                break
+        return SimpleNamespace(outputs=[SimpleNamespace(text=text)])
+"""
+FILES = {
+    "vllm/__init__.py": ENGINE,
+    "vllm/lora/__init__.py": "",
+    "vllm/lora/request.py": "LoRARequest = None",
+    "vllm/tokenizers.py": "from transformers import AutoTokenizer\n"
+    "def get_tokenizer(name, tokenizer_mode, trust_remote_code, revision):\n"
+    "    return AutoTokenizer.from_pretrained(name)\n",
+    "vllm-0.0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.0.1\n",
+}
+MODELS = ("unpruned", "pruned", "recovered")
+VLLM = "evaluation.backend=vllm"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `vllm` that a worker can import."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def stand_in(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+
+
+def job(out: Path, store: Path, *overrides: str) -> Path:
+    short = ("trainer.budget=steps", "trainer.steps=4", "trainer.batch_size=4", f"store={store}", "loss=sft")
+    with composed(*SMALL, *short, *overrides, out=out) as cfg:
+        return run(resolve(cfg), out)
+
+
+@pytest.fixture(scope="module")
+def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same run judged by either backend, in one store."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(packages))
+        done = {name: job(folder / name, folder / "store", f"evaluation.backend={name}") for name in ("hf", "vllm")}
+    return SimpleNamespace(**done, store=folder / "store")
+
+
+def results(runs: SimpleNamespace, backend: str, model: str) -> dict:
+    key = json.loads(getattr(runs, backend).read_text())["artifacts"][f"evaluate_{model}"]
+    return json.loads((manifest.find(runs.store, "evaluate", key) / "results.json").read_text())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_are_those_of_hf_item_by_item(model: str, runs: SimpleNamespace) -> None:
+    """Answers and choices alike; log-probabilities to rounding, which batches and merged adapters move; and what is
+    measured on text is measured by the same model."""
+    by_hf, by_vllm = (results(runs, backend, model) for backend in ("hf", "vllm"))
+    assert by_hf["tasks"].keys() == by_vllm["tasks"].keys()
+    for task, record in by_hf["tasks"].items():
+        for a, b in zip(record["samples"], by_vllm["tasks"][task]["samples"], strict=True):
+            expected, found = a.pop("likelihoods"), b.pop("likelihoods")
+            assert found == (pytest.approx(expected, abs=1e-3) if expected else None)
+            assert a == b
+    assert by_hf["text"] == by_vllm["text"]
+    assert by_vllm["backend"] == {"name": "vllm", "version": "0.0.1"} and by_hf["backend"]["name"] == "hf"
+
+
+def test_the_three_models_are_told_apart(runs: SimpleNamespace) -> None:
+    """Each was judged from weights of its own: no two give the same likelihoods."""
+    found = [results(runs, "vllm", model)["tasks"]["tiny_facts"]["samples"] for model in MODELS]
+    seen = [[sample["likelihoods"] for sample in samples] for samples in found]
+    assert seen[0] != seen[1] and seen[1] != seen[2] and seen[0] != seen[2]
+
+
+def test_the_student_is_shared_and_no_weights_are_left(runs: SimpleNamespace) -> None:
+    """The backend changes the evaluations alone; the merged folders are gone."""
+    by_hf, by_vllm = (json.loads(getattr(runs, name).read_text())["artifacts"] for name in ("hf", "vllm"))
+    assert by_hf["train"] == by_vllm["train"]
+    assert all(by_hf[f"evaluate_{model}"] != by_vllm[f"evaluate_{model}"] for model in MODELS)
+    assert not list(runs.store.glob("evaluate/**/*.safetensors"))
+
+
+def test_the_backends_are_never_compared(runs: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    samples = [load_samples(getattr(runs, name).parent, "recovered") for name in ("hf", "vllm")]
+    with pytest.raises(UserError, match="backend is hf and vllm"):
+        compare(*samples)
+    assert export([f"run={runs.vllm}", f"to={runs.store / 'to'}", "check=eval"]) == 2
+    assert "vLLM did it" in capsys.readouterr().err and not (runs.store / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["pruning.units=attention"], "Removed branches"),
+        (["pruning/patch=linear"], "modules of their own"),
+        (["evaluation.backend=vlm"], "evaluation.backend=vlm is not known"),
+        (["evaluation.vllm.python=/no/python"], "/no/python cannot be run"),
+        (["evaluation.vllm.tensor_parallel=4"], "makes 4 GPUs, and there are 2"),
+    ],
+)
+def test_refused_before_work(
+    given: list[str], said: str, stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=said):
+        job(tmp_path / "out", tmp_path / "store", "pruning=block_influence", VLLM, *given)
+    assert not list((tmp_path / "store").glob("*/*/*"))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_a_missing_vllm_is_told_before_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vllm cannot be imported by .*sddx\[vllm\].*evaluation.backend=hf"):
+        job(tmp_path / "out", tmp_path / "store", VLLM)
+    assert not list((tmp_path / "store").glob("*/*/*"))
+
+
+def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's mistake that the harness finds comes through as itself, all else with the end of the log."""
+    with composed(*SMALL) as cfg:
+        config = resolve(cfg)
+    folder, evaluation = Path(config["model"]["path"]), {**config["evaluation"], "backend": "vllm"}
+    frozen_model(folder, "float32", "sdpa", "cpu")
+    with pytest.raises(UserError, match="asks for up to 4000 new tokens"):
+        Engine().judge(folder, {**evaluation, "max_new_tokens": 4000}, "float32")
+    assert frozen_model.cache_info().currsize == 0  # before the engine starts
+    monkeypatch.setenv("STAND_IN_FAILS", "1")
+    with pytest.raises(UserError, match="CUDA out of memory"):
+        Engine().judge(folder, evaluation, "float32")
