@@ -114,7 +114,9 @@ def recover(
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
-    inputs = {"pruned": [cut, *patches], "recovered": [cut, *patches, *taught.student]}
+    inputs = {"pruned": [cut, *patches]}
+    if taught.student:
+        inputs["recovered"] = [cut, *patches, *taught.student]
     results |= {name: judge(*given, *files) for name, given in inputs.items()}
     frozen_model.cache_clear()
     found = Found(unpruned, scores, cut, patches, taught, results, shared)

@@ -125,13 +125,16 @@ def test_table_says_what_the_summary_says() -> None:
 def test_markdown_table_is_rectangular() -> None:
     """Every row of the Markdown table has as many cells as its header."""
     cells = [line.count(" | ") for line in table.markdown(SUMMARY).splitlines() if line.startswith("| ")]
-    assert len(cells) == 4 and set(cells) == {len(table.HEADER) - 1}
+    assert len(cells) == 4 and set(cells) == {len(table.header(SUMMARY)) - 1}
 
 
 def test_table_without_a_recovered_model() -> None:
-    """A run that only pruned shows dashes where nothing was measured."""
+    """A run that only pruned says what was kept, and speaks of neither recovery nor training."""
     scores = {model: SUMMARY["scores"][model] for model in ("unpruned", "pruned")}
-    assert table.rows(SUMMARY | {"scores": scores})[0][-2:] == ("-", "-")
+    summary = SUMMARY | {"scores": scores, "recovery": None, "steps": 0}
+    assert table.header(summary)[-2:] == ("pruned", "kept")
+    assert table.rows(summary)[0][-2:] == ("10.0 ± 1.0", "11.1 %")
+    assert not {"recovery", "training"} & set(dict(table.lines(summary)))
 
 
 def test_acceptance_counts_reasons_and_shows_examples() -> None:

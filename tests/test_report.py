@@ -16,7 +16,7 @@ from wandb_file import history, records
 from sddx.report import __main__ as report
 from sddx.report import page
 from sddx.report.agreement import correlation, lowest, per_unit, stability
-from sddx.report.curves import AXES, MEASURES, differences, families, variant_differences, variants
+from sddx.report.curves import AXES, KEPT, MEASURES, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
 from sddx.report.sections import variant_sections
 from sddx.report.workspace import workspace
@@ -221,6 +221,41 @@ def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.Captu
     assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + 1
 
 
+def untrained(removed: int, kept: float, perplexity: float) -> dict:
+    """A run of loss=none, as its summary stands on disk."""
+    found = run("none", removed=removed)
+    del found["scores"]["recovered"]
+    missing = dict.fromkeys(
+        ("recovery", "recovery_trained", "recovery_held_out", "recovery_above_chance", "gap_closed")
+    )
+    text = {"pruned": {"perplexity": perplexity}}
+    return found | missing | {"pruned_recovery": kept, "text": text, "trained": [], "recovery_low": None}
+
+
+def test_what_a_cut_costs_has_curves_without_training() -> None:
+    """Kept shares and perplexities over what was removed, and no recovery anywhere."""
+    runs = [untrained(0, 1.0, 10.0), untrained(2, 0.8, 20.0), untrained(4, 0.3, 4000.0)]
+    found = page.contents(runs, [])
+    (section,) = found["sections"]
+    kept, perplexity = ([row[1:3] for row in figure["table"]["rows"]] for figure in section["figures"])
+    assert kept == [["0", "100.0 %"], ["2", "80.0 %"], ["4", "30.0 %"]]
+    assert perplexity == [["0", "10.00"], ["2", "20.00"], ["4", "4,000.00"]]
+    assert {row[1] for row in found["tasks"]["rows"]} == {"unpruned", "pruned"}
+    assert page.html(found) and not found["differences"]["rows"]
+
+
+def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:
+    """They are no arm that is held against SFT, and their variants are compared before training alone."""
+    runs = [*grid(), untrained(2, 0.8, 20.0), untrained(3, 0.7, 30.0)]
+    (family,) = families(runs)
+    assert family.measures == MEASURES and not family.curve("none", "recovery")
+    assert {d.arm for d in differences(runs)} == {"sdd"} and page.html(page.contents(runs, []))
+    metrics = [{**r, "choices": {**r["choices"], "pruning": p}} for r in runs[-2:] for p in ("angular", "last")]
+    (section,) = variant_sections(metrics)
+    assert [figure["title"] for figure in section["figures"]] == ["Before training"]
+    assert section["table"]["rows"][0][2:] == ["80.0", "70.0"]
+
+
 def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
     for number, gain in enumerate((0.1, 0.2)):
         folder = tmp_path / f"report/a/{number}"
@@ -260,10 +295,17 @@ def test_the_dashboard_draws_what_runs_log() -> None:
     pytest.importorskip("wandb_workspaces")
     made = workspace("me", "sddx", ["gsm8k"])
     titles = [section.name for section in made.sections]
-    assert titles == [*(f"Over {label}" for label in AXES.values()), "By arm", "Per task", "Cost"]
+    assert titles == [
+        *(f"Over {label}" for label in AXES.values()),
+        "Without training",
+        "By arm",
+        "Per task",
+        "Cost",
+    ]
     drawn = [panel for section in made.sections for panel in section.panels]
     scattered = [(panel.x.name, panel.y.name) for panel in drawn if hasattr(panel, "running_ymean") and panel.x]
     assert {(axis, measure) for axis in AXES for measure in MEASURES} <= set(scattered)
+    assert {("removed", measure) for measure in KEPT} <= set(scattered)
     assert made.sections[-2].panels[0].metrics[0].name == "scores.recovered.gsm8k"
 
 

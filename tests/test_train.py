@@ -121,11 +121,14 @@ def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], t
 
 
 def test_without_training_the_pruned_model_is_what_is_left(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
-    """loss=none: no rows, no student; what comes back is the cut model, and the cut is that of the arms."""
+    """loss=none: no rows, no student, nothing called recovered; the cut is that of the arms, and its curve is what
+    the pruned model keeps."""
     summary = job(tmp_path, first[1], "loss=none", "evaluation.chat_template=false")
     assert not {"prepare", "distill", "train", "overlap"} & set(summary["artifacts"])
     assert summary["artifacts"]["prune"] == first[2]["artifacts"]["prune"]
-    assert summary["scores"]["recovered"] == summary["scores"]["pruned"] and summary["steps"] == 0
+    assert list(summary["scores"]) == ["unpruned", "pruned"] and summary["steps"] == 0
+    assert summary["recovery"] is None and summary["pruned_recovery"] is not None
+    assert "| pruned | kept |" in (tmp_path / "table.md").read_text()
     model, _ = sddx.load(tmp_path / "summary.json")
     assert len(model.model.layers) == 9 and not hasattr(model, "peft_config")
 

@@ -54,7 +54,7 @@ def text(run: Recovered, proof: dict[str, Any]) -> str:
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}, pruned to {run.cut.name} and recovered",
+        f"# {name}, pruned to {run.cut.name}" + (" and recovered" if run.trained else ""),
         "\n".join(f"- {label}: {said}" for label, said in _facts(run, name, terms)),
         "## Scores",
         table.markdown(run.summary).rstrip(),

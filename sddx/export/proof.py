@@ -100,14 +100,14 @@ def require_evaluation(run: Recovered) -> None:
             "check=eval repeats the run's evaluation in this process, and vLLM did it (evaluation.backend=vllm): "
             "its numbers are not compared with others. Leave check=eval out."
         )
-    load_samples(run.folder, "recovered")
+    load_samples(run.folder, run.judged)
 
 
 def flipped_items(run: Recovered, model: Any, device: str) -> dict[str, dict[str, Any]]:
-    """Evaluate a model as the run evaluated its recovered one; per task the items, those that went from right to
+    """Evaluate a model as the run evaluated its own; per task the items, those that went from right to
     wrong and from wrong to right (None where scores are no yes or no), and the difference of the scores."""
     results = build(_settings(run))(model, load_tokenizer(run.base), Runtime(device=device))
-    compared = compare(load_samples(run.folder, "recovered"), compact(results))["tasks"]
+    compared = compare(load_samples(run.folder, run.judged), compact(results))["tasks"]
     return {
         task: {
             "items": len(results["tasks"][task]["samples"]),
@@ -120,7 +120,7 @@ def flipped_items(run: Recovered, model: Any, device: str) -> dict[str, dict[str
 
 def _settings(run: Recovered) -> dict[str, Any]:
     """The `evaluation` node of the run."""
-    place = run.artifact("evaluate_recovered")
+    place = run.artifact(f"evaluate_{run.judged}")
     fields = manifest.read(place) if place else None
     if fields is None or not (run.folder / "samples.json").is_file():
         raise UserError(

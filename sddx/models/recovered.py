@@ -38,6 +38,11 @@ class Recovered:
             self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.how(dtype, device)
         )
 
+    @property
+    def judged(self) -> str:
+        """The name that the run's evaluations have for it: without training, what is left is the pruned model."""
+        return "recovered" if self.trained else "pruned"
+
     def artifact(self, stage: str) -> Path | None:
         """The folder of one of the run's artifacts; None where the store no longer has it."""
         key = self.summary["artifacts"].get(stage)

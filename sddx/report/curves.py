@@ -40,6 +40,13 @@ MEASURES = {
     "recovery": "Recovery, all skills",
     "gap_closed": "Gap closed",
 }
+# The same for runs that trained nothing: what a cut costs.
+KEPT = {"pruned_recovery": "Kept without training", "text.pruned.perplexity": "Perplexity on held-out text"}
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is a share, shown in percent; else it is a perplexity."""
+    return not measure.endswith("perplexity")
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,11 @@ class Family:
     def arms(self) -> list[str]:
         return losses(self.runs)
 
+    @property
+    def measures(self) -> dict[str, str]:
+        """What there is to draw: recoveries where any run trained, else what the cut left."""
+        return MEASURES if any(map(is_trained, self.runs)) else KEPT
+
     def pruned(self) -> list[tuple[float, float]]:
         """The recovery of the pruned model before any training, along the axis."""
         return sorted({run["choices"][self.axis]: run["pruned_recovery"] for run in self.runs}.items())
@@ -76,19 +88,32 @@ class Family:
         """The points of one arm, along the axis; without places where the measure is not defined."""
         at: dict[float, list[Run]] = defaultdict(list)
         for run in self.runs:
-            if run["choices"]["loss"] == arm and run.get(measure) is not None:
+            if run["choices"]["loss"] == arm and value_of(run, measure) is not None:
                 at[run["choices"][self.axis]].append(run)
         return [Point(x, _interval(runs, measure), len(runs)) for x, runs in sorted(at.items())]
 
 
 def _interval(runs: Sequence[Run], measure: str) -> Interval:
-    values = [run[measure] for run in runs]
+    values = [value_of(run, measure) for run in runs]
     if len(values) > 1:
         return t_interval(values)
     # Where the unpruned model may score nothing in a draw of items, recovery has no interval.
     if measure == "recovery" and runs[0]["recovery_low"] is not None:
         return Interval(values[0], runs[0]["recovery_low"], runs[0]["recovery_high"], "items")
     return Interval(values[0], values[0], values[0], "nothing")
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the run recovered anything, or judged the pruned model alone."""
+    return "recovered" in run["scores"]
+
+
+def value_of(run: Run, name: str) -> Any:
+    """A field of a run by its dotted name; None where there is none."""
+    found: Any = run
+    for part in name.split("."):
+        found = (found or {}).get(part)
+    return found
 
 
 def mean_of(runs: Sequence[Run], name: str) -> float | None:
@@ -99,7 +124,7 @@ def mean_of(runs: Sequence[Run], name: str) -> float | None:
 
 def score_of(runs: Sequence[Run], model: str, task: str) -> str:
     """The mean score of a task, in per cent."""
-    values = [run["scores"][model][task] for run in runs if task in run["scores"][model]]
+    values = [scores[task] for run in runs if task in (scores := run["scores"].get(model, {}))]
     return f"{100 * mean(values):.1f}" if values else "-"
 
 
@@ -191,7 +216,7 @@ class Difference:
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Every arm against SFT, wherever both were run with two seeds in common and all else equal."""
-    pairs = list(_pairs(runs))
+    pairs = list(_pairs([run for run in runs if is_trained(run)]))
     columns = [[_paired(arm, base, score) for *_, arm, base in pairs] for score in (average, held_out)]
     adjusted = [_holm([p for _, p in column]) for column in columns]
     return [
@@ -290,14 +315,14 @@ def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dic
 @dataclass(frozen=True)
 class VariantDifference:
     """A variant minus the one that it is held against: shares of the average, on the same items and seeds, before
-    and after training."""
+    and after training (None: nothing was trained)."""
 
     where: str
     name: str
     removed: float
     seeds: int
     before: Interval
-    after: Interval
+    after: Interval | None
 
 
 def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
@@ -312,9 +337,8 @@ def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDiffere
             others = bases[variant.where].runs.get(removed, []) if variant.where in bases else []
             pairs = [(a, b) for a in own for b in others if a["choices"]["seed"] == b["choices"]["seed"]]
             if variant.name != base and pairs:
-                intervals = [_over_pairs(pairs, model) for model in ("pruned", "recovered")]
-                if None not in intervals:
-                    before, after = intervals
+                before, after = (_over_pairs(pairs, model) for model in ("pruned", "recovered"))
+                if before is not None:
                     about = variant.where, variant.name, removed, len(pairs)
                     found.append(VariantDifference(*about, before, after))
     return found
@@ -337,4 +361,4 @@ def _samples(run: Run, model: str) -> dict[str, dict[str, Any]]:
     path = Path(run.get("folder", "")) / "samples.json"
     if not path.is_file():
         return {}
-    return json.loads(path.read_text())[model]
+    return json.loads(path.read_text()).get(model, {})

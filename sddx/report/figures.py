@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from sddx.report.curves import Family, Run, Variant, losses, removed_label
+from sddx.report.curves import Family, Run, Variant, is_share, losses, removed_label
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -45,12 +45,13 @@ def _svg(figure: Any, label: str) -> str:
 def curves(family: Family, measure: str, title: str) -> str:
     """One measure over the family's axis, one line an arm, with bands over seeds."""
     figure, axis = _figure(6, 3.6)
+    scale = 100 if is_share(measure) else 1
     for number, arm in enumerate(family.arms):
         points, (colour, line) = family.curve(arm, measure), _style(number)
-        xs, ys = [point.x for point in points], [100 * point.interval.estimate for point in points]
+        xs, ys = [point.x for point in points], [scale * point.interval.estimate for point in points]
         axis.plot(xs, ys, "o", ls=line, color=colour, label=arm, ms=4)
         if any(point.interval.half_width for point in points):
-            low, high = ([100 * getattr(p.interval, side) for p in points] for side in ("low", "high"))
+            low, high = ([scale * getattr(p.interval, side) for p in points] for side in ("low", "high"))
             axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
     if measure == "recovery":
         places, shares = zip(*family.pruned(), strict=True)
@@ -58,7 +59,9 @@ def curves(family: Family, measure: str, title: str) -> str:
             places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2
         )
     axis.set_xlabel(family.label)
-    axis.set_ylabel("%")
+    axis.set_ylabel("%" if is_share(measure) else "perplexity")
+    if not is_share(measure):
+        axis.set_yscale("log")
     if family.axis in ("size", "learning_rate", "rank"):
         axis.set_xscale("log", base=2)
         ticks = sorted({run["choices"][family.axis] for run in family.runs})
@@ -121,7 +124,7 @@ def quality_against_cost(runs: Sequence[Run]) -> str:
     figure, axis = _figure(6, 3.6)
     for number, arm in enumerate(losses(runs)):
         colour, _ = _style(number)
-        of_arm = [run for run in runs if run["choices"]["loss"] == arm]
+        of_arm = [run for run in runs if run["choices"]["loss"] == arm and run["recovery"] is not None]
         seconds = [run["seconds"].get("train", 0) + run["seconds"].get("distill", 0) for run in of_arm]
         axis.plot(seconds, [100 * run["recovery"] for run in of_arm], "o", color=colour, label=arm, ms=5, alpha=0.8)
     axis.set_xlabel("seconds for training and self-data")

@@ -15,13 +15,14 @@ from markupsafe import Markup
 
 from sddx.report import figures
 from sddx.report.curves import (
-    MEASURES,
     Difference,
     Family,
     Run,
     arms,
     differences,
     families,
+    is_share,
+    is_trained,
     mean_of,
     perplexity_of,
     score_of,
@@ -128,7 +129,7 @@ def task_table(runs: Sequence[Run]) -> Table:
         unpruned = [f"model {model}", "unpruned", *_measured(group[:1], "unpruned", tasks)]
         pruned = [where, "pruned", *_measured(group[:1], "pruned", tasks)]
         rows += [row for row in (unpruned, pruned) if row not in rows]
-        rows += [[where, arm, *_measured(group, "recovered", tasks)]]
+        rows += [[where, arm, *_measured(group, "recovered", tasks)]] if is_trained(group[0]) else []
     trained = {task for run in runs for task in run["trained"]}
     starred = [f"{task} *" if task in trained else task for task in tasks]
     return {"header": ["runs", "model", *starred, "perplexity"], "rows": rows}
@@ -141,11 +142,16 @@ def _measured(runs: Sequence[Run], model: str, tasks: Sequence[str]) -> list[str
 def curve_table(family: Family, measure: str) -> Table:
     """The numbers behind a figure."""
     rows = [
-        [arm, f"{point.x:g}", percent(point.interval.estimate), _band(point), str(point.seeds)]
+        [arm, f"{point.x:g}", _height(point, measure), _band(point), str(point.seeds)]
         for arm in family.arms
         for point in family.curve(arm, measure)
     ]
     return {"header": ["arm", family.label, "mean", "95 % interval", "seeds"], "rows": rows}
+
+
+def _height(point: Any, measure: str) -> str:
+    value = point.interval.estimate
+    return percent(value) if is_share(measure) else f"{value:,.2f}"
 
 
 def _band(point: Any) -> str:
@@ -216,7 +222,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         title = f"Over {family.label}" + (f" ({family.fixed})" if family.fixed else "")
         drawn = [
             {"title": label, "svg": Markup(figures.curves(family, name, label)), "table": curve_table(family, name)}
-            for name, label in MEASURES.items()
+            for name, label in family.measures.items()
             if any(family.curve(arm, name) for arm in family.arms)
         ]
         sections.append({"title": title, "figures": drawn})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.report import page
-from sddx.report.curves import MEASURES, Family, Run, families
+from sddx.report.curves import Family, Run, families
 from sddx.report.summary import write
 from sddx.store.digest import digest
 from sddx.tracking import open_run
@@ -59,7 +59,7 @@ def _log_curves(run: Any, family: Family) -> None:
     at = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
     run.define_metric(family.axis, hidden=True)
     run.define_metric(f"{at}/*", step_metric=family.axis)
-    for measure in MEASURES:
+    for measure in family.measures:
         curves = {arm: points for arm in family.arms if (points := family.curve(arm, measure))}
         for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
             values = {"": point.interval.estimate, "/low": point.interval.low, "/high": point.interval.high}

@@ -13,7 +13,7 @@ from sddx.records import Units
 from sddx.report import figures
 from sddx.report.agreement import correlation_table, matrix, per_unit, summary_table
 from sddx.report.curves import VARIANTS, Run, Variant, mean_of, score_of, variant_differences, variants
-from sddx.report.table import percent
+from sddx.report.table import ABSENT, percent
 from sddx.store.manifest import find
 
 Table = dict[str, Any]  # header: list of str, rows: list of lists of str
@@ -81,6 +81,7 @@ def variant_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
             drawn = [
                 {"title": title, "svg": Markup(figures.over_removed(found, measure, title))}
                 for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
+                if all(run[measure] is not None for each in found for at in each.runs.values() for run in at)
             ]
             sections.append(
                 {
@@ -106,7 +107,14 @@ def _variant_table(found: Sequence[Variant], label: str) -> Table:
 
 def _variant_differences(runs: Sequence[Run], choice: str, label: str) -> Table:
     rows = [
-        [d.where or "all runs", d.name, f"{d.removed:g}", str(d.seeds), _shares(d.before), _shares(d.after)]
+        [
+            d.where or "all runs",
+            d.name,
+            f"{d.removed:g}",
+            str(d.seeds),
+            _shares(d.before),
+            _shares(d.after) if d.after else ABSENT,
+        ]
         for d in variant_differences(runs, choice)
     ]
     return {"header": ["runs", label, "removed", "seeds", "before training", "after training"], "rows": rows}
@@ -139,4 +147,4 @@ def _before_after(runs: Sequence[Run]) -> str:
     if not runs:
         return "-"
     before, after = (percent(mean_of(runs, name)).removesuffix(" %") for name in ("pruned_recovery", "recovery"))
-    return f"{before} → {after}"
+    return before if after == ABSENT else f"{before} → {after}"

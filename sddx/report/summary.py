@@ -31,7 +31,7 @@ class Taught:
 @dataclass(frozen=True)
 class Found:
     """What a run built, or found in the store. `results` are the evaluations of the unpruned, the pruned and the
-    recovered model (without training, the pruned one again); `overlap` what the training rows share with them."""
+    recovered model (without training, of the first two); `overlap` what the training rows share with them."""
 
     model: Artifact
     scores: list[Artifact]
@@ -57,7 +57,7 @@ class Found:
             return next((by_stage[stage] for stage in stages if stage in by_stage), [])
 
         taught = Taught(some("prepare"), some("distill", "rows"), some("train"))
-        results = dict(zip(table.MODELS, by_stage["evaluate"], strict=True))
+        results = dict(zip(table.MODELS, by_stage["evaluate"], strict=False))  # recovered: where there is one
         (model,), (cut,) = by_stage["model"], by_stage["prune"]
         return cls(model, some("score"), cut, some("patch"), taught, results, some("overlap"))
 

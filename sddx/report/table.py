@@ -17,19 +17,20 @@ ABSENT = "-"
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row per task and one for the average: name, the three models' scores in percent with their standard
-    errors, and recovered / unpruned in percent. A task that was trained on carries an asterisk."""
+    """One row per task and one for the average: name, the models' scores in percent with their standard errors, and
+    the last of them / unpruned in percent. A task that was trained on carries an asterisk."""
     scores = summary["scores"]
     tasks = [task for task in scores["unpruned"] if task != "average"]
     return [_row(summary, task) for task in [*tasks, "average"]]
 
 
 def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
-    scores = [summary["scores"].get(model, {}).get(task) for model in MODELS]
-    errors = [summary["standard_errors"].get(model, {}).get(task) for model in MODELS]
+    models = _models(summary)
+    scores = [summary["scores"][model].get(task) for model in models]
+    errors = [summary["standard_errors"].get(model, {}).get(task) for model in models]
     name = f"{task} *" if task in summary.get("trained", ()) else task
-    unpruned, _, recovered = scores
-    share = recovered / unpruned if recovered is not None and unpruned else None
+    unpruned, left = scores[0], scores[-1]
+    share = left / unpruned if left is not None and unpruned else None
     chance = summary.get("chance", {}).get(task)
     return (name, ABSENT if chance is None else f"{100 * chance:.0f}", *map(_score, scores, errors), percent(share))
 
@@ -43,7 +44,14 @@ def percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-HEADER = ("task", "chance", *MODELS, "recovery")
+def _models(summary: Mapping[str, Any]) -> list[str]:
+    return [model for model in MODELS if model in summary["scores"]]
+
+
+def header(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the columns. What a pruned model keeps is no recovery."""
+    models = _models(summary)
+    return ("task", "chance", *models, "recovery" if "recovered" in models else "kept")
 
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -102,6 +110,8 @@ def _with_interval(summary: Mapping[str, Any]) -> str:
 
 
 def _training(summary: Mapping[str, Any]) -> str:
+    if summary.get("steps") == 0:
+        return ABSENT
     costs = [("examples", "examples"), ("supervised_tokens", "supervised tokens"), ("steps", "steps")]
     known = [f"{summary[name]:,} {words}" for name, words in costs if summary.get(name) is not None]
     seconds = (summary.get("seconds") or {}).get("train")
@@ -127,7 +137,7 @@ def _stages(seconds: Mapping[str, float]) -> str:
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print the table and the lines under it."""
     table = Table(title=_title(summary), title_justify="left")
-    for column in HEADER:
+    for column in header(summary):
         table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     cells = rows(summary)
     for row in cells[:-1]:
@@ -150,7 +160,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts = [
         f"{_title(summary)}.",
         "",
-        grid(HEADER, rows(summary)),
+        grid(header(summary), rows(summary)),
         "",
         *(["\\* trained on", ""] if summary.get("trained") else []),
         *(f"- {label}: {text}" for label, text in lines(summary)),

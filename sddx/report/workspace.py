@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sddx.report.curves import AXES, MEASURES
+from sddx.report.curves import AXES, KEPT, MEASURES
 
 LOGARITHMIC = ("size", "rank", "learning_rate")
 
@@ -30,6 +30,7 @@ def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> Any:
         return panels.BarPlot(title=title, metrics=[value], groupby=panels.Config("loss"), groupby_aggfunc="mean")
 
     sections = {f"Over {label}": [over(axis, *each) for each in MEASURES.items()] for axis, label in AXES.items()}
+    sections["Without training"] = [over("removed", *each) for each in KEPT.items()]
     sections["By arm"] = [by_arm(measure, title) for measure, title in MEASURES.items()]
     sections["Per task"] = [by_arm(f"scores.recovered.{task}", task) for task in tasks]
     seconds = panels.SummaryMetric("seconds.train")
