@@ -1,4 +1,4 @@
-"""What a stage may use that must never change a number: device, workers, progress, metric rows."""
+"""What a stage may use that must never change a number: device, progress, metric rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class Runtime:
     `watch` is told where the bar stands that is drawn."""
 
     device: str = "cpu"
-    workers: int = 0
     quiet: bool = False
     log: Callable[[dict[str, Any]], None] = _ignore
     watch: Callable[[dict[str, Any]], None] = _ignore

@@ -68,7 +68,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.models.load import frozen_model, locate
+    from sddx.models.load import free_memory, locate
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
@@ -118,7 +118,7 @@ def recover(
     if taught.student:
         inputs["recovered"] = [cut, *patches, *taught.student]
     results |= {name: judge(*given, *files) for name, given in inputs.items()}
-    frozen_model.cache_clear()
+    free_memory()
     found = Found(unpruned, scores, cut, patches, taught, results, shared)
     return found, make(report, *found.artifacts(), choices=choices)
 
@@ -138,7 +138,7 @@ def teach(
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
     from sddx.data.vllm import engines
-    from sddx.models.load import frozen_model, locate
+    from sddx.models.load import free_memory, locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
 
@@ -154,7 +154,7 @@ def teach(
             rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=rewriting["generation"])
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
-    frozen_model.cache_clear()  # its memory is needed for training, and that of vLLM's engines
+    free_memory()  # its memory is needed for training, and that of vLLM's engines
     engines.cache_clear()
     teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]

@@ -8,6 +8,9 @@ here.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +28,7 @@ from sddx.store import manifest
 from sddx.train import run
 
 ENGINE = """
-import os
+import os, time
 from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,8 +44,11 @@ def TokensPrompt(prompt_token_ids):
 
 class LLM:
     def __init__(self, *, model, dtype, max_model_len, **rest):
-        if os.environ.get("STAND_IN_FAILS"):
+        if os.environ.get("STAND_IN") == "fails":
             raise RuntimeError("CUDA out of memory")
+        if os.environ.get("STAND_IN") == "waits":
+            print("here is", os.getpid(), flush=True)
+            time.sleep(300)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         context = max_model_len or self.model.config.max_position_embeddings
@@ -191,6 +197,31 @@ def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="asks for up to 4000 new tokens"):
         Engine().judge(folder, {**evaluation, "max_new_tokens": 4000}, "float32")
     assert frozen_model.cache_info().currsize == 0  # before the engine starts
-    monkeypatch.setenv("STAND_IN_FAILS", "1")
+    monkeypatch.setenv("STAND_IN", "fails")
     with pytest.raises(UserError, match="CUDA out of memory"):
         Engine().judge(folder, evaluation, "float32")
+
+
+def test_what_the_worker_says_is_shown(stand_in: None, capfd: pytest.CaptureFixture) -> None:
+    """The half-width to expect, before the progress bars; nothing of it where it is to be quiet."""
+    with composed(*SMALL, VLLM) as cfg:
+        config = resolve(cfg)
+    for quiet in (True, False):
+        Engine().judge(Path(config["model"]["path"]), config["evaluation"], "float32", quiet=quiet)
+        said = capfd.readouterr().err
+        assert ("95 % interval" in said, "it/s" in said) == (not quiet, not quiet)
+
+
+def test_a_worker_does_not_outlive_the_run(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed leaves no process behind on the GPU."""
+    monkeypatch.setenv("STAND_IN", "waits")
+    work = "from sddx.evaluation.vllm import Engine, Path; Engine().judge(Path(), {}, '', quiet=False)"
+    with subprocess.Popen([sys.executable, "-c", work], stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None
+        pid = next(int(line.split()[-1]) for line in parent.stderr if line.startswith("here is"))
+        assert Path(f"/proc/{pid}").exists()
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()

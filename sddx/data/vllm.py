@@ -25,8 +25,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from sddx.data import vllm_worker
 from sddx.data.encode import render
 from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
-from sddx.models.load import text_config
-from sddx.models.vllm import failed, free_memory, require_vllm
+from sddx.models.load import free_memory, text_config
+from sddx.models.vllm import failed, require_vllm
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sddx.evaluation import vllm_worker
-from sddx.models.vllm import failed, free_memory, require_vllm
+from sddx.models.load import free_memory
+from sddx.models.vllm import failed, require_vllm
 from sddx.records import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,29 +39,28 @@ class Engine:
         needs = ["vllm", "lm_eval", "scipy", *(["ray"] if self.data_parallel > 1 else [])]
         require_vllm(self, group="evaluation.vllm", instead="evaluation.backend=hf", needs=needs)
 
-    def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str) -> dict[str, Any]:
+    def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str, *, quiet: bool = True) -> dict[str, Any]:
         """What `harness.evaluate` returns with the settings `evaluation`, for the model in a plain folder. What we
-        hold on the GPU is freed first.
+        hold on the GPU is freed first. Unless `quiet`, what the worker says, its progress included, is shown.
 
         Raises UserError as `evaluate` does, and where vLLM fails, with the end of its log.
         """
         free_memory()
         settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
-        told = self._told({"model": self._model(folder, dtype), "evaluation": settings})
+        told = self._told({"model": self._model(folder, dtype), "evaluation": settings}, quiet)
         if "mistake" in told:
             raise UserError(*told["mistake"])
         return told["results"]
 
-    def _told(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _told(self, request: dict[str, Any], quiet: bool) -> dict[str, Any]:
         """The worker's answer. Its log is kept where it fails."""
-        log = tempfile.NamedTemporaryFile("w", prefix="sddx-vllm-", suffix=".log", delete=False)
+        log = tempfile.NamedTemporaryFile(prefix="sddx-vllm-", suffix=".log", delete=False)
         logger.info("vLLM judges the model. Its log: %s", log.name)
         with log, tempfile.TemporaryDirectory() as name:
             asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
             asked.write_text(json.dumps(request))
             command = [self.python or sys.executable, "-P", vllm_worker.__file__, str(asked), str(answer)]
-            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
-            if status:
+            if status := _watched(command, log, quiet):
                 raise failed(status, log.name)
             told = json.loads(answer.read_text())
         Path(log.name).unlink()
@@ -75,3 +77,22 @@ class Engine:
             "max_model_len": self.max_model_len,
             "batch_size": "auto",
         }
+
+
+def _watched(command: list[str], log: Any, quiet: bool) -> int:
+    """Run the worker to its end and return its status; `log` takes what it says, and so does the terminal unless
+    `quiet`. The worker ends itself and its own processes when its standard input closes: with this one, whatever
+    ended it."""
+    env = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}  # its own talk would hide the progress
+    streams: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+    with (
+        open(log.name, errors="replace", newline="") as said,
+        subprocess.Popen(command, **streams, env=env, start_new_session=True) as worker,
+    ):
+        while True:
+            status, new = worker.poll(), said.read()
+            if not quiet:
+                print(new, end="", file=sys.stderr, flush=True)
+            if status is not None:
+                return status
+            time.sleep(0.2)

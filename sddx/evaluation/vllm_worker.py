@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 
@@ -40,8 +43,21 @@ def use_this_sddx() -> None:
     spec.loader.exec_module(sys.modules["sddx"])
 
 
+def end_with_parent() -> None:
+    """End this process and those of vLLM when the one that started it is gone: nobody would collect the answer,
+    and the GPU would stay taken."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written
+        os.killpg(0, signal.SIGKILL)
+
+    Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":  # vLLM's own processes read this file too
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sddx").setLevel(logging.INFO)
+    end_with_parent()
     use_this_sddx()
     _request, _answer = map(Path, sys.argv[1:])
     _answer.write_text(json.dumps(judge(json.loads(_request.read_text()))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,9 +160,18 @@ def four_bit(*, type: str, double: bool, compute: str) -> Any:
 def frozen_model(folder: Path, dtype: str, attention: str, device: str) -> Any:
     """`load_model` with frozen weights, kept for the next stage that only looks at the same model.
 
-    Nobody may edit it. `frozen_model.cache_clear()` frees its memory.
+    Nobody may edit it. `free_memory()` lets go of it.
     """
     return load_model(folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
+
+
+def free_memory() -> None:
+    """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), and of what
+    torch keeps on the GPU, so that the next one finds room."""
+    frozen_model.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _require_all_weights(report: dict[str, Any], folder: Path) -> None:

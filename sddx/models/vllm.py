@@ -1,8 +1,7 @@
-"""What writing and judging with vLLM share: whether it can run here, room on the GPU, and why it ended."""
+"""What writing and judging with vLLM share: whether it can run here, and why it ended."""
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sddx.models.load import frozen_model
 from sddx.records import UserError
 
 
@@ -41,14 +39,6 @@ def _missing(python: str, needs: Sequence[str], group: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{group}.python={python} cannot be run: {error}. Give an interpreter.") from error
     return told.stdout.split() if told.returncode == 0 else list(needs)
-
-
-def free_memory() -> None:
-    """Let go of the frozen model, and of what torch keeps on the GPU, so that an engine finds room."""
-    frozen_model.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def failed(status: int, log: str) -> UserError:

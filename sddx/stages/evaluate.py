@@ -13,7 +13,7 @@ from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
-from sddx.models.load import frozen_model, load_tokenizer
+from sddx.models.load import free_memory, frozen_model, load_tokenizer
 from sddx.models.plain import write_merged
 from sddx.models.student import Student, load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
@@ -45,7 +45,9 @@ def evaluate(
     tokenizer = load_tokenizer(model.path)
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     given = {artifact.stage: artifact.path for artifact in inputs}
-    apart = _by_vllm(out, model, given, evaluation, how) if evaluation.get("backend") == "vllm" else None
+    apart = (
+        _by_vllm(out, model, given, evaluation, how, runtime.quiet) if evaluation.get("backend") == "vllm" else None
+    )
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime)
     batches = list(text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH))
@@ -64,21 +66,26 @@ def evaluate(
 
 
 def _by_vllm(
-    out: Path, model: Artifact, given: dict[str, Path], evaluation: dict[str, Any], how: dict[str, Any]
+    out: Path,
+    model: Artifact,
+    given: dict[str, Path],
+    evaluation: dict[str, Any],
+    how: dict[str, Any],
+    quiet: bool,
 ) -> dict[str, Any]:
     """The scores by vLLM, which reads a folder: the unpruned model's own, or one of merged weights that is gone
     afterwards. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
     if "prune" not in given:
-        return engine.judge(model.path, evaluation, how["dtype"])
+        return engine.judge(model.path, evaluation, how["dtype"], quiet=quiet)
     with TemporaryDirectory(dir=out) as name:
         write_merged(_student(model, given, how).model, model.path, Path(name))
-        return engine.judge(Path(name), evaluation, how["dtype"])
+        return engine.judge(Path(name), evaluation, how["dtype"], quiet=quiet)
 
 
 def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> Student:
     """The pruned or recovered model."""
-    frozen_model.cache_clear()
+    free_memory()
     cut, trained, patch = Cut.load(given["prune"] / "cut.json"), given.get("train"), given.get("patch")
     return load_student(model.path, trained, cut=cut, base=model.key, patch=patch, **how)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import text_batches
-from sddx.models.load import frozen_model, load_model, load_tokenizer
+from sddx.models.load import free_memory, frozen_model, load_model, load_tokenizer
 from sddx.models.student import prune as pruned
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
@@ -41,7 +41,7 @@ def patch(
     found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime)
     Junction(found, patch["trained"], patch["fold"]).save(out)
     del teacher
-    frozen_model.cache_clear()
+    free_memory()
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     student = load_model(model.path, **how)
     _, attached = pruned(student, what, out)

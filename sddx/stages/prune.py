@@ -8,7 +8,7 @@ from typing import Any
 
 from sddx.build import build
 from sddx.models.anatomy import blocks
-from sddx.models.load import frozen_model, load_model
+from sddx.models.load import free_memory, load_model
 from sddx.models.student import saved_and_loaded
 from sddx.records import Artifact, Cut, Units
 from sddx.runtime import Runtime
@@ -37,7 +37,7 @@ def prune(
     """
     found = json.loads((scores[0].path / "scores.json").read_text())["pruning"] if scores else None
     how = {"dtype": dtype, "attention": attention, "device": runtime.device}
-    frozen_model.cache_clear()  # a second copy of a large model has no room
+    free_memory()  # a second copy of a large model has no room
     student = load_model(model.path, **how)
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": size_of(student)}
