@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -53,6 +54,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1.0, primary: "exact_match,flexible", chance: 0.0}
 """
 QUIET = Runtime(quiet=True)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,27 @@ def test_multiple_choice_is_the_sum_of_log_probabilities(results, model, tokeniz
             sums.append(float(steps.gather(1, answer[0, :, None]).sum()))
         assert sample["likelihoods"] == pytest.approx(sums, abs=1e-4)
         assert sample["score"] == float(max(range(4), key=sums.__getitem__) == row["gold"])
+
+
+def test_half_precision_logits_are_normalised_in_full(model, tokenizer, folder: Path) -> None:
+    """Likelihoods of a bfloat16 model are float32 softmaxes of its logits: in bfloat16, whose steps are 1/32 near
+    the -4 of a guess among 40 words, unequal choices would tie."""
+    rounded = copy.deepcopy(model).bfloat16()
+    how = {"tasks": ["choosing"], "include": str(folder), "batch_size": 1}
+    samples = harness.evaluate(rounded, tokenizer, QUIET, **how)["tasks"]["choosing"]["samples"]
+    found, full, coarse = [], [], []
+    for sample, row in zip(samples, rows_of(folder, "choosing"), strict=True):
+        context = tokenizer(prompt(tokenizer, row["question"]), return_tensors="pt").input_ids
+        for choice, value in zip(row["choices"], sample["likelihoods"], strict=True):
+            answer = tokenizer(choice, return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = rounded(torch.cat([context, answer], 1)[:, :-1]).logits[0, context.shape[1] - 1 :]
+            steps = [logits.to(dtype).log_softmax(-1).gather(1, answer[0, :, None]) for dtype in DTYPES]
+            found.append(value)
+            full.append(float(steps[0].sum()))
+            coarse.append(float(steps[1].sum()))
+    assert found == pytest.approx(full, abs=1e-5)
+    assert found != pytest.approx(coarse, abs=1e-3)
 
 
 def test_generated_answers_are_greedy_and_scored_by_filter(results, model, tokenizer, folder: Path) -> None:
