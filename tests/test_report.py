@@ -241,7 +241,8 @@ def test_what_a_cut_costs_has_curves_without_training() -> None:
     assert kept == [["0", "100.0 %"], ["2", "80.0 %"], ["4", "30.0 %"]]
     assert perplexity == [["0", "10.00"], ["2", "20.00"], ["4", "4,000.00"]]
     assert {row[1] for row in found["tasks"]["rows"]} == {"unpruned", "pruned"}
-    assert page.html(found) and not found["differences"]["rows"]
+    assert not found["differences"]["rows"] and not found["arms"]["rows"]
+    assert page.html(found).count("<svg") == 2
 
 
 def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def _svg(figure: Any, label: str) -> str:
 
 def curves(family: Family, measure: str, title: str) -> str:
     """One measure over the family's axis, one line an arm, with bands over seeds."""
+    from matplotlib.ticker import LogLocator
+
     figure, axis = _figure(6, 3.6)
     scale = 100 if is_share(measure) else 1
     for number, arm in enumerate(family.arms):
@@ -62,6 +64,9 @@ def curves(family: Family, measure: str, title: str) -> str:
     axis.set_ylabel("%" if is_share(measure) else "perplexity")
     if not is_share(measure):
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.minorticks_off()
     if family.axis in ("size", "learning_rate", "rank"):
         axis.set_xscale("log", base=2)
         ticks = sorted({run["choices"][family.axis] for run in family.runs})

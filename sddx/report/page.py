@@ -67,13 +67,13 @@ def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
 
 
 def arm_table(runs: Sequence[Run]) -> Table:
-    """Per arm, the means over its seeds of what it brought back and what it cost."""
+    """Per arm that trained, the means over its seeds of what it brought back and what it cost."""
     shares = (
         "pruned_recovery", "recovery_held_out", "recovery_trained", "recovery", "gap_closed", "fallback_share"
     )  # fmt: skip
     counts = ("examples", "supervised_tokens", "steps")
     rows = []
-    for where, arm, group in arms(runs):
+    for where, arm, group in arms([run for run in runs if is_trained(run)]):
         seconds = mean(run["seconds"].get("train", 0) for run in group)
         found = [percent(mean_of(group, name)) for name in shares] + [
             f"{mean_of(group, name):,.0f}" for name in counts
