@@ -22,7 +22,7 @@ from sddx.runtime import Runtime
 from sddx.surgery.remove import apply_cut
 from sddx.tiny import data
 from sddx.training.batches import plan
-from sddx.training.fit import fit
+from sddx.training.fit import Fit
 from sddx.training.losses import cross_entropy
 from sddx.training.objective import Objective, Supervised
 from sddx.training.tuning import lora
@@ -43,10 +43,8 @@ def ours(rows, pad: int) -> float:
         data="reference", terms={"cross_entropy": Supervised(loss=partial(cross_entropy), weight=1.0)}
     )
     with tempfile.TemporaryDirectory() as out:
-        found = fit(
-            student(), None, objective, CUT, rows, [], pad, 0, Path(out), Runtime(quiet=True),
-            budget="steps", steps=STEPS, batch_size=BATCH, learning_rate=RATE,
-        )  # fmt: skip
+        fit = Fit(budget="steps", steps=STEPS, batch_size=BATCH, learning_rate=RATE)
+        found = fit(student(), None, objective, CUT, rows, [], pad, 0, Path(out), Runtime(quiet=True))
     return found["tokens_per_second"]
 
 

@@ -25,7 +25,7 @@ def precheck(method: dict[str, Any]) -> None:
         lambda: _check_evaluation(method["evaluation"]),
         lambda: _check_pruning(method, config),
         lambda: _check_backend(method),
-        lambda: _check_processes(method["trainer"]),
+        lambda: _check_training(method["trainer"]),
         lambda: _check_quantization(method),
     ]
     if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
@@ -100,17 +100,15 @@ def _check_backend(method: dict[str, Any]) -> None:
     build(method["evaluation"]["vllm"]).require()
 
 
-def _check_processes(trainer: dict[str, Any]) -> None:
-    """Strategy and devices go together, and one process alone was started. Raises UserError."""
-    from sddx.training.fit import require_devices
-
+def _check_training(trainer: dict[str, Any]) -> None:
+    """The settings of the training go together, and one process alone was started. Raises UserError."""
     started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if started > 1:
         raise UserError(
             f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
             f"trainer.strategy=ddp trainer.devices={started} starts processes for the training alone."
         )
-    require_devices(trainer.get("strategy", "single"), trainer.get("devices", 1), trainer.get("accumulate", 1))
+    build(trainer)
 
 
 def check_hardware(trainer: dict[str, Any], device: str) -> None:

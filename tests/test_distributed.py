@@ -25,7 +25,7 @@ from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.training import distributed
 from sddx.training.distributed import shard
-from sddx.training.fit import fit, require_devices
+from sddx.training.fit import Fit
 from sddx.training.launch import launch
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
@@ -45,8 +45,9 @@ def train(out: Path, tune: Any, objective: Any, separate: bool, *, runtime: Runt
     student, teacher = pruned(tune, torch.float64)
     if separate:
         teacher = SeparateTeacher(build("llama", blocks=4).double())
+    fit = Fit(**SETTINGS | settings)
     report = fit(student, teacher if objective.needs_teacher else None, objective, CUT, examples(22),
-                 examples(5, seed=1), 1, 0, out, runtime, **SETTINGS | settings)  # fmt: skip
+                 examples(5, seed=1), 1, 0, out, runtime)  # fmt: skip
     if distributed.rank() == 0:
         torch.save(weights(student), out / "weights.pt")
         (out / "report.json").write_text(json.dumps(report))
@@ -171,7 +172,7 @@ def test_one_that_fails_ends_all(error, raised, message):
 )  # fmt: skip
 def test_devices_that_cannot_share_are_refused(strategy, devices, accumulate, message):
     with pytest.raises(UserError, match=message):
-        require_devices(strategy, devices, accumulate)
+        Fit(strategy=strategy, devices=devices, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])

@@ -14,7 +14,7 @@ from sddx.models.student import load_student, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Batch, Cut, UserError
 from sddx.runtime import Runtime
-from sddx.training.fit import fit
+from sddx.training.fit import Fit
 from sddx.training.tuning import qlora
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -60,9 +60,10 @@ def test_it_learns_beside_the_unpruned_model_in_four_bit(tmp_path):
     assert torch.equal(teacher(batch()).hidden, expected)
     assert not torch.equal(SeparateTeacher(load_model(CHECKPOINT))(batch()).hidden, expected)
     before, frozen = weights(student), {n: w.clone() for n, w in student.named_parameters() if not w.requires_grad}
-    report = fit(student, teacher, EVERYTHING, CUT, examples(8), examples(4, seed=1), 1, 0, tmp_path,
-                 Runtime(quiet=True), budget="steps", steps=8, batch_size=8, learning_rate=1e-2, validate_every=1,
-                 gradient_checkpointing=True)  # fmt: skip
+    fit = Fit(budget="steps", steps=8, batch_size=8, learning_rate=1e-2, validate_every=1,
+              gradient_checkpointing=True)  # fmt: skip
+    given = examples(8), examples(4, seed=1)
+    report = fit(student, teacher, EVERYTHING, CUT, *given, 1, 0, tmp_path, Runtime(quiet=True))
     after = weights(student)
     assert report["steps"] == 8 and all(not torch.equal(value, before[name]) for name, value in after.items())
     assert all(torch.equal(w, frozen[n]) for n, w in student.named_parameters() if not w.requires_grad)

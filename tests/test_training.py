@@ -23,7 +23,7 @@ from sddx.runtime import Runtime
 from sddx.surgery.remove import apply_cut
 from sddx.training import batches
 from sddx.training.batches import StepLoader, order, plan
-from sddx.training.fit import fit
+from sddx.training.fit import Fit
 from sddx.training.losses import cross_entropy, kl_teacher_student, squarehead, squarehead_token
 from sddx.training.module import Distiller, TrainingDiverged, cosine_with_warmup
 from sddx.training.objective import Distilled, Layerwise, Objective, Supervised
@@ -103,9 +103,9 @@ def train(out: Path, *, tune: Any = ADAPTER, objective: Objective = SFT, dtype: 
     student, teacher = pruned(tune, dtype)
     out.mkdir(exist_ok=True)
     runtime = Runtime(quiet=True, log=log or (lambda row: None))
+    fit = Fit(**{"batch_size": 4, "log_every": 1} | settings)
     report = fit(student, teacher if objective.needs_teacher else None, objective, CUT,
-                 rows or examples(12), examples(held_out, seed=1), 1, seed, out, runtime,
-                 **{"batch_size": 4, "log_every": 1} | settings)  # fmt: skip
+                 rows or examples(12), examples(held_out, seed=1), 1, seed, out, runtime)  # fmt: skip
     return student, report
 
 
@@ -342,8 +342,9 @@ def test_what_is_kept(tmp_path, keep, step):
         return torch.full(labels.shape, [3.0, 1.0, 2.0][len(snapshots) - 1])
 
     objective = Objective(data="self", terms={"scripted": Supervised(loss=scripted)})
-    report = fit(student, None, objective, CUT, examples(12), examples(3, seed=1), 1, 0, tmp_path,
-                 Runtime(quiet=True), batch_size=4, epochs=1, validate_every=1, keep=keep)  # fmt: skip
+    fit = Fit(batch_size=4, epochs=1, validate_every=1, keep=keep)
+    held_out = examples(3, seed=1)
+    report = fit(student, None, objective, CUT, examples(12), held_out, 1, 0, tmp_path, Runtime(quiet=True))
     assert report["kept_step"] == step and report["steps"] == len(snapshots) == 3
     assert report["validation"]["loss"] == [3.0, 1.0, 2.0][step - 1]
     kept = [all(torch.equal(v, shot[name]) for name, v in weights(student).items()) for shot in snapshots]
@@ -393,7 +394,7 @@ def test_the_teacher_is_in_neither_checkpoint_nor_optimiser(tmp_path):
     assert ours == {id(value) for value in student.parameters()} and not ours & theirs
     assert not theirs & {id(value) for value in module.parameters()}
     assert all(name.startswith("student.") for name in module.state_dict())
-    fit(student, teacher, EVERYTHING, CUT, examples(4), [], 1, 0, tmp_path, Runtime(quiet=True), epochs=2)
+    Fit(epochs=2)(student, teacher, EVERYTHING, CUT, examples(4), [], 1, 0, tmp_path, Runtime(quiet=True))
     assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
 
 
@@ -524,8 +525,8 @@ def test_nan_stops_and_names_step_and_term(tmp_path):
     )
     student, _ = pruned(ADAPTER)
     with pytest.raises(TrainingDiverged, match="step 3 of 9: spoilt is nan"):
-        fit(student, None, objective, CUT, examples(12), [], 1, 0, tmp_path, Runtime(quiet=True),
-            batch_size=4, epochs=3)  # fmt: skip
+        fit = Fit(batch_size=4, epochs=3)
+        fit(student, None, objective, CUT, examples(12), [], 1, 0, tmp_path, Runtime(quiet=True))
     assert all(value.isfinite().all() for value in weights(student).values())
 
 
