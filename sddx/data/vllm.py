@@ -26,18 +26,17 @@ from sddx.data import vllm_worker
 from sddx.data.encode import render
 from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
 from sddx.models.load import free_memory, text_config
-from sddx.models.vllm import failed, require_vllm
+from sddx.models.vllm import Settings, failed
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
 
 
-@dataclass(frozen=True)
-class Writer:
-    """`write_answers` with vLLM: the settings of `generation=vllm`. It reads the model from its folder, so that
-    none of ours need be in memory.
+@dataclass(frozen=True, kw_only=True)
+class Writer(Settings):
+    """`write_answers` with vLLM: the settings of `generation=vllm`, whose engines share the rows. It reads the
+    model from its folder, so that none of ours need be in memory.
 
-    `data_parallel` engines share the rows, each on `tensor_parallel` GPUs. `python` is the interpreter that has
-    vLLM (null: this one). Greedy where `temperature` is 0, otherwise sampled by vLLM with a seed for each row that
+    Greedy where `temperature` is 0, otherwise sampled by vLLM with a seed for each row that
     hangs on (`seed`, its prompt) only; the samples are not those of the Hugging Face writer, and on a GPU the
     batch may change what is nearly a tie.
     """
@@ -48,15 +47,10 @@ class Writer:
     top_k: int
     seed: int
     dtype: str
-    tensor_parallel: int = 1
-    data_parallel: int = 1
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
-    python: str | None = None
 
     def require(self) -> None:
         """Raises UserError where vLLM is not there, or not GPUs enough."""
-        require_vllm(self, group="generation", instead="generation=greedy")
+        self.require_packages("vllm", group="generation", instead="generation=greedy")
 
     def about(self, folder: Path) -> dict[str, str]:
         """Who writes: the backend and its version, from the engines themselves."""

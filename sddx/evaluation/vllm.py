@@ -15,29 +15,21 @@ from typing import Any
 
 from sddx.evaluation import vllm_worker
 from sddx.models.load import free_memory
-from sddx.models.vllm import failed, require_vllm
+from sddx.models.vllm import Settings, failed
 from sddx.records import UserError
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Engine:
-    """What vLLM is started with where `evaluation.backend` is vllm. `data_parallel` engines (through ray) share the
-    items, each on `tensor_parallel` GPUs. `max_model_len` in tokens; null: the model's context, for which there
-    must be memory. `python` is the interpreter that has vllm, lm_eval and scipy (null: this one); of sddx it uses
-    this one."""
-
-    tensor_parallel: int = 1
-    data_parallel: int = 1
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
-    python: str | None = None
+@dataclass(frozen=True, kw_only=True)
+class Engine(Settings):
+    """What vLLM is started with where `evaluation.backend` is vllm. Several engines (through ray) share the items.
+    The interpreter needs lm_eval and scipy as well; of sddx it uses this one."""
 
     def require(self) -> None:
         """Raises UserError where vLLM is not there, or not GPUs enough."""
         needs = ["vllm", "lm_eval", "scipy", *(["ray"] if self.data_parallel > 1 else [])]
-        require_vllm(self, group="evaluation.vllm", instead="evaluation.backend=hf", needs=needs)
+        self.require_packages(*needs, group="evaluation.vllm", instead="evaluation.backend=hf")
 
     def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str, *, quiet: bool = True) -> dict[str, Any]:
         """What `harness.evaluate` returns with the settings `evaluation`, for the model in a plain folder. What we
