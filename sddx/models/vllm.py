@@ -32,8 +32,8 @@ class Settings:
         if missing := _missing(python, needs, group):
             raise UserError(
                 f"{', '.join(missing)} cannot be imported by {python}. Install the extra (pip install "
-                "'sddx[vllm]', needs CUDA); or, where vLLM wants another torch, give the interpreter of an environment that has "
-                f"{' and '.join(needs)} with {group}.python=/path/to/python; or use {instead}."
+                "'sddx[vllm]', needs CUDA); or, where vLLM wants another torch, give the interpreter of an "
+                f"environment that has {' and '.join(needs)} with {group}.python=/path/to/python; or use {instead}."
             )
         wanted, there = self.tensor_parallel * self.data_parallel, torch.cuda.device_count()
         if 0 < there < wanted:
