@@ -13,7 +13,7 @@ from sddx.records import Units, UserError
 
 def precheck(method: dict[str, Any]) -> None:
     """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
-    prompts and answers, at least one unit stays, metric and patch can be what they are asked to be, what writes
+    prompts and answers, something is left to train, metric and patch can be what they are asked to be, what writes
     answers and what judges models is installed, another teacher fits the student, the devices can share the
     training, weights can be held as they are asked to be. Raises one UserError with all that is wrong."""
     from sddx.models.load import locate, text_config
@@ -68,7 +68,7 @@ def _check_template(folder: Path) -> None:
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:
-    """At least one unit stays, and a patch can stand in for what goes. Raises UserError."""
+    """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
     from sddx.surgery.choose import require_removable
     from sddx.surgery.junction import require_patch
     from sddx.training.objective import require_junction
@@ -76,6 +76,10 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
     pruning = build(method["pruning"])
     units = Units(pruning.units, config.num_hidden_layers)
     require_removable(len(units), pruning.remove, "units" if units.granularity != "blocks" else "blocks")
+    if pruning.remove == len(units) and method["loss"]["terms"]:
+        raise UserError(
+            f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
+        )
     if pruning.patch.fit is not None and pruning.remove:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes

@@ -102,7 +102,7 @@ class Cut:
 
     def __post_init__(self) -> None:
         ascending = tuple(sorted(set(self.kept)))
-        if ascending != self.kept or not self.kept or self.kept[0] < 0 or self.kept[-1] >= self.total:
+        if ascending != self.kept or not set(self.kept) <= set(range(self.total)):
             raise ValueError(f"kept blocks must be ascending and within 0..{self.total - 1}, not {self.kept}")
         for halves in (self.no_attention, self.no_feedforward):
             if tuple(sorted(set(halves))) != halves or not set(halves) <= set(self.kept):

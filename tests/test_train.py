@@ -133,6 +133,20 @@ def test_without_training_the_pruned_model_is_what_is_left(first: tuple[Path, Pa
     assert len(model.model.layers) == 9 and not hasattr(model, "peft_config")
 
 
+@pytest.mark.parametrize("units", ["blocks", "sublayers", "attention"])
+def test_everything_can_be_removed(units: str, first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """The end of a depth curve. Without blocks the head sees the token itself: a text's perplexity is that of the
+    embedding and the head alone."""
+    remove = f"pruning.remove={24 if units == 'sublayers' else 12}"
+    summary = job(tmp_path, first[1], "loss=none", "pruning=block_influence", f"pruning.units={units}", remove)
+    assert summary["cache_bytes"]["pruned"] == 0
+    model, _ = sddx.load(tmp_path / "summary.json")
+    if units != "attention":
+        ids = torch.tensor([[5, 7, 9]])
+        alone = model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+        assert summary["depth"] == "0L" and torch.equal(model(ids).logits, alone)
+
+
 CUTS = {
     "attention, a patch that learns": (
         ["pruning=block_influence", "pruning.units=attention", "pruning/patch=mean", "pruning.patch.trained=true"],
@@ -296,12 +310,13 @@ def write_own_world(folder: Path) -> None:
 
 
 MISTAKES = {
-    "more blocks than there are": (["pruning.remove=12"], ["12 blocks", "0 to 11"]),
+    "more blocks than there are": (["pruning.remove=13"], ["12 blocks", "0 to 12"]),
     "a task that does not exist": (["evaluation.tasks=[tiny_arithmetik]"], ["tiny_arithmetic"]),
     "no such model": (["model=local", "model.path=/no/where"], ["/no/where", "model=tiny"]),
     "no such file": (["dataset=jsonl", "dataset.path=/no/rows.jsonl"], ["/no/rows.jsonl"]),
     "more rows than there are": (["dataset.size=100000"], ["8500"]),
-    "more branches than there are": (["pruning.units=attention", "pruning.remove=12"], ["12 units", "0 to 11"]),
+    "more branches than there are": (["pruning.units=attention", "pruning.remove=13"], ["12 units", "0 to 12"]),
+    "nothing left to learn": (["pruning.remove=12"], ["pruning.remove=12", "loss=none"]),
     "units that do not exist": (["pruning.units=heads"], ["heads", "sublayers"]),
     "stages that cannot be run alone": (["stages=[train]"], ["train", "[score]"]),
     "a patch that no weight can take": (["pruning/patch=linear", "pruning.patch.fold=true"], ["linear_ffn"]),
@@ -318,7 +333,7 @@ MISTAKES = {
         ["gsm8k_selection", "oracle"],
     ),
     "two things at once": (
-        ["pruning.remove=12", "evaluation.tasks=[tiny_arithmetik]"],
+        ["pruning.remove=13", "evaluation.tasks=[tiny_arithmetik]"],
         ["12 blocks", "tiny_arithmetic"],
     ),
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),

@@ -175,7 +175,7 @@ def test_a_missing_vllm_is_told_before_work(tmp_path: Path) -> None:
     for given, said in (
         ([], "sddx[vllm]"),
         (["generation.python=/no/python"], "/no/python"),
-        ([f"generation.python={sys.executable}", "pruning.remove=12"], "12 blocks"),
+        ([f"generation.python={sys.executable}", "pruning.remove=13"], "12 blocks"),
     ):
         with pytest.raises(UserError) as caught:
             job(tmp_path / "out", tmp_path / "store", "loss=sdd", "generation=vllm", *given)

@@ -14,6 +14,7 @@ from sddx.models.anatomy import blocks, decoder, head
 from sddx.models.load import DTYPES, locate, text_config
 from sddx.records import Cut, Units, UserError
 from sddx.surgery.branches import NoAttention
+from sddx.surgery.choose import last
 from sddx.surgery.remove import apply_cut
 from sddx.surgery.soundness import cache_bytes
 
@@ -74,12 +75,9 @@ def skeleton(config: Any, dtype: str) -> Any:
 
 def removed(model: Any, units: str, count: int) -> Cut:
     """The cut that takes the last `count` units but one, and applies it: of equal blocks, which go does not matter
-    to a count. Raises UserError where none would be left."""
+    to a count. Raises UserError where there are fewer."""
     kinds = Units(units, len(blocks(model)))
-    if count >= len(kinds):
-        raise UserError(f"pruning.remove={count}, but there are {len(kinds)} {units}. Remove fewer.")
-    order = [*range(len(kinds) - 2, -1, -1), len(kinds) - 1]
-    cut = kinds.cut(order[:count])
+    cut = kinds.cut(last(None, len(kinds), count))
     apply_cut(model, cut)
     return cut
 

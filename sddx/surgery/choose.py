@@ -107,10 +107,11 @@ def ranked(influence: list[float]) -> list[int]:
 
 
 def last(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
-    """The deepest `remove` units, except that the very last stays: the simple variant of Gromov et al. (facts
-    D1), whose "L - n to L - 1" count from 1. Counted from 0: count - remove - 1 to count - 2."""
+    """The deepest `remove` units, except that the very last stays while any does: the simple variant of Gromov et
+    al. (facts D1), whose "L - n to L - 1" count from 1. Counted from 0: count - remove - 1 to count - 2."""
     require_removable(count, remove)
-    return tuple(range(count - 1 - remove, count - 1))
+    start = max(count - 1 - remove, 0)
+    return tuple(range(start, start + remove))
 
 
 def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: int) -> tuple[int, ...]:
@@ -121,11 +122,10 @@ def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: int)
 
 
 def require_removable(count: int, remove: int, what: str = "units") -> None:
-    """Raises UserError where more is to go than the model can lose."""
-    if not 0 <= remove < count:
+    """Raises UserError where more is to go than the model has."""
+    if not 0 <= remove <= count:
         raise UserError(
-            f"pruning.remove={remove}, but the model has {count} {what} and at least one must stay. "
-            f"Give a number from 0 to {count - 1}."
+            f"pruning.remove={remove}, but the model has {count} {what}. Give a number from 0 to {count}."
         )
 
 
