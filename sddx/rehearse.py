@@ -26,6 +26,7 @@ def small(
     store = Path(config["store"] or default_root()).expanduser()
     folder = _random_model(config["model"], width, store / "rehearsals")
     dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
+    choices, held_out = config["choices"], 8
     world = {"_target_": "sddx.tiny.data.conversations", "split": "calibration", "size": texts}
     replaced = {
         "model": {**config["model"], "path": str(folder), "revision": None, "dimensions": None},
@@ -38,21 +39,26 @@ def small(
         },
         "generation": {**generation, "max_new_tokens": new_tokens},
         "trainer": {**config["trainer"], "epochs": 1},
-        "validation": 8,
-        "choices": {**config["choices"], "model": f"{config['choices']['model']}, rehearsed", "size": rows},
+        "validation": held_out,
+        "choices": {**choices, "size": rows, **{n: f"{choices[n]}, rehearsed" for n in ("model", "dataset")}},
         "teacher": None,
         "device": "cpu",
         "run": {**config["run"], "name": f"rehearsal-{config['run']['name']}"},
         "wandb": {**config["wandb"], "mode": "disabled"},
     }  # fmt: skip
     said = [
-        f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide",
+        f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide "
+        f"and at most {CONTEXT} tokens of context",
         f"rows: {dataset.get('name', dataset['_target_'])} by {rows} word problems of the embedded world, with the "
-        f"checker and the rewriting template of the experiment",
+        "checker and the rewriting template of the experiment",
+        f"held-out rows: {config['validation']} by {held_out}",
         f"texts for scoring and for KL: {texts} of the embedded world",
-        f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots",
+        f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots, "
+        "with their own metrics and chance levels",
         f"answers: {new_tokens} tokens; one epoch; the processor; nothing goes to W&B",
     ]
+    if config["teacher"]:
+        said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}
 
 
