@@ -10,12 +10,14 @@ import difflib
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +30,13 @@ _PACKAGE = Path(__file__).parent
 # An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
 CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "conf").is_dir())
 
+# Settings that change no number of a run.
+PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
+SURROUNDINGS = (
+    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", *PLANNING
+)  # fmt: skip
+FILES = ("experiment", "sweeps")  # sets of settings, which count as what they set
+
 
 def register() -> None:
     """Tell Hydra and OmegaConf what the YAML files rely on. May be called more than once."""
@@ -36,15 +45,30 @@ def register() -> None:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Raises UserError for
-    interpolations and `???` that have none."""
+    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Its `choices` hold
+    whatever else was set on the command line. Raises UserError for interpolations and `???` that have none."""
     try:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore
+        if "choices" in config:
+            config["choices"] |= _other_choices(cfg, flatten(config))
         return build(config["rehearse"])(config) if config.get("rehearse") else config
     except OmegaConfBaseException as error:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
         what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]
         raise UserError(f"{what} Give each as name=value on the command line.") from None
+
+
+def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set on the command line and is not among the choices that the configuration names: runs that differ
+    in it are not runs of one kind either."""
+    sources = str(OmegaConf.to_container(cfg.choices, resolve=False)).replace("hydra:runtime.choices.", "")
+    named, beside = set(re.findall(r"[\w./]+", sources)), (*SURROUNDINGS, *FILES)
+    given = dict(override.lstrip("+").partition("=")[::2] for override in HydraConfig.get().overrides.task)
+    return {
+        key: settings.get(key, value)
+        for key, value in given.items()
+        if key not in named and key.split(".")[0] not in beside
+    }
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, check, mistakes_told, resolve
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, resolve
 from sddx.hub import asking
 from sddx.records import UserError
-from sddx.train import SURROUNDINGS, recover
+from sddx.train import recover
 
 
 @dataclass(frozen=True)

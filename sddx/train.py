@@ -16,7 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sddx.build import build
-from sddx.config import CONF, check, flatten, mistakes_told, register, resolve, writable_folder
+from sddx.config import (
+    CONF,
+    SURROUNDINGS,
+    check,
+    flatten,
+    mistakes_told,
+    register,
+    resolve,
+    writable_folder,
+)
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
@@ -31,11 +40,6 @@ from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
 STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
-# Settings that change no number of a run.
-PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
-SURROUNDINGS = (
-    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", *PLANNING
-)  # fmt: skip
 
 
 def recover(
@@ -268,7 +272,7 @@ def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tra
     seen = mark(store.root, identity, settings)
     if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
         settings = {**settings, "mode": "disabled"}
-    flat = flatten(method(config)) | config["choices"]
+    flat = config["choices"] | flatten(method(config))
     with build(settings)(folder, identity, config["run"]["name"], flat) as tracker:
         yield tracker
     seen.touch()

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import flag_override
 
-from sddx.config import CONF, check, resolve
+from sddx.config import CONF, SURROUNDINGS, check, resolve
 from sddx.records import UserError
 from sddx.sweep.launcher import Grid
-from sddx.train import SURROUNDINGS, recover
+from sddx.train import recover
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -106,3 +106,22 @@ def test_what_a_user_brings_is_checked_like_our_own(tmp_path: Path, monkeypatch:
         checked("loss=focal", config_dir=tmp_path)
     config = checked("loss=focal", "+loss.terms.cross_entropy.loss.gamma=2", config_dir=tmp_path)
     assert config["loss"]["terms"]["cross_entropy"]["loss"]["gamma"] == 2
+
+
+def test_what_was_set_by_hand_is_a_choice() -> None:
+    """Beside the choices that are named, and what changes no number; with the values that came of it."""
+    given = [
+        "generation.temperature=0.7",
+        "trainer=one_gpu",
+        "+experiment=llama_26L",
+        "seed=3",
+        "wandb.mode=offline",
+    ]
+    with composed() as cfg:
+        usual = resolve(cfg)["choices"]
+    with composed(*given, "model=tiny", "pruning/patch=mean", "device=cpu") as cfg:
+        chosen = resolve(cfg)["choices"]
+    assert {name: chosen[name] for name in chosen.keys() - usual.keys()} == {
+        "generation.temperature": 0.7, "trainer": "one_gpu"
+    }  # fmt: skip
+    assert chosen["seed"] == 3 and chosen["patch"] == "mean" and usual.keys() <= chosen.keys()

@@ -16,7 +16,7 @@ from wandb_file import history, records
 from sddx.report import __main__ as report
 from sddx.report import page
 from sddx.report.agreement import correlation, lowest, per_unit, stability
-from sddx.report.curves import AXES, KEPT, MEASURES, differences, families, variant_differences, variants
+from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
 from sddx.report.sections import variant_sections
 from sddx.report.workspace import workspace
@@ -255,6 +255,14 @@ def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:
     (section,) = variant_sections(metrics)
     assert [figure["title"] for figure in section["figures"]] == ["Before training"]
     assert section["table"]["rows"][0][2:] == ["80.0", "70.0"]
+
+
+def test_settings_beside_the_axes_keep_runs_apart() -> None:
+    """What was set by hand is no seed: two temperatures are two sets of runs, and of arms that write nothing each
+    may have what the others lack."""
+    cold, warm = ([run("sdd", seed=s, **{"generation.temperature": t}) for s in (0, 1)] for t in (0.0, 0.7))
+    assert [len(group) for _, _, group in arms([*cold, *warm])] == [2, 2]
+    assert [d.seeds for d in differences([*cold, run("sft", seed=0), run("sft", seed=1)])] == [2]
 
 
 def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ AXES = {
     "rank": "LoRA rank",
     "learning_rate": "learning rate",
 }
-# Settings that an arm may have for itself: a fair comparison gives each arm its own learning rate (science.md).
-OWN = ("learning_rate",)
+# Settings that an arm may have for itself: a fair comparison gives each arm its own learning rate (science.md), and
+# only some arms learn from answers that are written.
+OWN = ("learning_rate", "generation", "selfdata")
 # What can stand in place of the arm where it varies (how the cut was chosen, what was cut, what stands in for it),
 # with its label, the choices that belong to it, and what the others are held against.
 VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -163,7 +164,8 @@ DEFAULTS = {"units": "blocks", "patch": "none", "patch_trained": False, "patch_f
 def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
     """Runs by all their choices but these. A setting in `OWN` of which every arm of a group has one value belongs
     to the arm, not to what tells groups apart."""
-    own = OWN if "loss" in apart_from else ()
+    names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
+    own = sorted(names) if "loss" in apart_from else []
     found: dict[tuple, list[Run]] = {}
     for key, group in _grouped(runs, *apart_from, *own).items():
         if all(_one_each(group, name) for name in own):
