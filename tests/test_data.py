@@ -557,6 +557,16 @@ def test_rows_of_the_hub_may_lie_in_a_local_file(tmp_path: Path, monkeypatch: py
         hub(**of_hub, **kept, data_files=str(tmp_path / "none.jsonl"))
 
 
+def test_headings_are_no_texts(tmp_path: Path) -> None:
+    """Rows shorter than asked for are left out before any is drawn; where all are, that is said."""
+    rows = [{"text": text} for text in (" = = Career = = ", "", "a" * 50, "b" * 49)]
+    given = {"path": lines(tmp_path / "rows.jsonl", rows), "column": "text", "seed": 0}
+    assert texts(**given, size=1, min_characters=50) == ["a" * 50]
+    assert set(texts(**given, size=None)) == {"= = Career = =", "a" * 50, "b" * 49}
+    with pytest.raises(UserError, match="min_characters=51"):
+        texts(**given, size=None, min_characters=51)
+
+
 def sentence(first: int, words: int) -> str:
     return " ".join(f"w{number}" for number in range(first, first + words))
 

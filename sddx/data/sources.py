@@ -73,11 +73,11 @@ def hub(
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
 
-def texts(*, path: str, column: str, size: int | None, seed: int) -> list[str]:
-    """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads.
-    `column` is a column or a format string. Raises UserError as `jsonl` does."""
-    examples = _examples(read_table(Path(path)), column, column, where=path)
-    return [example.prompt for example in _head(examples, size, seed, where=path)]
+def texts(*, path: str, column: str, size: int | None, seed: int, min_characters: int = 0) -> list[str]:
+    """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads, without those
+    of fewer than `min_characters`. `column` is a column or a format string. Raises UserError as `jsonl` does, and
+    where every row is shorter."""
+    return _texts(read_table(Path(path)), column, min_characters, size, seed, path)
 
 
 def hub_texts(
@@ -90,10 +90,20 @@ def hub_texts(
     column: str,
     size: int | None,
     seed: int,
+    min_characters: int = 0,
 ) -> list[str]:
     """As `texts`, for a dataset of the hub, or its rows in the local file `data_files` (see `hub`)."""
-    examples = _examples(_hub_rows(name, subset, split, revision, data_files), column, column, where=name)
-    return [example.prompt for example in _head(examples, size, seed, where=name)]
+    rows = _hub_rows(name, subset, split, revision, data_files)
+    return _texts(rows, column, min_characters, size, seed, name)
+
+
+def _texts(
+    rows: Iterable[dict[str, Any]], column: str, min_characters: int, size: int | None, seed: int, where: str
+) -> list[str]:
+    found = _examples(rows, column, column, where=where)
+    if not (long := [example for example in found if len(example.prompt) >= min_characters]):
+        raise UserError(f"No row of {where} has min_characters={min_characters} in {column!r}. Ask for fewer.")
+    return [example.prompt for example in _head(long, size, seed, where=where)]
 
 
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
