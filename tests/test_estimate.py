@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""
     config = configured("model=llama31_8b_instruct", "max_length=1024", "dataset=tiny_arithmetic")
     room = 40e9
-    found = remedies(config, room)
+    found = remedies(Estimate(config), room)
     assert found and all(name.startswith(("trainer.", "tuning=qlora")) for name in found)
     assert peaks(Estimate(config))["train"] > room
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
