@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composing import SMALL
 from test_coalitions import scored
 from test_estimate import configured
+from torch.utils.flop_counter import FlopCounterMode
 
+from sddx import train
 from sddx.build import build
+from sddx.estimate.costs import Estimate
 from sddx.importance import coalitions
 from sddx.importance.ablation import LeaveOneOut, Shapley
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import score_units, works
 from sddx.models.anatomy import blocks, branches
+from sddx.records import Artifact
+from sddx.runtime import Runtime
+from sddx.store import Store
 from sddx.surgery.branches import NoAttention, NoFeedForward
 
 
@@ -80,3 +89,35 @@ def test_a_task_is_evaluated_on_as_many_blocks_as_it_says(units: str, monkeypatc
         judged.clear()
         metric.measure(given)
         assert work.models == pytest.approx(sum(judged) / 4) and not work.body
+
+
+class Metered(Store):
+    """A store that counts the FLOPs of what it builds, by stage."""
+
+    flops: Counter[str]
+
+    def build(self, stage: Any, /, *inputs: Artifact, **spec: Any) -> Artifact:
+        given = {artifact.stage for artifact in inputs}
+        judged = "recovered" if "train" in given else "pruned" if "prune" in given else "unpruned"
+        name = f"evaluate {judged}" if stage.__name__ == "evaluate" else stage.__name__
+        with FlopCounterMode(display=False) as counter:
+            made = super().build(stage, *inputs, **spec)
+        self.flops[name] += counter.get_total_flops()
+        return made
+
+
+def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
+    """FLOPs within 15 % (an answer's decoding with them), and none in a stage that is left out but a proof's."""
+    less = ("evaluation.limit=2", "text.size=8", "calibration.size=8")
+    given = ("loss=kd", "pruning/patch=block", "pruning.patch.fit.epochs=1", "model.attention=eager")
+    config = configured(*SMALL, *less, *given)
+    store = Metered(tmp_path)
+    store.flops = Counter()
+    train.recover(store, Runtime(quiet=True), **train.method(config))
+    estimate, planned = Estimate(config), Counter[str]()
+    for part in estimate.parts():
+        size = estimate.unpruned if part.stage == "evaluate unpruned" else estimate.pruned
+        planned[part.stage] += int(part.reading + part.learning + part.tokens["written"] * size.decode(60))
+    for stage, flops in planned.items():
+        assert store.flops[stage] == pytest.approx(flops, rel=0.15), stage
+    assert {stage for stage, flops in store.flops.items() if flops} == {*planned, "prune"}
