@@ -82,9 +82,7 @@ def rows_of(dataset: Mapping[str, Any], held_out: int, tokens: Tokens, turn: flo
     size = dataset.get("size")
     if "split" in dataset and not dataset.get("data_files"):
         known = STATED.get(dataset["name"], STATED["openai/gsm8k"])
-        left = known[0] - held_out
-        count = min(size or left, left) if dataset["name"] in STATED else size or left
-        return Rows(count, known[1] / CHARACTERS + turn, known[2] / CHARACTERS)
+        return Rows(size or known[0] - held_out, known[1] / CHARACTERS + turn, known[2] / CHARACTERS)
     examples = build({**dataset, "size": size and size + held_out}).examples[held_out:]
     if not examples:
         return Rows(0, 0.0, 0.0)
