@@ -48,7 +48,7 @@ def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
 
 def require(configs: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError where these runs take more hours together than budget.gpu_hours, where one needs more memory
-    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one trains. Asked
+    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one writes. Asked
     of none of these, nothing is estimated."""
     first = configs[0]
     limited = first["budget"]["gpu_hours"] is not None
