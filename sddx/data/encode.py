@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from sddx.records import Batch, Example, UserError
 
 IGNORED = -100
+# How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
+TEXT_BATCH, TEXT_LENGTH = 32, 2048
 
 # Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained and
 # written without thinking, and the same text is rendered on every day. Other templates ignore these names.
@@ -137,7 +139,11 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def text_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int, batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = TEXT_LENGTH,
+    batch_size: int = TEXT_BATCH,
 ) -> Iterator[Batch]:
     """Calibration texts in their order, cut at `max_length` tokens; every attended token but the first is a
     label.
