@@ -17,7 +17,17 @@ from transformers import PreTrainedTokenizerFast
 from words import tiny_llama, word_tokenizer
 
 from sddx.data import checkers
-from sddx.data.encode import collate, encode, encode_all, ending, render, text_batches
+from sddx.data.encode import (
+    TEXT_BATCH,
+    TEXT_TOKENS,
+    collate,
+    encode,
+    encode_all,
+    ending,
+    render,
+    text_batches,
+    text_spans,
+)
 from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
 from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
@@ -555,6 +565,20 @@ def test_rows_of_the_hub_may_lie_in_a_local_file(tmp_path: Path, monkeypatch: py
         hub(**of_hub, **(kept | {"only": {"right": 3}}), data_files=path)
     with pytest.raises(UserError, match="data_files"):
         hub(**of_hub, **kept, data_files=str(tmp_path / "none.jsonl"))
+
+
+def test_batches_of_texts_hold_so_many_tokens() -> None:
+    """All texts in their order, once; no batch of several pads to more tokens than are allowed, none has room for
+    its next text, and a text that is longer by itself stands alone."""
+    dice = random.Random(0)
+    lengths = [dice.choice((10, 600, 2000, 20_000)) for _ in range(300)]
+    spans = text_spans(lengths)
+    assert [place for first, end in spans for place in range(first, end)] == list(range(300))
+    padded = [max(lengths[first:end]) * (end - first) for first, end in spans]
+    assert all(size <= TEXT_TOKENS or end == first + 1 for size, (first, end) in zip(padded, spans, strict=True))
+    for first, end in spans[:-1]:
+        more = max(lengths[first : end + 1]) * (end + 1 - first)
+        assert end - first == TEXT_BATCH or more > TEXT_TOKENS
 
 
 def test_headings_are_no_texts(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,9 @@ from sddx.config import resolve
 from sddx.estimate import costs, memory
 from sddx.estimate import peaks as estimate_peaks
 from sddx.estimate.costs import Estimate, distinct, seconds
-from sddx.estimate.devices import DEVICES, device_of, probed
+from sddx.estimate.devices import DEVICES, device_of, probed, this_machine
 from sddx.estimate.peaks import peaks, remedies
-from sddx.estimate.show import hours, require, show
+from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
 from sddx.records import UserError
@@ -182,6 +183,12 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(UserError, match=r"train needs about \d+ GB, and this GPU has 40.*gradient_checkpointing"):
         require([{**config, "device": "cuda"}])
+    properties.total_memory = 14e9  # less than the weights: no stage fits, and all are told
+    with pytest.raises(UserError) as caught:
+        require([{**config, "device": "cuda"}])
+    told = [mistake.split(" needs")[0].removeprefix("The stage ") for mistake in caught.value.args]
+    assert told == ["score", "prune", "distill", "train", "evaluate"]
+    assert "batch_size" not in caught.value.args[-1] and "bfloat16" not in caught.value.args[-1]
 
 
 def test_more_than_the_budget_is_refused() -> None:
@@ -198,6 +205,32 @@ def test_a_probe_measures_this_machine() -> None:
     assert seconds(estimate.parts(), device) is None
     found = seconds(estimate.parts(), probed(device, estimate.shape, "float32", 0.3))
     assert found is not None and all(spent > 0 for spent in found.values())
+
+
+def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are never those of a device that is not here, and memory is what the card has."""
+    estimate = Estimate(configured())
+    with pytest.raises(UserError, match="no GPU, and gpu=h100"):
+        device_for(configured("gpu=h100", "probe=0.1s"), estimate)
+    assert "processor, probed" in device_for(configured("probe=0.1s"), estimate).name
+    card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=42e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    found = this_machine(None)
+    assert found == device_of(None) and found.memory == 42e9 and found.reading == DEVICES["a100"].reading
+    with pytest.raises(UserError, match="an a100, and gpu=h100"):
+        this_machine("h100")
+    card.name = "NVIDIA H100 PCIe"
+    with pytest.raises(UserError, match="in no table"):
+        this_machine(None)
+    assert this_machine("h100").name == card.name
+
+
+def test_large_data_is_counted_on_disk() -> None:
+    """As a download, once for calibration and text; of rows only where there is training."""
+    disk = Estimate(configured("+experiment=llama2_depth_curve")).disk()
+    assert disk["data"] == 24e9 and "data" not in Estimate(configured("+experiment=llama_26L")).disk()
 
 
 def test_shards_hold_a_share_of_the_weights() -> None:

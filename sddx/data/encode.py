@@ -13,7 +13,7 @@ from sddx.records import Batch, Example, UserError
 
 IGNORED = -100
 # How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
-TEXT_BATCH, TEXT_LENGTH = 32, 2048
+TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
 
 # Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained and
 # written without thinking, and the same text is rendered on every day. Other templates ignore these names.
@@ -146,7 +146,8 @@ def text_batches(
     batch_size: int = TEXT_BATCH,
 ) -> Iterator[Batch]:
     """Calibration texts in their order, cut at `max_length` tokens; every attended token but the first is a
-    label.
+    label. A batch has at most `batch_size` texts and, of more than one text, TEXT_TOKENS padded tokens: the states
+    of all blocks are held for it.
 
     A text gets the tokenizer's own special tokens, unless it already begins with the begin-of-sequence token
     (a rendered conversation). Texts without a token are left out. Raises UserError where none has one.
@@ -157,7 +158,19 @@ def text_batches(
             f"The calibration texts hold no token. Given: {len(texts)} texts, max_length {max_length}. "
             "Choose another column or file."
         )
-    return (collate(rows[at : at + batch_size], padding_id(tokenizer)) for at in range(0, len(rows), batch_size))
+    spans = text_spans([len(row.input_ids) for row in rows], batch_size)
+    return (collate(rows[first:end], padding_id(tokenizer)) for first, end in spans)
+
+
+def text_spans(lengths: Sequence[float], batch_size: int = TEXT_BATCH) -> list[tuple[int, int]]:
+    """The batches of texts of these lengths, each as (first, one past the last)."""
+    spans, first = [], 0
+    for place in range(1, len(lengths) + 1):
+        more = place < len(lengths) and place - first < batch_size
+        if not more or max(lengths[first : place + 1]) * (place + 1 - first) > TEXT_TOKENS:
+            spans.append((first, place))
+            first = place
+    return spans
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int) -> Encoded | None:

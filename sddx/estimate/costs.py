@@ -17,7 +17,18 @@ from sddx.estimate import efforts
 from sddx.estimate.devices import Device
 from sddx.estimate.efforts import Effort
 from sddx.estimate.skeleton import Size, removed, shape_of, size_of, skeleton
-from sddx.estimate.texts import LONGEST, STATED, Rows, Texts, counter, items_of, request, rows_of, texts_of
+from sddx.estimate.texts import (
+    DOWNLOADS,
+    LONGEST,
+    STATED,
+    Rows,
+    Texts,
+    counter,
+    items_of,
+    request,
+    rows_of,
+    texts_of,
+)
 from sddx.importance.score import Work, works
 from sddx.records import Cut, Units, UserError
 from sddx.store.digest import digest
@@ -280,11 +291,15 @@ class Estimate:
         return [task for task in self.config["evaluation"]["tasks"] if items_of(task) is None]
 
     def disk(self) -> dict[str, float]:
-        """Bytes on disk: the model as it comes, what the run keeps, and what it takes for a while. Of checkpoints
+        """Bytes on disk: the model and large data sets as they come, what the run keeps, and what it takes for a
+        while. Of checkpoints
         to resume from, each the weights that are trained with two moments, the next is written before the last is
         deleted; vLLM reads merged weights."""
         student = self.pruned.weight_bytes if self.is_full else 4 * self.trained
         found: dict[str, float] = {"model": self.unpruned.weight_bytes}
+        read = ["calibration", "text", *(["dataset"] if self.trains else [])]
+        names = {self.config[node].get("name") for node in read if not self.config[node].get("data_files")}
+        found |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
         found |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
         return found | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sddx.data.encode import TEXT_BATCH
 from sddx.estimate import memory
 from sddx.estimate.costs import Estimate
 from sddx.estimate.skeleton import removed, skeleton
@@ -61,25 +60,26 @@ def _scoring(estimate: Estimate) -> float:
 
 
 def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
-    model, longest = _whole(estimate), estimate.calibration.longest
+    model, longest, batch = _whole(estimate), estimate.calibration.longest, estimate.calibration.side_by_side
     if work.models:
         return _judging(estimate, metric.value.batch_size, metric.value.tasks, None)
     if work.learned:
         decoder(model).requires_grad_(True)
         return _traced(memory.learning, model, 1, longest, checkpointing=False)
-    return _traced(memory.reading, model, 1 if work.alone else TEXT_BATCH, longest, states=True)
+    return _traced(memory.reading, model, 1 if work.alone else batch, longest, states=True)
 
 
 def _patching(estimate: Estimate) -> float:
     """Weights, and the states of a batch at every block or, if that is more, a retrained block in float32 with its
     moments while it learns from the batch; the sums of a regression in float64."""
-    longest, width = estimate.calibration.longest, estimate.shape.hidden_size
-    passing = _traced(memory.reading, _whole(estimate), TEXT_BATCH, longest, states=True)
+    width = estimate.shape.hidden_size
+    batch, longest = estimate.calibration.side_by_side, estimate.calibration.longest
+    passing = _traced(memory.reading, _whole(estimate), batch, longest, states=True)
     if estimate.fit.reads == "preceding":
         block = skeleton(estimate.shape, "float32")
         removed(block, "blocks", estimate.unpruned.blocks - 1)
         weights = sum(w.numel() * w.element_size() for w in blocks(block).requires_grad_(True).parameters())
-        learning = _traced(memory.learning, block, TEXT_BATCH, longest, checkpointing=False)
+        learning = _traced(memory.learning, block, batch, longest, checkpointing=False)
         passing = max(passing, 3 * weights + learning)
     sums = 2 * 8 * width**2 * estimate.gaps if isinstance(estimate.fit, Linear) else 0
     return estimate.unpruned.weight_bytes + passing + sums
@@ -139,9 +139,9 @@ def _unsharded(estimate: Estimate) -> float:
 def _evaluating(estimate: Estimate) -> float:
     """The unpruned model's weights, in which the others are, and those of a model of its own weights beside it; a
     pass of lm-eval (not where vLLM evaluates), or one over held-out texts beside the other model's states."""
-    evaluation, longest = estimate.config["evaluation"], estimate.text.longest
-    states = TEXT_BATCH * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
-    passing = states + _traced(memory.reading, _whole(estimate), TEXT_BATCH, longest)
+    evaluation, batch, longest = estimate.config["evaluation"], estimate.text.side_by_side, estimate.text.longest
+    states = batch * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
+    passing = states + _traced(memory.reading, _whole(estimate), batch, longest)
     if not estimate.by_vllm:
         asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
         passing = max(passing, _judging(estimate, *asked))

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sddx.estimate.costs import Estimate, Part, distinct, seconds
-from sddx.estimate.devices import DEVICES, Device, device_of, probed
+from sddx.estimate.devices import DEVICES, Device, device_of, probed, this_machine
 from sddx.estimate.peaks import CONTEXT, peaks, remedies
+from sddx.models.load import DTYPES
 from sddx.records import UserError
 from sddx.store import default_root
 from sddx.store.digest import digest
@@ -26,11 +27,11 @@ FSDP = "trainer.strategy=fsdp over several devices"
 
 
 def device_for(config: Mapping[str, Any], estimate: Estimate) -> Device:
-    """The device that a configuration is planned for (`gpu`), at its stated speed or at that of a `probe`."""
-    device, probe = device_of(config["gpu"]), config["probe"]
-    if probe is None:
-        return device
-    return probed(device, estimate.shape, estimate.model["dtype"], _seconds(probe))
+    """The device that a configuration is planned for (`gpu`), at its stated speed; with a `probe` this machine's,
+    at the speed that is measured."""
+    if config["probe"] is None:
+        return device_of(config["gpu"])
+    return probed(this_machine(config["gpu"]), estimate.shape, estimate.model["dtype"], _seconds(config["probe"]))
 
 
 def _seconds(probe: Any) -> float:
@@ -93,21 +94,30 @@ def _within_disk(estimate: Estimate) -> None:
 
 
 def _within_memory(estimates: Sequence[Estimate], room: float) -> None:
+    """Every stage that does not fit is told, each by the run that needs most for it."""
+    largest: dict[str, tuple[float, Estimate]] = {}
     for estimate in estimates:
-        stage, needed = max(peaks(estimate).items(), key=lambda found: found[1])
-        if needed + CONTEXT > room:
-            raise UserError(
-                f"The stage {stage} needs about {(needed + CONTEXT) / 1e9:.0f} GB, and this GPU has "
-                f"{room / 1e9:.0f}. {_way_out(estimate, stage, room)}"
+        for stage, held in peaks(estimate).items():
+            if held + CONTEXT > max(room, largest.get(stage, (0.0, None))[0]):
+                largest[stage] = held + CONTEXT, estimate
+    if largest:
+        raise UserError(
+            *(
+                f"The stage {stage} needs about {needed / 1e9:.0f} GB, and this GPU has {room / 1e9:.0f}. "
+                f"{_way_out(estimate, stage, room)}"
+                for stage, (needed, estimate) in largest.items()
             )
+        )
 
 
 def _way_out(estimate: Estimate, stage: str, room: float) -> str:
     if stage == "train":
         found = remedies(estimate, room)
         return f"Each of these would do: {'; '.join([*found, FSDP])}."
-    settings = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
-    return f"Lower {settings.get(stage, 'model.dtype to bfloat16')}, or use a GPU with more memory."
+    smaller = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
+    ways = [f"lower {smaller[stage]}"] if stage in smaller and room > estimate.unpruned.weight_bytes else []
+    ways += ["set model.dtype=bfloat16"] if DTYPES[estimate.model["dtype"]].itemsize > 2 else []
+    return f"To make it fit, {', '.join([*ways, 'use a GPU with more memory'])}."
 
 
 def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
@@ -225,7 +235,7 @@ def _notes(estimate: Estimate, held: Mapping[str, float], device: Device) -> lis
     ]
     if needed > device.memory:
         stage = max(held, key=lambda name: held[name])
-        notes.append(f"{stage} does not fit on {device.name}. {_way_out(estimate, stage, device.memory)}")
+        notes.append(f"{stage} does not fit on the {device.name}. {_way_out(estimate, stage, device.memory)}")
     if device.reading is None:
         notes.append("Hours are not known for a processor: probe=60s measures it.")
     elif "probed" not in device.name:

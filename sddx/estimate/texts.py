@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.build import build
-from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render
+from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
 from sddx.evaluation.tasks import OWN_TASKS
 
 CHARACTERS = 4  # a token, in English, with a vocabulary of 32,000 words or more; ours
@@ -39,6 +39,11 @@ class Texts:
     padded: float
     longest: int
 
+    @property
+    def side_by_side(self) -> int:
+        """Texts in a batch of the longest ones."""
+        return text_spans([self.longest] * TEXT_BATCH)[0][1]
+
 
 # Rows, characters of a prompt, of an answer. GSM8K's training file, and samples of 2,000 rows of Alpaca and Dolly
 # (whose row counts are those that their authors state), were measured.
@@ -48,6 +53,8 @@ STATED = {
     "databricks/databricks-dolly-15k": (15_011, 442, 358),
     "nvidia/OpenMathInstruct-2": (1_000_000, 235, 900),  # lengths are a guess of ours
 }
+# Bytes that `datasets` downloads of what is large, whichever part is used (conf/calibration/openwebtext.yaml).
+DOWNLOADS = {"Skylion007/openwebtext": 24e9}
 TEXTS = {"Salesforce/wikitext": 600, "Skylion007/openwebtext": 4_800}  # characters a text; guesses of ours
 
 
@@ -98,7 +105,7 @@ def texts_of(node: Mapping[str, Any], tokens: Tokens) -> Texts:
         return Texts(node["size"] or 1_000, mean, min(LONGEST * mean, TEXT_LENGTH), TEXT_LENGTH)
     found = build(node)
     lengths = [min(tokens(text), TEXT_LENGTH) for text in found[: 8 * TEXT_BATCH]]
-    batches = [lengths[at : at + TEXT_BATCH] for at in range(0, len(lengths), TEXT_BATCH)]
+    batches = [lengths[first:end] for first, end in text_spans(lengths)]
     padded = sum(max(batch) * len(batch) for batch in batches) / len(lengths)
     return Texts(len(found), sum(lengths) / len(lengths), padded, int(max(lengths)))
 
