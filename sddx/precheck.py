@@ -52,7 +52,7 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
     from sddx.evaluation.tasks import check_tasks
 
     tasks, include = evaluation["tasks"], evaluation["include"]
-    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
+    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance", "split")}
     check_tasks(tasks, include, **by_task)
     require_task_data(tasks, include)
 

@@ -73,7 +73,7 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     _, store, summary = first
     found = summary["overlap"]["tasks"]
     assert {task: record["items"] for task, record in found.items()} == {"tiny_arithmetic": 6, "tiny_facts": 6}
-    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6)
+    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6, None)
     rows = Path(next(store.glob(f"prepare/*/{summary['artifacts']['prepare']}")))
     shutil.copytree(rows, tmp_path / "rows")
     question, answer = texts["tiny_facts"][2].split("\n", 1)
