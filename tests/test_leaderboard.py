@@ -20,10 +20,12 @@ from sddx.build import build
 from sddx.compare import check_comparable
 from sddx.config import CONF, resolve
 from sddx.evaluation import task_data, tasks
-from sddx.evaluation.harness import compact
+from sddx.evaluation.harness import compact, evaluate
 from sddx.evaluation.recovery import summarise
 from sddx.evaluation.task_data import task_datasets
-from sddx.records import UserError
+from sddx.importance.coalitions import TaskScore
+from sddx.importance.score import Subject
+from sddx.records import Units, UserError
 from sddx.runtime import Runtime
 
 FULL = yaml.safe_load((CONF / "evaluation" / "full.yaml").read_text())
@@ -192,6 +194,18 @@ def test_selection_is_never_compared_with_a_report(model, tokenizer, asked: list
     check_comparable(found[0], found[0])
 
 
+def test_a_metric_can_look_at_another_split(model, tokenizer, asked: list) -> None:
+    """As the evaluation does: the same items, with as many examples."""
+    settings = {"shots": {"arc_challenge": 2}, "split": {"arc_challenge": "validation"}, "limit": 6}
+    value = TaskScore(tasks=["arc_challenge"], **settings)
+    (seen,) = value.of(Subject(model, tokenizer, Units("blocks", 1), [], Runtime(quiet=True)), [(True,)])
+    found = evaluate(
+        model, tokenizer, Runtime(quiet=True), tasks=["arc_challenge"], chat_template=False, **settings
+    )
+    assert seen.tolist() == [sample["score"] for sample in found["tasks"]["arc_challenge"]["samples"]]
+    assert len(seen) == 6 and found["tasks"]["arc_challenge"]["settings"]["split"] == "validation"
+
+
 def test_a_split_that_the_data_lacks_is_named(asked: list) -> None:
     with pytest.raises(UserError, match=r"'winogrande' has no split 'valid'; it has train, dev, validation, test"):
         configured(tasks=["winogrande"], split={"winogrande": "valid"})
@@ -201,6 +215,9 @@ def test_selection_differs_from_full_in_its_items_alone() -> None:
     """Every task with a split has items for choosing, and the report's settings."""
     with composed("evaluation=selection") as cfg:
         chosen = resolve(cfg)["evaluation"]
+    assert {path for path, _ in task_datasets(chosen["tasks"])} == {
+        "allenai/ai2_arc", "Rowan/hellaswag", "cais/mmlu", "allenai/winogrande",
+    }  # fmt: skip
     assert list(chosen["split"]) == list(chosen["limit"]) == chosen["tasks"]
     assert {**chosen, "tasks": FULL["tasks"], "limit": None, "split": None}.items() >= {
         name: FULL[name] for name in FULL if name != "defaults"

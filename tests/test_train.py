@@ -14,11 +14,13 @@ import pytest
 import torch
 from composing import SMALL, composed
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
+from sddx.precheck import _check_pruning
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
 from sddx.train import run
@@ -355,6 +357,15 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     with pytest.raises(UserError) as caught:
         job(tmp_path, first[1], *overrides)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_real_model_is_not_cut_by_tasks_of_the_embedded_world() -> None:
+    """Whose words it does not have; tasks of its own must be named."""
+    with composed("pruning=shapley_task") as cfg:
+        pruning = {"pruning": resolve(cfg)["pruning"]}
+    with pytest.raises(UserError, match=r"tiny_arithmetic_selection, .*other words.*tasks=\[mmlu\]"):
+        _check_pruning(pruning, LlamaConfig())
+    _check_pruning(pruning, LlamaConfig(vocab_size=484))
 
 
 def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
