@@ -80,7 +80,7 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     shutil.copytree(rows, tmp_path / "rows")
     question, answer = texts["tiny_facts"][2].split("\n", 1)
     write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
-    settings = {"tasks": list(texts), "include": None, "limit": 6, "runtime": Runtime(quiet=True)}
+    settings = {"tasks": list(texts), "include": None, "limit": 6, "split": None, "runtime": Runtime(quiet=True)}
     overlap(tmp_path, Artifact("prepare", "key", tmp_path / "rows"), **settings)
     told = json.loads((tmp_path / "overlap.json").read_text())
     assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
