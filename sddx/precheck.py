@@ -52,7 +52,7 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
     from sddx.evaluation.tasks import check_tasks
 
     tasks, include = evaluation["tasks"], evaluation["include"]
-    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
+    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance", "split")}
     check_tasks(tasks, include, **by_task)
     require_task_data(tasks, include)
 
@@ -80,10 +80,30 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         raise UserError(
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
+    _check_looked_at(getattr(pruning.metric, "value", None), config)
     if pruning.patch.fit is not None and pruning.remove:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
+
+
+def _check_looked_at(value: Any, config: Any) -> None:
+    """The tasks that a metric looks at are written in words of the model, and their data is there. Raises
+    UserError."""
+    from sddx.evaluation.task_data import require_task_data
+    from sddx.evaluation.tasks import OWN_TASKS, named_in_files
+    from sddx.models.load import text_config
+
+    tasks = getattr(value, "tasks", [])
+    embedded = [task for task in tasks if task in named_in_files([OWN_TASKS])]
+    if embedded and config.vocab_size != text_config(OWN_TASKS.parent / "checkpoint").vocab_size:
+        raise UserError(
+            f"The pruning metric looks at {', '.join(embedded)}, of the embedded world, and this model has other "
+            "words. Give tasks of yours, as in pruning.metric.value.tasks=[mmlu] "
+            "'pruning.metric.value.split={mmlu: validation}' (see conf/pruning/shapley_task.yaml)."
+        )
+    if tasks:
+        require_task_data(tasks, value.include)
 
 
 def _check_backend(method: dict[str, Any]) -> None:

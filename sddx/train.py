@@ -115,7 +115,7 @@ def recover(
         rewriting = {"dataset": dataset, "generation": generation}
         learning["max_length"] = max_length
         taught = teach(store, runtime, unpruned, cut, patches, data[0], teacher, rewriting, learning, how)
-        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
+        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
     inputs = {"pruned": [cut, *patches]}

@@ -14,7 +14,7 @@ from scipy.stats import t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
-from sddx.report import page
+from sddx.report import page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
@@ -274,6 +274,22 @@ def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
     os.utime(tmp_path / "report/a/0/summary.json", (1, 1))
     (found,) = page.of_store(tmp_path)
     assert found["recovery"] == run(gain=0.2)["recovery"] and found["store"] == str(tmp_path)
+
+
+def test_selection_items_are_never_reported_without_a_word() -> None:
+    """By another split or by their tasks' own names: in the table of a run, and on the page of many."""
+    named = run()
+    named["scores"] = {model: {"tiny_facts_selection": 0.5, "average": 0.5} for model in named["scores"]}
+    named |= {"standard_errors": {}, "trained": [], "name": "mine"}
+    for chosen in ([run(split={"mmlu": "validation"})], [named], [run(), named]):
+        found = page.contents(chosen, [])
+        said = f"1 of {len(chosen)} runs were judged on selection items: for choosing, not for reporting."
+        assert said in page.html(found) and said in page.markdown(found)
+    assert table.markdown(named).startswith(
+        "Scores in percent ± standard error, mine (selection items: for choosing"
+    )
+    assert "selection" not in page.html(page.contents([run()], []))
+    assert "selection" not in table.markdown(run() | {"standard_errors": {}})
 
 
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -14,11 +14,13 @@ import pytest
 import torch
 from composing import SMALL, composed
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
+from sddx.precheck import _check_pruning
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
 from sddx.train import run
@@ -73,12 +75,12 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     _, store, summary = first
     found = summary["overlap"]["tasks"]
     assert {task: record["items"] for task, record in found.items()} == {"tiny_arithmetic": 6, "tiny_facts": 6}
-    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6)
+    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6, None)
     rows = Path(next(store.glob(f"prepare/*/{summary['artifacts']['prepare']}")))
     shutil.copytree(rows, tmp_path / "rows")
     question, answer = texts["tiny_facts"][2].split("\n", 1)
     write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
-    settings = {"tasks": list(texts), "include": None, "limit": 6, "runtime": Runtime(quiet=True)}
+    settings = {"tasks": list(texts), "include": None, "limit": 6, "split": None, "runtime": Runtime(quiet=True)}
     overlap(tmp_path, Artifact("prepare", "key", tmp_path / "rows"), **settings)
     told = json.loads((tmp_path / "overlap.json").read_text())
     assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
@@ -355,6 +357,15 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     with pytest.raises(UserError) as caught:
         job(tmp_path, first[1], *overrides)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_real_model_is_not_cut_by_tasks_of_the_embedded_world() -> None:
+    """Whose words it does not have; tasks of its own must be named."""
+    with composed("pruning=shapley_task") as cfg:
+        pruning = {"pruning": resolve(cfg)["pruning"]}
+    with pytest.raises(UserError, match=r"tiny_arithmetic_selection, .*other words.*tasks=\[mmlu\]"):
+        _check_pruning(pruning, LlamaConfig())
+    _check_pruning(pruning, LlamaConfig(vocab_size=484))
 
 
 def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ A coalition is the set of units that are present: a tuple of booleans, one for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -193,9 +193,10 @@ class LogitDistance(OfLogits):
 
 
 class TaskScore:
-    """The score of evaluation tasks, item by item, on their selection items, the task `<task>_selection` (among
-    the package's own, or in the folder `include`). With `oracle`, on the very items that are reported: an upper
-    bound, not a method. Every coalition is evaluated whole."""
+    """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
+    the report's, or the task `<task>_selection` (among the package's own, or in the folder `include`). With
+    `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole.
+    """
 
     def __init__(
         self,
@@ -204,11 +205,15 @@ class TaskScore:
         limit: int | None,
         include: str | None = None,
         batch_size: int = 64,
+        shots: int | Mapping[str, int] | None = None,
+        split: Mapping[str, str] | None = None,
         oracle: bool = False,
     ) -> None:
         self.limit, self.include, self.batch_size = limit, include, batch_size
-        self.tasks = list(tasks) if oracle else [_selection(task, include) for task in tasks]
-        check_tasks(self.tasks, include)
+        self.shots, self.split = shots, {} if oracle else split or {}
+        apart = [task for task in tasks if not oracle and task not in self.split]
+        self.tasks = [_selection(task, include) if task in apart else task for task in tasks]
+        check_tasks(self.tasks, include, shots=shots, split=split)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         known: dict[Coalition, Tensor] = {}
@@ -238,6 +243,8 @@ class TaskScore:
                 include=self.include,
                 batch_size=self.batch_size,
                 limit=self.limit,
+                shots=self.shots,
+                split=self.split,
                 chat_template=bool(subject.tokenizer.chat_template),
             )
         finally:
@@ -257,6 +264,7 @@ def _selection(task: str, include: str | None) -> str:
     if name not in named_in_files(task_folders(include)):
         raise UserError(
             f"the task {task!r} has no selection items ({name} is no task), and report items must not choose "
-            "what is removed. Use a task that has them, or set oracle=true for the upper bound that it is."
+            f"what is removed. Name another split of its data (split: {{{task}: validation}}), use a task that has "
+            "them, or set oracle=true for the upper bound that it is."
         )
     return name

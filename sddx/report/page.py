@@ -29,7 +29,7 @@ from sddx.report.curves import (
 )
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Table, agreements, heat_maps, variant_sections
-from sddx.report.table import grid, percent
+from sddx.report.table import CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -228,6 +228,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         sections.append({"title": title, "figures": drawn})
     return {
         "runs": runs,
+        "choosing": choosing(runs),
         "sections": sections,
         "arms": arm_table(runs),
         "differences": difference_table(differences(runs)),
@@ -244,6 +245,12 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
     }
 
 
+def choosing(runs: Sequence[Run]) -> str:
+    """What must be said where runs were judged on selection items; empty where none was."""
+    found = [run for run in runs if is_choosing(run)]
+    return f"{len(found)} of {len(runs)} runs were judged on {CHOOSING}." if found else ""
+
+
 def html(found: dict[str, Any]) -> str:
     """The page, with everything inside it."""
     environment = Environment(loader=PackageLoader("sddx.report", "."), autoescape=select_autoescape(["html"]))
@@ -257,7 +264,8 @@ def markdown(found: dict[str, Any]) -> str:
         "tasks": "Scores per task",
         "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
-    parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
+    parts = [found["choosing"]] if found["choosing"] else []
+    parts += [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
     for variant in found["variants"]:
         titles = {"table": "", "differences": f", minus {variant['base']}, in points", "tasks": ", before training"}
         parts += [

@@ -14,6 +14,7 @@ from sddx.records import Rewrite
 
 MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
+CHOOSING = "selection items: for choosing, not for reporting"
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -152,7 +153,14 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    return "Scores in percent ± standard error" + (f", {summary['name']}" if summary.get("name") else "")
+    named = f", {summary['name']}" if summary.get("name") else ""
+    return f"Scores in percent ± standard error{named}" + (f" ({CHOOSING})" if is_choosing(summary) else "")
+
+
+def is_choosing(summary: Mapping[str, Any]) -> bool:
+    """Whether a run was judged on selection items, or on another split of the data than a task's own."""
+    tasks = summary.get("scores", {}).get("unpruned", {})
+    return bool(summary.get("choices", {}).get("split")) or any(task.endswith("_selection") for task in tasks)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
