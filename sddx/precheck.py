@@ -22,7 +22,7 @@ def precheck(method: dict[str, Any]) -> None:
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
-        lambda: _check_evaluation(method["evaluation"]),
+        lambda: _check_evaluation(method["evaluation"], folder),
         lambda: _check_pruning(method, config),
         lambda: _check_backend(method),
         lambda: _check_training(method["trainer"]),
@@ -46,14 +46,21 @@ def precheck(method: dict[str, Any]) -> None:
         raise UserError(*wrong)
 
 
-def _check_evaluation(evaluation: dict[str, Any]) -> None:
-    """Tasks, and those that settings are given for, exist; what they read is there. Raises UserError."""
-    from sddx.evaluation.task_data import require_task_data
+def _check_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Tasks, and those that settings are given for, exist; the chat template carries their descriptions; what they
+    read is there. Raises UserError."""
+    from sddx.data.encode import require_system_turn
+    from sddx.evaluation.task_data import described, require_task_data
     from sddx.evaluation.tasks import check_tasks
+    from sddx.models.load import load_tokenizer
 
     tasks, include = evaluation["tasks"], evaluation["include"]
     by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
     check_tasks(tasks, include, **by_task)
+    if evaluation["chat_template"] and (told := described(tasks, include)):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.chat_template:  # that there is none is told elsewhere
+            require_system_turn(tokenizer, told)
     require_task_data(tasks, include)
 
 

@@ -19,6 +19,7 @@ import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
+from sddx.evaluation.tasks import OWN_TASKS
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
 from sddx.train import run
@@ -395,6 +396,22 @@ def test_a_broken_chat_template_is_told_before_any_work(name: str, tmp_path: Pat
     with pytest.raises(UserError, match=complaint):
         job(tmp_path / "out", tmp_path / "store", "model=local", f"model.path={tmp_path / 'model'}")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_template_that_drops_descriptions_is_told_before_any_work(tmp_path: Path) -> None:
+    """Where it is used, and a task has one."""
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages", "in messages if message.role != 'system'"))
+    shutil.copytree(OWN_TASKS, tmp_path / "tasks")
+    (tmp_path / "tasks" / "mine.yaml").write_text("include: facts.yaml\ntask: mine\ndescription: Choose one.\n")
+    mine = ("evaluation.tasks=[tiny_facts,mine]", f"evaluation.include={tmp_path / 'tasks'}")
+    local = ("model=local", f"model.path={tmp_path / 'model'}", *mine, "pruning.remove=12")
+    for given, told in (("true", True), ("false", False)):
+        with pytest.raises(UserError, match="12 blocks") as caught:
+            job(tmp_path / "out", tmp_path / "store", *local, f"evaluation.chat_template={given}")
+        assert ("drops the system prompt, " in str(caught.value)) == told
+        assert ("tasks there: mine." in str(caught.value)) == told
 
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from composing import SMALL, composed
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import sddx
 from sddx.compare import compare, load_samples
 from sddx.config import resolve
 from sddx.evaluation.vllm import Engine
@@ -91,6 +93,7 @@ FILES = {
     "    return tokenizer.chat_template\n",
     "vllm-0.10.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.10.0\n",
 }
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 MODELS = ("unpruned", "pruned", "recovered")
 VLLM = "evaluation.backend=vllm"
 
@@ -118,11 +121,16 @@ def job(out: Path, store: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same run judged by either backend, in one store."""
+    """The same run judged by either backend, in one store, in a template that hangs on its settings."""
     folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(CHECKPOINT, folder / "model")
+    template = folder / "model" / "chat_template.jinja"
+    template.write_text("{% if enable_thinking is false %}{{ date_string }}{% endif %}" + template.read_text())
+    model = ("model=local", f"model.path={folder / 'model'}")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(packages))
-        done = {name: job(folder / name, folder / "store", f"evaluation.backend={name}") for name in ("hf", "vllm")}
+        backends = {name: (f"evaluation.backend={name}", *model) for name in ("hf", "vllm")}
+        done = {name: job(folder / name, folder / "store", *given) for name, given in backends.items()}
     return SimpleNamespace(**done, store=folder / "store")
 
 
@@ -133,8 +141,8 @@ def results(runs: SimpleNamespace, backend: str, model: str) -> dict:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_are_those_of_hf_item_by_item(model: str, runs: SimpleNamespace) -> None:
-    """Answers and choices alike; log-probabilities to rounding, which batches and merged adapters move; and what is
-    measured on text is measured by the same model."""
+    """Prompts, answers and choices alike; log-probabilities to rounding, which batches and merged adapters move;
+    and what is measured on text is measured by the same model."""
     by_hf, by_vllm = (results(runs, backend, model) for backend in ("hf", "vllm"))
     assert by_hf["tasks"].keys() == by_vllm["tasks"].keys()
     for task, record in by_hf["tasks"].items():

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sddx.data.encode import TEMPLATE_SETTINGS
 from sddx.evaluation import vllm_worker
 from sddx.models.load import free_memory
 from sddx.models.vllm import Settings, failed
@@ -75,6 +76,8 @@ class Engine(Settings):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": self.max_model_len,
             "batch_size": "auto",
+            "chat_template_args": TEMPLATE_SETTINGS,
+            "enable_thinking": TEMPLATE_SETTINGS["enable_thinking"],  # lm-eval 0.4.13 forgets the one among them
         }
 
 
