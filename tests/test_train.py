@@ -356,7 +356,15 @@ def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeyp
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value, **given: value)
     four = ("trainer.strategy=ddp", "trainer.devices=4", "trainer.accumulate=4", "device=cuda")
     assert "finds 2 CUDA devices" in complaint(*four)
-    assert "Old does not compute in bfloat16" in complaint("trainer.precision=bf16", "device=cuda")
+    compute, half = "tuning.quantization.compute", ("trainer.precision=bf16", "model.dtype=bfloat16")
+    for given, named, instead in (
+        (half[:1], half[0], "trainer.precision=32"),
+        (half[1:], half[1], "model.dtype=float32"),
+        (half, ", ".join(half), "trainer.precision=32 model.dtype=float32"),
+        (["tuning=qlora"], f"{compute}=bfloat16", f"{compute}=float32"),
+    ):
+        expected = f"{named}, but a Old does not compute in bfloat16. Use {instead}."
+        assert complaint(*given, "device=cuda") == expected
     with monkeypatch.context() as hidden:
         hidden.setattr("sddx.models.load.find_spec", lambda name: None)
         assert "sddx[qlora]" in complaint("tuning=qlora")
