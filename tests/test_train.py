@@ -88,6 +88,23 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     assert "tiny_facts 16.7 %" in shown and "13 words" in shown
 
 
+def test_strict_and_flexible_scores_stand_under_the_table(first: tuple[Path, Path, dict]) -> None:
+    """Of every model, from its answers themselves; the task of choices is not among them."""
+    out, store, summary = first
+    expected: dict[str, list[str]] = {"flexible (primary)": [], "strict": []}
+    for model in table.MODELS:
+        (place,) = store.glob(f"evaluate/*/{summary['artifacts'][f'evaluate_{model}']}")
+        samples = json.loads((place / "results.json").read_text())["tasks"]["tiny_arithmetic"]["samples"]
+        answers = [sample["answers"] for sample in samples]
+        for name, texts in expected.items():
+            by = name.split()[0]
+            score = sum(sample["metrics"][f"exact_match,{by}"] for sample in samples) / 6
+            unparsed = sum(answer[by] == "[invalid]" for answer in answers) / 6
+            texts.append(f"{model} {100 * score:.1f} % ({100 * unparsed:.1f} % unparsed)")
+    lines = [f"- tiny_arithmetic, exact_match,{name}: {', '.join(texts)}" for name, texts in expected.items()]
+    assert [line for line in (out / "table.md").read_text().splitlines() if "exact_match" in line] == lines
+
+
 def test_the_same_command_again_builds_nothing_and_has_its_curves(
     first: tuple[Path, Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
