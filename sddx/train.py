@@ -247,7 +247,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     `agreement.md`); raises UserError."""
     verify(config)
     device = _device(config["device"])
-    check_hardware(config["trainer"], device)
+    check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])

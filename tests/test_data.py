@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -25,6 +26,7 @@ from sddx.data.encode import (
     encode_all,
     ending,
     render,
+    require_system_turn,
     text_batches,
     text_spans,
 )
@@ -484,6 +486,33 @@ def test_tokenizers_that_cannot_tell_prompt_from_answer_are_refused() -> None:
     tokenizer.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
     with pytest.raises(UserError, match="renders a prompt differently"):
         encode_all(tokenizer, [Example("x", "what ?", "3 .")], max_length=9)
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+SYSTEM = {
+    "keeps it": (TURNS, None),
+    "merges it into the user's turn": (
+        "{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.first = m.content ~ '\n\n' %}{% else %}[INST] {{ ns.first ~ m.content }}[/INST]{% endif %}"
+        "{% endfor %}",
+        None,
+    ),
+    "refuses it": (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('Not supported') }}{% endif %}" + TURNS,
+        r"drops the system prompt \(Not supported\).*mmlu, hellaswag.*chat_template=false",
+    ),
+    "leaves it out": (TURNS.replace("messages", "messages if m.role != 'system'"), "drops the system prompt, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SYSTEM)
+def test_a_template_that_drops_the_system_turn_is_refused(kind: str) -> None:
+    """Unless no task puts anything there."""
+    template, complaint = SYSTEM[kind]
+    tokenizer = byte_tokenizer(template)
+    require_system_turn(tokenizer, [])
+    with nullcontext() if complaint is None else pytest.raises(UserError, match=complaint):
+        require_system_turn(tokenizer, ["mmlu", "hellaswag"])
 
 
 def test_calibration_texts_are_labelled_everywhere() -> None:

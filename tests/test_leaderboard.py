@@ -22,7 +22,7 @@ from sddx.config import CONF, resolve
 from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact, evaluate
 from sddx.evaluation.recovery import summarise
-from sddx.evaluation.task_data import task_datasets
+from sddx.evaluation.task_data import described, task_datasets
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
 from sddx.records import Units, UserError
@@ -230,7 +230,7 @@ PLAIN = (
 )
 FILES = {
     "plain.yaml": PLAIN + "task: plain\ntag: both\n",
-    "named.yaml": "include: plain.yaml\ntask: named\ndataset_name: sub\ntag: both\n",
+    "named.yaml": "include: plain.yaml\ntask: named\ndataset_name: sub\ntag: both\ndescription: Answer.\n",
     "local.yaml": PLAIN + "task: local\ndataset_path: json\ndataset_kwargs: {data_files: {test: x.json}}\n",
     "own.yaml": PLAIN + "task: own\ncustom_dataset: !function sddx.evaluation.harness.json_lines\n"
     "dataset_kwargs: {data_files: {test: own.jsonl}}\n",
@@ -265,7 +265,7 @@ def folder(tmp_path: Path) -> str:
 def test_datasets_are_those_that_lm_eval_loads(
     folder: str, task: str, expected: set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through tags, nested groups and what groups override, without loading any."""
+    """Through tags, nested groups and what groups override, without loading any; and descriptions as well."""
     seen: set = set()
 
     def load_dataset(path: str, name: str | None = None, **settings: object) -> datasets.DatasetDict:
@@ -274,8 +274,10 @@ def test_datasets_are_those_that_lm_eval_loads(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert set(task_datasets([task], folder)) == expected
+    told = described([task], folder)
     assert not seen
-    tasks.load([task], folder)
+    loaded = tasks.load([task], folder)[0]["tasks"].values()
+    assert told == [task] * any(each.get_config("description") for each in loaded)
     assert seen - {("json", None)} == expected
 
 
@@ -283,6 +285,8 @@ def test_the_packages_own_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(task_data, "task_manager", lambda *given: pytest.fail("the index was read"))
     monkeypatch.setattr(task_data, "_hub_answers", lambda: pytest.fail("the hub was asked"))
     task_data.require_task_data(["tiny_arithmetic", "tiny_facts_selection"])
+    assert described(["tiny_arithmetic", "tiny_facts_selection"]) == []
+    assert not any("description" in yaml.read_text() for yaml in tasks.OWN_TASKS.glob("*.yaml"))
 
 
 def cached(root: Path, path: str, subset: str) -> None:

@@ -15,9 +15,9 @@ IGNORED = -100
 # How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
 TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
 
-# Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained and
-# written without thinking, and the same text is rendered on every day. Other templates ignore these names.
-_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained, written and
+# judged without thinking, and the same text is rendered on every day. Other templates ignore these names.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,39 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None
             f"{tokenizer.name_or_path or type(tokenizer).__name__}. Choose an instruction-tuned model, or "
             "put a chat_template into the model folder (chat_template.jinja)."
         )
-    turns = [{"role": "user", "content": prompt}]
-    if response is not None:
-        turns.append({"role": "assistant", "content": response})
-    generating = {"add_generation_prompt": response is None}
+    turns = [("user", prompt)] if response is None else [("user", prompt), ("assistant", response)]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **generating, **_TEMPLATE_SETTINGS))
+        return _rendered(tokenizer, *turns)
     except TemplateError as error:
         raise UserError(
             f"The chat template does not render a user's turn: {type(error).__name__}: {error}. Use the template "
             "that belongs to the model."
         ) from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str]) -> str:
+    """The text of a conversation of (role, content), up to where an answer begins unless the last turn is one."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    asked = {"tokenize": False, "add_generation_prompt": turns[-1][0] != "assistant"}
+    return str(tokenizer.apply_chat_template(messages, **asked, **TEMPLATE_SETTINGS))
+
+
+def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
+    """Raises UserError where the chat template drops a system turn, or refuses one, and `tasks`, if there are any,
+    put their description into it: lm-eval would go on without, with a warning at most."""
+    system, refusal, text = "Answer in one word.", "", ""
+    if not (described := ", ".join(tasks)):
+        return
+    try:
+        text = _rendered(tokenizer, ("system", system), ("user", "Hello"))
+    except TemplateError as error:
+        refusal = f" ({error})"
+    if system not in text:
+        raise UserError(
+            f"The chat template drops the system prompt{refusal}, and evaluation.chat_template=true puts the "
+            f"description of these tasks there: {described}. Use evaluation.chat_template=false, tasks without a "
+            "description, or a template that keeps system turns (chat_template.jinja in the model folder)."
+        )
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sddx.records import Rewrite
+from sddx.report.extraction import Reading, named, readings
 
 MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
@@ -68,6 +69,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("perplexity", _text(summary, "perplexity", "{:,.2f}", " on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
+        *_readings(summary),
         ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
@@ -85,6 +87,24 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
     values = {model: text.get(measure) for model, text in summary.get("text", {}).items()}
     shown = [f"{model} {form.format(value)}" for model, value in values.items() if value is not None]
     return ", ".join(shown) + unit if shown else ABSENT
+
+
+def _readings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each model's score under each filter that reads a task's answers, and the share that the filter could not."""
+    found = readings(summary)
+    keys = dict.fromkeys(key for read in found.values() for key in read)
+    return [
+        (
+            f"{key[0]}, {named(summary, key)}",
+            ", ".join(f"{model} {_reading(read[key])}" for model, read in found.items() if key in read),
+        )
+        for key in keys
+    ]
+
+
+def _reading(reading: Reading) -> str:
+    share = "" if reading.unparsed is None else f" ({percent(reading.unparsed)} unparsed)"
+    return percent(reading.score) + share
 
 
 def _overlap(summary: Mapping[str, Any]) -> str:
