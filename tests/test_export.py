@@ -221,7 +221,7 @@ def test_another_base_model_is_refused(
     import shutil
 
     other = shutil.copytree(CHECKPOINT, tmp_path / "base")
-    (other / "README.md").write_text("another")
+    (other / "chat_template.jinja").write_text("another")
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps(json.loads(runs.first.read_text()) | {"model_path": str(other)}))
     refused(capsys, tmp_path / "to", [f"run={summary}"], ["not the one that the run used"])
