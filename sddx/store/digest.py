@@ -12,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
@@ -29,6 +30,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SMALL = 16 * 2**20
 # Packages whose releases decide more than how exactly something is computed: lm-eval's hold the tasks themselves.
 VERSIONED = ("lm_eval",)
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -262,12 +264,15 @@ class _Bare(ast.NodeTransformer):
 
 
 def checksum(path: Path, known: dict[str, Any] | None = None) -> str:
-    """SHA-256 (hex) of a file's bytes. A large file whose size and time of change are those of `known`
-    (`size`, `mtime_ns`, `sha256`) is not read again."""
+    """SHA-256 (hex) of a file's bytes. A large file is not read where the hub's cache names it by its checksum, nor
+    again where its size and time of change are those of `known` (`size`, `mtime_ns`, `sha256`)."""
     stat = path.stat()
-    same = known is not None and (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"])
-    if known and same and stat.st_size >= SMALL:
-        return known["sha256"]
+    if stat.st_size >= SMALL:
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name):
+            return blob.name
+        if known is not None and (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"]):
+            return known["sha256"]
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
