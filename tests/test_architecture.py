@@ -13,7 +13,7 @@ ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
     {
-        "arguments", "build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics",
+        "arguments", "build", "store", "ranges", "config", "hub", "tracking", "surgery.choose", "importance.metrics",
         "training.losses",
     },
     {"models", "data", "importance", "surgery", "evaluation"},
