@@ -140,11 +140,11 @@ def _hub_rows(
 
 def from_hub(name: str, subset: str | None, *, split: str | None, revision: str | None) -> Any:
     """The rows of a dataset of the hub, from the cache of `datasets` where they are in it; of all splits, by name,
-    where `split` is None. Raises UserError where it cannot be loaded."""
+    where `split` is None. Raises UserError where it cannot be loaded, and where another commit would be read."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=revision)
+        rows = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
         raise UserError(
             f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
@@ -152,6 +152,22 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
             "gated dataset) `hf auth login`; rows in a local file are given as data_files=rows.jsonl, and "
             "dataset=tiny_arithmetic needs no network."
         ) from error
+    # Without a network, `datasets` takes what it prepared last, whatever the revision that is asked for.
+    others = _commits(rows) - {revision} if COMMIT.fullmatch(revision or "") else None
+    if others:
+        raise UserError(
+            f"dataset {name} was asked for at commit {revision}, and without a network its cache "
+            f"({datasets.config.HF_DATASETS_CACHE}) gives {', '.join(sorted(others))}, the last that was prepared. "
+            "Ask for that one, remove it there, or run where there is a network."
+        )
+    return rows
+
+
+def _commits(rows: Any) -> set[str]:
+    """The commits that prepared rows come from: the folders in the cache of `datasets` are named by them."""
+    splits = rows.values() if isinstance(rows, Mapping) else [rows]
+    files = [Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", [])]
+    return {file.parent.name for file in files if COMMIT.fullmatch(file.parent.name)}
 
 
 def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str) -> list[dict[str, Any]]:
