@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from sddx.models.anatomy import blocks
 from sddx.models.teacher import SeparateTeacher
+from sddx.parallel import distributed
+from sddx.parallel.distributed import shard
+from sddx.parallel.launch import launch
 from sddx.records import UserError
 from sddx.runtime import Runtime
-from sddx.training import distributed
-from sddx.training.distributed import shard
 from sddx.training.fit import Fit
-from sddx.training.launch import launch
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
 

@@ -17,6 +17,7 @@ from sddx.evaluation.tasks import check_tasks, named_in_files, task_folders
 from sddx.importance.score import Subject
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of
+from sddx.parallel.distributed import agreed
 from sddx.records import Batch, Units, UserError
 from sddx.surgery.branches import without
 from sddx.surgery.remove import apply_cut
@@ -112,7 +113,7 @@ class OfLogits:
         found: list[Tensor] = []
         batches = subject.first(self.sequences)
         total = len(distinct) * len(batches)
-        with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.inference_mode():
+        with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.no_grad():
             for batch in batches:
                 replay.load(batch)
                 full = replay.run((True,) * len(subject.units))
@@ -129,7 +130,7 @@ class OfLogits:
                 f"{self.label}: not finite; the model overflows in this dtype. Use float32 or bfloat16."
             )
         place = {coalition: number for number, coalition in enumerate(distinct)}
-        return values[[place[coalition] for coalition in coalitions]]
+        return agreed(values[[place[coalition] for coalition in coalitions]])
 
     def _sequences(self, subject: Subject, batch: Batch, hidden: Tensor, full: Tensor) -> Tensor:
         """The value of each sequence; NaN for one without labels."""
@@ -192,7 +193,7 @@ class TaskScore:
             for coalition in set(coalitions):
                 known[coalition] = self._items(quiet, coalition)
                 bar.update(1)
-        return torch.stack([known[coalition] for coalition in coalitions])
+        return agreed(torch.stack([known[coalition] for coalition in coalitions]))
 
     def _items(self, subject: Subject, coalition: Coalition) -> Tensor:
         removed = [number for number, present in enumerate(coalition) if not present]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
-from sddx.models.anatomy import decoder
+from sddx.models.anatomy import bare, blocks, decoder
+from sddx.parallel.distributed import is_joined, shard_apart
 from sddx.records import UserError
 
 DTYPES = {
@@ -158,11 +159,27 @@ def four_bit(*, type: str, double: bool, compute: str) -> Any:
 
 @lru_cache(maxsize=1)
 def frozen_model(folder: Path, dtype: str, attention: str, device: str) -> Any:
-    """`load_model` with frozen weights, kept for the next stage that only looks at the same model.
+    """`load_model` with frozen weights, kept for the next stage that only looks at the same model; in shards in a
+    group of processes.
 
     Nobody may edit it. `free_memory()` lets go of it.
     """
-    return load_model(folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
+    model = load_model(folder, dtype=dtype, attention=attention, device=loading_device(device))
+    return placed(model.requires_grad_(False), device)
+
+
+def loading_device(device: str) -> str:
+    """Where a model is loaded that `placed` puts onto the device: what is to be cut may not fit there."""
+    return "cpu" if is_joined() else device
+
+
+def placed(model: Any, device: str, *others: Any) -> Any:
+    """A frozen model on the device; in a group of processes, the weights of its blocks, and of `others` that it
+    may run, in one shard a process. `generate` then makes as many passes in all of them."""
+    if is_joined():
+        shard_apart([*blocks(model), *others], torch.device(device))
+        bare(model).generate = partial(bare(model).generate, synced_gpus=True)
+    return model.to(device)
 
 
 def free_memory() -> None:

@@ -36,7 +36,8 @@ def prune(
     Raises UserError where more is to go than there is, UnsoundModel where a check fails.
     """
     found = json.loads((scores[0].path / "scores.json").read_text())["pruning"] if scores else None
-    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    # The proof compares whole weights and runs backward, once and over a few tokens: no shards, but time, for that.
+    how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
     free_memory()  # a second copy of a large model has no room
     student = load_model(model.path, **how)
     kinds = Units(units, len(blocks(student)))

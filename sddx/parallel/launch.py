@@ -1,4 +1,4 @@
-"""The processes of a training on several devices: started for it alone, and gone when it is done."""
+"""The processes of work on several devices: started for it alone, and gone when it is done."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial, wraps
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from threading import Thread, current_thread, main_thread
@@ -37,14 +38,33 @@ class Place:
     outlives: bool
 
 
-def launch(work: Callable[..., None], devices: int, runtime: Runtime) -> None:
-    """Calls `work(runtime=...)` in so many processes, one a device, as one torch.distributed group.
+def sharded(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates `work(*given, runtime=...)`, which runs passes of frozen models: where `runtime.shards` is above 1
+    it is called in so many processes (`launch`), between which the models are cut (`models.load.placed`).
+
+    All of them make the same passes over the same batches in the same order, since each pass needs the shards of
+    all; so they find the same, and what the first one returns is returned.
+    """
+
+    @wraps(work)
+    def run(*given: Any, runtime: Runtime) -> Any:
+        if runtime.shards == 1:
+            return work(*given, runtime=runtime)
+        return launch(partial(run, *given), runtime.shards, runtime)
+
+    return run
+
+
+def launch(work: Callable[..., Any], devices: int, runtime: Runtime) -> Any:
+    """Calls `work(runtime=...)` in so many processes, one a device, as one torch.distributed group, and returns
+    what it returned in the first.
 
     They are started afresh and are given the work itself, which must be picklable: whatever started this
     process, a cell of a sweep included, the command line is not run again and the stages around stay in one
     process, as does the lock on what is built. The rows and the progress of the first process come back to
-    `runtime`. What one of them raises ends the others and is raised here: a UserError or Interrupted as itself,
-    anything else as a RuntimeError with its traceback. SIGTERM is passed on to all of them.
+    `runtime`; each is given one of its own, without shards. What one of them raises ends the others and is raised
+    here: a UserError or Interrupted as itself, anything else as a RuntimeError with its traceback. SIGTERM is
+    passed on to all of them.
     """
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # of what ran in this process before: they need the memory
@@ -57,7 +77,7 @@ def launch(work: Callable[..., None], devices: int, runtime: Runtime) -> None:
             end, process = _start(work, place, runtime.quiet)
             workers[end] = process
         with _passed_on(list(workers.values())):
-            _listen(workers, runtime)
+            return _listen(workers, runtime)
     finally:
         for process in workers.values():
             process.kill()
@@ -68,7 +88,7 @@ def _device(device: str, number: int) -> str:
     return f"cuda:{number}" if device.startswith("cuda") else device
 
 
-def _start(work: Callable[..., None], place: Place, quiet: bool) -> tuple[Connection, Any]:
+def _start(work: Callable[..., Any], place: Place, quiet: bool) -> tuple[Connection, Any]:
     context = get_context("spawn")  # CUDA does not survive a fork
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_perform, args=(work, place, quiet, there), daemon=False)
@@ -77,9 +97,10 @@ def _start(work: Callable[..., None], place: Place, quiet: bool) -> tuple[Connec
     return here, process
 
 
-def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> None:
-    """Hands on what the processes say until all have ended. Raises what the first that failed did."""
-    talking = list(workers)
+def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> Any:
+    """Hands on what the processes say until all have ended, and returns what the work came to. Raises what the
+    first that failed did."""
+    talking, result = list(workers), None
     while talking:
         ready: list[Any] = wait(talking)
         for end in ready:
@@ -91,13 +112,17 @@ def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> None:
                 continue
             if kind == "failed":
                 raise value
-            getattr(runtime, kind)(value)
+            if kind == "done":
+                result = value
+            else:
+                getattr(runtime, kind)(value)
+    return result
 
 
 def _require_success(process: Any) -> None:
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"a process of the training ended with status {process.exitcode}, without a word")
+        raise RuntimeError(f"one of the processes ended with status {process.exitcode}, without a word")
 
 
 @contextmanager
@@ -122,7 +147,7 @@ def _passed_on(processes: Sequence[Any]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _perform(work: Callable[..., None], place: Place, quiet: bool, end: Connection) -> None:
+def _perform(work: Callable[..., Any], place: Place, quiet: bool, end: Connection) -> None:
     """What each of the processes runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that started them, which ends them
     if place.outlives:
@@ -130,18 +155,20 @@ def _perform(work: Callable[..., None], place: Place, quiet: bool, end: Connecti
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         _join(place)
-        work(runtime=_runtime(place, quiet, end))
+        result = work(runtime=_runtime(place, quiet, end))
+        if place.rank == 0:
+            end.send(("done", result))
         dist.destroy_process_group()
     except (UserError, Interrupted) as known:
         end.send(("failed", known))
     except BaseException:
-        told = f"in process {place.rank} of {place.devices} of the training:\n{traceback.format_exc()}"
+        told = f"in process {place.rank} of {place.devices}:\n{traceback.format_exc()}"
         end.send(("failed", RuntimeError(told)))
     end.close()
 
 
 def _end_with_parent() -> None:
-    """Nobody would collect what an orphan trains, and the same command may be run again beside it."""
+    """Nobody would collect what an orphan finds, and the same command may be run again beside it."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
