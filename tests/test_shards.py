@@ -153,7 +153,8 @@ def test_a_sharded_run_ends_as_a_run_on_one_device(tmp_path):
     for strategy, devices in (("single", 1), ("fsdp", 2)):
         out = tmp_path / strategy
         given = (f"store={out / 'store'}", f"trainer.strategy={strategy}", f"trainer.devices={devices}",
-                 "trainer.accumulate=2", "trainer.batch_size=4", "loss=sft", "dataset.size=16")  # fmt: skip
+                 "trainer.accumulate=2", "trainer.batch_size=4", "loss=sft", "dataset.size=16",
+                 "evaluation.tasks=[tiny_facts]")  # fmt: skip
         with composed(*SMALL, *SIZE, *given, out=out) as cfg:
             summaries.append(json.loads(run(resolve(cfg), out).read_text()))
     one, two = summaries

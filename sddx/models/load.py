@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from sddx.hub import asking
 from sddx.models.anatomy import bare, blocks, decoder
 from sddx.parallel.distributed import is_joined, shard_apart
+from sddx.parallel.launch import release
 from sddx.records import UserError
 
 DTYPES = {
@@ -183,9 +184,10 @@ def placed(model: Any, device: str, *others: Any) -> Any:
 
 
 def free_memory() -> None:
-    """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), and of what
-    torch keeps on the GPU, so that the next one finds room."""
+    """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), of what torch
+    keeps on the GPU, and of processes that hold one in shards, so that the next one finds room."""
     frozen_model.cache_clear()
+    release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

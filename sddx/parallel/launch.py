@@ -1,13 +1,14 @@
-"""The processes of work on several devices: started for it alone, and gone when it is done."""
+"""The processes of work on several devices: started for it alone, and gone when it or its like is done."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
@@ -40,19 +41,43 @@ class Place:
 
 def sharded(work: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates `work(*given, runtime=...)`, which runs passes of frozen models: where `runtime.shards` is above 1
-    it is called in so many processes (`launch`), between which the models are cut (`models.load.placed`).
+    it is called in so many processes as `launch` calls it, between which the models are cut (`models.load.placed`).
 
     All of them make the same passes over the same batches in the same order, since each pass needs the shards of
-    all; so they find the same, and what the first one returns is returned.
+    all; so they find the same, and what the first one returns is returned. They stay, with the model that they
+    hold, for the next work of this kind, until `release()`.
     """
 
     @wraps(work)
     def run(*given: Any, runtime: Runtime) -> Any:
         if runtime.shards == 1:
             return work(*given, runtime=runtime)
-        return launch(partial(run, *given), runtime.shards, runtime)
+        try:
+            return _kept(runtime.shards, runtime.device).run(partial(run, *given), runtime)
+        except BaseException:
+            release()
+            raise
 
     return run
+
+
+_groups: dict[tuple[int, str], Group] = {}
+
+
+def _kept(devices: int, device: str) -> Group:
+    if (devices, device) not in _groups:
+        release()
+        _groups[devices, device] = Group(devices, device)
+    return _groups[devices, device]
+
+
+def release() -> None:
+    """End the processes that wait for more, and free their devices."""
+    while _groups:
+        _groups.popitem()[1].end()
+
+
+atexit.register(release)  # multiprocessing would wait for them
 
 
 def launch(work: Callable[..., Any], devices: int, runtime: Runtime) -> Any:
@@ -66,20 +91,36 @@ def launch(work: Callable[..., Any], devices: int, runtime: Runtime) -> Any:
     here: a UserError or Interrupted as itself, anything else as a RuntimeError with its traceback. SIGTERM is
     passed on to all of them.
     """
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # of what ran in this process before: they need the memory
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    outlives = callable(signal.getsignal(signal.SIGTERM))
-    workers: dict[Connection, Any] = {}
+    group = Group(devices, runtime.device)
     try:
-        for number in range(devices):
-            place = Place(number, devices, meeting.port, _device(runtime.device, number), outlives)
-            end, process = _start(work, place, runtime.quiet)
-            workers[end] = process
-        with _passed_on(list(workers.values())):
-            return _listen(workers, runtime)
+        return group.run(work, runtime)
     finally:
-        for process in workers.values():
+        group.end()
+
+
+class Group:
+    """Processes that wait for work, one a device."""
+
+    def __init__(self, devices: int, device: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # of what ran in this process before: they need the memory
+        self._meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        outlives = callable(signal.getsignal(signal.SIGTERM))
+        self._workers: dict[Connection, Any] = {}
+        for number in range(devices):
+            end, process = _start(Place(number, devices, self._meeting.port, _device(device, number), outlives))
+            self._workers[end] = process
+
+    def run(self, work: Callable[..., Any], runtime: Runtime) -> Any:
+        """Have all of them call `work(runtime=...)`; what `launch` says of it. After an exception, `end` them."""
+        with _passed_on(list(self._workers.values())):
+            for end in self._workers:
+                with suppress(OSError):  # one that is gone is found by listening
+                    end.send((work, runtime.quiet))
+            return _listen(self._workers, runtime)
+
+    def end(self) -> None:
+        for process in self._workers.values():
             process.kill()
             process.join()
 
@@ -88,41 +129,41 @@ def _device(device: str, number: int) -> str:
     return f"cuda:{number}" if device.startswith("cuda") else device
 
 
-def _start(work: Callable[..., Any], place: Place, quiet: bool) -> tuple[Connection, Any]:
+def _start(place: Place) -> tuple[Connection, Any]:
     context = get_context("spawn")  # CUDA does not survive a fork
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_perform, args=(work, place, quiet, there), daemon=False)
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(place, there), daemon=False)
     process.start()
     there.close()
     return here, process
 
 
 def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> Any:
-    """Hands on what the processes say until all have ended, and returns what the work came to. Raises what the
-    first that failed did."""
-    talking, result = list(workers), None
-    while talking:
-        ready: list[Any] = wait(talking)
+    """Hands on what the processes say until all are done, and returns what the work came to in the first. Raises
+    what the first that failed did."""
+    working, results = list(workers), []
+    while working:
+        ready: list[Any] = wait(working)
         for end in ready:
             try:
                 kind, value = end.recv()
-            except EOFError:
-                talking.remove(end)
-                _require_success(workers[end])
-                continue
+            except (EOFError, ConnectionResetError):
+                raise _vanished(workers[end]) from None
             if kind == "failed":
                 raise value
             if kind == "done":
-                result = value
+                working.remove(end)
+                results += value
             else:
                 getattr(runtime, kind)(value)
-    return result
+    return results[0]
 
 
-def _require_success(process: Any) -> None:
+def _vanished(process: Any) -> BaseException:
     process.join()
-    if process.exitcode:
-        raise RuntimeError(f"one of the processes ended with status {process.exitcode}, without a word")
+    if process.exitcode == -signal.SIGTERM:
+        return Interrupted()
+    return RuntimeError(f"one of the processes ended with status {process.exitcode}, without a word")
 
 
 @contextmanager
@@ -147,7 +188,7 @@ def _passed_on(processes: Sequence[Any]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _perform(work: Callable[..., Any], place: Place, quiet: bool, end: Connection) -> None:
+def _serve(place: Place, end: Connection) -> None:
     """What each of the processes runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one that started them, which ends them
     if place.outlives:
@@ -155,16 +196,15 @@ def _perform(work: Callable[..., Any], place: Place, quiet: bool, end: Connectio
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         _join(place)
-        result = work(runtime=_runtime(place, quiet, end))
-        if place.rank == 0:
-            end.send(("done", result))
-        dist.destroy_process_group()
+        while True:
+            work, quiet = end.recv()
+            result = work(runtime=_runtime(place, quiet, end))
+            end.send(("done", [] if place.rank else [result]))
     except (UserError, Interrupted) as known:
         end.send(("failed", known))
     except BaseException:
         told = f"in process {place.rank} of {place.devices}:\n{traceback.format_exc()}"
         end.send(("failed", RuntimeError(told)))
-    end.close()
 
 
 def _end_with_parent() -> None:

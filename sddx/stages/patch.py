@@ -40,7 +40,8 @@ def patch(
     """
     how = {"dtype": dtype, "attention": attention}
     unexplained = _fitted(out, model.path, cut.path, patch, calibration, how, runtime=runtime)
-    free_memory()
+    if runtime.shards == 1:
+        free_memory()
     how["device"] = runtime.roomy  # for the proof, as in prune
     what = Cut.load(cut.path / "cut.json")
     student = load_model(model.path, **how)
