@@ -14,7 +14,7 @@ LEVELS = [
     {"records", "runtime"},
     {
         "arguments", "build", "store", "ranges", "config", "hub", "tracking", "surgery.choose",
-        "importance.metrics", "training.losses",
+        "importance.metrics", "training.losses", "parallel",
     },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},

@@ -17,12 +17,12 @@ from torch import nn
 
 from sddx.models.anatomy import bare, blocks, is_adapted
 from sddx.models.teacher import SeparateTeacher
+from sddx.parallel.distributed import put_together, rank, shard, world
 from sddx.records import Cut, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
 from sddx.training.batches import Step, StepLoader, plan
 from sddx.training.callbacks import Metrics, Resume, Validation
-from sddx.training.distributed import put_together, rank, shard, world
 from sddx.training.module import Distiller, Teacher
 from sddx.training.objective import Objective, one_of
 
