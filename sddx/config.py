@@ -10,23 +10,51 @@ import difflib
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sddx.build import build
+from sddx.ranges import is_ours, out_of_range, wrong_type
 from sddx.records import UserError
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
 CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "conf").is_dir())
+
+FILES = ("experiment", "sweeps")  # sets of settings, which count as what they set
+
+
+def surroundings(
+    *,
+    run: dict,
+    store: str | None,
+    accept: list,
+    device: str,
+    wandb: dict,
+    dry_run: bool,
+    stages: list | None,
+    metrics: dict,
+    rates: dict | None = None,
+    rehearse: Any = None,
+    gpu: str | None,
+    probe: int | float | str | None,
+    context: int,
+    budget: dict,
+) -> None:
+    """Settings that change no number of a run, those of plans last; a signature and no more."""
+
+
+SURROUNDINGS = tuple(inspect.signature(surroundings).parameters)
 
 
 def register() -> None:
@@ -36,15 +64,30 @@ def register() -> None:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Raises UserError for
-    interpolations and `???` that have none."""
+    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Its `choices` hold
+    whatever else was set on the command line. Raises UserError for interpolations and `???` that have none."""
     try:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore
+        if "choices" in config:
+            config["choices"] |= _other_choices(cfg, flatten(config))
         return build(config["rehearse"])(config) if config.get("rehearse") else config
     except OmegaConfBaseException as error:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
         what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]
         raise UserError(f"{what} Give each as name=value on the command line.") from None
+
+
+def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set on the command line and is not among the choices that the configuration names: runs that differ
+    in it are not runs of one kind either."""
+    sources = str(OmegaConf.to_container(cfg.choices, resolve=False)).replace("hydra:runtime.choices.", "")
+    named, beside = set(re.findall(r"[\w./]+", sources)), (*SURROUNDINGS, *FILES)
+    given = dict(override.lstrip("+").partition("=")[::2] for override in HydraConfig.get().overrides.task)
+    return {
+        key: settings.get(key, value)
+        for key, value in given.items()
+        if key not in named and key.split(".")[0] not in beside
+    }
 
 
 @contextmanager
@@ -58,14 +101,16 @@ def mistakes_told() -> Iterator[None]:
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
-    """Bind the root (without the keys `also`) to `schema` and every `_target_` to its signature, without
-    calling anything.
+    """Bind the root to `schema`, the keys that are `also` there to `surroundings`, and every `_target_` to its
+    signature, without calling anything.
 
-    Raises one UserError that lists every unknown, missing or misspelt key and every target that cannot be
-    imported.
+    Raises one UserError that lists every unknown, missing or misspelt key, every target that cannot be imported,
+    and every value that is out of its range or not of its type.
     """
     method = {key: value for key, value in config.items() if key not in also}
-    problems = [*_bound("", method, schema), *(found for key in config for found in _walk(key, config[key]))]
+    beside = {key: value for key, value in config.items() if key in also}
+    problems = [*_bound("", method, schema), *_bound("", beside, surroundings)]
+    problems += [found for key in config if key != "choices" for found in _walk(key, config[key])]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"The configuration has {len(problems)} mistake(s); nothing was run.\n{listed}")
@@ -84,6 +129,8 @@ def _walk(where: str, node: Any) -> Iterator[str]:
             yield f"{where}._target_: {node['_target_']!r} cannot be imported.{_near_target(node['_target_'])}"
             return
         yield from _bound(where, {key: node[key] for key in node if not key.startswith("_")}, target)
+    else:
+        yield from (wrong for key in node for wrong in out_of_range(f"{where}.{key}", key, node[key]))
     for key, value in node.items():
         yield from _walk(f"{where}.{key}", value)
 
@@ -101,8 +148,13 @@ def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[s
         if key not in names:
             yield f"{prefix}{key} is not a setting.{_near(key, names, prefix)} Known here: {', '.join(names)}."
     for parameter in settable:
-        if parameter.default is parameter.empty and parameter.name not in given:
-            yield f"{prefix}{parameter.name} has no value."
+        name, place = parameter.name, f"{prefix}{parameter.name}"
+        if name not in given:
+            if parameter.default is parameter.empty:
+                yield f"{place} has no value."
+        elif is_ours(target):
+            wrong = [*wrong_type(place, parameter, given[name])]
+            yield from wrong or out_of_range(place, name, given[name], str(parameter.annotation))
 
 
 def _near(key: str, names: list[str], prefix: str) -> str:

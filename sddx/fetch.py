@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from huggingface_hub import constants
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, check, mistakes_told, resolve
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, resolve
 from sddx.hub import asking
 from sddx.records import UserError
-from sddx.train import SURROUNDINGS, recover
+from sddx.train import recover
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Seen:
-    """A wanted repository as the hub has it: its commit, the bytes of its files, and whether they are here."""
+    """A wanted repository as the hub has it: its commit, the bytes of its files, how many of these are still to
+    come, and whether all is here."""
 
     wanted: Wanted
     commit: str
     size: int
+    missing: int
     present: bool
 
 
@@ -81,9 +84,6 @@ def look(repository: Wanted) -> Seen:
     """Ask the hub, without downloading. Raises UserError where the repository is not found, is gated without
     access, has no such revision or subset, or the hub cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
-
-    from sddx.models.load import FILES, TWICE
 
     kind, name, revision = repository.kind, repository.name, repository.revision
     otherwise = (
@@ -94,23 +94,31 @@ def look(repository: Wanted) -> Seen:
         HfApi().auth_check(name, repo_type=kind)
         ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
         info = ask(name, revision=revision, files_metadata=True)
-    files = filter_repo_objects(
-        info.siblings or [],
-        allow_patterns=FILES if kind == "model" else None,
-        ignore_patterns=TWICE if kind == "model" else None,
-        key=lambda file: file.rfilename,
-    )
-    commit = str(info.sha)
-    return Seen(repository, commit, sum(file.size or 0 for file in files), _present(repository, commit))
+    commit, sizes = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if kind == "model":
+        return _model(repository, commit, sizes)
+    size, here = sum(sizes.values()), _prepared(repository, commit)
+    return Seen(repository, commit, size, 0 if here else size, here)
 
 
-def _present(repository: Wanted, commit: str) -> bool:
-    """Whether this commit is in the cache of this machine, whole."""
-    if repository.kind == "model":
-        from sddx.models.load import cached
+def _model(repository: Wanted, commit: str, sizes: dict[str, int]) -> Seen:
+    """A model is here where every file is, also its licence, and the revision is known to be this commit. What an
+    interrupted download has finished is not counted again."""
+    from huggingface_hub import try_to_load_from_cache
 
-        snapshot = cached(repository.name, repository.revision)
-        return snapshot is not None and snapshot.name == commit
+    from sddx.models.load import cached, fetched
+
+    name = repository.name
+    sizes = {file: size for file, size in sizes.items() if fetched(file)}
+    here = {file for file in sizes if isinstance(try_to_load_from_cache(name, file, revision=commit), str)}
+    snapshot = cached(name, repository.revision)
+    whole = sizes.keys() == here and snapshot is not None and snapshot.name == commit
+    missing = sum(size for file, size in sizes.items() if file not in here)
+    return Seen(repository, commit, sum(sizes.values()), missing, whole)
+
+
+def _prepared(repository: Wanted, commit: str) -> bool:
+    """Whether every subset of a data set, at this commit, is in the cache of this machine."""
     import datasets
 
     for subset in repository.subsets:
@@ -130,16 +138,15 @@ def too_large(seen: Sequence[Seen]) -> list[str]:
     """What is wrong with the room on the disks that hold the caches; nothing where all fits. A data set counts
     twice, as it comes and as it is unpacked, and whole, whatever its subset: the room needed at most."""
     import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     needed: dict[int, int] = {}
     folders: dict[int, Path] = {}
     for one in (one for one in seen if not one.present):
         unpacked = [Path(datasets.config.HF_DATASETS_CACHE)] if one.wanted.kind == "dataset" else []
-        for folder in (Path(HF_HUB_CACHE), *unpacked):
+        for folder in (Path(constants.HF_HUB_CACHE), *unpacked):
             existing = next(path for path in (folder, *folder.parents) if path.exists())
             disk = existing.stat().st_dev
-            needed[disk] = needed.get(disk, 0) + one.size
+            needed[disk] = needed.get(disk, 0) + one.missing
             folders.setdefault(disk, existing)
     free = {disk: shutil.disk_usage(folder).free for disk, folder in folders.items()}
     return [
@@ -157,6 +164,8 @@ def fetch(config: dict[str, Any], console: Console) -> None:
     if not repositories:
         console.print("Nothing to fetch: the model, the rows, the texts and the tasks of this run are all here.")
         return
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, and fetching asks the hub. Unset it, on a machine with a network.")
     seen: list[Seen] = []
     wrong: list[str] = []
     for repository in repositories:

@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sddx.config import CONF, check, mistakes_told, register, resolve
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
-from sddx.train import SURROUNDINGS, recover
+from sddx.train import recover
 
 
 def verify(config: dict[str, Any]) -> None:

@@ -16,7 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sddx.build import build
-from sddx.config import CONF, check, flatten, mistakes_told, register, resolve, writable_folder
+from sddx.config import (
+    CONF,
+    SURROUNDINGS,
+    check,
+    flatten,
+    mistakes_told,
+    register,
+    resolve,
+    writable_folder,
+)
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
@@ -31,11 +40,6 @@ from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
 STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
-# Settings that change no number of a run.
-PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
-SURROUNDINGS = (
-    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", *PLANNING
-)  # fmt: skip
 
 
 def recover(
@@ -68,7 +72,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.models.load import free_memory, locate
+    from sddx.models.load import decides, free_memory, locate
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
@@ -83,7 +87,7 @@ def recover(
     make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     folder, _ = locate(model["path"], revision=model["revision"])
-    unpruned = store.source("model", folder)
+    unpruned = store.source("model", folder, decides)
 
     texts, units = _files(store, calibration), pruning.get("units", "blocks")
     scores, patches = [], []
@@ -111,7 +115,7 @@ def recover(
         rewriting = {"dataset": dataset, "generation": generation}
         learning["max_length"] = max_length
         taught = teach(store, runtime, unpruned, cut, patches, data[0], teacher, rewriting, learning, how)
-        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
+        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
     inputs = {"pruned": [cut, *patches]}
@@ -138,7 +142,7 @@ def teach(
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
     from sddx.data.vllm import engines
-    from sddx.models.load import free_memory, locate
+    from sddx.models.load import decides, free_memory, locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
 
@@ -156,7 +160,7 @@ def teach(
 
     free_memory()  # its memory is needed for training, and that of vLLM's engines
     engines.cache_clear()
-    teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
+    teachers = [store.source("teacher", locate(teacher)[0], decides)] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
     return Taught([data], rows, [student])
@@ -171,14 +175,14 @@ def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
 def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifact:
     """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
     from sddx.data.sources import pinned
-    from sddx.models.load import locate
+    from sddx.models.load import decides, locate
     from sddx.stages.score import score
 
     model, calibration = config["model"], pinned(config["calibration"])
     folder, _ = locate(model["path"], revision=model["revision"])
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     units, metrics = config["pruning"].get("units", "blocks"), config["metrics"]
-    given = [store.source("model", folder), *_files(store, calibration), *_task_files(store, metrics)]
+    given = [store.source("model", folder, decides), *_files(store, calibration), *_task_files(store, metrics)]
     return store.build(score, *given, runtime=runtime, metrics=metrics, units=units, calibration=calibration, **how)
 
 
@@ -241,9 +245,11 @@ def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
 def run(config: dict[str, Any], folder: Path) -> Path:
     """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
     `agreement.md`); raises UserError."""
+    from sddx.models.load import find_device
+
     verify(config)
-    device = _device(config["device"])
-    check_hardware(config["trainer"], device)
+    device = find_device(config["device"])
+    check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
@@ -269,7 +275,7 @@ def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tra
     seen = mark(store.root, identity, settings)
     if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
         settings = {**settings, "mode": "disabled"}
-    flat = flatten(method(config)) | config["choices"]
+    flat = config["choices"] | flatten(method(config))
     with build(settings)(folder, identity, config["run"]["name"], flat) as tracker:
         yield tracker
     seen.touch()
@@ -278,16 +284,6 @@ def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tra
 def method(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is built."""
     return {key: value for key, value in config.items() if key not in SURROUNDINGS}
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={wanted}, but torch finds no CUDA device. Use device=auto or device=cpu.")
-    return wanted
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -17,7 +19,18 @@ from transformers import PreTrainedTokenizerFast
 from words import tiny_llama, word_tokenizer
 
 from sddx.data import checkers
-from sddx.data.encode import collate, encode, encode_all, ending, render, text_batches
+from sddx.data.encode import (
+    TEXT_BATCH,
+    TEXT_TOKENS,
+    collate,
+    encode,
+    encode_all,
+    ending,
+    render,
+    require_system_turn,
+    text_batches,
+    text_spans,
+)
 from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
 from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
@@ -476,6 +489,33 @@ def test_tokenizers_that_cannot_tell_prompt_from_answer_are_refused() -> None:
         encode_all(tokenizer, [Example("x", "what ?", "3 .")], max_length=9)
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+SYSTEM = {
+    "keeps it": (TURNS, None),
+    "merges it into the user's turn": (
+        "{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.first = m.content ~ '\n\n' %}{% else %}[INST] {{ ns.first ~ m.content }}[/INST]{% endif %}"
+        "{% endfor %}",
+        None,
+    ),
+    "refuses it": (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('Not supported') }}{% endif %}" + TURNS,
+        r"drops the system prompt \(Not supported\).*mmlu, hellaswag.*chat_template=false",
+    ),
+    "leaves it out": (TURNS.replace("messages", "messages if m.role != 'system'"), "drops the system prompt, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SYSTEM)
+def test_a_template_that_drops_the_system_turn_is_refused(kind: str) -> None:
+    """Unless no task puts anything there."""
+    template, complaint = SYSTEM[kind]
+    tokenizer = byte_tokenizer(template)
+    require_system_turn(tokenizer, [])
+    with nullcontext() if complaint is None else pytest.raises(UserError, match=complaint):
+        require_system_turn(tokenizer, ["mmlu", "hellaswag"])
+
+
 def test_calibration_texts_are_labelled_everywhere() -> None:
     """Every attended token but the first is a target, in batches that keep the order of the texts."""
     tokenizer = word_tokenizer()
@@ -557,6 +597,30 @@ def test_rows_of_the_hub_may_lie_in_a_local_file(tmp_path: Path, monkeypatch: py
         hub(**of_hub, **kept, data_files=str(tmp_path / "none.jsonl"))
 
 
+def test_batches_of_texts_hold_so_many_tokens() -> None:
+    """All texts in their order, once; no batch of several pads to more tokens than are allowed, none has room for
+    its next text, and a text that is longer by itself stands alone."""
+    dice = random.Random(0)
+    lengths = [dice.choice((10, 600, 2000, 20_000)) for _ in range(300)]
+    spans = text_spans(lengths)
+    assert [place for first, end in spans for place in range(first, end)] == list(range(300))
+    padded = [max(lengths[first:end]) * (end - first) for first, end in spans]
+    assert all(size <= TEXT_TOKENS or end == first + 1 for size, (first, end) in zip(padded, spans, strict=True))
+    for first, end in spans[:-1]:
+        more = max(lengths[first : end + 1]) * (end + 1 - first)
+        assert end - first == TEXT_BATCH or more > TEXT_TOKENS
+
+
+def test_headings_are_no_texts(tmp_path: Path) -> None:
+    """Rows shorter than asked for are left out before any is drawn; where all are, that is said."""
+    rows = [{"text": text} for text in (" = = Career = = ", "", "a" * 50, "b" * 49)]
+    given = {"path": lines(tmp_path / "rows.jsonl", rows), "column": "text", "seed": 0}
+    assert texts(**given, size=1, min_characters=50) == ["a" * 50]
+    assert set(texts(**given, size=None)) == {"= = Career = =", "a" * 50, "b" * 49}
+    with pytest.raises(UserError, match="min_characters=51"):
+        texts(**given, size=None, min_characters=51)
+
+
 def sentence(first: int, words: int) -> str:
     return " ".join(f"w{number}" for number in range(first, first + words))
 
@@ -600,6 +664,28 @@ def test_real_training_and_test_rows_hardly_overlap() -> None:
     for name in ("alpaca_train.json", "dolly_train.json"):
         rows = load(real_file(name), prompt="{instruction}\n{input}", response="output").examples
         assert not overlapping([f"{row.prompt}\n{row.response}" for row in rows], items)
+
+
+def test_without_a_network_no_other_commit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` itself reads whichever was prepared last; a cache of both, made as it makes it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for commit, text in (("a" * 40, "older"), ("b" * 40, "newer")):
+        source = tmp_path / f"{text}.jsonl"
+        source.write_text(json.dumps({"text": text}))
+        files, place = {"train": str(source)}, tmp_path / "me___rows" / "default" / "0.0.0" / commit
+        made = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(tmp_path / "made"))
+        made.download_and_prepare()
+        shutil.copytree(made.cache_dir, place)
+        next(place.glob("*.arrow")).rename(place / "rows-train.arrow")
+        info = json.loads((place / "dataset_info.json").read_text()) | {"config_name": "default"}
+        (place / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "rows"}))
+    how = {"name": "me/rows", "subset": None, "split": "train", "column": "text", "size": None, "seed": 0}
+    assert hub_texts(**how, revision="b" * 40) == ["newer"]
+    with pytest.raises(UserError, match="a{40}.*gives b{40}"):
+        hub_texts(**how, revision="a" * 40)
 
 
 def test_a_hub_dataset_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

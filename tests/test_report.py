@@ -14,9 +14,9 @@ from scipy.stats import t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
-from sddx.report import page
+from sddx.report import page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
-from sddx.report.curves import AXES, KEPT, MEASURES, differences, families, variant_differences, variants
+from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
 from sddx.report.sections import variant_sections
 from sddx.report.workspace import workspace
@@ -221,6 +221,47 @@ def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.Captu
     assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + 1
 
 
+def read(found: dict, strict: float, flexible: float, unparsed: float) -> dict:
+    """A run whose recovered model answers in another format than the two others."""
+    models = {"unpruned": (0.9, 0.9, 0.0), "pruned": (0.1, 0.2, 0.5), "recovered": (strict, flexible, unparsed)}
+    filters = {
+        model: dict(zip(("match,strict", "match,flexible"), of, strict=False)) for model, of in models.items()
+    }
+    return found | {
+        "part_of": {"trained": "trained", "held": "held"},
+        "primary": {"trained": "match,strict", "held": "acc,none"},
+        "metrics": {model: {"trained": scores, "held": {"acc,none": 0.8}} for model, scores in filters.items()},
+        "unparsed": {model: {"trained": {"strict": of[2], "flexible": 0.0}} for model, of in models.items()},
+    }
+
+
+READ = {"sft": [(0.50, 0.52, 0.02), (0.54, 0.55, 0.00)], "sdd": [(0.30, 0.60, 0.40), (0.36, 0.64, 0.36)]}
+
+
+def test_arms_are_held_against_each_other_under_every_filter() -> None:
+    """Means over seeds; a strict score that favours SFT stands beside the flexible one that does not, each with its
+    paired t test, times two by Holm for the smaller p."""
+    runs = [read(run(arm, seed=seed), *of) for arm, seeds in READ.items() for seed, of in enumerate(seeds)]
+    found = page.contents([*runs, run("kd", removed=5)], [])
+    assert [row[1:] for row in found["readings"]["rows"]] == [
+        ["unpruned", "trained", "match,strict (primary)", "90.0 %", "0.0 %"],
+        ["unpruned", "trained", "match,flexible", "90.0 %", "0.0 %"],
+        ["pruned", "trained", "match,strict (primary)", "10.0 %", "50.0 %"],
+        ["pruned", "trained", "match,flexible", "20.0 %", "0.0 %"],
+        ["sft", "trained", "match,strict (primary)", "52.0 %", "1.0 %"],
+        ["sft", "trained", "match,flexible", "53.5 %", "0.0 %"],
+        ["sdd", "trained", "match,strict (primary)", "33.0 %", "38.0 %"],
+        ["sdd", "trained", "match,flexible", "62.0 %", "0.0 %"],
+    ]
+    p = [ttest_rel(*([of[place] for of in READ[arm]] for arm in ("sdd", "sft"))).pvalue for place in (0, 1)]
+    strict, flexible = found["reading_differences"]["rows"]
+    assert strict[1:5] == ["sdd", "2", "trained", "match,strict (primary)"] and flexible[4] == "match,flexible"
+    assert strict[5].startswith("-19.0 (") and flexible[5].startswith("+8.5 (") and p[0] < p[1]
+    assert (strict[6], flexible[6]) == (f"{2 * p[0]:.3f}", f"{max(2 * p[0], p[1]):.3f}")
+    for text in (page.html(found), page.markdown(found).replace("\\_", "_")):
+        assert "38.0 %" in text and strict[5] in text and flexible[5] in text
+
+
 def untrained(removed: int, kept: float, perplexity: float) -> dict:
     """A run of loss=none, as its summary stands on disk."""
     found = run("none", removed=removed)
@@ -257,6 +298,14 @@ def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:
     assert section["table"]["rows"][0][2:] == ["80.0", "70.0"]
 
 
+def test_settings_beside_the_axes_keep_runs_apart() -> None:
+    """What was set by hand is no seed: two temperatures are two sets of runs, and of arms that write nothing each
+    may have what the others lack."""
+    cold, warm = ([run("sdd", seed=s, **{"generation.temperature": t}) for s in (0, 1)] for t in (0.0, 0.7))
+    assert [len(group) for _, _, group in arms([*cold, *warm])] == [2, 2]
+    assert [d.seeds for d in differences([*cold, run("sft", seed=0), run("sft", seed=1)])] == [2]
+
+
 def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
     for number, gain in enumerate((0.1, 0.2)):
         folder = tmp_path / f"report/a/{number}"
@@ -266,6 +315,22 @@ def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
     os.utime(tmp_path / "report/a/0/summary.json", (1, 1))
     (found,) = page.of_store(tmp_path)
     assert found["recovery"] == run(gain=0.2)["recovery"] and found["store"] == str(tmp_path)
+
+
+def test_selection_items_are_never_reported_without_a_word() -> None:
+    """By another split or by their tasks' own names: in the table of a run, and on the page of many."""
+    named = run()
+    named["scores"] = {model: {"tiny_facts_selection": 0.5, "average": 0.5} for model in named["scores"]}
+    named |= {"standard_errors": {}, "trained": [], "name": "mine"}
+    for chosen in ([run(split={"mmlu": "validation"})], [named], [run(), named]):
+        found = page.contents(chosen, [])
+        said = f"1 of {len(chosen)} runs were judged on selection items: for choosing, not for reporting."
+        assert said in page.html(found) and said in page.markdown(found)
+    assert table.markdown(named).startswith(
+        "Scores in percent ± standard error, mine (selection items: for choosing"
+    )
+    assert "selection" not in page.html(page.contents([run()], []))
+    assert "selection" not in table.markdown(run() | {"standard_errors": {}})
 
 
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

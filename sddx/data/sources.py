@@ -73,11 +73,11 @@ def hub(
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
 
-def texts(*, path: str, column: str, size: int | None, seed: int) -> list[str]:
-    """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads.
-    `column` is a column or a format string. Raises UserError as `jsonl` does."""
-    examples = _examples(read_table(Path(path)), column, column, where=path)
-    return [example.prompt for example in _head(examples, size, seed, where=path)]
+def texts(*, path: str, column: str, size: int | None, seed: int, min_characters: int = 0) -> list[str]:
+    """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads, without those
+    of fewer than `min_characters`. `column` is a column or a format string. Raises UserError as `jsonl` does, and
+    where every row is shorter."""
+    return _texts(read_table(Path(path)), column, min_characters, size, seed, path)
 
 
 def hub_texts(
@@ -90,10 +90,20 @@ def hub_texts(
     column: str,
     size: int | None,
     seed: int,
+    min_characters: int = 0,
 ) -> list[str]:
     """As `texts`, for a dataset of the hub, or its rows in the local file `data_files` (see `hub`)."""
-    examples = _examples(_hub_rows(name, subset, split, revision, data_files), column, column, where=name)
-    return [example.prompt for example in _head(examples, size, seed, where=name)]
+    rows = _hub_rows(name, subset, split, revision, data_files)
+    return _texts(rows, column, min_characters, size, seed, name)
+
+
+def _texts(
+    rows: Iterable[dict[str, Any]], column: str, min_characters: int, size: int | None, seed: int, where: str
+) -> list[str]:
+    found = _examples(rows, column, column, where=where)
+    if not (long := [example for example in found if len(example.prompt) >= min_characters]):
+        raise UserError(f"No row of {where} has min_characters={min_characters} in {column!r}. Ask for fewer.")
+    return [example.prompt for example in _head(long, size, seed, where=where)]
 
 
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,11 +140,11 @@ def _hub_rows(
 
 def from_hub(name: str, subset: str | None, *, split: str | None, revision: str | None) -> Any:
     """The rows of a dataset of the hub, from the cache of `datasets` where they are in it; of all splits, by name,
-    where `split` is None. Raises UserError where it cannot be loaded."""
+    where `split` is None. Raises UserError where it cannot be loaded, and where another commit would be read."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, subset, split=split, revision=revision)
+        rows = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
         raise UserError(
             f"The dataset cannot be loaded: {type(error).__name__}: {error}. Given: name={name}, "
@@ -142,6 +152,22 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
             "gated dataset) `hf auth login`; rows in a local file are given as data_files=rows.jsonl, and "
             "dataset=tiny_arithmetic needs no network."
         ) from error
+    # Without a network, `datasets` takes what it prepared last, whatever the revision that is asked for.
+    others = _commits(rows) - {revision} if COMMIT.fullmatch(revision or "") else None
+    if others:
+        raise UserError(
+            f"dataset {name} was asked for at commit {revision}, and without a network its cache "
+            f"({datasets.config.HF_DATASETS_CACHE}) gives {', '.join(sorted(others))}, the last that was prepared. "
+            "Ask for that one, remove it there, or run where there is a network."
+        )
+    return rows
+
+
+def _commits(rows: Any) -> set[str]:
+    """The commits that prepared rows come from: the folders in the cache of `datasets` are named by them."""
+    splits = rows.values() if isinstance(rows, Mapping) else [rows]
+    files = [Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", [])]
+    return {file.parent.name for file in files if COMMIT.fullmatch(file.parent.name)}
 
 
 def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def base_name(run: Recovered) -> str:
 def front_matter(folder: Path) -> dict[str, Any]:
     """The YAML at the head of a model's README.md; empty where there is none that can be read."""
     path = folder / "README.md"
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
+    written = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---", written, re.DOTALL)
     try:
         fields = yaml.safe_load(found[1]) if found else None
@@ -100,7 +100,7 @@ def _facts(run: Recovered, name: str, terms: dict[str, Any]) -> list[tuple[str, 
             f"{len(cut.removed)} of {cut.total}, counted from 0: {removed} (by {chosen['pruning']})",
         ),
         ("in their place", patch if chosen["patch"] != "none" else "nothing"),
-        ("parameters", f"{summary['parameters']['unpruned']:,} before, {_parameters(summary):,} after"),
+        ("parameters", f"{summary['parameters']['unpruned']:,} before, {parameters(summary):,} after"),
         *_training(summary, chosen),
         ("made with", ", ".join(f"{package} {version}" for package, version in summary["versions"].items())),
     ]
@@ -116,7 +116,8 @@ def _training(summary: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str
     ]
 
 
-def _parameters(summary: dict[str, Any]) -> int:
+def parameters(summary: dict[str, Any]) -> int:
+    """How many the recovered model has, its adapter merged."""
     sizes = summary["parameters"]
     return sizes.get("patched", sizes["pruned"])
 

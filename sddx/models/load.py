@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
@@ -27,8 +29,12 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TWICE = ["consolidated*", "original/*"]  # the same weights in their makers' own form
+# What decides what a model computes: weights, settings, tokenizer, chat template.
+RUNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+FILES = (*RUNS, *TERMS, "README.md")
+# The same weights in other forms, which are not read: Mistral's consolidated.safetensors, Llama's original/, onnx/.
+ELSEWHERE = ("*/*", "consolidated*", "params.json", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,10 @@ def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]
 
 
 def cached(path: str, revision: str | None) -> Path | None:
-    """The whole snapshot of a hub model in this machine's cache; None where it is not there, or not all of it."""
+    """The snapshot of a hub model in this machine's cache; None where it lacks what a run reads (its licence is not
+    asked for)."""
     try:
-        found = Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE, local_files_only=True
-            )
-        )
+        found = Path(_snapshot(path, revision, RUNS, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return found if _has_weights(found) else None
@@ -84,7 +87,22 @@ def download(path: str, revision: str | None) -> Path:
         "(python -m sddx.fetch with the same settings); model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE))
+        return Path(_snapshot(path, revision, FILES))
+
+
+def _snapshot(path: str, revision: str | None, files: Sequence[str], **how: Any) -> str:
+    return snapshot_download(path, revision=revision, allow_patterns=[*files], ignore_patterns=[*ELSEWHERE], **how)
+
+
+def fetched(name: str, files: Sequence[str] = FILES) -> bool:
+    """Whether a file of a model's repository, by its name there, is among `files` and in the form that is read."""
+    return any(filter_repo_objects([name], allow_patterns=[*files], ignore_patterns=[*ELSEWHERE]))
+
+
+def decides(name: str) -> bool:
+    """Whether a file of a model's folder, by its name there, can change what the model computes. A key that rests
+    on these files alone is that of every copy, with or without licence, README and weights in other forms."""
+    return fetched(name, RUNS)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -137,6 +155,23 @@ def load_model(
     _require_all_weights(report, folder)
     decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
     return (model if packed else model.to(device)).eval()
+
+
+def find_device(wanted: str) -> str:
+    """The name of a torch device; `auto` is CUDA where there is one, else the CPU. Raises UserError for one that
+    torch does not know or this machine does not have."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return "cuda" if count else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
+        )
+    return wanted
 
 
 def four_bit(*, type: str, double: bool, compute: str) -> Any:

@@ -16,8 +16,7 @@ from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
-from sddx.stages.prune import size_of, write_proof
-from sddx.stages.score import BATCH, MAX_LENGTH
+from sddx.stages.prune import footprint, write_proof
 from sddx.surgery.fit import fit_patches
 from sddx.surgery.junction import Junction
 
@@ -49,7 +48,7 @@ def patch(
     for weight in attached.values():
         weight.requires_grad_(patch["trained"])
     write_proof(out, student, model, what, out, attached, how)
-    (out / "size.json").write_text(json.dumps({"pruned": size_of(student)}) + "\n")
+    (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})
 
@@ -68,7 +67,7 @@ def _fitted(
     """Writes the patches and returns what they leave unexplained."""
     tokenizer = load_tokenizer(folder)
     teacher = frozen_model(folder, **how, device=runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    batches = list(text_batches(tokenizer, build(calibration)))
 
     def block(place: int) -> Any:
         """One that may be trained; out of shards none can be copied."""

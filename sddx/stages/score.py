@@ -15,8 +15,6 @@ from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
 
-BATCH, MAX_LENGTH = 32, 2048
-
 
 def score(
     out: Path,
@@ -49,6 +47,6 @@ def _scores(
 ) -> dict[str, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     teacher = frozen_model(folder, **how, device=runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    batches = list(text_batches(tokenizer, build(calibration)))
     subject = Subject(teacher, tokenizer, Units(units, len(blocks(teacher))), batches, runtime)
     return score_units(subject, {name: build(metric) for name, metric in metrics.items()})
