@@ -171,7 +171,7 @@ def _check_training(trainer: dict[str, Any]) -> None:
     if started > 1:
         raise UserError(
             f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
-            f"trainer.strategy=ddp trainer.devices={started} starts processes for the training alone."
+            f"trainer.strategy=ddp trainer.devices={started} starts its own processes."
         )
     build(trainer)
 

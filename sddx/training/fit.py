@@ -47,7 +47,7 @@ class Fit:
 
     With strategy `ddp` and `fsdp` this is called in each of `devices` processes (`launch.launch`), which share out
     the micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
-    all weights, with `fsdp` a shard of each.
+    all weights, with `fsdp` a shard of each. (Where nothing is trained, `fsdp` stands in `Runtime.shards`.)
     """
 
     budget: str = "examples"
