@@ -610,23 +610,3 @@ def test_real_training_and_test_rows_hardly_overlap() -> None:
     for name in ("alpaca_train.json", "dolly_train.json"):
         rows = load(real_file(name), prompt="{instruction}\n{input}", response="output").examples
         assert not overlapping([f"{row.prompt}\n{row.response}" for row in rows], items)
-
-
-def test_a_hub_dataset_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch name becomes the commit it points to; a commit, and a node that is not of the hub, stay."""
-    import huggingface_hub
-
-    class Info:
-        sha = "b" * 40
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info())
-    assert pinned({"name": "a/b", "revision": None})["revision"] == "b" * 40
-    assert pinned({"name": "a/b", "revision": "c" * 40})["revision"] == "c" * 40
-    assert pinned({"path": "x.jsonl"}) == {"path": "x.jsonl"}
-
-    def unreachable(self: object, name: str, revision: str) -> None:
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(UserError, match="40 hexadecimal"):
-        pinned({"name": "a/b", "revision": "main"})

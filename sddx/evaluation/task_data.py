@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.evaluation.tasks import named_in_files, task_folders, task_manager
+from sddx.hub import unpacked
 from sddx.records import UserError
 
 PATIENCE = 3.0  # seconds that the hub has to answer
@@ -61,7 +62,7 @@ def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:
 def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
     """Raise UserError where tasks read hub datasets that are not in the cache of `datasets`, and the hub cannot be
     reached; nothing is loaded. The hub is asked once, and only where something is missing."""
-    missing = [pair for pair in task_datasets(tasks, include) if not _cached(*pair)]
+    missing = [pair for pair in task_datasets(tasks, include) if not unpacked(*pair)]
     if missing and not _hub_answers():
         from datasets.config import HF_DATASETS_CACHE
 
@@ -82,18 +83,6 @@ def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
 
 def _few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _cached(path: str, name: str | None) -> bool:
-    """Whether `datasets` can read this from its cache alone: <owner>___<name>/<subset>/<version>/<hash>/."""
-    from datasets.config import HF_DATASETS_CACHE
-    from datasets.naming import camelcase_to_snakecase
-
-    *owner, last = path.split("/")
-    folder = Path(HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(last)])
-    return any(
-        found.parent.suffix != ".incomplete" for found in folder.glob(f"{name or '*'}/*/*/dataset_info.json")
-    )
 
 
 @cache
