@@ -4,6 +4,7 @@ where the real data is not there. No network is used."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact
 from sddx.evaluation.recovery import summarise
 from sddx.evaluation.task_data import task_datasets
+from sddx.hub import unpacked
 from sddx.records import UserError
 from sddx.runtime import Runtime
 
@@ -197,26 +199,28 @@ def test_the_packages_own_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -
     task_data.require_task_data(["tiny_arithmetic", "tiny_facts_selection"])
 
 
-def cached(root: Path, path: str, subset: str) -> None:
+def cached(root: Path, path: str, subset: str, commit: str = "abc") -> None:
     """What `datasets` leaves in its cache."""
-    folder = root / path / subset / "0.0.0" / "abc"
+    folder = root / path / subset / "0.0.0" / commit
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps({"config_name": subset}))
 
 
 def test_the_cache_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Present and absent subsets, as the library's own search of its cache finds them."""
+    """Present and absent subsets, and of two commits the newest, as the library's own search of its cache finds
+    them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    cached(tmp_path, "me___camel_case", "main")
+    for age, commit in enumerate(("new", "a_old", "z_older")):
+        cached(tmp_path, "me___camel_case", "main", commit)
+        os.utime(tmp_path / "me___camel_case" / "main" / "0.0.0" / commit, (10**9 - age, 10**9 - age))
     cached(tmp_path, "me___other", "default")
     for path, name in [("me/CamelCase", "main"), ("me/CamelCase", None), ("me/CamelCase", "x"), ("me/other", None),
                        ("me/nothing", None)]:  # fmt: skip
         try:
-            _find_hash_in_cache(path, name, None, {}, None)
-            there = True
+            commits = [_find_hash_in_cache(path, name, None, {}, None)[2]]
         except ValueError:
-            there = False
-        assert task_data._cached(path, name) is there, (path, name)
+            commits = []
+        assert [found.name for found in unpacked(path, name)][-1:] == commits, (path, name)
 
 
 def test_missing_data_is_named_where_the_hub_is_out_of_reach(
