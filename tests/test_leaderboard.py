@@ -26,6 +26,8 @@ from sddx.evaluation.task_data import task_datasets
 from sddx.hub import unpacked
 from sddx.records import UserError
 from sddx.runtime import Runtime
+from sddx.store import Store
+from sddx.train import _files
 
 FULL = yaml.safe_load((CONF / "evaluation" / "full.yaml").read_text())
 SPLITS = ("train", "dev", "validation", "test")
@@ -221,6 +223,35 @@ def test_the_cache_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pyt
         except ValueError:
             commits = []
         assert [found.name for found in unpacked(path, name)][-1:] == commits, (path, name)
+
+
+def test_evaluations_are_keyed_by_the_commit_of_their_data(
+    folder: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's, and without one that of the rows in the cache: the same where these are the newest. Tasks whose
+    data is in files have none."""
+    tmp_path = tmp_path_factory.mktemp("apart")  # `folder` is read as a whole
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    answers, main = [True], ["1" * 40]
+    monkeypatch.setattr(task_data, "_hub_answers", lambda: answers[0])
+    monkeypatch.setattr(task_data, "current_commit", lambda path, revision: main[0])
+    store = Store(tmp_path / "store")
+
+    def keys(task: str = "both") -> list[str]:
+        return [made.key for made in _files(store, {"tasks": [task], "include": folder})]
+
+    assert len(keys("local")) == len(keys("own")) == len(keys()) - 1
+    online = keys()
+    for subset in ("default", "sub"):
+        cached(tmp_path / "cache", "me___plain", subset, "1" * 40)
+    answers[0] = False
+    assert keys() == online
+    cached(tmp_path / "cache", "me___plain", "sub", "2" * 40)
+    os.utime(tmp_path / "cache" / "me___plain" / "sub" / "0.0.0" / ("1" * 40), (0, 0))
+    later = keys()
+    assert later != online
+    answers[0], main[0] = True, "3" * 40
+    assert keys() not in (online, later)
 
 
 def test_missing_data_is_named_where_the_hub_is_out_of_reach(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.evaluation.tasks import named_in_files, task_folders, task_manager
-from sddx.hub import unpacked
+from sddx.hub import current_commit, unpacked
 from sddx.records import UserError
 
 PATIENCE = 3.0  # seconds that the hub has to answer
@@ -71,6 +71,18 @@ def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
             "Where there is a network, run python -m sddx.fetch with the settings of this run; it fills the cache "
             f"({HF_DATASETS_CACHE}), which can be copied here. The tasks of evaluation=tiny need no network."
         )
+
+
+def task_commits(tasks: Sequence[str], include: str | None = None) -> dict[str, str]:
+    """At which commit the hub datasets of tasks will be read, by path and subset. lm-eval asks for none, and
+    `datasets` then takes the hub's main branch or, where the hub cannot be reached, the newest rows in its cache.
+    Raises UserError as `check_tasks` does, and where neither is there."""
+    return {f"{path}/{name or ''}": _commit(path, name) for path, name in task_datasets(tasks, include)}
+
+
+def _commit(path: str, name: str | None) -> str:
+    here = unpacked(path, name)
+    return here[-1].name if here and not _hub_answers() else current_commit(path, None)
 
 
 def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
