@@ -37,7 +37,7 @@ DEFAULT = ["+experiment=llama_26L", "trainer.batch_size=1", "trainer.accumulate=
 
 def configured(overrides: list[str]) -> dict[str, Any]:
     register()
-    more = [f"max_length={LENGTH}", "trainer.budget=steps", f"trainer.steps={STEPS}", "loss=sft"]
+    more = [f"max_length={LENGTH}", "trainer.budget=steps", f"trainer.steps={STEPS}", "loss=sft", "validation=0"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[*DEFAULT, *more, *overrides], return_hydra_config=True)
     with open_dict(cfg):

@@ -33,7 +33,7 @@ CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder
 # Settings that change no number of a run.
 PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
 SURROUNDINGS = (
-    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", *PLANNING
+    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", "rates", *PLANNING
 )  # fmt: skip
 FILES = ("experiment", "sweeps")  # sets of settings, which count as what they set
 

@@ -42,11 +42,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Seen:
-    """A wanted repository as the hub has it: its commit, the bytes of its files, and whether they are here."""
+    """A wanted repository as the hub has it: its commit, the bytes of its files, how many of these are still to
+    come, and whether all is here."""
 
     wanted: Wanted
     commit: str
     size: int
+    missing: int
     present: bool
 
 
@@ -93,36 +95,41 @@ def look(repository: Wanted) -> Seen:
     """Ask the hub, without downloading. Raises UserError where the repository is not found, is gated without
     access, has no such revision or subset, or the hub cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
-
-    from sddx.models.load import FILES, TWICE
 
     kind, name, revision = repository.kind, repository.name, repository.revision
     otherwise = (
-        "the hub cannot be asked from here. Run this on a machine with a network, and copy its caches (HF_HOME) "
-        "here where this one has none."
+        f"the hub has no {kind} {name}, or it cannot be reached from here. Check the name and the network; "
+        "where there is none, run this on a machine that has one and copy its cache (HF_HOME)."
     )
     with asking(kind, name, revision, otherwise=otherwise):
         HfApi().auth_check(name, repo_type=kind)
         ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
         info = ask(name, revision=revision, files_metadata=True)
-    files = filter_repo_objects(
-        info.siblings or [],
-        allow_patterns=FILES if kind == "model" else None,
-        ignore_patterns=TWICE if kind == "model" else None,
-        key=lambda file: file.rfilename,
-    )
-    commit = str(info.sha)
-    return Seen(repository, commit, sum(file.size or 0 for file in files), _present(repository, commit))
+    commit, sizes = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if kind == "model":
+        return _model(repository, commit, sizes)
+    size, here = sum(sizes.values()), _prepared(repository, commit)
+    return Seen(repository, commit, size, 0 if here else size, here)
 
 
-def _present(repository: Wanted, commit: str) -> bool:
-    """Whether this commit is in the cache of this machine, whole."""
-    if repository.kind == "model":
-        from sddx.models.load import cached
+def _model(repository: Wanted, commit: str, sizes: dict[str, int]) -> Seen:
+    """A model is here where every file is, also its licence, and the revision is known to be this commit. What an
+    interrupted download has finished is not counted again."""
+    from huggingface_hub import try_to_load_from_cache
 
-        snapshot = cached(repository.name, repository.revision)
-        return snapshot is not None and snapshot.name == commit
+    from sddx.models.load import cached, fetched
+
+    name = repository.name
+    sizes = {file: size for file, size in sizes.items() if fetched(file)}
+    here = {file for file in sizes if isinstance(try_to_load_from_cache(name, file, revision=commit), str)}
+    snapshot = cached(name, repository.revision)
+    whole = sizes.keys() == here and snapshot is not None and snapshot.name == commit
+    missing = sum(size for file, size in sizes.items() if file not in here)
+    return Seen(repository, commit, sum(sizes.values()), missing, whole)
+
+
+def _prepared(repository: Wanted, commit: str) -> bool:
+    """Whether every subset of a data set, at this commit, is in the cache of this machine."""
     import datasets
 
     for subset in repository.subsets:
@@ -153,7 +160,7 @@ def too_large(seen: Sequence[Seen]) -> list[str]:
         for folder in (Path(HF_HUB_CACHE), *unpacked):
             existing = next(path for path in (folder, *folder.parents) if path.exists())
             disk = existing.stat().st_dev
-            needed[disk] = needed.get(disk, 0) + one.size
+            needed[disk] = needed.get(disk, 0) + one.missing
             folders.setdefault(disk, existing)
     free = {disk: shutil.disk_usage(folder).free for disk, folder in folders.items()}
     return [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +28,10 @@ from sddx.store.manifest import replace_text
 
 COMMIT = re.compile("[0-9a-f]{40}")
 PATIENCE = 10.0  # seconds that the hub has to answer a question
-LOCAL = {EACCES, EDQUOT, ENOSPC, EPERM, EROFS}  # errors of this machine's disk, not of the hub
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FAILURES = (
+    HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, XetDownloadError, httpx.HTTPError, OSError
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -38,43 +41,52 @@ class Unreachable(UserError):
 
 @contextmanager
 def asking(kind: str, name: str, revision: str | None, *, otherwise: str) -> Iterator[None]:
-    """Around calls that reach for a repository of the hub (`kind` model or dataset): raises UserError where it does
-    not exist, is gated and this account has no access, has no such revision, where the token is refused or the
-    cache cannot be written; and Unreachable, with `otherwise`, which says what to do, where the hub cannot be
-    asked."""
-    what, token = f"{kind} {name}", get_token()
+    """Around calls that reach for a repository of the hub (`kind` model or dataset): raises UserError where it is
+    gated and this account has no access, where it has no such revision, where the hub refuses the access token,
+    where what comes cannot be written, and with `otherwise`, which says what to do, where it does not exist or, as
+    Unreachable, where the hub cannot be asked."""
     try:
         yield
     except GatedRepoError as error:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-        who = "this account has no access" if token else "no access token is set on this machine"
+        who = "this account has no access" if get_token() else "no access token is set on this machine"
         raise UserError(
-            f"{what} is gated and {who}. Accept its licence at {page}, then log in with `hf auth login` (a "
-            "fine-grained token must be allowed to read gated repositories)."
+            f"{kind} {name} is gated and {who}. Accept its licence at {page}, then log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{what} has no revision {revision!r}. Give an existing branch, tag or commit.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        private = "is private to others" if token else "is private and no access token is set (`hf auth login`)"
-        raise UserError(f"The hub has no {what}, or it {private}. Check the name.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, XetDownloadError, OSError) as error:
-        response = getattr(error, "response", None)
-        if response is not None and response.status_code in (401, 403):
-            raise UserError(
-                f"The hub refuses the access token of this machine ({what}): {error}. Log in again with "
-                "`hf auth login`, and look whether HF_TOKEN holds an old one."
-            ) from error
-        if getattr(error, "errno", None) in LOCAL:
-            raise UserError(
-                f"The hub's cache {constants.HF_HUB_CACHE} cannot be written ({what}): {error}. Make room or mend "
-                "its rights, or put the caches elsewhere with HF_HOME=/another/folder."
-            ) from error
-        raise Unreachable(f"{_reason(error)}: {otherwise}") from error
+        raise UserError(
+            f"{kind} {name} has no revision {revision!r}. Give an existing branch, tag or commit."
+        ) from error
+    except FAILURES as error:
+        raise _kind(error)(_reason(error, kind, name, otherwise)) from error
 
 
-def _reason(error: Exception) -> str:
-    offline = "HF_HUB_OFFLINE is set (unset it where there is a network)"
-    return offline if constants.HF_HUB_OFFLINE else type(error).__name__
+def _kind(error: Exception) -> type[UserError]:
+    """Whether the hub answered, with a refusal, or not at all."""
+    if isinstance(error, HfHubHTTPError):
+        unanswered = error.response.status_code >= 500 or error.response.status_code == 429
+    else:
+        unanswered = not isinstance(error, HFValidationError) and getattr(error, "errno", None) not in UNWRITABLE
+    return Unreachable if unanswered else UserError
+
+
+def _reason(error: Exception, kind: str, name: str, otherwise: str) -> str:
+    """What went wrong, and what to do, by the error that the libraries raised."""
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (
+            f"{kind} {name} cannot be written to the cache {constants.HF_HUB_CACHE}: {error}. Make room there, or "
+            "put the caches elsewhere with HF_HOME=/another/folder; what was downloaded is not downloaded again."
+        )
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    if response is not None and response.status_code == 401 and not isinstance(error, RepositoryNotFoundError):
+        return (
+            f"the hub does not accept the access token of this machine, so {kind} {name} cannot be asked for. Log "
+            "in again with `hf auth login`; where HF_TOKEN is set, it is used instead: mend or unset it."
+        )
+    if constants.HF_HUB_OFFLINE:
+        otherwise = f"HF_HUB_OFFLINE is set, so the hub is not asked. {otherwise}"
+    said = next(iter(str(error).splitlines()), "")
+    return f"{otherwise} ({type(error).__name__}: {said})"
 
 
 @cache
@@ -82,10 +94,10 @@ def current_commit(name: str, revision: str | None) -> str:
     """The commit that a dataset's revision (None: its main branch) points to at the hub; asked once a process, so
     that all of it speaks of the same rows. Raises UserError as `asking` does."""
     otherwise = (
-        f"the commit of dataset {name} (revision {revision}) cannot be asked for, and no fetch noted it here. Run "
-        "python -m sddx.fetch with the same settings where there is a network, give a revision of 40 hexadecimal "
-        "digits that is in the cache of `datasets`, or the rows in a local file (data_files=...); "
-        "dataset=tiny_arithmetic needs none of it."
+        f"the commit of dataset {name} (revision {revision}) is not known: the hub does not have it, or cannot be "
+        "reached and no fetch noted it here. Check the name; run python -m sddx.fetch with the same settings where "
+        "there is a network, give a revision of 40 hexadecimal digits that is in the cache of `datasets`, or the "
+        "rows in a local file (data_files=...); dataset=tiny_arithmetic needs none of it."
     )
     with asking("dataset", name, revision, otherwise=otherwise):
         return str(HfApi().dataset_info(name, revision=revision, timeout=PATIENCE).sha)

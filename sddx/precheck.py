@@ -22,7 +22,7 @@ def precheck(method: dict[str, Any]) -> None:
     folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
     config = text_config(folder)
     checks: list[Callable[[], None]] = [
-        lambda: _check_evaluation(method["evaluation"]),
+        lambda: _check_evaluation(method["evaluation"], folder),
         lambda: _check_pruning(method, config),
         lambda: _check_backend(method),
         lambda: _check_training(method["trainer"]),
@@ -46,14 +46,21 @@ def precheck(method: dict[str, Any]) -> None:
         raise UserError(*wrong)
 
 
-def _check_evaluation(evaluation: dict[str, Any]) -> None:
-    """Tasks, and those that settings are given for, exist; what they read is there. Raises UserError."""
-    from sddx.evaluation.task_data import require_task_data
+def _check_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Tasks, and those that settings are given for, exist; the chat template carries their descriptions; what they
+    read is there. Raises UserError."""
+    from sddx.data.encode import require_system_turn
+    from sddx.evaluation.task_data import described, require_task_data
     from sddx.evaluation.tasks import check_tasks
+    from sddx.models.load import load_tokenizer
 
     tasks, include = evaluation["tasks"], evaluation["include"]
-    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance")}
+    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance", "split")}
     check_tasks(tasks, include, **by_task)
+    if evaluation["chat_template"] and (told := described(tasks, include)):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.chat_template:  # that there is none is told elsewhere
+            require_system_turn(tokenizer, told)
     require_task_data(tasks, include)
 
 
@@ -80,10 +87,30 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         raise UserError(
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
+    _check_looked_at(getattr(pruning.metric, "value", None), config)
     if pruning.patch.fit is not None and pruning.remove:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
+
+
+def _check_looked_at(value: Any, config: Any) -> None:
+    """The tasks that a metric looks at are written in words of the model, and their data is there. Raises
+    UserError."""
+    from sddx.evaluation.task_data import require_task_data
+    from sddx.evaluation.tasks import OWN_TASKS, named_in_files
+    from sddx.models.load import text_config
+
+    tasks = getattr(value, "tasks", [])
+    embedded = [task for task in tasks if task in named_in_files([OWN_TASKS])]
+    if embedded and config.vocab_size != text_config(OWN_TASKS.parent / "checkpoint").vocab_size:
+        raise UserError(
+            f"The pruning metric looks at {', '.join(embedded)}, of the embedded world, and this model has other "
+            "words. Give tasks of yours, as in pruning.metric.value.tasks=[mmlu] "
+            "'pruning.metric.value.split={mmlu: validation}' (see conf/pruning/shapley_task.yaml)."
+        )
+    if tasks:
+        require_task_data(tasks, value.include)
 
 
 def _check_backend(method: dict[str, Any]) -> None:
@@ -115,23 +142,32 @@ def _check_training(trainer: dict[str, Any]) -> None:
     build(trainer)
 
 
-def check_hardware(trainer: dict[str, Any], device: str) -> None:
+def check_hardware(config: dict[str, Any], device: str) -> None:
     """Where the run itself takes place (a sweep may be started elsewhere): there are as many CUDA devices as are
-    asked for, and they compute in the precision. Raises UserError."""
+    asked for, and they compute in what weights and training are to be in. Raises UserError."""
     import torch
 
     if not device.startswith("cuda"):
         return
+    trainer = config["trainer"]
     devices, there = trainer.get("devices", 1), torch.cuda.device_count()
     if trainer.get("strategy", "single") != "single" and (":" in device or devices > there):
         raise UserError(
             f"trainer.devices={devices} with device={device}, but torch finds {there} CUDA devices. Ask for no "
             "more, with device=cuda; CUDA_VISIBLE_DEVICES chooses which."
         )
-    if trainer.get("precision") == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    quantization = config["tuning"].get("quantization") or {}
+    asked = [
+        ("trainer.precision", trainer.get("precision"), "32"),
+        ("model.dtype", config["model"]["dtype"], "float32"),
+        ("tuning.quantization.compute", quantization.get("compute"), "float32"),
+    ]
+    half = [(f"{name}={given}", f"{name}={full}") for name, given, full in asked if given in ("bf16", "bfloat16")]
+    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        given, instead = zip(*half, strict=True)
         raise UserError(
-            f"trainer.precision=bf16, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
-            "trainer.precision=32."
+            f"{', '.join(given)}, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
+            f"{' '.join(instead)}."
         )
 
 

@@ -35,7 +35,7 @@ def small(
         "text": {**world, "seed": 1},
         "evaluation": {
             **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
-            "limit": items, "max_new_tokens": new_tokens,
+            "limit": items, "split": None, "max_new_tokens": new_tokens,
         },
         "generation": {**generation, "max_new_tokens": new_tokens},
         "trainer": {**config["trainer"], "epochs": 1},

@@ -72,7 +72,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.models.load import free_memory, locate
+    from sddx.models.load import decides, free_memory, locate
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
@@ -87,7 +87,7 @@ def recover(
     make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     folder, _ = locate(model["path"], revision=model["revision"])
-    unpruned = store.source("model", folder)
+    unpruned = store.source("model", folder, decides)
 
     texts, units = _files(store, calibration), pruning.get("units", "blocks")
     scores, patches = [], []
@@ -115,7 +115,7 @@ def recover(
         rewriting = {"dataset": dataset, "generation": generation}
         learning["max_length"] = max_length
         taught = teach(store, runtime, unpruned, cut, patches, data[0], teacher, rewriting, learning, how)
-        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit")}
+        asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
     inputs = {"pruned": [cut, *patches]}
@@ -142,7 +142,7 @@ def teach(
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
     from sddx.data.vllm import engines
-    from sddx.models.load import free_memory, locate
+    from sddx.models.load import decides, free_memory, locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
 
@@ -160,7 +160,7 @@ def teach(
 
     free_memory()  # its memory is needed for training, and that of vLLM's engines
     engines.cache_clear()
-    teachers = [store.source("teacher", locate(teacher)[0])] if teacher else []
+    teachers = [store.source("teacher", locate(teacher)[0], decides)] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
     return Taught([data], rows, [student])
@@ -175,14 +175,14 @@ def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
 def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifact:
     """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
     from sddx.data.sources import pinned
-    from sddx.models.load import locate
+    from sddx.models.load import decides, locate
     from sddx.stages.score import score
 
     model, calibration = config["model"], pinned(config["calibration"])
     folder, _ = locate(model["path"], revision=model["revision"])
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     units, metrics = config["pruning"].get("units", "blocks"), config["metrics"]
-    given = [store.source("model", folder), *_files(store, calibration), *_task_files(store, metrics)]
+    given = [store.source("model", folder, decides), *_files(store, calibration), *_task_files(store, metrics)]
     return store.build(score, *given, runtime=runtime, metrics=metrics, units=units, calibration=calibration, **how)
 
 
@@ -251,7 +251,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     `agreement.md`); raises UserError."""
     verify(config)
     device = _device(config["device"])
-    check_hardware(config["trainer"], device)
+    check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])

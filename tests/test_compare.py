@@ -137,6 +137,45 @@ def test_table_without_a_recovered_model() -> None:
     assert not {"recovery", "training"} & set(dict(table.lines(summary)))
 
 
+FILTERS = {
+    "part_of": {"one": "sums", "two": "sums", "facts": "facts"},
+    "primary": {"one": "match,flexible", "two": "match,flexible", "facts": "acc,none"},
+    "metrics": {
+        model: {
+            "one": {"match,flexible": 0.5, "match,strict": strict},
+            "two": {"match,flexible": 0.7, "match,strict": strict - 0.2},
+            "facts": {"acc,none": 0.8, "acc_norm,none": 0.9},
+        }
+        for model, strict in (("unpruned", 0.6), ("pruned", 0.3))
+    },
+    "unparsed": {
+        "unpruned": {"one": {"strict": 0.1}, "two": {"strict": 0.2}},
+        "pruned": {"one": {"strict": 0.5}, "two": {"strict": 0.5}},
+    },
+}  # fmt: skip
+
+
+def test_every_reading_of_an_answer_is_shown() -> None:
+    """Parts count equally, the reported one is marked; two metrics under one filter are no two readings."""
+    shown = {label: text for label, text in table.lines(SUMMARY | FILTERS) if "match," in label or "acc" in label}
+    assert shown == {
+        "sums, match,flexible (primary)": "unpruned 60.0 %, pruned 60.0 %",
+        "sums, match,strict": "unpruned 50.0 % (15.0 % unparsed), pruned 20.0 % (50.0 % unparsed)",
+    }
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.0, False), (0.25, True)])
+def test_one_filter_is_shown_where_it_left_answers_unread(share: float, shown: bool) -> None:
+    """Of all models, if of any."""
+    found = {
+        "part_of": {"sums": "sums"},
+        "metrics": {model: {"sums": {"match,only": 0.5}} for model in ("unpruned", "pruned")},
+        "unparsed": {"unpruned": {"sums": {"only": 0.0}}, "pruned": {"sums": {"only": share}}},
+    }
+    told = "unpruned 50.0 % (0.0 % unparsed), pruned 50.0 % (25.0 % unparsed)"
+    assert dict(table.lines(SUMMARY | found)).get("sums, match,only") == (told if shown else None)
+
+
 def test_acceptance_counts_reasons_and_shows_examples() -> None:
     """Accepted are the self-written answers; refused ones are counted by their reason."""
     rewrites = [

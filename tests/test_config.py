@@ -47,7 +47,7 @@ def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
     """Each value that a grid names is one that the configuration takes."""
     sweeper = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]
     for setting, values in (
-        entry for grid in sweeper.get("grids", [sweeper.get("params")]) for entry in grid.items()
+        entry for grid in (sweeper.get("params", {}), *sweeper.get("grids", [])) for entry in grid.items()
     ):
         for value in str(values).split(","):
             checked(f"+sweeps={sweep}", f"{setting}={value}")

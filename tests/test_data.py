@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -17,7 +18,18 @@ from transformers import PreTrainedTokenizerFast
 from words import tiny_llama, word_tokenizer
 
 from sddx.data import checkers
-from sddx.data.encode import collate, encode, encode_all, ending, render, text_batches
+from sddx.data.encode import (
+    TEXT_BATCH,
+    TEXT_TOKENS,
+    collate,
+    encode,
+    encode_all,
+    ending,
+    render,
+    require_system_turn,
+    text_batches,
+    text_spans,
+)
 from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
 from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
@@ -476,6 +488,33 @@ def test_tokenizers_that_cannot_tell_prompt_from_answer_are_refused() -> None:
         encode_all(tokenizer, [Example("x", "what ?", "3 .")], max_length=9)
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+SYSTEM = {
+    "keeps it": (TURNS, None),
+    "merges it into the user's turn": (
+        "{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.first = m.content ~ '\n\n' %}{% else %}[INST] {{ ns.first ~ m.content }}[/INST]{% endif %}"
+        "{% endfor %}",
+        None,
+    ),
+    "refuses it": (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('Not supported') }}{% endif %}" + TURNS,
+        r"drops the system prompt \(Not supported\).*mmlu, hellaswag.*chat_template=false",
+    ),
+    "leaves it out": (TURNS.replace("messages", "messages if m.role != 'system'"), "drops the system prompt, "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SYSTEM)
+def test_a_template_that_drops_the_system_turn_is_refused(kind: str) -> None:
+    """Unless no task puts anything there."""
+    template, complaint = SYSTEM[kind]
+    tokenizer = byte_tokenizer(template)
+    require_system_turn(tokenizer, [])
+    with nullcontext() if complaint is None else pytest.raises(UserError, match=complaint):
+        require_system_turn(tokenizer, ["mmlu", "hellaswag"])
+
+
 def test_calibration_texts_are_labelled_everywhere() -> None:
     """Every attended token but the first is a target, in batches that keep the order of the texts."""
     tokenizer = word_tokenizer()
@@ -555,6 +594,20 @@ def test_rows_of_the_hub_may_lie_in_a_local_file(tmp_path: Path, monkeypatch: py
         hub(**of_hub, **(kept | {"only": {"right": 3}}), data_files=path)
     with pytest.raises(UserError, match="data_files"):
         hub(**of_hub, **kept, data_files=str(tmp_path / "none.jsonl"))
+
+
+def test_batches_of_texts_hold_so_many_tokens() -> None:
+    """All texts in their order, once; no batch of several pads to more tokens than are allowed, none has room for
+    its next text, and a text that is longer by itself stands alone."""
+    dice = random.Random(0)
+    lengths = [dice.choice((10, 600, 2000, 20_000)) for _ in range(300)]
+    spans = text_spans(lengths)
+    assert [place for first, end in spans for place in range(first, end)] == list(range(300))
+    padded = [max(lengths[first:end]) * (end - first) for first, end in spans]
+    assert all(size <= TEXT_TOKENS or end == first + 1 for size, (first, end) in zip(padded, spans, strict=True))
+    for first, end in spans[:-1]:
+        more = max(lengths[first : end + 1]) * (end + 1 - first)
+        assert end - first == TEXT_BATCH or more > TEXT_TOKENS
 
 
 def test_headings_are_no_texts(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +16,17 @@ import torch
 from composing import composed
 from families import ALL_FAMILIES
 from families import build as family_model
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sddx.config import resolve
-from sddx.estimate import memory
+from sddx.estimate import costs, memory
+from sddx.estimate import peaks as estimate_peaks
 from sddx.estimate.costs import Estimate, distinct, seconds
-from sddx.estimate.devices import DEVICES, device_of, probed
+from sddx.estimate.devices import DEVICES, device_of, probed, this_machine
 from sddx.estimate.peaks import peaks, remedies
-from sddx.estimate.show import hours, require
+from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
 from sddx.records import UserError
@@ -171,7 +175,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""
     config = configured("model=llama31_8b_instruct", "max_length=1024", "dataset=tiny_arithmetic")
     room = 40e9
-    found = remedies(config, room)
+    found = remedies(Estimate(config), room)
     assert found and all(name.startswith(("trainer.", "tuning=qlora")) for name in found)
     assert peaks(Estimate(config))["train"] > room
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -179,6 +183,12 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(UserError, match=r"train needs about \d+ GB, and this GPU has 40.*gradient_checkpointing"):
         require([{**config, "device": "cuda"}])
+    properties.total_memory = 14e9  # less than the weights: no stage fits, and all are told
+    with pytest.raises(UserError) as caught:
+        require([{**config, "device": "cuda"}])
+    told = [mistake.split(" needs")[0].removeprefix("The stage ") for mistake in caught.value.args]
+    assert told == ["score", "prune", "distill", "train", "evaluate"]
+    assert "batch_size" not in caught.value.args[-1] and "bfloat16" not in caught.value.args[-1]
 
 
 def test_more_than_the_budget_is_refused() -> None:
@@ -195,6 +205,32 @@ def test_a_probe_measures_this_machine() -> None:
     assert seconds(estimate.parts(), device) is None
     found = seconds(estimate.parts(), probed(device, estimate.shape, "float32", 0.3))
     assert found is not None and all(spent > 0 for spent in found.values())
+
+
+def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are never those of a device that is not here, and memory is what the card has."""
+    estimate = Estimate(configured())
+    with pytest.raises(UserError, match="no GPU, and gpu=h100"):
+        device_for(configured("gpu=h100", "probe=0.1s"), estimate)
+    assert "processor, probed" in device_for(configured("probe=0.1s"), estimate).name
+    card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=42e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card.name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    found = this_machine(None)
+    assert found == device_of(None) and found.memory == 42e9 and found.reading == DEVICES["a100"].reading
+    with pytest.raises(UserError, match="an a100, and gpu=h100"):
+        this_machine("h100")
+    card.name = "NVIDIA H100 PCIe"
+    with pytest.raises(UserError, match="in no table"):
+        this_machine(None)
+    assert this_machine("h100").name == card.name
+
+
+def test_large_data_is_counted_on_disk() -> None:
+    """As a download, once for calibration and text; of rows only where there is training."""
+    disk = Estimate(configured("+experiment=llama2_depth_curve")).disk()
+    assert disk["data"] == 24e9 and "data" not in Estimate(configured("+experiment=llama_26L")).disk()
 
 
 def test_shards_hold_a_share_of_the_weights() -> None:
@@ -241,3 +277,86 @@ def test_the_skeleton_leaves_its_config_as_it_was() -> None:
     removed(ghost, "blocks", 2)
     assert config.to_dict() | {"attends": config._attn_implementation} == before
     assert len(blocks(ghost)) == config.num_hidden_layers - 2
+
+
+def told(*overrides: str) -> str:
+    """What a plan of this configuration prints."""
+    config, out = configured("gpu=h100", *overrides), StringIO()
+    show([Estimate(config)], config, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_full_weights_are_judged_beside_the_unpruned_model() -> None:
+    """One model in the other's weights with an adapter, two with weights of its own."""
+    adapted, whole = (Estimate(configured("tuning=" + name)) for name in ("lora", "full"))
+    more = peaks(whole)["evaluate"] - peaks(adapted)["evaluate"]
+    assert more == pytest.approx(1.03 * whole.pruned.weight_bytes)
+
+
+def test_another_teacher_is_a_model_more() -> None:
+    own, other = (Estimate(configured("loss=kd", f"teacher={name}")) for name in ("null", "some/model"))
+    more = peaks(other)["train"] - peaks(own)["train"]
+    assert more == pytest.approx(1.03 * own.pruned.weight_bytes)  # the student's, beside a whole teacher's
+    assert "some/model is taken to be as large" in told("loss=kd", "teacher=some/model")
+    assert "is taken to be" not in told("loss=sft", "teacher=some/model")
+
+
+def test_gradients_of_all_blocks_are_held_while_they_are_scored() -> None:
+    """Taylor's scores need them; coalitions do not."""
+    few = ("calibration.size=8", "model=llama31_8b_instruct")
+    taylor, coalitions = (Estimate(configured(f"pruning={name}", *few)) for name in ("taylor", "greedy"))
+    gradients = 2 * 32 * 218_112_000  # bfloat16, of blocks (facts A3)
+    assert peaks(taylor)["score"] > taylor.unpruned.weight_bytes + gradients > peaks(coalitions)["score"]
+
+
+def test_vllm_needs_a_folder_of_merged_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As large as the pruned model, in the store, before any work; and its hours are not known."""
+    given = ("evaluation.backend=vllm", f"store={tmp_path}")
+    estimate = Estimate(configured(*given))
+    assert estimate.disk()["while evaluating"] == estimate.pruned.weight_bytes
+    assert "while evaluating" not in Estimate(configured()).disk()
+    assert "Hours of evaluation are those of Hugging Face" in told(*given)
+    assert "Hugging Face" not in told()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**9}))
+    with pytest.raises(UserError, match=r"needs 13\.5 GB in the store"):
+        require([configured("model=llama31_8b_instruct", "pruning.remove=6", *given)])
+
+
+def test_a_plan_of_no_training_tells_of_none() -> None:
+    """Nor of rows, which are not read: they need not be there."""
+    said = told("loss=none", "dataset=jsonl", "dataset.path=not_there.jsonl")
+    assert not any(word in said for word in ("Trained", "Rows", "training", "student", "train ", "recovered"))
+    assert "evaluate pruned" in said
+
+
+def test_scoring_alone_counts_every_metric_and_nothing_else() -> None:
+    """Metrics of states share a pass; what a run holds and keeps is not told."""
+    few, many = (Estimate(configured("stages=[score]", f"metrics={name}")) for name in ("one_pass", "all"))
+    (one,), (all_of_them,) = few.parts(), many.parts()
+    assert one.reading == Estimate(configured()).parts()[0].reading < all_of_them.reading / 20
+    assert peaks(many).keys() == {"score"}
+    said = told("stages=[score]")
+    assert "Disk" not in said and "Rows" not in said
+
+
+def test_rows_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    """`dataset.size` counts the others."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "one", "response": "two"}\n' * 10)
+    mine = ("dataset=jsonl", f"dataset.path={file}", "validation=4")
+    for given, sizes in ((mine, {"null": 6, 5: 5}), (("dataset=gsm8k",), {"null": 7_473 - 64, 100: 100})):
+        for size, count in sizes.items():
+            assert Estimate(configured(*given, f"dataset.size={size}")).rows.count == count
+
+
+def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs that hold the same, one is traced; their texts and rows are read once each."""
+    traced, read = list[int](), list[str]()
+    monkeypatch.setattr(estimate_peaks, "_evaluating", lambda estimate: traced.append(1) or 1.0)
+    for name in ("rows_of", "texts_of"):
+        real = getattr(costs, name)
+        monkeypatch.setattr(costs, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
+    config = configured("gpu=h100")
+    estimates = [Estimate(config), Estimate({**config, "seed": 1})]
+    show(estimates, config, Console(file=StringIO()))
+    assert len(traced) == 1 and sorted(read) == ["rows_of"] * 2 + ["texts_of"] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import re
@@ -13,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sddx.data.encode import IGNORED, Encoded, collate
+from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
 from sddx.evaluation import harness, tasks, text
 from sddx.records import Batch, Outputs, UserError
 from sddx.runtime import Runtime
@@ -419,6 +420,40 @@ def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="no chat template"):
         bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
         harness.evaluate(model, bare, QUIET, **given)
+
+
+def test_prompts_are_those_that_training_reads(model, tokenizer, folder: Path) -> None:
+    """In a template that thinks and dates unless told otherwise; what it is told is part of the comparison."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ date_string }} {% if enable_thinking is false %}w0 {% endif %}" + TEMPLATE
+    given = {"tasks": ["answering"], "include": str(folder)}
+    record = harness.evaluate(model, dated, QUIET, **given)["tasks"]["answering"]
+    for sample, row in zip(record["samples"], rows_of(folder, "answering"), strict=True):
+        prompt = render(dated, row["question"])
+        assert prompt.startswith("26 Jul 2024 w0 <user>")
+        assert sample["prompt_hash"] == hashlib.sha256(prompt.encode()).hexdigest()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(TEMPLATE_SETTINGS, "enable_thinking", True)
+        other = harness.evaluate(model, dated, QUIET, limit=1, **given)["tasks"]["answering"]
+    assert other["settings"]["chat_template"] != record["settings"]["chat_template"]
+
+
+def test_a_description_needs_a_template_that_keeps_it(model, tokenizer, folder: Path, tmp_path: Path) -> None:
+    """lm-eval puts it into a system turn, and would go on without where the template refuses one."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "choosing.yaml").write_text(CHOICE_TASK + "description: w1 w2\n")
+    given = {"tasks": ["choosing", "answering"], "include": str(tmp_path)}
+    kept = harness.evaluate(model, tokenizer, QUIET, **given)["tasks"]["choosing"]["samples"]
+    prompt = "<system> w1 w2 <end> " + render(tokenizer, rows_of(folder, "choosing")[0]["question"])
+    assert kept[0]["prompt_hash"] == hashlib.sha256(prompt.encode()).hexdigest()
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + TEMPLATE
+    )
+    with pytest.raises(UserError, match=r"drops the system prompt \(none\).* of these tasks there: choosing\."):
+        harness.evaluate(model, refusing, QUIET, **given)
+    harness.evaluate(model, refusing, QUIET, chat_template=False, **given)
 
 
 def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from composing import SMALL, composed
+from fakehub import serve
 from families import ALL_FAMILIES, build, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -221,7 +222,7 @@ def test_another_base_model_is_refused(
     import shutil
 
     other = shutil.copytree(CHECKPOINT, tmp_path / "base")
-    (other / "README.md").write_text("another")
+    (other / "chat_template.jinja").write_text("another")
     summary = tmp_path / "summary.json"
     summary.write_text(json.dumps(json.loads(runs.first.read_text()) | {"model_path": str(other)}))
     refused(capsys, tmp_path / "to", [f"run={summary}"], ["not the one that the run used"])
@@ -283,6 +284,22 @@ def test_the_card_says_what_was_done_and_no_path_of_this_machine(runs: SimpleNam
         assert (to / name).read_bytes() == (CHECKPOINT / name).read_bytes()
 
 
+def test_a_hub_models_licence_goes_with_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloaded with the model, named on the card, and beside the weights; the card of the base stays behind."""
+    hub, store = serve(tmp_path, monkeypatch), tmp_path / "store"
+    card = "---\nlicense: llama3.1\nextra_gated_prompt: no\n---\n# The base"
+    hub.repositories["org/base"] = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()} | {
+        "README.md": card.encode(), "LICENSE": b"the terms", "USE_POLICY.md": b"the policy"
+    }  # fmt: skip
+    summary = job(tmp_path / "run", store, "model=local", "model.path=org/base", "loss=none")
+    export(summary, to := tmp_path / "to")
+    written = (to / "README.md").read_text()
+    for part in ("base_model: org/base", "license: llama3.1", "licence: llama3.1 (the base model's)"):
+        assert part in written
+    assert "The base" not in written and "extra_gated" not in written
+    assert (to / "LICENSE").read_text() == "the terms" and (to / "USE_POLICY.md").read_text() == "the policy"
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_comes_back_from_a_folder_that_runtimes_can_read(family: str, tmp_path: Path) -> None:
     """Pitfalls A and C; a config that the pruned model does not fit is found out."""
@@ -324,21 +341,24 @@ def test_a_config_keeps_the_form_that_the_base_model_has(tmp_path: Path) -> None
 
 
 class Hub:
-    """Stands for HfApi and notes what is asked of it."""
+    """Stands for HfApi and notes what is asked of it. The repository exists where there are `files` (or an empty
+    list); `down` is the first call from which on the hub cannot be reached."""
 
-    def __init__(self, files: tuple[str, ...] = (), down: bool = False) -> None:
-        self.files, self.down, self.calls = files, down, []
+    def __init__(self, files: list[str] | None = None, private: bool = False, down: int = 100) -> None:
+        self.files, self.private, self.left, self.calls = files, private, down, []
 
     def __call__(self) -> Hub:
         return self
 
     def repo_exists(self, name: str) -> bool:
-        if self.down:
+        self.left -= 1
+        if self.left < 0:
             raise httpx.ConnectError("no route to the hub")
-        return bool(self.files)
+        return self.files is not None
 
-    def list_repo_files(self, name: str) -> tuple[str, ...]:
-        return self.files
+    def model_info(self, name: str) -> SimpleNamespace:
+        siblings = [SimpleNamespace(rfilename=file) for file in self.files or []]
+        return SimpleNamespace(private=self.private, siblings=siblings)
 
     def create_repo(self, name: str, **how: object) -> None:
         self.calls.append(("create", name, how["private"]))
@@ -350,32 +370,41 @@ class Hub:
 def test_a_push_is_private_and_asked_for(
     runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Only with push=, after the proof; a hub that is down or a name that is taken leaves the finished folder."""
+    """Only with push=, after the proof; a hub that goes down meanwhile leaves the finished folder, and the command
+    that uploads it, as private as it was to be."""
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     monkeypatch.setattr("huggingface_hub.HfApi", hub := Hub())
     export(runs.first, tmp_path / "kept")
-    assert hub.calls == []
+    assert hub.calls == [] and hub.left == 100
     export(runs.first, tmp_path / "pushed", "push=org/name")
     export(runs.first, tmp_path / "open", "push=org/name", "private=false")
     assert hub.calls == [
         ("create", "org/name", True), ("upload", "org/name", True),
         ("create", "org/name", False), ("upload", "org/name", True),
     ]  # fmt: skip
-    for number, (hub, said) in enumerate(
-        [(Hub(down=True), "no route"), (Hub(files=("config.json",)), "not empty")]
-    ):
-        monkeypatch.setattr("huggingface_hub.HfApi", hub)
-        to = tmp_path / f"local{number}"
-        assert main([f"run={runs.first}", f"to={to}", "push=org/name"]) == 2
-        assert said in (message := capsys.readouterr().err) and f"hf upload org/name {to}" in message
-        assert (to / "proof.json").is_file() and hub.calls == []
+    monkeypatch.setattr("huggingface_hub.HfApi", hub := Hub(down=1))
+    to = tmp_path / "local"
+    assert main([f"run={runs.first}", f"to={to}", "push=org/name"]) == 2
+    message = capsys.readouterr().err
+    assert "no route" in message and f"hf upload org/name {to} --private" in message
+    assert (to / "proof.json").is_file() and hub.calls == []
 
 
 def test_a_push_that_cannot_succeed_is_refused_before_work(
     runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """A private model never goes into a repository that is public, nor any into one that holds something."""
+    given, to = f"run={runs.first}", tmp_path / "to"
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    given = f"run={runs.first}"
-    refused(capsys, tmp_path / "to", [given, "push=org/name"], ["hf auth login"])
-    refused(capsys, tmp_path / "to", [given, "push=a name"], ["a name", "org/name"])
-    refused(capsys, tmp_path / "to", [given, "push=org/name", "adapter=apart"], ["adapter=merged"])
+    refused(capsys, to, [given, "push=org/name"], ["hf auth login"])
+    refused(capsys, to, [given, "push=a name"], ["a name", "org/name"])
+    refused(capsys, to, [given, "push=org/name", "adapter=apart"], ["adapter=merged"])
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    for hub, said in (
+        (Hub(down=0), ["no route", "leave push=... out"]),
+        (Hub(["config.json"], private=True), ["not empty", "another name"]),
+        (Hub([".gitattributes"]), ["is public", "private=false"]),
+    ):
+        monkeypatch.setattr("huggingface_hub.HfApi", hub)
+        refused(capsys, to, [given, "push=org/name"], said)
+        assert hub.calls == []

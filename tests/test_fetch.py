@@ -16,7 +16,8 @@ import httpx
 import huggingface_hub
 import pytest
 from composing import composed
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+from fakehub import FakeHub, serve
+from huggingface_hub.errors import RevisionNotFoundError
 from rich.console import Console
 
 import sddx
@@ -28,39 +29,35 @@ from sddx.models import load
 from sddx.records import UserError
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
-COMMITS = {"meta-llama/Llama-3.1-8B-Instruct": "a" * 40, "openai/gsm8k": "b" * 40, "Salesforce/wikitext": "c" * 40}
-SIZES = {"config.json": 1_000, "model.safetensors": 16_000_000_000, "original/weights.pth": 10**15}
-RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+COMMITS = {LLAMA: FakeHub.commit(LLAMA), "openai/gsm8k": "b" * 40, "Salesforce/wikitext": "c" * 40}
+MODEL = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()} | {
+    "LICENSE": b"terms", "consolidated.safetensors": bytes(10**7), "original/consolidated.00.pth": bytes(10**7)
+}  # fmt: skip
+AUTH_CHECK = huggingface_hub.HfApi.auth_check
+RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
 
 
 class Hub:
-    """A hub with these repositories, and caches that are empty at first. `refused` maps a repository to what
-    asking for it raises; `downloads` are in order."""
+    """A hub with these data sets, and the embedded model under Llama's name; caches are empty at first. `refused`
+    maps a data set to what asking for it raises; `downloads` are in order."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, models: FakeHub) -> None:
+        self.folder, self.models = folder, models
         self.refused: dict[str, Exception] = {}
         self.downloads: list[tuple] = []
 
     def info(self, name: str, *, revision: str | None, files_metadata: bool) -> SimpleNamespace:
         assert files_metadata
-        sizes = SIZES if name == LLAMA else {"data.parquet": 2_000_000}
-        files = [SimpleNamespace(rfilename=file, size=size) for file, size in sizes.items()]
-        return SimpleNamespace(sha=COMMITS[name], siblings=files)
+        return SimpleNamespace(
+            sha=COMMITS[name], siblings=[SimpleNamespace(rfilename="data.parquet", size=2_000_000)]
+        )
 
-    def auth_check(self, name: str, *, repo_type: str) -> None:
-        if name in self.refused:
+    def auth_check(self, api: huggingface_hub.HfApi, name: str, *, repo_type: str) -> None:
+        if repo_type == "model":
+            AUTH_CHECK(api, name, repo_type=repo_type)
+        elif name in self.refused:
             raise self.refused[name]
-
-    def snapshot(self, name: str, *, local_files_only: bool = False, **_: object) -> str:
-        folder = self.folder / COMMITS[name]
-        if local_files_only and not folder.exists():
-            raise LocalEntryNotFoundError("not cached")
-        if not local_files_only:
-            self.downloads.append((name,))
-            shutil.copytree(CHECKPOINT, folder)
-        return str(folder)
 
     def builder(self, name: str, subset: str | None, *, revision: str) -> SimpleNamespace:
         return SimpleNamespace(
@@ -77,10 +74,10 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    made = Hub(tmp_path)
-    for name, answer in (("auth_check", made.auth_check), ("model_info", made.info), ("dataset_info", made.info)):
-        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda self, *a, answer=answer, **k: answer(*a, **k))
-    monkeypatch.setattr(load, "snapshot_download", made.snapshot)
+    made = Hub(tmp_path, serve(tmp_path, monkeypatch))
+    made.models.repositories[LLAMA] = MODEL
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda self, *a, **k: made.auth_check(self, *a, **k))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *a, **k: made.info(*a, **k))
     monkeypatch.setattr(datasets, "load_dataset_builder", made.builder)
     monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
     tasks = {"gsm8k": ("openai/gsm8k", "main")}
@@ -88,7 +85,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         task_data, "task_datasets", lambda names, _: [tasks[name] for name in names if name in tasks]
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     room(monkeypatch, 10**12)
     return made
 
@@ -131,11 +127,14 @@ def test_everything_is_fetched_once_and_pinned(hub: Hub) -> None:
     """The second time all is there; the printed line pins what was resolved, and a run accepts it. Where the hub
     cannot be asked, the commits are known without that line."""
     first = fetched("+experiment=llama_26L")
-    everything = [(LLAMA,), ("openai/gsm8k", "main"), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    everything = [("openai/gsm8k", "main"), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
+    files = sorted(path.name for path in hub.models.snapshot(LLAMA).iterdir())
+    assert sorted(hub.models.served) == files == sorted([*(path.name for path in CHECKPOINT.iterdir()), "LICENSE"])
     assert hub.downloads == everything and first.count("downloaded") == 3
-    assert "16.0 GB" in first and "2.0 MB" in first  # without the files that are never read
+    assert "4.3 MB" in first and "2.0 MB" in first  # without the files that are never read
     again = fetched("+experiment=llama_26L")
     assert hub.downloads == everything and again.count("was here") == 3
+    assert sorted(hub.models.served) == files
     pins = again.strip().splitlines()[-1].split()
     config = configured("+experiment=llama_26L", *pins)
     chosen = {"model": LLAMA, "dataset": "openai/gsm8k", "calibration": "Salesforce/wikitext"}
@@ -154,14 +153,15 @@ def test_a_grid_fetches_each_repository_once(
     COMMITS.setdefault("tatsu-lab/alpaca", "4" * 40)
     configs = [configured("+experiment=llama_26L", f"dataset={name}") for name in ("gsm8k", "alpaca", "gsm8k")]
     asked = [wanted(config) for config in configs]
-    room(monkeypatch, 16 * 10**9 + 11 * 10**6)
-    with pytest.raises(UserError, match="16.0 GB needed"):
+    room(monkeypatch, 13 * 10**6)
+    with pytest.raises(UserError, match="16.3 MB needed"):
         tell(asked, configs)
     assert not hub.downloads
     room(monkeypatch, 10**12)
     tell(asked, configs)
     names = [name for name, *_ in hub.downloads]
-    assert sorted(names) == sorted([LLAMA, "Salesforce/wikitext", "openai/gsm8k", "tatsu-lab/alpaca"])
+    assert sorted(names) == ["Salesforce/wikitext", "openai/gsm8k", "tatsu-lab/alpaca"]
+    assert hub.models.served.count("model.safetensors") == 1
     pins = capsys.readouterr().out.strip().splitlines()[-1]
     assert "dataset.revision" not in pins and f"text.revision={'c' * 40}" in pins
 
@@ -182,8 +182,8 @@ def test_a_repository_of_many_subsets_is_asked_for_and_counted_once(
 
 def test_all_that_stands_in_the_way_is_told_before_any_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gated model (with and without a token), an unknown revision, a hub out of reach, and too little room."""
+    hub.models.refused = {LLAMA: "gated"}
     hub.refused = {
-        LLAMA: GatedRepoError("no", response=RESPONSE),
         "openai/gsm8k": RevisionNotFoundError("no", response=RESPONSE),
         "Salesforce/wikitext": httpx.ConnectError("no"),
     }
@@ -194,12 +194,42 @@ def test_all_that_stands_in_the_way_is_told_before_any_download(hub: Hub, monkey
         for part in (said, "hf auth login", "no revision 'v9'", "ConnectError", "Salesforce/wikitext"):
             assert part in str(caught.value)
     hub.refused = {"Salesforce/wikitext": hub.refused["Salesforce/wikitext"]}
-    room(monkeypatch, 10**9)
+    hub.models.refused = {}
+    room(monkeypatch, 8 * 10**6)
     with pytest.raises(UserError) as caught:
         fetched("+experiment=llama_26L")
-    for part in ("Salesforce/wikitext", "16.0 GB needed", "1.0 GB free", "HF_HOME"):
+    for part in ("Salesforce/wikitext", "8.3 MB needed", "8.0 MB free", "HF_HOME"):
         assert part in str(caught.value)
-    assert not hub.downloads
+    assert not hub.downloads and not hub.models.served
+
+
+def test_what_an_interrupted_download_has_finished_is_kept_and_needs_no_room(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended while the weights came: the next call takes them alone, and finds room for no more than them."""
+    only = ("loss=none", "model=llama31_8b_instruct")
+    hub.models.breaks_at = "model.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fetched(*only)
+    hub.models.served.clear()
+    assert load.cached(LLAMA, None) is None
+    size = len(MODEL["model.safetensors"])
+    room(monkeypatch, size - 1)
+    with pytest.raises(UserError, match="not enough room"):
+        fetched(*only)
+    room(monkeypatch, size)
+    assert "downloaded" in fetched(*only) and hub.models.served == ["model.safetensors"]
+
+
+def test_a_missing_licence_is_fetched_and_no_run_waits_for_it(hub: Hub) -> None:
+    """A cache that another program filled may lack it."""
+    only = ("loss=none", "model=llama31_8b_instruct")
+    fetched(*only)
+    licence = hub.models.snapshot(LLAMA) / "LICENSE"
+    licence.resolve().unlink()
+    licence.unlink()
+    assert load.cached(LLAMA, None) == hub.models.snapshot(LLAMA)
+    assert "downloaded" in fetched(*only) and licence.is_file() and hub.models.served.count("LICENSE") == 2
 
 
 def test_a_subset_that_does_not_exist_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +244,8 @@ def test_a_subset_that_does_not_exist_is_told(hub: Hub, monkeypatch: pytest.Monk
 
 COMMANDS = {
     "": (0, "Nothing to fetch"),
-    "seed=0,1 --multirun": (0, "Nothing to fetch"),
     "+sweeps=depth": (2, "Add --multirun"),
-    "--multirun +experiment=llama_26L +sweeps=paper_sizes": (2, "HF_HUB_OFFLINE"),
+    "+experiment=llama_26L evaluation=tiny dataset=gsm8k,dolly seed=0,1 --multirun": (2, "ConnectError"),
 }
 
 
@@ -225,10 +254,11 @@ def test_the_command_line(given: str, tmp_path: Path) -> None:
     """The defaults need nothing; a grid names each of its repositories once; no folder and no file is left."""
     status, said = COMMANDS[given]
     command = [sys.executable, "-m", "sddx.fetch", *given.split()]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == status and said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-    if "paper_sizes" in given:
-        for name in (LLAMA, "openai/gsm8k", "dolly", "tatsu-lab/alpaca", "OpenMath", "Salesforce/wikitext"):
-            assert done.stderr.count(name) == 1
+    if "dolly" in given:
+        named = done.stderr.partition("To be fetched: ")[2]
+        for name in (LLAMA, "openai/gsm8k", "databricks-dolly-15k", "Salesforce/wikitext"):
+            assert named.count(name) == 1

@@ -18,13 +18,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.build import build
+from sddx.compare import check_comparable
 from sddx.config import CONF, resolve
 from sddx.evaluation import task_data, tasks
-from sddx.evaluation.harness import compact
+from sddx.evaluation.harness import compact, evaluate
 from sddx.evaluation.recovery import summarise
-from sddx.evaluation.task_data import task_datasets
+from sddx.evaluation.task_data import described, task_datasets
 from sddx.hub import unpacked
-from sddx.records import UserError
+from sddx.importance.coalitions import TaskScore
+from sddx.importance.score import Subject
+from sddx.records import Units, UserError
 from sddx.runtime import Runtime
 from sddx.store import Store
 from sddx.train import _files
@@ -34,9 +37,9 @@ SPLITS = ("train", "dev", "validation", "test")
 ROWS = 30  # more than the 25 examples of ARC
 
 
-def row(path: str, number: int) -> dict:
-    """One row with the columns of a hub dataset."""
-    words = [f"w{(number + step) % 40}" for step in range(4)]
+def row(path: str, number: int, stride: int = 1) -> dict:
+    """One row with the columns of a hub dataset; no two strides have one in common."""
+    words = [f"w{(number + stride * step) % 40}" for step in range(4)]
     gold = number % 4
     targets = {"choices": words, "labels": [1, 0, 0, 0]}
     return {
@@ -65,8 +68,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
     def load_dataset(path: str, name: str | None = None, **settings: object) -> datasets.DatasetDict:
         seen.append((path, name))
-        rows = datasets.Dataset.from_list([row(path, number) for number in range(ROWS)])
-        return datasets.DatasetDict(dict.fromkeys(SPLITS, rows))
+        rows = {
+            split: [row(path, number, stride) for number in range(ROWS)] for stride, split in enumerate(SPLITS, 1)
+        }
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in rows.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return seen
@@ -140,13 +145,96 @@ def test_quick_is_full_on_fewer_items() -> None:
     assert full == quick | {"limit": None}
 
 
+SELECTION = yaml.safe_load((CONF / "evaluation" / "selection.yaml").read_text())
+
+
+def configured(**of: object) -> dict:
+    """The loaded tasks of evaluation=selection, with these settings in place of its own."""
+    settings = FULL | SELECTION | of
+    loaded, part_of = tasks.load(settings["tasks"], None, settings["split"])
+    tasks.configure(loaded["tasks"], part_of, shots=settings["shots"], max_new_tokens=None, metadata={})
+    return loaded["tasks"]
+
+
+def examples(task: object, item: dict, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What lm-eval shows before an item."""
+    drawn, sample = [], task.sampler.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            task.sampler, "sample", lambda **how: [drawn.append(each) or each for each in sample(**how)]
+        )
+        task.fewshot_context(item, task.get_config("num_fewshot"))
+    return drawn
+
+
+def test_selection_items_are_other_items(asked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from the split that the file names, none is reported, and none is shown among its own examples,
+    which are as many as the leaderboard's and from where its are."""
+    chosen, reported = configured(), configured(split=None)
+    assert chosen.keys() == reported.keys() and len(chosen) == 60
+    for name in ("arc_challenge", "hellaswag", "winogrande", "mmlu_virology"):
+        task, other = chosen[name], reported[name]
+        asked_for = "mmlu" if name.startswith("mmlu") else name
+        rows = task.dataset[SELECTION["split"][asked_for]]
+        items, reports = list(task.eval_docs), list(other.eval_docs)
+        assert items == list(task.config.process_docs(rows) if task.config.process_docs else rows)
+        assert not [item for item in items if item in reports]
+        for item in items:
+            shown = examples(task, item, monkeypatch)
+            assert len(shown) == FULL["shots"][asked_for] and item not in shown
+            assert all(example in other.sampler.df for example in shown)
+
+
+def test_selection_is_never_compared_with_a_report(model, tokenizer, asked: list) -> None:
+    """The names of tasks are the same, and so are the metrics; what was judged is not."""
+    found = []
+    for split in ({"arc_challenge": "validation"}, None):
+        with composed("evaluation=selection", "evaluation.tasks=[arc_challenge]") as cfg:
+            evaluation = resolve(cfg)["evaluation"] | {"split": split}
+        found.append(compact(build(evaluation)(model, tokenizer, Runtime(quiet=True))))
+    with pytest.raises(UserError, match="arc_challenge: split is validation and test") as refused:
+        check_comparable(*found)
+    assert "0 in common" in str(refused.value)
+    check_comparable(found[0], found[0])
+
+
+def test_a_metric_can_look_at_another_split(model, tokenizer, asked: list) -> None:
+    """As the evaluation does: the same items, with as many examples."""
+    settings = {"shots": {"arc_challenge": 2}, "split": {"arc_challenge": "validation"}, "limit": 6}
+    value = TaskScore(tasks=["arc_challenge"], **settings)
+    (seen,) = value.of(Subject(model, tokenizer, Units("blocks", 1), [], Runtime(quiet=True)), [(True,)])
+    found = evaluate(
+        model, tokenizer, Runtime(quiet=True), tasks=["arc_challenge"], chat_template=False, **settings
+    )
+    assert seen.tolist() == [sample["score"] for sample in found["tasks"]["arc_challenge"]["samples"]]
+    assert len(seen) == 6 and found["tasks"]["arc_challenge"]["settings"]["split"] == "validation"
+
+
+def test_a_split_that_the_data_lacks_is_named(asked: list) -> None:
+    with pytest.raises(UserError, match=r"'winogrande' has no split 'valid'; it has train, dev, validation, test"):
+        configured(tasks=["winogrande"], split={"winogrande": "valid"})
+
+
+def test_selection_differs_from_full_in_its_items_alone() -> None:
+    """Every task with a split has items for choosing, and the report's settings."""
+    with composed("evaluation=selection") as cfg:
+        chosen = resolve(cfg)["evaluation"]
+    assert {path for path, _ in task_datasets(chosen["tasks"])} == {
+        "allenai/ai2_arc", "Rowan/hellaswag", "cais/mmlu", "allenai/winogrande",
+    }  # fmt: skip
+    assert list(chosen["split"]) == list(chosen["limit"]) == chosen["tasks"]
+    assert {**chosen, "tasks": FULL["tasks"], "limit": None, "split": None}.items() >= {
+        name: FULL[name] for name in FULL if name != "defaults"
+    }.items()
+
+
 PLAIN = (
     "dataset_path: me/plain\ntest_split: test\noutput_type: generate_until\n"
     "doc_to_text: question\ndoc_to_target: answer\n"
 )
 FILES = {
     "plain.yaml": PLAIN + "task: plain\ntag: both\n",
-    "named.yaml": "include: plain.yaml\ntask: named\ndataset_name: sub\ntag: both\n",
+    "named.yaml": "include: plain.yaml\ntask: named\ndataset_name: sub\ntag: both\ndescription: Answer.\n",
     "local.yaml": PLAIN + "task: local\ndataset_path: json\ndataset_kwargs: {data_files: {test: x.json}}\n",
     "own.yaml": PLAIN + "task: own\ncustom_dataset: !function sddx.evaluation.harness.json_lines\n"
     "dataset_kwargs: {data_files: {test: own.jsonl}}\n",
@@ -181,7 +269,7 @@ def folder(tmp_path: Path) -> str:
 def test_datasets_are_those_that_lm_eval_loads(
     folder: str, task: str, expected: set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through tags, nested groups and what groups override, without loading any."""
+    """Through tags, nested groups and what groups override, without loading any; and descriptions as well."""
     seen: set = set()
 
     def load_dataset(path: str, name: str | None = None, **settings: object) -> datasets.DatasetDict:
@@ -190,8 +278,10 @@ def test_datasets_are_those_that_lm_eval_loads(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert set(task_datasets([task], folder)) == expected
+    told = described([task], folder)
     assert not seen
-    tasks.load([task], folder)
+    loaded = tasks.load([task], folder)[0]["tasks"].values()
+    assert told == [task] * any(each.get_config("description") for each in loaded)
     assert seen - {("json", None)} == expected
 
 
@@ -199,6 +289,8 @@ def test_the_packages_own_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(task_data, "task_manager", lambda *given: pytest.fail("the index was read"))
     monkeypatch.setattr(task_data, "_hub_answers", lambda: pytest.fail("the hub was asked"))
     task_data.require_task_data(["tiny_arithmetic", "tiny_facts_selection"])
+    assert described(["tiny_arithmetic", "tiny_facts_selection"]) == []
+    assert not any("description" in yaml.read_text() for yaml in tasks.OWN_TASKS.glob("*.yaml"))
 
 
 def cached(root: Path, path: str, subset: str, commit: str = "abc") -> None:

@@ -14,7 +14,7 @@ from scipy.stats import t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
-from sddx.report import page
+from sddx.report import page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
@@ -221,6 +221,47 @@ def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.Captu
     assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + 1
 
 
+def read(found: dict, strict: float, flexible: float, unparsed: float) -> dict:
+    """A run whose recovered model answers in another format than the two others."""
+    models = {"unpruned": (0.9, 0.9, 0.0), "pruned": (0.1, 0.2, 0.5), "recovered": (strict, flexible, unparsed)}
+    filters = {
+        model: dict(zip(("match,strict", "match,flexible"), of, strict=False)) for model, of in models.items()
+    }
+    return found | {
+        "part_of": {"trained": "trained", "held": "held"},
+        "primary": {"trained": "match,strict", "held": "acc,none"},
+        "metrics": {model: {"trained": scores, "held": {"acc,none": 0.8}} for model, scores in filters.items()},
+        "unparsed": {model: {"trained": {"strict": of[2], "flexible": 0.0}} for model, of in models.items()},
+    }
+
+
+READ = {"sft": [(0.50, 0.52, 0.02), (0.54, 0.55, 0.00)], "sdd": [(0.30, 0.60, 0.40), (0.36, 0.64, 0.36)]}
+
+
+def test_arms_are_held_against_each_other_under_every_filter() -> None:
+    """Means over seeds; a strict score that favours SFT stands beside the flexible one that does not, each with its
+    paired t test, times two by Holm for the smaller p."""
+    runs = [read(run(arm, seed=seed), *of) for arm, seeds in READ.items() for seed, of in enumerate(seeds)]
+    found = page.contents([*runs, run("kd", removed=5)], [])
+    assert [row[1:] for row in found["readings"]["rows"]] == [
+        ["unpruned", "trained", "match,strict (primary)", "90.0 %", "0.0 %"],
+        ["unpruned", "trained", "match,flexible", "90.0 %", "0.0 %"],
+        ["pruned", "trained", "match,strict (primary)", "10.0 %", "50.0 %"],
+        ["pruned", "trained", "match,flexible", "20.0 %", "0.0 %"],
+        ["sft", "trained", "match,strict (primary)", "52.0 %", "1.0 %"],
+        ["sft", "trained", "match,flexible", "53.5 %", "0.0 %"],
+        ["sdd", "trained", "match,strict (primary)", "33.0 %", "38.0 %"],
+        ["sdd", "trained", "match,flexible", "62.0 %", "0.0 %"],
+    ]
+    p = [ttest_rel(*([of[place] for of in READ[arm]] for arm in ("sdd", "sft"))).pvalue for place in (0, 1)]
+    strict, flexible = found["reading_differences"]["rows"]
+    assert strict[1:5] == ["sdd", "2", "trained", "match,strict (primary)"] and flexible[4] == "match,flexible"
+    assert strict[5].startswith("-19.0 (") and flexible[5].startswith("+8.5 (") and p[0] < p[1]
+    assert (strict[6], flexible[6]) == (f"{2 * p[0]:.3f}", f"{max(2 * p[0], p[1]):.3f}")
+    for text in (page.html(found), page.markdown(found).replace("\\_", "_")):
+        assert "38.0 %" in text and strict[5] in text and flexible[5] in text
+
+
 def untrained(removed: int, kept: float, perplexity: float) -> dict:
     """A run of loss=none, as its summary stands on disk."""
     found = run("none", removed=removed)
@@ -274,6 +315,22 @@ def test_a_store_gives_the_newest_run_of_every_choice(tmp_path: Path) -> None:
     os.utime(tmp_path / "report/a/0/summary.json", (1, 1))
     (found,) = page.of_store(tmp_path)
     assert found["recovery"] == run(gain=0.2)["recovery"] and found["store"] == str(tmp_path)
+
+
+def test_selection_items_are_never_reported_without_a_word() -> None:
+    """By another split or by their tasks' own names: in the table of a run, and on the page of many."""
+    named = run()
+    named["scores"] = {model: {"tiny_facts_selection": 0.5, "average": 0.5} for model in named["scores"]}
+    named |= {"standard_errors": {}, "trained": [], "name": "mine"}
+    for chosen in ([run(split={"mmlu": "validation"})], [named], [run(), named]):
+        found = page.contents(chosen, [])
+        said = f"1 of {len(chosen)} runs were judged on selection items: for choosing, not for reporting."
+        assert said in page.html(found) and said in page.markdown(found)
+    assert table.markdown(named).startswith(
+        "Scores in percent ± standard error, mine (selection items: for choosing"
+    )
+    assert "selection" not in page.html(page.contents([run()], []))
+    assert "selection" not in table.markdown(run() | {"standard_errors": {}})
 
 
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,6 +21,8 @@ import pytest
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
+from sddx.stages.evaluate import evaluate
+from sddx.stages.train import train
 from sddx.store import Store, default_root, digest, keep_rows, lock, manifest
 from sddx.store.__main__ import main
 
@@ -186,7 +188,7 @@ def test_runtime_does_not_move_the_key(lab: Laboratory) -> None:
     """What is not hashed finds the same artifact."""
     store = lab.store()
     first = store.build(lab.stages.measure, runtime=Runtime())
-    second = store.build(lab.stages.measure, runtime=Runtime(device="cuda", workers=7, quiet=True))
+    second = store.build(lab.stages.measure, runtime=Runtime(device="cuda", quiet=True))
     assert first.key == second.key
 
 
@@ -247,6 +249,17 @@ def test_third_party_target_counts_by_version(lab: Laboratory, monkeypatch: pyte
     before = lab.key(**spec)
     monkeypatch.setattr(digest, "_version", lambda top: "999")
     assert lab.key(**spec) != before
+
+
+def test_lm_eval_counts_by_version_where_it_is_imported(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its releases hold the tasks, so that an upgrade is another evaluation, and no other training."""
+    lab.edit("lab/near.py", lambda text: text + "\ndef judged():\n    from lm_eval.api import model\n")
+    before = lab.key()
+    monkeypatch.setattr(digest, "_version", lambda top: "999")
+    assert lab.key() == before
+    forget()
+    assert lab.key() != before and digest.stage_origins(evaluate)["lm_eval"] == "999"
+    assert "lm_eval" not in digest.stage_origins(train)
 
 
 def test_unknown_target_is_a_user_error(lab: Laboratory) -> None:

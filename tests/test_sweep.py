@@ -155,6 +155,14 @@ def test_every_mistake_of_every_cell_is_told_before_the_first_starts(sweep, caps
     assert "4 of 4 cells cannot run" in told and "tiny_facts" in told and "Traceback" not in told
 
 
+def test_what_a_sweep_owes_to_another_is_asked_for(sweep, capsys) -> None:
+    """The paper's grids wait for the rates that paper_rates chooses, of both arms."""
+    status, folders = sweep("--multirun", "+sweeps=paper_blocks", "rates.sft=1e-4")
+    told = capsys.readouterr().err
+    assert status == 2 and not folders and "Traceback" not in told
+    assert "no value for trainer.learning_rate where" in told and "loss=sdd" in told
+
+
 def test_only_the_cells_that_are_wrong_are_named(sweep, capsys) -> None:
     status, _ = sweep("--multirun", "pruning.remove=3,40", "loss=sft,sdd")
     told = capsys.readouterr().err

@@ -14,11 +14,14 @@ import pytest
 import torch
 from composing import SMALL, composed
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
+from sddx.evaluation.tasks import OWN_TASKS
+from sddx.precheck import _check_pruning
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
 from sddx.train import run
@@ -73,18 +76,35 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     _, store, summary = first
     found = summary["overlap"]["tasks"]
     assert {task: record["items"] for task, record in found.items()} == {"tiny_arithmetic": 6, "tiny_facts": 6}
-    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6)
+    texts = task_texts(["tiny_arithmetic", "tiny_facts"], None, 6, None)
     rows = Path(next(store.glob(f"prepare/*/{summary['artifacts']['prepare']}")))
     shutil.copytree(rows, tmp_path / "rows")
     question, answer = texts["tiny_facts"][2].split("\n", 1)
     write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
-    settings = {"tasks": list(texts), "include": None, "limit": 6, "runtime": Runtime(quiet=True)}
+    settings = {"tasks": list(texts), "include": None, "limit": 6, "split": None, "runtime": Runtime(quiet=True)}
     overlap(tmp_path, Artifact("prepare", "key", tmp_path / "rows"), **settings)
     told = json.loads((tmp_path / "overlap.json").read_text())
     assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
     assert told["tasks"]["tiny_arithmetic"] == found["tiny_arithmetic"]
     shown = dict(table.lines(summary | {"overlap": told}))["overlap with training rows"]
     assert "tiny_facts 16.7 %" in shown and "13 words" in shown
+
+
+def test_strict_and_flexible_scores_stand_under_the_table(first: tuple[Path, Path, dict]) -> None:
+    """Of every model, from its answers themselves; the task of choices is not among them."""
+    out, store, summary = first
+    expected: dict[str, list[str]] = {"flexible (primary)": [], "strict": []}
+    for model in table.MODELS:
+        (place,) = store.glob(f"evaluate/*/{summary['artifacts'][f'evaluate_{model}']}")
+        samples = json.loads((place / "results.json").read_text())["tasks"]["tiny_arithmetic"]["samples"]
+        answers = [sample["answers"] for sample in samples]
+        for name, texts in expected.items():
+            by = name.split()[0]
+            score = sum(sample["metrics"][f"exact_match,{by}"] for sample in samples) / 6
+            unparsed = sum(answer[by] == "[invalid]" for answer in answers) / 6
+            texts.append(f"{model} {100 * score:.1f} % ({100 * unparsed:.1f} % unparsed)")
+    lines = [f"- tiny_arithmetic, exact_match,{name}: {', '.join(texts)}" for name, texts in expected.items()]
+    assert [line for line in (out / "table.md").read_text().splitlines() if "exact_match" in line] == lines
 
 
 def test_the_same_command_again_builds_nothing_and_has_its_curves(
@@ -357,6 +377,15 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     assert all(part in str(caught.value) for part in parts)
 
 
+def test_a_real_model_is_not_cut_by_tasks_of_the_embedded_world() -> None:
+    """Whose words it does not have; tasks of its own must be named."""
+    with composed("pruning=shapley_task") as cfg:
+        pruning = {"pruning": resolve(cfg)["pruning"]}
+    with pytest.raises(UserError, match=r"tiny_arithmetic_selection, .*other words.*tasks=\[mmlu\]"):
+        _check_pruning(pruning, LlamaConfig())
+    _check_pruning(pruning, LlamaConfig(vocab_size=484))
+
+
 def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices, bfloat16, bitsandbytes; and a launcher that starts the whole run several times."""
 
@@ -370,7 +399,15 @@ def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeyp
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value, **given: value)
     four = ("trainer.strategy=ddp", "trainer.devices=4", "trainer.accumulate=4", "device=cuda")
     assert "finds 2 CUDA devices" in complaint(*four)
-    assert "Old does not compute in bfloat16" in complaint("trainer.precision=bf16", "device=cuda")
+    compute, half = "tuning.quantization.compute", ("trainer.precision=bf16", "model.dtype=bfloat16")
+    for given, named, instead in (
+        (half[:1], half[0], "trainer.precision=32"),
+        (half[1:], half[1], "model.dtype=float32"),
+        (half, ", ".join(half), "trainer.precision=32 model.dtype=float32"),
+        (["tuning=qlora"], f"{compute}=bfloat16", f"{compute}=float32"),
+    ):
+        expected = f"{named}, but a Old does not compute in bfloat16. Use {instead}."
+        assert complaint(*given, "device=cuda") == expected
     with monkeypatch.context() as hidden:
         hidden.setattr("sddx.models.load.find_spec", lambda name: None)
         assert "sddx[qlora]" in complaint("tuning=qlora")
@@ -410,6 +447,22 @@ def test_a_broken_chat_template_is_told_before_any_work(name: str, tmp_path: Pat
     with pytest.raises(UserError, match=complaint):
         job(tmp_path / "out", tmp_path / "store", "model=local", f"model.path={tmp_path / 'model'}")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_template_that_drops_descriptions_is_told_before_any_work(tmp_path: Path) -> None:
+    """Where it is used, and a task has one."""
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages", "in messages if message.role != 'system'"))
+    shutil.copytree(OWN_TASKS, tmp_path / "tasks")
+    (tmp_path / "tasks" / "mine.yaml").write_text("include: facts.yaml\ntask: mine\ndescription: Choose one.\n")
+    mine = ("evaluation.tasks=[tiny_facts,mine]", f"evaluation.include={tmp_path / 'tasks'}")
+    local = ("model=local", f"model.path={tmp_path / 'model'}", *mine, "pruning.remove=12")
+    for given, told in (("true", True), ("false", False)):
+        with pytest.raises(UserError, match="12 blocks") as caught:
+            job(tmp_path / "out", tmp_path / "store", *local, f"evaluation.chat_template={given}")
+        assert ("drops the system prompt, " in str(caught.value)) == told
+        assert ("tasks there: mine." in str(caught.value)) == told
 
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import os
 from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM
-__version__ = "0.0.stand-in"
+__version__ = "0.10.0"
 print("vLLM talks on standard output")
 
 class SamplingParams:
@@ -68,7 +68,9 @@ SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "top_k": 0, 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A `vllm` that the worker can import; engines end with the test."""
-    (tmp_path / "packages").mkdir()
+    about = tmp_path / "packages" / "vllm-0.10.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.10.0\n")
     (tmp_path / "packages" / "vllm.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     yield
@@ -99,7 +101,7 @@ def test_greedy_answers_are_those_of_write_answers(
     before = engines(talkative.folder, writer)
     assert writer(talkative.folder, talkative.tokenizer, prompts[:1]) == expected[:1]
     assert engines(talkative.folder, writer) is before and len(before) == engines_of_rows
-    assert writer.about(talkative.folder) == {"backend": "vllm", "version": "0.0.stand-in"}
+    assert writer.about(talkative.folder) == {"backend": "vllm", "version": "0.10.0"}
 
 
 def test_a_shorter_room_is_kept(stand_in: None, talkative: SimpleNamespace) -> None:

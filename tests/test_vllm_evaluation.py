@@ -8,21 +8,28 @@ here.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+import tomllib
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from composing import SMALL, composed
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+import sddx
 from sddx.compare import compare, load_samples
 from sddx.config import resolve
 from sddx.evaluation.vllm import Engine
 from sddx.export.__main__ import main as export
 from sddx.models.load import frozen_model
+from sddx.models.vllm import OLDEST
 from sddx.records import UserError
 from sddx.store import manifest
 from sddx.train import run
@@ -82,8 +89,11 @@ FILES = {
     "vllm/tokenizers.py": "from transformers import AutoTokenizer\n"
     "def get_tokenizer(name, tokenizer_mode, trust_remote_code, revision):\n"
     "    return AutoTokenizer.from_pretrained(name)\n",
-    "vllm-0.0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.0.1\n",
+    "vllm/entrypoints/chat_utils.py": "def resolve_hf_chat_template(tokenizer, **given):\n"
+    "    return tokenizer.chat_template\n",
+    "vllm-0.10.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.10.0\n",
 }
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 MODELS = ("unpruned", "pruned", "recovered")
 VLLM = "evaluation.backend=vllm"
 
@@ -111,11 +121,16 @@ def job(out: Path, store: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same run judged by either backend, in one store."""
+    """The same run judged by either backend, in one store, in a template that hangs on its settings."""
     folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(CHECKPOINT, folder / "model")
+    template = folder / "model" / "chat_template.jinja"
+    template.write_text("{% if enable_thinking is false %}{{ date_string }}{% endif %}" + template.read_text())
+    model = ("model=local", f"model.path={folder / 'model'}")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(packages))
-        done = {name: job(folder / name, folder / "store", f"evaluation.backend={name}") for name in ("hf", "vllm")}
+        backends = {name: (f"evaluation.backend={name}", *model) for name in ("hf", "vllm")}
+        done = {name: job(folder / name, folder / "store", *given) for name, given in backends.items()}
     return SimpleNamespace(**done, store=folder / "store")
 
 
@@ -126,8 +141,8 @@ def results(runs: SimpleNamespace, backend: str, model: str) -> dict:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_are_those_of_hf_item_by_item(model: str, runs: SimpleNamespace) -> None:
-    """Answers and choices alike; log-probabilities to rounding, which batches and merged adapters move; and what is
-    measured on text is measured by the same model."""
+    """Prompts, answers and choices alike; log-probabilities to rounding, which batches and merged adapters move;
+    and what is measured on text is measured by the same model."""
     by_hf, by_vllm = (results(runs, backend, model) for backend in ("hf", "vllm"))
     assert by_hf["tasks"].keys() == by_vllm["tasks"].keys()
     for task, record in by_hf["tasks"].items():
@@ -136,7 +151,7 @@ def test_scores_are_those_of_hf_item_by_item(model: str, runs: SimpleNamespace) 
             assert found == (pytest.approx(expected, abs=1e-3) if expected else None)
             assert a == b
     assert by_hf["text"] == by_vllm["text"]
-    assert by_vllm["backend"] == {"name": "vllm", "version": "0.0.1"} and by_hf["backend"]["name"] == "hf"
+    assert by_vllm["backend"] == {"name": "vllm", "version": "0.10.0"} and by_hf["backend"]["name"] == "hf"
 
 
 def test_the_three_models_are_told_apart(runs: SimpleNamespace) -> None:
@@ -183,9 +198,33 @@ def test_refused_before_work(
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_a_missing_vllm_is_told_before_work(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vllm cannot be imported by .*sddx\[vllm\].*evaluation.backend=hf"):
+    with pytest.raises(UserError, match=r"cannot import vllm.*sddx\[vllm\].*evaluation.backend=hf"):
         job(tmp_path / "out", tmp_path / "store", VLLM)
     assert not list((tmp_path / "store").glob("*/*/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "said"),
+    [
+        ("vllm", "0.9.2", f"has vLLM 0.9.2, and {OLDEST} or newer is needed.*evaluation.backend=hf"),
+        ("lm_eval", "0.4.1", f"has lm-eval 0.4.1, and sddx runs with {metadata.version('lm_eval')}"),
+    ],
+)
+def test_versions_that_will_not_do_are_told(
+    name: str, version: str, said: str, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the interpreter has: these come first on its path."""
+    (tmp_path / f"{name}-{version}.dist-info").mkdir()
+    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (tmp_path / f"{name}-{version}.dist-info/METADATA").write_text(about)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{packages}")
+    with pytest.raises(UserError, match=said):
+        Engine().require()
+
+
+def test_the_oldest_vllm_is_that_of_the_extra() -> None:
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert Requirement(extras["optional-dependencies"]["vllm"][0]).specifier == SpecifierSet(f">={OLDEST}")
 
 
 def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

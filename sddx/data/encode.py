@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from sddx.records import Batch, Example, UserError
 
 IGNORED = -100
+# How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
+TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
 
-# Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained and
-# written without thinking, and the same text is rendered on every day. Other templates ignore these names.
-_TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained, written and
+# judged without thinking, and the same text is rendered on every day. Other templates ignore these names.
+TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,39 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None
             f"{tokenizer.name_or_path or type(tokenizer).__name__}. Choose an instruction-tuned model, or "
             "put a chat_template into the model folder (chat_template.jinja)."
         )
-    turns = [{"role": "user", "content": prompt}]
-    if response is not None:
-        turns.append({"role": "assistant", "content": response})
-    generating = {"add_generation_prompt": response is None}
+    turns = [("user", prompt)] if response is None else [("user", prompt), ("assistant", response)]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **generating, **_TEMPLATE_SETTINGS))
+        return _rendered(tokenizer, *turns)
     except TemplateError as error:
         raise UserError(
             f"The chat template does not render a user's turn: {type(error).__name__}: {error}. Use the template "
             "that belongs to the model."
         ) from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str]) -> str:
+    """The text of a conversation of (role, content), up to where an answer begins unless the last turn is one."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    asked = {"tokenize": False, "add_generation_prompt": turns[-1][0] != "assistant"}
+    return str(tokenizer.apply_chat_template(messages, **asked, **TEMPLATE_SETTINGS))
+
+
+def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
+    """Raises UserError where the chat template drops a system turn, or refuses one, and `tasks`, if there are any,
+    put their description into it: lm-eval would go on without, with a warning at most."""
+    system, refusal, text = "Answer in one word.", "", ""
+    if not (described := ", ".join(tasks)):
+        return
+    try:
+        text = _rendered(tokenizer, ("system", system), ("user", "Hello"))
+    except TemplateError as error:
+        refusal = f" ({error})"
+    if system not in text:
+        raise UserError(
+            f"The chat template drops the system prompt{refusal}, and evaluation.chat_template=true puts the "
+            f"description of these tasks there: {described}. Use evaluation.chat_template=false, tasks without a "
+            "description, or a template that keeps system turns (chat_template.jinja in the model folder)."
+        )
 
 
 def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
@@ -137,10 +161,15 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def text_batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int, batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = TEXT_LENGTH,
+    batch_size: int = TEXT_BATCH,
 ) -> Iterator[Batch]:
     """Calibration texts in their order, cut at `max_length` tokens; every attended token but the first is a
-    label.
+    label. A batch has at most `batch_size` texts and, of more than one text, TEXT_TOKENS padded tokens: the states
+    of all blocks are held for it.
 
     A text gets the tokenizer's own special tokens, unless it already begins with the begin-of-sequence token
     (a rendered conversation). Texts without a token are left out. Raises UserError where none has one.
@@ -151,7 +180,19 @@ def text_batches(
             f"The calibration texts hold no token. Given: {len(texts)} texts, max_length {max_length}. "
             "Choose another column or file."
         )
-    return (collate(rows[at : at + batch_size], padding_id(tokenizer)) for at in range(0, len(rows), batch_size))
+    spans = text_spans([len(row.input_ids) for row in rows], batch_size)
+    return (collate(rows[first:end], padding_id(tokenizer)) for first, end in spans)
+
+
+def text_spans(lengths: Sequence[float], batch_size: int = TEXT_BATCH) -> list[tuple[int, int]]:
+    """The batches of texts of these lengths, each as (first, one past the last)."""
+    spans, first = [], 0
+    for place in range(1, len(lengths) + 1):
+        more = place < len(lengths) and place - first < batch_size
+        if not more or max(lengths[first : place + 1]) * (place + 1 - first) > TEXT_TOKENS:
+            spans.append((first, place))
+            first = place
+    return spans
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int) -> Encoded | None:

@@ -1,8 +1,9 @@
-"""What a run is made of, stage by stage: tokens, FLOPs, and from them hours on a device."""
+"""What a run is made of, stage by stage: pieces of work that runs share, and from them hours on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,29 @@ import torch
 
 from sddx.build import build
 from sddx.data.shards import SHARD_ROWS
+from sddx.estimate import efforts
 from sddx.estimate.devices import Device
+from sddx.estimate.efforts import Effort
 from sddx.estimate.skeleton import Size, removed, shape_of, size_of, skeleton
-from sddx.estimate.texts import STATED, counter, items_of, limited, rows_of, text_tokens
-from sddx.records import Cut, UserError
+from sddx.estimate.texts import (
+    DOWNLOADS,
+    LONGEST,
+    STATED,
+    Rows,
+    Texts,
+    counter,
+    items_of,
+    request,
+    rows_of,
+    texts_of,
+)
+from sddx.importance.score import Work, works
+from sddx.records import Cut, Units, UserError
 from sddx.store.digest import digest
+from sddx.surgery.junction import gaps
 
 TEMPLATE = 80  # tokens that a rewriting template adds; ours
 WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
-LONGEST = 2.5  # the longest answer of a batch in mean ones, which the batch waits for; ours
-SCORED = 2048  # tokens at which calibration texts are cut, and texts in a batch
-TEXT_BATCH = 32
 # Settings of which a student is made.
 LEARNED = (
     "pruning", "calibration", "dataset", "validation", "generation", "selfdata", "loss", "tuning", "trainer",
@@ -64,20 +77,75 @@ class Estimate:
         student, self.cut = self._student()
         self.pruned = size_of(student)
         folder = Path(str(self.model["path"])).expanduser()
-        self.tokens = counter(folder if folder.is_dir() else None)
-        self.rows = rows_of(config["dataset"], self.tokens)
+        self.tokens, self.turn = counter(folder if folder.is_dir() else None)
+
+    def varied(self, **changes: Any) -> Estimate:
+        """The same model under the same cut, with other settings of its training."""
+        made = copy(self)
+        made.config = {**self.config, **changes}
+        return made
 
     def _student(self) -> tuple[Any, Cut]:
         student = skeleton(self.shape, self.model["dtype"])
+        return student, removed(student, self.units, self.config["pruning"]["remove"])
+
+    @property
+    def units(self) -> str:
+        """What is removed: blocks, or branches."""
+        return self.config["pruning"].get("units", "blocks")
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows that are trained on."""
+        return rows_of(self.config["dataset"], self.config["validation"], self.tokens, self.turn)
+
+    @cached_property
+    def calibration(self) -> Texts:
+        """The texts on which units are scored and patches fitted."""
+        return texts_of(self.config["calibration"], self.tokens)
+
+    @cached_property
+    def text(self) -> Texts:
+        """The held-out texts."""
+        return texts_of(self.config["text"], self.tokens)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What units are scored by: the metric of the run's own cut, with stages=[score] all of the group."""
+        own = {"pruning": self.config["pruning"].get("metric")}
+        nodes = self.config["metrics"] if self.config["stages"] else own
+        return {name: node for name, node in nodes.items() if node is not None}
+
+    @cached_property
+    def scored(self) -> list[tuple[Any, Work]]:
+        """Each metric with what it runs; None stands for all functions of states, which share a pass."""
+        if not self.metrics:
+            return []
+        metrics = {name: build(node) for name, node in self.metrics.items()}
+        found = works(metrics, Units(self.units, self.unpruned.blocks), self.calibration.count)
+        return [(metrics.get(name), work) for name, work in found.items()]
+
+    @cached_property
+    def fit(self) -> Any:
+        """How a patch is fitted; None where nothing stands in for what is removed."""
         pruning = self.config["pruning"]
-        return student, removed(student, pruning.get("units", "blocks"), pruning["remove"])
+        return build(pruning["patch"]["fit"]) if pruning["patch"]["fit"] and pruning["remove"] else None
+
+    @property
+    def gaps(self) -> int:
+        """Junctions at which a patch stands; of blocks that need not lie side by side, the most there can be."""
+        side_by_side = self.config["pruning"]["choose"]["_target_"].endswith((".contiguous", ".last"))
+        return len(gaps(self.cut)) if side_by_side else self.config["pruning"]["remove"]
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a term to train by; without one the recovered model is the pruned one."""
+        return bool(self.config["loss"]["terms"])
 
     @cached_property
     def trained(self) -> int:
-        """Parameters that are trained."""
-        if not self.config["loss"]["terms"]:
-            return 0
-        return sum(weight.numel() for weight in self.student().parameters() if weight.requires_grad)
+        """Parameters that are trained, patches apart."""
+        return sum(w.numel() for w in self.student().parameters() if w.requires_grad) if self.trains else 0
 
     def student(self) -> Any:
         """The pruned model on the meta device, as it is trained."""
@@ -96,57 +164,40 @@ class Estimate:
         return self.config["tuning"]["_target_"].endswith(".full")
 
     @property
+    def by_vllm(self) -> bool:
+        """Whether vLLM evaluates."""
+        return self.config["evaluation"].get("backend") == "vllm"
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the unpruned model writes the answers."""
+        return self.trains and self.config["loss"]["data"] != "reference"
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether a term looks at the unpruned model."""
+        """Whether a term looks at a teacher."""
         terms = self.config["loss"]["terms"].values()
         return any(not term["_target_"].endswith(".Supervised") for term in terms)
 
-    def parts(self) -> list[Part]:
-        """All pieces of work of a run, in the order of its stages; of stages=[score], that alone (with the metrics
-        of the run's own cut)."""
-        if self.config["stages"]:
-            return [part for part in [self._score()] if part is not None]
-        found = [self._score(), *self._distill(), self._train(), *self._evaluate()]
-        return [part for part in found if part is not None]
+    @property
+    def shares_teacher(self) -> bool:
+        """Whether the teacher is in the student's own weights, and not a model beside it (stages/train.py)."""
+        twins = bool(self.cut.no_attention or self.cut.no_feedforward or self.fit)
+        sharded = self.config["trainer"].get("strategy") == "fsdp"
+        return not (self.is_full or self.config["teacher"] or (twins and sharded))
 
-    def _part(self, stage: str, about: Any, **work: Any) -> Part:
-        how = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
-        return Part(stage, digest([stage, how, about]), **work)
+    @cached_property
+    def teacher(self) -> Size:
+        """The unpruned model, or another one; taken to be as large where it is not in a folder here."""
+        other = self.config["teacher"]
+        if other is None or not Path(other).expanduser().is_dir():
+            return self.unpruned
+        return size_of(skeleton(shape_of({"path": other, "revision": None}), self.model["dtype"]))
 
-    def _score(self) -> Part | None:
-        pruning, node = self.config["pruning"], self.config["calibration"]
-        if pruning.get("metric") is None:
-            return None
-        texts, length = text_tokens(node, self.tokens, SCORED)
-        read = texts * length * passes(pruning["metric"], self.unpruned.blocks)
-        about = [pruning["metric"], pruning.get("units"), node]
-        flops = read * (self.unpruned.prefill(max(int(length), 1)))
-        return self._part("score", about, reading=flops, tokens={"read": read})
-
-    def _distill(self) -> list[Part]:
-        data, generation = self.config["loss"]["data"], self.config["generation"]
-        if data == "reference" or not self.config["loss"]["terms"]:
-            return []
-        guided, shown = data == "self", self.shown
-        written = min(WRITTEN * self.rows.answer, generation["max_new_tokens"])
-        steps = min(LONGEST * written, generation["max_new_tokens"])
-        batch, size = self.writing, self.unpruned
-        each = size.weight_bytes + batch * size.cache_bytes * (shown + steps / 2)
-        about = [{k: v for k, v in self.config["dataset"].items() if k != "size"}, generation, guided]
-        shards = [self.config["validation"], *_shards(self.rows.count)]
-        return [
-            self._part(
-                "distill",
-                [about, number, rows],
-                reading=rows * shown * size.prefill(int(shown) or 1),
-                steps=steps * -(-rows // batch),
-                step_bytes=each,
-                blocks=size.blocks,
-                tokens={"read": rows * shown, "written": rows * written},
-            )
-            for number, rows in enumerate(shards)
-            if rows
-        ]
+    @property
+    def answer(self) -> float:
+        """Tokens of an answer that is trained on."""
+        return self.rows.answer * (WRITTEN if self.config["loss"]["data"] != "reference" else 1)
 
     @property
     def shown(self) -> float:
@@ -155,74 +206,78 @@ class Estimate:
         return self.rows.prompt + (TEMPLATE + self.rows.answer if guided else 0)
 
     @property
-    def writing(self) -> int:
-        """Rows that are written side by side."""
+    def side_by_side(self) -> int:
+        """Rows that are written at once."""
         return self.config["generation"].get("batch_size") or SHARD_ROWS
 
-    def _train(self) -> Part | None:
-        loss, trainer = self.config["loss"], self.config["trainer"]
-        if not loss["terms"]:
-            return None
-        row = self.rows.prompt + self.rows.answer * (WRITTEN if loss["data"] != "reference" else 1)
-        row = min(row, self.config["max_length"])
-        read = row * self._examples(row)
-        # Backward is as much again for the states, and once more for weights that are trained themselves; a block
-        # that is checkpointed is computed twice.
-        passes = 2 + self.is_full + bool(trainer.get("gradient_checkpointing"))
-        flops = read * passes * self.pruned.prefill(int(row) or 1)
-        shown = read * self.unpruned.prefill(int(row) or 1) if self.needs_teacher else 0
-        flops += 2 * passes * self.pruned.head * self._examples(row) * self.rows.answer
-        about = [self.config[name] for name in LEARNED]
-        return self._part("train", about, learning=flops, reading=shown, tokens={"trained": read})
-
-    def _examples(self, row: float) -> float:
+    @property
+    def examples(self) -> float:
+        """Examples that are trained on. Raises UserError for a budget without its number."""
         trainer = self.config["trainer"]
         if trainer["budget"] != "examples" and trainer[trainer["budget"]] is None:
             raise UserError(f"trainer.budget={trainer['budget']} needs trainer.{trainer['budget']}=...")
         if trainer["budget"] == "steps":
             return trainer["steps"] * trainer["batch_size"] * trainer["accumulate"]
         if trainer["budget"] == "tokens":
-            return trainer["tokens"] / max(self.rows.answer, 1)
+            return trainer["tokens"] / max(self.answer, 1)
         return trainer["epochs"] * self.rows.count
 
-    def _evaluate(self) -> Iterable[Part]:
-        evaluation, text = self.config["evaluation"], self.config["text"]
-        models = {"unpruned": self.unpruned, "pruned": self.pruned}
-        models |= {"recovered": self.pruned} if self.config["loss"]["terms"] else {}
-        names = {"unpruned": (), "pruned": ("pruning", "calibration"), "recovered": LEARNED}
-        for name, size in models.items():
-            rest = [self.config[each] for each in names[name]]
-            work = self._judge(size, name != "unpruned")
-            yield self._part(f"evaluate {name}", [evaluation, text, rest], **work)
+    @property
+    def validations(self) -> float:
+        """Times that the held-out rows are read: every so many steps, and at the end."""
+        trainer = self.config["trainer"]
+        steps = -(-self.examples // (trainer["batch_size"] * trainer["accumulate"]))
+        return -(-steps // (trainer.get("validate_every") or max(steps, 1)))
 
-    def _judge(self, size: Size, beside: bool) -> dict[str, Any]:
-        """The work of all tasks and of the held-out text (`beside`: the unpruned model reads it too)."""
-        evaluation, total = self.config["evaluation"], {"reading": 0.0, "steps": 0.0}
-        read = written = 0.0
-        batch = evaluation["batch_size"]
-        for task in evaluation["tasks"]:
-            if (items := items_of(task)) is None:
-                continue
-            count, length = limited(evaluation["limit"], task, items.count), self.length(task)
-            read += count * items.passes * length
-            # lm-eval computes the logits of every token of a prompt.
-            total["reading"] += count * items.passes * length * (size.prefill(int(length) or 1) + 2 * size.head)
-            written += count * items.written
-            total["steps"] += min(LONGEST * items.written, 256) * -(-count // batch)
-        texts, length = text_tokens(self.config["text"], self.tokens, SCORED)
-        flops = size.prefill(int(length) or 1) + (self.unpruned.prefill(int(length) or 1) if beside else 0)
-        total["reading"] += texts * length * flops
-        kinds = {"read": read + texts * length * (1 + beside), "written": written}
-        step = size.weight_bytes + batch * size.cache_bytes * max(map(self.length, evaluation["tasks"]))
-        return {**total, "step_bytes": step, "blocks": size.blocks, "tokens": kinds}
+    def parts(self) -> list[Part]:
+        """All pieces of work of a run, in the order of its stages; of stages=[score], that alone."""
+        found = list(self._score())
+        return found if self.config["stages"] else [*found, *self._prepared(), *self._judged()]
 
-    def length(self, task: str) -> float:
-        """Tokens of one request to a task, with its shots."""
-        items, shots = items_of(task), self.config["evaluation"]["shots"]
-        if items is None:
-            return 0
-        count = (shots.get(task) if isinstance(shots, Mapping) else shots) or 0
-        return (items.preamble + items.characters * (1 + count)) / 4
+    def _part(self, stage: str, about: Any, size: Size, effort: Effort, cached: float = 0) -> Part:
+        """`cached`: tokens that a step of decoding attends to, over all rows."""
+        how = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
+        flops = {"reading": effort.reading, "learning": effort.learning, "steps": effort.steps}
+        tokens = {"read": effort.read, "written": effort.written, "trained": effort.trained}
+        step = size.weight_bytes + cached * size.cache_bytes
+        key = digest([stage, how, about])
+        return Part(stage, key, **flops, step_bytes=step, blocks=size.blocks, tokens=tokens)
+
+    def _score(self) -> Iterator[Part]:
+        if self.metrics:
+            about = [list(self.metrics.values()), self.units, self.config["calibration"]]
+            yield self._part("score", about, self.unpruned, efforts.scoring(self))
+
+    def _prepared(self) -> Iterator[Part]:
+        """What a student needs, and the student."""
+        if self.fit is not None:
+            about = [self.config["pruning"], self.config["calibration"]]
+            yield self._part("patch", about, self.unpruned, efforts.patching(self))
+        if self.rewrites:
+            yield from self._distill()
+        if self.trains:
+            about = [self.config[name] for name in LEARNED]
+            yield self._part("train", about, self.pruned, efforts.learning(self))
+
+    def _distill(self) -> Iterator[Part]:
+        generation, data = self.config["generation"], self.config["loss"]["data"]
+        about = [{k: v for k, v in self.config["dataset"].items() if k != "size"}, generation, data]
+        cached = self.side_by_side * (self.shown + min(LONGEST * self.answer, generation["max_new_tokens"]) / 2)
+        for number, rows in enumerate([self.config["validation"], *_shards(self.rows.count)]):
+            if rows:
+                key = [*about, number, rows]
+                yield self._part("distill", key, self.unpruned, efforts.writing(self, rows), cached)
+
+    def _judged(self) -> Iterator[Part]:
+        evaluation = self.config["evaluation"]
+        models = {"unpruned": (self.unpruned, ()), "pruned": (self.pruned, ("pruning", "calibration"))}
+        if self.trains:
+            models["recovered"] = (self.pruned, LEARNED)
+        longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
+        for name, (size, settings) in models.items():
+            about = [evaluation, self.config["text"], [self.config[each] for each in settings]]
+            effort = efforts.evaluating(self, size, beside=name != "unpruned")
+            yield self._part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
 
     @property
     def assumed(self) -> bool:
@@ -236,20 +291,17 @@ class Estimate:
         return [task for task in self.config["evaluation"]["tasks"] if items_of(task) is None]
 
     def disk(self) -> dict[str, float]:
-        """Bytes on disk: the model as it comes, and what the run keeps."""
+        """Bytes on disk: the model and large data sets as they come, what the run keeps, and what it takes for a
+        while. Of checkpoints
+        to resume from, each the weights that are trained with two moments, the next is written before the last is
+        deleted; vLLM reads merged weights."""
         student = self.pruned.weight_bytes if self.is_full else 4 * self.trained
-        # A checkpoint to resume from holds the weights that are trained and two moments of each.
-        return {"model": self.unpruned.weight_bytes, "student": student, "while training": 3 * student}
-
-
-def passes(metric: Mapping[str, Any], blocks: int) -> float:
-    """Forward passes over the calibration text that a metric takes."""
-    kind = str(metric["_target_"]).rsplit(".", 1)[-1]
-    if kind in ("LeaveOneOut", "Greedy"):
-        return (1 + blocks) * (1 if kind == "LeaveOneOut" else max(metric["until"], 1))
-    if kind == "Shapley":
-        return metric["orders"] * blocks / 2
-    return {"RandomSubnetworks": metric.get("count", 10), "Taylor": 3}.get(kind, 1)
+        found: dict[str, float] = {"model": self.unpruned.weight_bytes}
+        read = ["calibration", "text", *(["dataset"] if self.trains else [])]
+        names = {self.config[node].get("name") for node in read if not self.config[node].get("data_files")}
+        found |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
+        found |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
+        return found | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
 
 
 def _shards(rows: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -56,23 +56,46 @@ def device_of(name: str | None) -> Device:
     machine's processor, whose speed only a probe can tell. Raises UserError for an unknown name."""
     if name == "cpu":
         return Device("this machine's processor", psutil.virtual_memory().total, None, None, None, 0.0)
-    if name is None:
-        name = _here() if torch.cuda.is_available() else "h100"
-    if name not in DEVICES:
+    if name is None and torch.cuda.is_available():
+        return _here()
+    if (name := name or "h100") not in DEVICES:
         raise UserError(
             f"gpu={name!r} is not known. Use {', '.join(DEVICES)}, cpu, or gpu=null for this machine's."
         )
     return DEVICES[name]
 
 
-def _here() -> str:
-    found = torch.cuda.get_device_name().lower().replace(" ", "")
-    names = [name for name in DEVICES if name in found]
-    if not names:
+def this_machine(name: str | None) -> Device:
+    """What a probe measures: this machine's GPU, called `name` where it is in no table, or else its processor.
+    Raises UserError where another device is named."""
+    if not torch.cuda.is_available():
+        if name not in (None, "cpu"):
+            raise UserError(
+                f"probe measures this machine, which has no GPU, and gpu={name}. Leave out probe to plan for that "
+                "GPU by its maker's figures, or gpu to measure the processor."
+            )
+        return device_of("cpu")
+    known = _known(torch.cuda.get_device_name())
+    if name is not None and known not in (None, name):
+        raise UserError(f"probe measures this machine, whose GPU is an {known}, and gpu={name}. Leave out one.")
+    return _here(name)
+
+
+def _here(like: str | None = None) -> Device:
+    """This machine's GPU, with the memory that it has. Raises UserError where it is in no table and `like` none."""
+    found = torch.cuda.get_device_name()
+    if (name := _known(found) or like) is None:
         raise UserError(
             f"This GPU ({found}) is in no table. Name one that is like it, gpu=a100, and use probe=60s."
         )
-    return names[0]
+    return replace(DEVICES[name], name=found, memory=torch.cuda.get_device_properties(0).total_memory)
+
+
+def _known(found: str) -> str | None:
+    """The name in DEVICES of a GPU that calls itself `found`; None for one that is in no table, as the slower cards
+    of a kind that are put into a PCIe slot."""
+    squeezed = found.lower().replace(" ", "")
+    return next((name for name in DEVICES if name in squeezed and "pcie" not in squeezed), None)
 
 
 def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
@@ -93,7 +116,9 @@ def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
     held = sum(weight.numel() * weight.element_size() for weight in body.parameters())
     step = _duration(_decoder(body, ids), share, where)
     learning = 2 * flops / _duration(_learner(model, ids, mask), share, where)
-    return Device(f"{device.name}, probed", device.memory, reading, learning, held / step, 0.0)
+    return replace(
+        device, name=f"{device.name}, probed", reading=reading, learning=learning, bandwidth=held / step, launch=0.0
+    )
 
 
 def _two_blocks(config: Any, dtype: str, where: str) -> nn.Module:

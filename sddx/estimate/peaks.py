@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sddx.estimate import memory
-from sddx.estimate.costs import SCORED, TEXT_BATCH, Estimate
-from sddx.estimate.skeleton import skeleton
-from sddx.estimate.texts import text_tokens
+from sddx.estimate.costs import Estimate
+from sddx.estimate.skeleton import removed, skeleton
+from sddx.estimate.texts import LONGEST, request
+from sddx.importance.score import Work
+from sddx.models.anatomy import blocks, decoder
 from sddx.models.load import DTYPES
+from sddx.surgery.patches import Linear
 
 log = logging.getLogger(__name__)
 CONTEXT = 0.7e9  # bytes that a CUDA process takes before its first tensor; ours
 FRAGMENTS = 1.03  # what an allocator holds over what is asked of it; ours
-LONGEST = 2.5  # the longest prompt of a task in mean ones, which lm-eval runs first; ours
 NF4 = 0.28  # bytes of a weight in 4 bits with its scales, over its bytes in 16
 
 
 def peaks(estimate: Estimate) -> dict[str, float]:
     """Peak bytes by stage: weights, and what the stage holds beside them. For training, rows are taken as long as
     max_length allows."""
-    scored = {"score": _scoring(estimate)} if estimate.config["pruning"].get("metric") else {}
-    found = scored | {"prune": estimate.unpruned.weight_bytes}
-    if estimate.config["loss"]["terms"]:
+    found = {"score": _scoring(estimate)} if estimate.scored else {}
+    if not estimate.config["stages"]:
+        found |= {"prune": estimate.unpruned.weight_bytes} | _later(estimate)
+    return {stage: FRAGMENTS * held for stage, held in found.items()}
+
+
+def _later(estimate: Estimate) -> dict[str, float]:
+    found = {"patch": _patching(estimate)} if estimate.fit else {}
+    if estimate.trains:
         if estimate.config["loss"]["data"] != "reference":
             found["distill"] = _distilling(estimate)
         found["train"] = _training(estimate)
-    found["evaluate"] = _evaluating(estimate)
-    return {stage: FRAGMENTS * held for stage, held in found.items()}
+    return found | {"evaluate": _evaluating(estimate)}
 
 
 def _traced(trace: Callable[..., int], *given: Any, **settings: Any) -> int:
@@ -47,20 +54,43 @@ def _whole(estimate: Estimate) -> Any:
 
 
 def _scoring(estimate: Estimate) -> float:
-    """Weights, and the states of a batch at every block, its texts as long as they may be (those at hand: as they
-    are on average)."""
-    node = estimate.config["calibration"]
-    _, mean = text_tokens(node, estimate.tokens, SCORED)
-    length = SCORED if "split" in node and "name" in node else int(2 * mean) or 1
-    return estimate.unpruned.weight_bytes + _traced(
-        memory.reading, _whole(estimate), TEXT_BATCH, length, states=True
-    )
+    """Weights, and the states of a batch at every block, its texts as long as they are; for gradients, those of all
+    weights of the blocks and a pass over one text; for tasks, a pass of lm-eval."""
+    return estimate.unpruned.weight_bytes + max(_measuring(estimate, *each) for each in estimate.scored)
+
+
+def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
+    model, longest, batch = _whole(estimate), estimate.calibration.longest, estimate.calibration.side_by_side
+    if work.models:
+        return _judging(estimate, metric.value.batch_size, metric.value.tasks, None)
+    if work.learned:
+        decoder(model).requires_grad_(True)
+        return _traced(memory.learning, model, 1, longest, checkpointing=False)
+    return _traced(memory.reading, model, 1 if work.alone else batch, longest, states=True)
+
+
+def _patching(estimate: Estimate) -> float:
+    """Weights, and the states of a batch at every block or, if that is more, a retrained block in float32 with its
+    moments while it learns from the batch; the sums of a regression in float64."""
+    width = estimate.shape.hidden_size
+    batch, longest = estimate.calibration.side_by_side, estimate.calibration.longest
+    passing = _traced(memory.reading, _whole(estimate), batch, longest, states=True)
+    if estimate.fit.reads == "preceding":
+        block = skeleton(estimate.shape, "float32")
+        removed(block, "blocks", estimate.unpruned.blocks - 1)
+        weights = sum(w.numel() * w.element_size() for w in blocks(block).requires_grad_(True).parameters())
+        learning = _traced(memory.learning, block, batch, longest, checkpointing=False)
+        passing = max(passing, 3 * weights + learning)
+    sums = 2 * 8 * width**2 * estimate.gaps if isinstance(estimate.fit, Linear) else 0
+    return estimate.unpruned.weight_bytes + passing + sums
 
 
 def _distilling(estimate: Estimate) -> float:
     """Weights, the batch's cache when all its answers are as long as allowed, and a pass over its prompts (twice
-    as long as the mean) with the logits of their last tokens."""
-    batch, longest = estimate.writing, 2 * estimate.shown
+    as long as the mean) with the logits of their last tokens. (vLLM fits its batches into the memory there is.)"""
+    if "batch_size" not in estimate.config["generation"]:
+        return estimate.unpruned.weight_bytes
+    batch, longest = estimate.side_by_side, 2 * estimate.shown
     cache = batch * estimate.unpruned.cache_bytes * (longest + estimate.config["generation"]["max_new_tokens"])
     logits = 2 * batch * estimate.shape.vocab_size * 4
     passing = _traced(memory.reading, _whole(estimate), batch, int(longest) or 1)
@@ -95,40 +125,53 @@ def _held(estimate: Estimate) -> float:
 
 def _unsharded(estimate: Estimate) -> float:
     unpruned, pruned = estimate.unpruned.weight_bytes, estimate.pruned.weight_bytes
+    each, needed, shared = DTYPES[estimate.model["dtype"]].itemsize, estimate.needs_teacher, estimate.shares_teacher
+    teacher = estimate.teacher.weight_bytes if needed and not shared else 0
     if estimate.is_full:
-        each = DTYPES[estimate.model["dtype"]].itemsize
-        return pruned + (unpruned if estimate.needs_teacher else 0) + 2 * each * estimate.trained
-    frozen = unpruned if estimate.needs_teacher else pruned
-    head = (
-        2 * estimate.unpruned.head * DTYPES[estimate.model["dtype"]].itemsize
-    )  # stays in its dtype, as do embeddings
+        return pruned + teacher + 2 * each * estimate.trained
+    frozen = unpruned if needed and shared else pruned
+    head = 2 * estimate.unpruned.head * each  # stays in its dtype, as do embeddings
     quantised = estimate.config["tuning"]["_target_"].endswith("qlora")
     # The adapter and its moments are float32.
-    return (head + NF4 * (frozen - head) if quantised else frozen) + 3 * 4 * estimate.trained
+    return (head + NF4 * (frozen - head) if quantised else frozen) + teacher + 3 * 4 * estimate.trained
 
 
 def _evaluating(estimate: Estimate) -> float:
-    evaluation = estimate.config["evaluation"]
-    batch, length = evaluation["batch_size"], int(LONGEST * max(map(estimate.length, evaluation["tasks"]))) or 1
-    # lm-eval holds a batch's logits in the model's dtype and their logarithms in float32.
+    """The unpruned model's weights, in which the others are, and those of a model of its own weights beside it; a
+    pass of lm-eval (not where vLLM evaluates), or one over held-out texts beside the other model's states."""
+    evaluation, batch, longest = estimate.config["evaluation"], estimate.text.side_by_side, estimate.text.longest
+    states = batch * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
+    passing = states + _traced(memory.reading, _whole(estimate), batch, longest)
+    if not estimate.by_vllm:
+        asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
+        passing = max(passing, _judging(estimate, *asked))
+    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
+    return estimate.unpruned.weight_bytes + own + passing
+
+
+def _judging(estimate: Estimate, batch: int, tasks: Sequence[str], shots: Any) -> float:
+    """A pass over the longest prompts, of which lm-eval holds the logits in the model's dtype and their logarithms
+    in float32."""
+    length = int(LONGEST * max(request(task, shots) for task in tasks)) or 1
     logits = batch * length * estimate.shape.vocab_size * (DTYPES[estimate.model["dtype"]].itemsize + 4)
-    return estimate.unpruned.weight_bytes + logits + _traced(memory.reading, _whole(estimate), batch, length)
+    return logits + _traced(memory.reading, _whole(estimate), batch, length)
 
 
-def remedies(config: Mapping[str, Any], room: float) -> list[str]:
+def remedies(estimate: Estimate, room: float) -> list[str]:
     """The overrides, each alone, with which training would fit into so many bytes; the largest smaller batch."""
-    trainer, rows, steps = config["trainer"], config["trainer"]["batch_size"], config["trainer"]["accumulate"]
+    trainer, tuning = estimate.config["trainer"], estimate.config["tuning"]
+    rows, steps = trainer["batch_size"], trainer["accumulate"]
     found = [
         ("trainer.gradient_checkpointing=true", {"trainer": {**trainer, "gradient_checkpointing": True}}),
-        ("tuning=qlora", {"tuning": {**config["tuning"], "_target_": "sddx.training.tuning.qlora"}}),
+        ("tuning=qlora", {"tuning": {**tuning, "_target_": "sddx.training.tuning.qlora"}}),
     ]
-    fitting = [name for name, change in found if _fits({**config, **change}, room)]
+    fitting = [name for name, change in found if _fits(estimate.varied(**change), room)]
     while rows > 1:
         rows, steps = rows // 2, steps * 2
-        if _fits({**config, "trainer": {**trainer, "batch_size": rows, "accumulate": steps}}, room):
+        if _fits(estimate.varied(trainer={**trainer, "batch_size": rows, "accumulate": steps}), room):
             return [*fitting, f"trainer.batch_size={rows} trainer.accumulate={steps}"]
     return fitting
 
 
-def _fits(config: Mapping[str, Any], room: float) -> bool:
-    return FRAGMENTS * _training(Estimate(config)) + CONTEXT <= room
+def _fits(estimate: Estimate, room: float) -> bool:
+    return FRAGMENTS * _training(estimate) + CONTEXT <= room

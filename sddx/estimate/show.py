@@ -12,21 +12,26 @@ from rich.console import Console
 from rich.table import Table
 
 from sddx.estimate.costs import Estimate, Part, distinct, seconds
-from sddx.estimate.devices import DEVICES, Device, device_of, probed
+from sddx.estimate.devices import DEVICES, Device, device_of, probed, this_machine
 from sddx.estimate.peaks import CONTEXT, peaks, remedies
+from sddx.models.load import DTYPES
 from sddx.records import UserError
 from sddx.store import default_root
+from sddx.store.digest import digest
 from sddx.sweep.plan import clock
 
+# Settings on which memory hangs, beside what is removed.
+HELD = ("model", "calibration", "metrics", "generation", "tuning", "max_length", "teacher", "evaluation", "text")
+HELD_BY_TRAINER = ("batch_size", "gradient_checkpointing", "precision", "strategy", "devices", "head_chunk")
 FSDP = "trainer.strategy=fsdp over several devices"
 
 
 def device_for(config: Mapping[str, Any], estimate: Estimate) -> Device:
-    """The device that a configuration is planned for (`gpu`), at its stated speed or at that of a `probe`."""
-    device, probe = device_of(config["gpu"]), config["probe"]
-    if probe is None:
-        return device
-    return probed(device, estimate.shape, estimate.model["dtype"], _seconds(probe))
+    """The device that a configuration is planned for (`gpu`), at its stated speed; with a `probe` this machine's,
+    at the speed that is measured."""
+    if config["probe"] is None:
+        return device_of(config["gpu"])
+    return probed(this_machine(config["gpu"]), estimate.shape, estimate.model["dtype"], _seconds(config["probe"]))
 
 
 def _seconds(probe: Any) -> float:
@@ -44,19 +49,20 @@ def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
 
 def require(configs: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError where these runs take more hours together than budget.gpu_hours, where one needs more memory
-    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one trains. Asked
+    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one writes. Asked
     of none of these, nothing is estimated."""
     first = configs[0]
-    if first["stages"]:
+    limited = first["budget"]["gpu_hours"] is not None
+    on_gpu = first["device"] != "cpu" and torch.cuda.is_available()
+    if not (limited or on_gpu or any(map(_writes_weights, configs))):
         return
-    for config in configs:
-        _within_disk(config)
-    if first["budget"]["gpu_hours"] is not None:
-        estimates = [Estimate(config) for config in configs]
+    estimates = [Estimate(config) for config in configs]
+    for estimate in filter(lambda each: _writes_weights(each.config), estimates):
+        _within_disk(estimate)
+    if limited:
         _within_budget(first, hours(estimates, device_for(first, estimates[0])))
-    if first["device"] != "cpu" and torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(0).total_memory
-        _within_memory(heaviest([Estimate(config) for config in configs]), room)
+    if on_gpu:
+        _within_memory(heaviest(estimates), torch.cuda.get_device_properties(0).total_memory)
 
 
 def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
@@ -68,44 +74,68 @@ def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
         )
 
 
-def _within_disk(config: Mapping[str, Any]) -> None:
-    """All weights are kept, and while they are trained three times as much again. (An adapter is small.)"""
-    if not config["tuning"]["_target_"].endswith(".full") or not config["loss"]["terms"]:
-        return
-    needed = 4 * Estimate(config).pruned.weight_bytes
-    root = Path(config["store"] or default_root()).expanduser().absolute()
+def _writes_weights(config: Mapping[str, Any]) -> bool:
+    """Whether all of a model's weights are written: by full tuning, or for vLLM. (An adapter is small.)"""
+    full = config["tuning"]["_target_"].endswith(".full") and config["loss"]["terms"]
+    return not config["stages"] and bool(full or config["evaluation"].get("backend") == "vllm")
+
+
+def _within_disk(estimate: Estimate) -> None:
+    disk = estimate.disk()
+    needed = max(disk.get("while training", 0), disk.get("student", 0) + disk.get("while evaluating", 0))
+    root = Path(estimate.config["store"] or default_root()).expanduser().absolute()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(
-            f"Training all weights needs {needed / 1e9:.1f} GB in the store {root}, where {free / 1e9:.1f} GB are "
-            "free. Make room (python -m sddx.store gc), give another store=/folder, or use tuning=lora."
+            f"This run needs {needed / 1e9:.1f} GB in the store {root}, where {free / 1e9:.1f} GB are free. Make "
+            "room (python -m sddx.store gc), give another store=/folder, or write fewer weights (tuning=lora, "
+            "evaluation.backend=hf)."
         )
 
 
 def _within_memory(estimates: Sequence[Estimate], room: float) -> None:
+    """Every stage that does not fit is told, each by the run that needs most for it."""
+    largest: dict[str, tuple[float, Estimate]] = {}
     for estimate in estimates:
-        stage, needed = max(peaks(estimate).items(), key=lambda found: found[1])
-        if needed + CONTEXT > room:
-            raise UserError(
-                f"The stage {stage} needs about {(needed + CONTEXT) / 1e9:.0f} GB, and this GPU has "
-                f"{room / 1e9:.0f}. {_way_out(estimate, stage, room)}"
+        for stage, held in peaks(estimate).items():
+            if held + CONTEXT > max(room, largest.get(stage, (0.0, None))[0]):
+                largest[stage] = held + CONTEXT, estimate
+    if largest:
+        raise UserError(
+            *(
+                f"The stage {stage} needs about {needed / 1e9:.0f} GB, and this GPU has {room / 1e9:.0f}. "
+                f"{_way_out(estimate, stage, room)}"
+                for stage, (needed, estimate) in largest.items()
             )
+        )
 
 
 def _way_out(estimate: Estimate, stage: str, room: float) -> str:
     if stage == "train":
-        found = remedies(estimate.config, room)
+        found = remedies(estimate, room)
         return f"Each of these would do: {'; '.join([*found, FSDP])}."
-    settings = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
-    return f"Lower {settings.get(stage, 'model.dtype to bfloat16')}, or use a GPU with more memory."
+    smaller = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
+    ways = [f"lower {smaller[stage]}"] if stage in smaller and room > estimate.unpruned.weight_bytes else []
+    ways += ["set model.dtype=bfloat16"] if DTYPES[estimate.model["dtype"]].itemsize > 2 else []
+    return f"To make it fit, {', '.join([*ways, 'use a GPU with more memory'])}."
 
 
 def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
     """Of the runs that hold the same things in memory, the one that is pruned least."""
     found: dict[Any, Estimate] = {}
     for each in sorted(estimates, key=lambda estimate: estimate.pruned.parameters):
-        data, names = each.config["loss"]["data"], ("batch_size", "gradient_checkpointing", "precision")
-        found[each.needs_teacher, data, *(each.config["trainer"].get(name) for name in names)] = each
+        config, pruning, trainer = each.config, each.config["pruning"], each.config["trainer"]
+        about = [config[name] for name in HELD] + [trainer.get(name) for name in HELD_BY_TRAINER]
+        about += [
+            pruning.get("metric"),
+            pruning["patch"],
+            each.units,
+            each.trains,
+            each.rewrites,
+            each.needs_teacher,
+        ]
+        about += [config["dataset"].get(name) for name in ("name", "path", "skill")]
+        found[digest(about)] = each
     return list(found.values())
 
 
@@ -115,13 +145,17 @@ def show(estimates: Sequence[Estimate], config: Mapping[str, Any], console: Cons
     device = device_for(config, estimates[0])
     for estimate in {(e.model["path"], e.cut.name): e for e in estimates}.values():
         console.print(_model(estimate, config["context"]))
+    found = [(peaks(estimate), estimate) for estimate in heaviest(estimates)]
     held: dict[str, float] = {}
-    for estimate in heaviest(estimates):
-        held |= {stage: max(size, held.get(stage, 0)) for stage, size in peaks(estimate).items()}
-    console.print(_stages([part for each in estimates for part in each.parts()], held, device, len(estimates)))
-    for line in _notes(heaviest(estimates)[-1], held, device):
+    for sizes, _ in found:
+        held |= {stage: max(size, held.get(stage, 0)) for stage, size in sizes.items()}
+    parts = [part for each in estimates for part in each.parts()]
+    spent = seconds(parts, device)
+    console.print(_stages(distinct(parts), spent, held, device, len(estimates)))
+    largest = max(found, key=lambda pair: max(pair[0].values()))[1]
+    for line in _notes(largest, held, device):
         console.print(line, highlight=False, soft_wrap=True)
-    _within_budget(config, hours(estimates, device))
+    _within_budget(config, None if spent is None else sum(spent.values()) / 3600)
 
 
 def _model(estimate: Estimate, context: int) -> Table:
@@ -143,8 +177,13 @@ def _model(estimate: Estimate, context: int) -> Table:
     return table
 
 
-def _stages(parts: Sequence[Part], held: Mapping[str, float], device: Device, runs: int) -> Table:
-    once, spent = distinct(parts), seconds(parts, device)
+def _stages(
+    once: Sequence[Part],
+    spent: Mapping[str, float] | None,
+    held: Mapping[str, float],
+    device: Device,
+    runs: int,
+) -> Table:
     title = f"{runs} run{'s' if runs > 1 else ''} on {device.name}" + (", shared work once" if runs > 1 else "")
     table = Table(title=title, title_justify="left")
     for name in ("stage", "times", "tokens read", "written", "trained", "peak GB", "time"):
@@ -165,24 +204,38 @@ def _count(tokens: float) -> str:
     return f"{tokens / 1e6:,.2f} M" if tokens else ""
 
 
+def _of_a_run(estimate: Estimate) -> list[str]:
+    disk = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in estimate.disk().items())
+    notes = [f"Disk: {disk}."]
+    if estimate.trains:
+        rows = estimate.rows
+        notes = [
+            f"Trained parameters: {estimate.trained:,}. {notes[0]}",
+            f"Rows: {rows.count:,}; on average {rows.prompt:.0f} tokens a prompt, {rows.answer:.0f} a reference.",
+        ]
+        if estimate.assumed:
+            name = estimate.config["dataset"]["name"]
+            notes.append(f"The rows of {name} are not known here: taken to be GSM8K's.")
+        if estimate.needs_teacher and estimate.config["teacher"] and estimate.teacher is estimate.unpruned:
+            notes.append(f"The teacher {estimate.config['teacher']} is taken to be as large as the unpruned model.")
+    if estimate.unknown:
+        notes.append(f"Not counted, because their size is not known here: {', '.join(estimate.unknown)}.")
+    if estimate.by_vllm:
+        notes.append("Hours of evaluation are those of Hugging Face: how much faster vLLM is, is not known here.")
+    return notes
+
+
 def _notes(estimate: Estimate, held: Mapping[str, float], device: Device) -> list[str]:
     needed = max(held.values()) + CONTEXT
     fits = [each.name for each in DEVICES.values() if each.memory >= needed] or ["none of those known here"]
-    disk = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in estimate.disk().items())
-    rows = estimate.rows
     notes = [
-        f"Trained parameters: {estimate.trained:,}. Disk: {disk}.",
+        *([] if estimate.config["stages"] else _of_a_run(estimate)),
         f"One device holds every stage: {', '.join(fits)}.",
-        f"Rows: {rows.count:,}; on average {rows.prompt:.0f} tokens a prompt, {rows.answer:.0f} a reference.",
         "FLOPs count attention as the full square; of parameters, embeddings are looked up and cost none.",
     ]
     if needed > device.memory:
         stage = max(held, key=lambda name: held[name])
-        notes.append(f"{stage} does not fit on {device.name}. {_way_out(estimate, stage, device.memory)}")
-    if estimate.assumed:
-        notes.append(f"The rows of {estimate.config['dataset']['name']} are not known here: taken to be GSM8K's.")
-    if estimate.unknown:
-        notes.append(f"Not counted, because their size is not known here: {', '.join(estimate.unknown)}.")
+        notes.append(f"{stage} does not fit on the {device.name}. {_way_out(estimate, stage, device.memory)}")
     if device.reading is None:
         notes.append("Hours are not known for a processor: probe=60s measures it.")
     elif "probed" not in device.name:

@@ -35,14 +35,18 @@ class Size:
     weight_bytes: int
     blocks: int
 
-    def prefill(self, context: int) -> float:
-        """FLOPs a token when `context` tokens are read at once and the last one's logits are wanted. Every token
-        is counted as attending to all of them (the full square, as PyTorch's counter does)."""
-        return 2 * (self.matrices + self.attention * context + self.head / context)
+    def body(self, context: float) -> float:
+        """FLOPs a token of all but the head when `context` tokens are read at once. Every token is counted as
+        attending to all of them (the full square, as PyTorch's counter does)."""
+        return 2 * (self.matrices + self.attention * context)
 
-    def decode(self, context: int) -> float:
+    def prefill(self, context: float) -> float:
+        """FLOPs a token when `context` tokens are read at once and the last one's logits are wanted."""
+        return self.body(context) + 2 * self.head / max(context, 1)
+
+    def decode(self, context: float) -> float:
         """FLOPs of the one token that follows `context - 1` others in the cache."""
-        return 2 * (self.matrices + self.attention * context + self.head)
+        return self.body(context) + 2 * self.head
 
 
 def shape_of(model: dict[str, Any]) -> Any:

@@ -9,21 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from sddx.build import build
+from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
 from sddx.evaluation.tasks import OWN_TASKS
 
 CHARACTERS = 4  # a token, in English, with a vocabulary of 32,000 words or more; ours
+TURN = 20  # tokens that a chat template puts around a prompt and its answer; ours
 SAMPLE = 64  # rows of a local data set that lengths are taken from
+LONGEST = 2.5  # the longest text, prompt or answer of a batch in mean ones, which all of it waits for; ours
 
 Tokens = Callable[[str], float]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set, and the mean tokens of a prompt and of a reference answer."""
+    """Rows of a data set, and the mean tokens of a prompt in its chat template and of a reference answer."""
 
     count: int
     prompt: float
     answer: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that are read: how many, and in tokens the mean length, the mean one when they are padded to the
+    longest of their batch, and the longest of all."""
+
+    count: int
+    mean: float
+    padded: float
+    longest: int
+
+    @property
+    def side_by_side(self) -> int:
+        """Texts in a batch of the longest ones."""
+        return text_spans([self.longest] * TEXT_BATCH)[0][1]
 
 
 # Rows, characters of a prompt, of an answer. GSM8K's training file, and samples of 2,000 rows of Alpaca and Dolly
@@ -34,6 +53,8 @@ STATED = {
     "databricks/databricks-dolly-15k": (15_011, 442, 358),
     "nvidia/OpenMathInstruct-2": (1_000_000, 235, 900),  # lengths are a guess of ours
 }
+# Bytes that `datasets` downloads of what is large, whichever part is used (conf/calibration/openwebtext.yaml).
+DOWNLOADS = {"Skylion007/openwebtext": 24e9}
 TEXTS = {"Salesforce/wikitext": 600, "Skylion007/openwebtext": 4_800}  # characters a text; guesses of ours
 
 
@@ -61,25 +82,32 @@ TASKS = {
 }
 
 
-def rows_of(dataset: Mapping[str, Any], tokens: Tokens) -> Rows:
-    """A data set's rows: as stated for those of the hub, else (generated, or in a local file) counted."""
+def rows_of(dataset: Mapping[str, Any], held_out: int, tokens: Tokens, turn: float) -> Rows:
+    """A data set's rows that are trained on, after those that are `held_out` (`dataset.size` does not count these):
+    as stated for those of the hub, else (generated, or in a local file) counted. A chat template adds `turn` tokens
+    to a prompt."""
     size = dataset.get("size")
     if "split" in dataset and not dataset.get("data_files"):
         known = STATED.get(dataset["name"], STATED["openai/gsm8k"])
-        return Rows(size or known[0], known[1] / CHARACTERS, known[2] / CHARACTERS)
-    examples = build(dataset).examples
+        return Rows(size or known[0] - held_out, known[1] / CHARACTERS + turn, known[2] / CHARACTERS)
+    examples = build({**dataset, "size": size and size + held_out}).examples[held_out:]
+    if not examples:
+        return Rows(0, 0.0, 0.0)
     seen = examples[:SAMPLE]
     prompt, answer = (sum(tokens(getattr(e, part)) for e in seen) / len(seen) for part in ("prompt", "response"))
-    return Rows(len(examples), prompt, answer)
+    return Rows(len(examples), prompt + turn, answer)
 
 
-def text_tokens(node: Mapping[str, Any], tokens: Tokens, longest: int) -> tuple[int, float]:
-    """Texts of a `calibration` or `text` node, and the mean tokens of one."""
+def texts_of(node: Mapping[str, Any], tokens: Tokens) -> Texts:
+    """Texts of a `calibration` or `text` node, as they are read."""
     if "split" in node and "name" in node and not node.get("data_files"):
-        return node["size"] or 1_000, min(TEXTS.get(node["name"], 2_000) / CHARACTERS, longest)
+        mean = min(TEXTS.get(node["name"], 2_000) / CHARACTERS, TEXT_LENGTH)
+        return Texts(node["size"] or 1_000, mean, min(LONGEST * mean, TEXT_LENGTH), TEXT_LENGTH)
     found = build(node)
-    seen = found[:SAMPLE]
-    return len(found), min(sum(map(tokens, seen)) / len(seen), longest)
+    lengths = [min(tokens(text), TEXT_LENGTH) for text in found[: 8 * TEXT_BATCH]]
+    batches = [lengths[first:end] for first, end in text_spans(lengths)]
+    padded = sum(max(batch) * len(batch) for batch in batches) / len(lengths)
+    return Texts(len(found), sum(lengths) / len(lengths), padded, int(max(lengths)))
 
 
 def items_of(task: str) -> Items | None:
@@ -92,7 +120,18 @@ def items_of(task: str) -> Items | None:
     if task == name or not file.is_file():
         return None
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return Items(len(rows), 1 if "choices" not in rows[0] else len(rows[0]["choices"]), 120, written=30)
+    answers = [row.get("choices", [row["answer"]]) for row in rows]
+    texts = [row["question"] + answer for row, given in zip(rows, answers, strict=True) for answer in given]
+    characters = sum(map(len, texts)) / len(texts)
+    return Items(len(rows), len(answers[0]), characters, written=0 if "choices" in rows[0] else 30)
+
+
+def request(task: str, shots: Any) -> float:
+    """Tokens of one request to a task, with its `shots` (of all tasks, or by task); 0 for one not known here."""
+    if (items := items_of(task)) is None:
+        return 0
+    count = (shots.get(task) if isinstance(shots, Mapping) else shots) or 0
+    return (items.preamble + items.characters * (1 + count)) / CHARACTERS
 
 
 def limited(limit: Any, task: str, count: int) -> int:
@@ -101,11 +140,16 @@ def limited(limit: Any, task: str, count: int) -> int:
     return count if wanted is None else min(wanted, count)
 
 
-def counter(folder: Path | None) -> Tokens:
-    """Tokens of a text by the tokenizer in a folder; by its characters where there is none."""
+def counter(folder: Path | None) -> tuple[Tokens, float]:
+    """Tokens of a text, and those that the chat template puts around a turn: by the tokenizer in a folder; by
+    characters where there is none."""
     if folder is None or not (folder / "tokenizer.json").is_file():
-        return lambda text: len(text) / CHARACTERS
+        return lambda text: len(text) / CHARACTERS, TURN
     from sddx.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    return lambda text: len(tokenizer(text)["input_ids"])
+
+    def tokens(text: str) -> float:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return tokens, tokens(render(tokenizer, "a", "a")) - 2 * tokens("a") if tokenizer.chat_template else 0

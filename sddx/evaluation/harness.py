@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sddx.evaluation.statistics import expected_half_width, standard_error
-from sddx.evaluation.tasks import SEEDS, configure, draw, given, load, require_metrics, require_room
+from sddx.evaluation.tasks import SEEDS, configure, draw, given, judged, load, require_metrics, require_room
 from sddx.records import UserError
 from sddx.runtime import Runtime
 
@@ -69,6 +69,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     chance: Mapping[str, float | None] | None = None,
     limit: int | Mapping[str, int] | None = None,
+    split: Mapping[str, str] | None = None,
     backend: str = "hf",
     vllm: Any = None,
 ) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def evaluate(
     parts of a group: `shots`, a task's number of examples (or one number for all that do not fix 0 themselves,
     which is lm-eval's rule); `primary`, the reported metric ("acc_norm,none"); `chance`, the score of guessing
     (null: not known), where the task's own metadata does not say; `limit`, how many items (or one number for
-    each), drawn with a fixed seed and in equal numbers from the parts of a group.
+    each), drawn with a fixed seed and in equal numbers from the parts of a group; `split`, the split of its data
+    whose items are judged (not named: the task's own), of which none is an example for itself.
 
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
     "batch_size", "truncated", "backend": its name and version}. A record holds `score` (mean of the primary
@@ -89,23 +91,23 @@ def evaluate(
     filter), `part_of` (the name in `tasks`), `settings` (all that makes two evaluations comparable) and `samples`,
     one dict per item. `truncated` counts lm-eval's warnings that a prompt did not fit the model.
 
-    Raises UserError for an unknown task or metric, data that is not there, a tokenizer without a chat template, or
-    an answer that is longer than the model's context.
+    Raises UserError for an unknown task, metric or split, data that is not there, a tokenizer without a chat
+    template or with one that drops the tasks' descriptions, or an answer that is longer than the model's context.
     """
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and evaluation.chat_template "
-            "is on. Add a template to the tokenizer, or set evaluation.chat_template=false."
-        )
+    from sddx.data.encode import TEMPLATE_SETTINGS
+
     with _calm(runtime.quiet) as warnings, _seeded():
-        loaded, part_of = load(tasks, include)
+        loaded, part_of = load(tasks, include, split)
         told = {"primary": primary or {}, "chance": chance or {}}
+        if chat_template:
+            _require_template(tokenizer, loaded["tasks"], part_of)
         configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
         # The batch size must be given here: lm-eval ignores any other for a model that is handed over.
         own = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
+        own |= {"chat_template_args": TEMPLATE_SETTINGS}
         lm: Any = model if backend == "vllm" else HFLM(pretrained=model, **own)
         require_metrics(loaded["tasks"])
         require_room(loaded["tasks"], lm.max_length)
@@ -126,8 +128,8 @@ def evaluate(
         raise RuntimeError("lm-eval gives results on the first process only")
     if warnings:
         logger.warning("%d prompts or batches did not fit the model's context: %s", len(warnings), warnings[0])
-    template = _digest(str(tokenizer.chat_template)) if chat_template else None
-    shared = {"chat_template": template, "backend": backend}
+    shown = json.dumps([tokenizer.chat_template, TEMPLATE_SETTINGS], sort_keys=True)
+    shared = {"chat_template": _digest(shown) if chat_template else None, "backend": backend}
     return {
         "tasks": {
             name: _record(task, raw, part_of[name], {**shared, "limit": given(limit, part_of[name])})
@@ -138,6 +140,19 @@ def evaluate(
         "truncated": len(warnings),
         "backend": {"name": backend, "version": metadata.version(BACKENDS[backend])},
     }
+
+
+def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
+    """Raise UserError where there is no chat template, or one that drops the tasks' descriptions."""
+    from sddx.data.encode import require_system_turn
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and evaluation.chat_template "
+            "is on. Add a template to the tokenizer, or set evaluation.chat_template=false."
+        )
+    described = [part_of[name] for name, task in tasks.items() if task.get_config("description")]
+    require_system_turn(tokenizer, dict.fromkeys(described))
 
 
 def _precision(tasks: Mapping[str, Any], part_of: Mapping[str, str], drawn: Mapping[str, list[int]] | None) -> str:
@@ -298,11 +313,12 @@ def _unparsed(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, floa
 
 def _settings(task: Any, version: Any, primary: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     """What two evaluations must share to be compared: `shared`, which the task does not know (`chat_template` is a
-    digest of it, or None), and what it does."""
+    digest of it and of its settings, or None), and what it does."""
     import lm_eval
 
     return {
         "version": version,
+        "split": judged(task),
         "primary": primary,
         "shots": task.get_config("num_fewshot"),
         "filters": json.loads(json.dumps(task.get_config("filter_list"), default=_name)),
@@ -345,11 +361,13 @@ def responses(results: Mapping[str, Any]) -> list[str]:
     return [s["response"] for record in records for s in record["samples"] if s["response"] is not None]
 
 
-def task_texts(tasks: Sequence[str], include: str | None, limit: Any) -> dict[str, list[str]]:
+def task_texts(
+    tasks: Sequence[str], include: str | None, limit: Any, split: Mapping[str, str] | None
+) -> dict[str, list[str]]:
     """The text of every item that an evaluation of these tasks looks at, by task: its prompt and its target, or
     all its choices, without few-shot examples. Raises UserError as `evaluate` does."""
     with _calm(True), _seeded():
-        loaded, part_of = load(tasks, include)
+        loaded, part_of = load(tasks, include, split)
         drawn, texts = draw(loaded["tasks"], part_of, limit), {}
         for name, task in loaded["tasks"].items():
             documents = task.eval_docs

@@ -1,4 +1,5 @@
-"""The hub datasets that evaluation tasks read: which, and whether they can be read here."""
+"""What evaluation tasks say before they are loaded: the hub datasets that they read, whether these can be read
+here, and which tasks begin with a description."""
 
 from __future__ import annotations
 
@@ -21,21 +22,33 @@ def task_datasets(tasks: Sequence[str], include: str | None = None) -> list[tupl
     Data in local files, and what a task's own code loads, is not among them. Costs milliseconds where all tasks
     are the package's own, whose data lies beside them. Raises UserError as `check_tasks` does.
     """
-    if include is None and set(tasks) <= named_in_files(task_folders(None)):
-        return []
-    index = task_manager(tasks, include).task_index
-    found = [_on_hub(source) for task in tasks for source in _sources(index, task, {})]
+    found = [_on_hub(settings) for parts in _parts(tasks, include).values() for settings in parts]
     return list(dict.fromkeys(pair for pair in found if pair is not None))
 
 
+def described(tasks: Sequence[str], include: str | None = None) -> list[str]:
+    """Those of the tasks that, or some part of which, begin with a description: lm-eval puts it into a system turn
+    where there is a chat template. Costs and raises as `task_datasets` does; the package's own tasks have none."""
+    parts = _parts(tasks, include)
+    return [task for task in parts if any(settings.get("description") for settings in parts[task])]
+
+
+def _parts(tasks: Sequence[str], include: str | None) -> dict[str, list[dict[str, Any]]]:
+    """The settings of all tasks behind each name; none where all are the package's own."""
+    if include is None and set(tasks) <= named_in_files(task_folders(None)):
+        return {}
+    index = task_manager(tasks, include).task_index
+    return {task: list(_sources(index, task, {})) for task in tasks}
+
+
 def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The data settings of all tasks behind a name, or behind an entry in a group's list: a name with settings of
+    """The settings of all tasks behind a name, or behind an entry in a group's list: a name with settings of
     its own, which win over those of the groups around it, which win over the task's."""
     own = {} if isinstance(member, str) else member
     name = member if isinstance(member, str) else own.get("group", own.get("task"))
     entry = index.get(name) if isinstance(name, str) else None
     config = own if entry is None else entry.cfg or {}
-    settings = {**_data(config), **settings, **_data(own)}
+    settings = {**_told(config), **settings, **_told(own)}
     # A tag has no configuration, but names of its own; a group has a list of tasks.
     members = sorted(entry.tags) if entry is not None and entry.cfg is None else config.get("task")
     if not isinstance(members, list):
@@ -45,8 +58,8 @@ def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any])
         yield from _sources(index, each, settings)
 
 
-def _data(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs")
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "description")
     return {name: config[name] for name in names if name in config}
 
 

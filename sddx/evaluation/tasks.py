@@ -97,8 +97,11 @@ def _where(folders: Sequence[Path]) -> str:
     return f" Searched lm-eval's own tasks and {searched} (evaluation.include)."
 
 
-def load(tasks: Sequence[str], include: str | None) -> tuple[Any, dict[str, str]]:
-    """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to."""
+def load(
+    tasks: Sequence[str], include: str | None, split: Mapping[str, str] | None = None
+) -> tuple[Any, dict[str, str]]:
+    """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to. `split` names, by
+    asked-for task, the split of its data that is judged instead of the task's own."""
     manager = task_manager(tasks, include)
     loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
     part_of: dict[str, str] = {}
@@ -115,9 +118,33 @@ def load(tasks: Sequence[str], include: str | None) -> tuple[Any, dict[str, str]
             if part in part_of:
                 raise UserError(f"The task {part!r} is asked for twice, in {part_of[part]!r} and {name!r}.")
             part_of[part] = name
+            if name in (split or {}):
+                _judge_on(found["tasks"][part], part, (split or {})[name])
         for kind in loaded:
             loaded[kind].update(found.get(kind, {}))
     return loaded, part_of
+
+
+def judged(task: Any) -> str | None:
+    """The split whose items are judged, by lm-eval's rule: the test split, else the validation split."""
+    return task.get_config("test_split") or task.get_config("validation_split")
+
+
+def _judge_on(task: Any, name: str, split: str) -> None:
+    """Take a task's items from this split. Its examples are still drawn from where they were; where that is the
+    same split, none of them is the item itself."""
+    if split not in task.dataset:
+        raise UserError(
+            f"evaluation.split: the data of the task {name!r} has no split {split!r}; it has "
+            f"{', '.join(task.dataset)}."
+        )
+    names = ("training_split", "validation_split", "test_split")
+    drawn = [task.fewshot_cfg.split, *map(task.get_config, names)]
+    task.set_config("test_split", split)
+    if task.fewshot_cfg.samples is None and next(filter(None, drawn)) == split:
+        task.fewshot_cfg.split = (
+            split  # lm-eval leaves an item out of its examples where the two splits are named alike
+        )
 
 
 def given(by_task: Any, asked: str) -> Any:

@@ -10,9 +10,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sddx.data.encode import TEMPLATE_SETTINGS
 from sddx.evaluation import vllm_worker
 from sddx.models.load import free_memory
 from sddx.models.vllm import Settings, failed
@@ -27,9 +29,15 @@ class Engine(Settings):
     The interpreter needs lm_eval and scipy as well; of sddx it uses this one."""
 
     def require(self) -> None:
-        """Raises UserError where vLLM is not there, or not GPUs enough."""
+        """Raises UserError where vLLM is not there, or not GPUs enough, and where the interpreter has another
+        lm-eval than this one, whose version the evaluation is filed under."""
         needs = ["vllm", "lm_eval", "scipy", *(["ray"] if self.data_parallel > 1 else [])]
-        self.require_packages(*needs, group="evaluation.vllm", instead="evaluation.backend=hf")
+        found = self.require_packages(*needs, group="evaluation.vllm", instead="evaluation.backend=hf")
+        if found["lm_eval"] != (ours := metadata.version("lm_eval")):
+            raise UserError(
+                f"evaluation.vllm.python={self.python} has lm-eval {found['lm_eval']}, and sddx runs with {ours}: "
+                f"their numbers need not agree. Install lm_eval=={ours} there."
+            )
 
     def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str, *, quiet: bool = True) -> dict[str, Any]:
         """What `harness.evaluate` returns with the settings `evaluation`, for the model in a plain folder. What we
@@ -68,6 +76,8 @@ class Engine(Settings):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": self.max_model_len,
             "batch_size": "auto",
+            "chat_template_args": TEMPLATE_SETTINGS,
+            "enable_thinking": TEMPLATE_SETTINGS["enable_thinking"],  # lm-eval 0.4.13 forgets the one among them
         }
 
 

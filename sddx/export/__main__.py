@@ -50,7 +50,7 @@ def _export(given: Sequence[str]) -> None:
     from sddx.export.write import export
 
     if values["push"]:
-        push.require(values["push"], values["adapter"])
+        push.require(values["push"], values["adapter"], private=private)
     to = Path(values["to"]).expanduser().absolute()
     how = {name: values[name] for name in ("adapter", "dtype", "device")}
     proof = export(values["run"], to, **how, evaluated=values["check"] == "eval")

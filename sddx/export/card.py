@@ -79,7 +79,7 @@ def base_name(run: Recovered) -> str:
 def front_matter(folder: Path) -> dict[str, Any]:
     """The YAML at the head of a model's README.md; empty where there is none that can be read."""
     path = folder / "README.md"
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
+    written = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     found = re.match(r"---\s*\n(.*?)\n---", written, re.DOTALL)
     try:
         fields = yaml.safe_load(found[1]) if found else None

@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sddx.models.anatomy import FAMILIES, Family, per_layer_lists
 from sddx.records import UserError
 
-# The names under which these runtimes know the architectures of `anatomy.FAMILIES`. Read in vLLM's registry of
-# models and in llama.cpp's convert_hf_to_gguf.py, not tried.
+# The names under which these runtimes know the architectures of `anatomy.FAMILIES`, as vLLM's registry of models
+# (vllm/model_executor/models/registry.py) and the converter of llama.cpp (conversion/) have them. Read there, not
+# tried. llama.cpp converts MPT by its older name, MPTForCausalLM, alone.
 KNOWN = (
     "LlamaForCausalLM MistralForCausalLM MixtralForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM "
     "Gemma2ForCausalLM Gemma3ForCausalLM Phi3ForCausalLM GPTNeoXForCausalLM"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sddx.records import UserError
 
 
-def require(name: str, adapter: str) -> None:
+def require(name: str, adapter: str, *, private: bool) -> None:
     """Raises UserError, before any work, where a push to the repository `name` cannot succeed."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -24,30 +26,48 @@ def require(name: str, adapter: str) -> None:
         raise UserError(f"push={name} is no name of a repository: {error} Give push=org/name.") from error
     if get_token() is None:
         raise UserError("push=... needs a token of the Hugging Face hub, and there is none. Run `hf auth login`.")
+    with _told(name, "Nothing was exported yet: leave push=... out to export alone, or try again."):
+        _require_vacant(name, private)
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
     """Upload a finished folder to a model repository, which is made; returns its address.
 
-    Raises UserError where a repository of that name holds something already, and where the hub cannot be reached or
-    refuses. The folder stays as it is.
+    Raises UserError where a repository of that name holds something already, where it is public and the upload is
+    to be private, and where the hub cannot be reached or refuses. The folder stays as it is.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi()
-    try:
-        if api.repo_exists(name) and set(api.list_repo_files(name)) - {".gitattributes"}:
-            raise UserError(f"{name} exists on the hub and is not empty. Give another name. {_stays(folder, name)}")
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Recovered model, exported by sddx")
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise UserError(
-            f"the upload to {name} failed: {type(error).__name__}: {error}. {_stays(folder, name)}"
-        ) from error
+    again = f"hf upload {name} {folder}" + (" --private" if private else "")
+    with _told(name, f"The export itself is complete: {folder}. To try again: {again}"):
+        _require_vacant(name, private)
+        HfApi().create_repo(name, private=private, exist_ok=True)
+        message = "Recovered model, exported by sddx"
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     return f"https://huggingface.co/{name}"
 
 
-def _stays(folder: Path, name: str) -> str:
-    return f"The export itself is complete: {folder}. To try again: hf upload {name} {folder}"
+def _require_vacant(name: str, private: bool) -> None:
+    from huggingface_hub import HfApi
+
+    if not HfApi().repo_exists(name):
+        return
+    found = HfApi().model_info(name)
+    if {file.rfilename for file in found.siblings or []} - {".gitattributes"}:
+        raise UserError(f"{name} exists on the hub and is not empty. Give another name.")
+    if private and not found.private:
+        raise UserError(f"{name} exists on the hub and is public. Give another name, or private=false.")
+
+
+@contextmanager
+def _told(name: str, then: str) -> Iterator[None]:
+    """Around calls to the hub: raises UserError where one fails, with what to do then."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} {then}") from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise UserError(f"the upload to {name} failed: {type(error).__name__}: {error}. {then}") from error

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
-from sddx.models.load import DTYPES, load_model
+from sddx.models.load import DTYPES, decides, load_model
 from sddx.models.plain import write_merged
 from sddx.models.recovered import Recovered, find_run
 from sddx.models.student import is_stock
@@ -86,7 +86,7 @@ def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | Non
     if adapter == "apart" and not (run.trained and (run.trained / ADAPTER).is_file()):
         raise UserError("this run has no adapter: all weights were trained, or none. Use adapter=merged.")
     require_stock(run)
-    base = Store(Path(run.summary["store"])).source("model", run.base)
+    base = Store(Path(run.summary["store"])).source("model", run.base, decides)
     if base.key != run.summary["artifacts"]["model"]:
         raise UserError(
             f"the base model in {run.base} is not the one that the run used: its files were changed. Put them "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -12,13 +13,48 @@ import torch
 from torch import Tensor
 
 from sddx.importance.coalitions import Coalition, OfLogits, Value
-from sddx.importance.score import Subject, Sums, require_sequences
-from sddx.records import UserError
+from sddx.importance.score import Subject, Sums, Work, require_sequences
+from sddx.records import Batch, Units, UserError
+from sddx.runtime import Runtime
 
 DRAWS = 2000  # by which it is told whether the units of least value are known
 
 
-class LeaveOneOut:
+class Ablation:
+    """A metric that asks what coalitions are worth."""
+
+    value: Any
+    alone = False  # whether each text is read by itself
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} measures nothing")
+
+    def work(self, units: Units, texts: int) -> Work:
+        """What `measure` runs, found by running it with a value that only counts: where it may stop early, the
+        most; where what it asks next depends on what it found, for other findings."""
+        counting = copy(self)
+        counting.value = counted = Counted(self.value)
+        labels = torch.tensor([[0, -100]]).expand(texts, -1)
+        batch = Batch(torch.zeros_like(labels), torch.ones_like(labels), labels)
+        counting.measure(Subject(None, None, units, [batch], Runtime(quiet=True)))
+        sums = {name: sum(getattr(work, name) for work in counted.asked) for name in ("body", "head", "models")}
+        return Work(**sums, alone=self.alone)
+
+
+class Counted:
+    """A value that finds noise, runs no model, and notes what `value` would run."""
+
+    def __init__(self, value: Value) -> None:
+        self.value, self.asked = value, list[Work]()
+        self.sequences = getattr(value, "sequences", None)
+        self.noise = torch.Generator().manual_seed(0)
+
+    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        self.asked.append(self.value.work(subject, coalitions))
+        return torch.rand(len(coalitions), subject.sequences, generator=self.noise, dtype=torch.float64)
+
+
+class LeaveOneOut(Ablation):
     """What is lost when one unit is taken out of the whole model. With `released`, shifted as in the code of arXiv
     2407.16286 (facts B2): the mean over the runs that lack another unit, minus the run that lacks this one."""
 
@@ -37,7 +73,7 @@ class LeaveOneOut:
         return sums.summary()
 
 
-class Greedy:
+class Greedy(Ablation):
     """The order in which units go if each time the least missed one is removed and all others are scored again
     (SLEB, arXiv 2402.09025, whose exact rule is not known here). A unit's score is its place in that order;
     those that outlast `until` removals follow by what they would cost next."""
@@ -65,9 +101,11 @@ class Greedy:
         return {"mean": mean, "stderr": None, "sequences": items, "subsets": [], "costs": costs}
 
 
-class RandomSubnetworks:
+class RandomSubnetworks(Ablation):
     """The mean value of random subnetworks with the unit, minus that of those without it: `count` for each text,
     that keep a share `keep` of the units (the second released estimator of arXiv 2407.16286, facts B2)."""
+
+    alone = True
 
     def __init__(self, *, value: OfLogits, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
         if not isinstance(value, OfLogits):
@@ -105,7 +143,7 @@ class RandomSubnetworks:
         return tuple(unit in chosen for unit in range(units))
 
 
-class Shapley:
+class Shapley(Ablation):
     """What a unit adds to a coalition, averaged over orders of removal (Shapley's value), or only over coalitions
     that keep at least a share `keep` of the units (a semivalue; nearly empty models are never deployed).
 

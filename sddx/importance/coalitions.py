@@ -5,7 +5,7 @@ A coalition is the set of units that are present: a tuple of booleans, one for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sddx.evaluation.harness import evaluate
 from sddx.evaluation.tasks import check_tasks, named_in_files, task_folders
-from sddx.importance.score import Subject
+from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of
 from sddx.records import Batch, Units, UserError
@@ -29,6 +29,8 @@ class Value(Protocol):
     """What coalitions are worth, more being better: one number per coalition and item, [coalitions, items]."""
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor: ...
+
+    def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work: ...
 
 
 class Replay:
@@ -73,10 +75,8 @@ class Replay:
 
     def run(self, coalition: Coalition) -> Tensor:
         """The hidden state [batch, time, width] after the final norm."""
-        path = self._path(coalition)
-        shared = 0
-        while self.reuse and shared < len(self.path) and path[shared] == self.path[shared]:
-            shared += 1
+        path = _path(self.units, coalition)
+        shared = _shared(self.path, path) if self.reuse else 0
         del self.states[shared + 1 :]
         for place in range(shared, len(path)):
             block, (arguments, named) = self.variants[place][path[place]], self.calls[place]
@@ -86,14 +86,27 @@ class Replay:
         norm: Any = final_norm(self.model)
         return self.states[-1] if norm is None else norm(self.states[-1])
 
-    def _path(self, coalition: Coalition) -> list[tuple[bool, bool]]:
-        if self.units.granularity == "blocks":
-            return [(present, present) for present in coalition]
-        present = {self.units.unit(number): here for number, here in enumerate(coalition)}
-        return [
-            (present.get(("attention", block), True), present.get(("feedforward", block), True))
-            for block in range(self.units.total)
-        ]
+
+def _path(units: Units, coalition: Coalition) -> list[tuple[bool, bool]]:
+    """Of every block, whether its attention and its feed-forward branch are present."""
+    if units.granularity == "blocks":
+        return [(present, present) for present in coalition]
+    present = {units.unit(number): here for number, here in enumerate(coalition)}
+    return [
+        (present.get(("attention", block), True), present.get(("feedforward", block), True))
+        for block in range(units.total)
+    ]
+
+
+def _shared(last: Sequence[Any], path: Sequence[Any]) -> int:
+    """The first blocks that two paths have in common."""
+    differing = (place for place, (old, new) in enumerate(zip(last, path, strict=False)) if old != new)
+    return next(differing, len(last))
+
+
+def _passes(path: Sequence[tuple[bool, bool]], total: int) -> float:
+    """Blocks over those of the whole model; a branch is half a block."""
+    return sum(map(sum, path)) / 2 / total
 
 
 class OfLogits:
@@ -107,7 +120,7 @@ class OfLogits:
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         """[coalitions, sequences], float64. Raises UserError where no text has a label."""
-        distinct = sorted(set(coalitions), reverse=True)  # neighbours share their first blocks
+        distinct = _in_order(coalitions)
         replay = Replay(subject.model, subject.units, reuse=self.reuse)
         found: list[Tensor] = []
         batches = subject.first(self.sequences)
@@ -131,6 +144,16 @@ class OfLogits:
         place = {coalition: number for number, coalition in enumerate(distinct)}
         return values[[place[coalition] for coalition in coalitions]]
 
+    def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
+        """What `of` runs. A branch counts as half a block."""
+        units, texts = subject.units, sum(len(batch.input_ids) for batch in subject.first(self.sequences))
+        last, passes = _path(units, (True,) * len(units)), 2.0  # to note the blocks' calls, and with all units
+        for coalition in (distinct := _in_order(coalitions)):
+            path = _path(units, coalition)
+            passes += _passes(path[_shared(last, path) if self.reuse else 0 :], units.total)
+            last = path
+        return Work(body=texts * passes, head=texts * len(distinct) * self.heads)
+
     def _sequences(self, subject: Subject, batch: Batch, hidden: Tensor, full: Tensor) -> Tensor:
         """The value of each sequence; NaN for one without labels."""
         to_logits = logits_of(head(subject.model), decoder(subject.model).config)
@@ -143,6 +166,7 @@ class OfLogits:
         return (sums / labelled.sum(1)).cpu()
 
     label = "value"
+    heads = 1  # times that the head is applied to a token
 
     def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
         """The value of each token, from the states with the coalition and with all units [tokens, width]."""
@@ -162,15 +186,17 @@ class LogitDistance(OfLogits):
     """Minus the L2 distance to the logits of the whole model (facts B1, logit Shapley)."""
 
     label = "logits of coalitions"
+    heads = 2
 
     def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
         return -torch.linalg.vector_norm(to_logits(hidden) - to_logits(full), dim=-1)
 
 
 class TaskScore:
-    """The score of evaluation tasks, item by item, on their selection items, the task `<task>_selection` (among
-    the package's own, or in the folder `include`). With `oracle`, on the very items that are reported: an upper
-    bound, not a method. Every coalition is evaluated whole."""
+    """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
+    the report's, or the task `<task>_selection` (among the package's own, or in the folder `include`). With
+    `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole.
+    """
 
     def __init__(
         self,
@@ -179,11 +205,15 @@ class TaskScore:
         limit: int | None,
         include: str | None = None,
         batch_size: int = 64,
+        shots: int | Mapping[str, int] | None = None,
+        split: Mapping[str, str] | None = None,
         oracle: bool = False,
     ) -> None:
         self.limit, self.include, self.batch_size = limit, include, batch_size
-        self.tasks = list(tasks) if oracle else [_selection(task, include) for task in tasks]
-        check_tasks(self.tasks, include)
+        self.shots, self.split = shots, {} if oracle else split or {}
+        apart = [task for task in tasks if not oracle and task not in self.split]
+        self.tasks = [_selection(task, include) if task in apart else task for task in tasks]
+        check_tasks(self.tasks, include, shots=shots, split=split)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         known: dict[Coalition, Tensor] = {}
@@ -193,6 +223,11 @@ class TaskScore:
                 known[coalition] = self._items(quiet, coalition)
                 bar.update(1)
         return torch.stack([known[coalition] for coalition in coalitions])
+
+    def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
+        """What `of` runs. A branch counts as half a block."""
+        total = subject.units.total
+        return Work(models=sum(_passes(_path(subject.units, kept), total) for kept in set(coalitions)))
 
     def _items(self, subject: Subject, coalition: Coalition) -> Tensor:
         removed = [number for number, present in enumerate(coalition) if not present]
@@ -208,6 +243,8 @@ class TaskScore:
                 include=self.include,
                 batch_size=self.batch_size,
                 limit=self.limit,
+                shots=self.shots,
+                split=self.split,
                 chat_template=bool(subject.tokenizer.chat_template),
             )
         finally:
@@ -216,12 +253,18 @@ class TaskScore:
         return torch.tensor(samples, dtype=torch.float64)
 
 
+def _in_order(coalitions: Sequence[Coalition]) -> list[Coalition]:
+    """Each once, so that neighbours share their first blocks."""
+    return sorted(set(coalitions), reverse=True)
+
+
 def _selection(task: str, include: str | None) -> str:
     """The name under which a task's selection items stand. Raises UserError where it has none."""
     name = task if task.endswith("_selection") else f"{task}_selection"
     if name not in named_in_files(task_folders(include)):
         raise UserError(
             f"the task {task!r} has no selection items ({name} is no task), and report items must not choose "
-            "what is removed. Use a task that has them, or set oracle=true for the upper bound that it is."
+            f"what is removed. Name another split of its data (split: {{{task}: validation}}), use a task that has "
+            "them, or set oracle=true for the upper bound that it is."
         )
     return name

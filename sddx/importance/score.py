@@ -54,10 +54,25 @@ class Subject:
         return found
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a metric runs, over all texts that it reads: passes of the whole model's `body`, of its `head`, and of
+    both forward and backward (`learned`); and evaluations of the whole model on its value's tasks (`models`).
+    `alone`: each text by itself, without the padding of a batch."""
+
+    body: float = 0.0
+    head: float = 0.0
+    learned: float = 0.0
+    models: float = 0.0
+    alone: bool = False
+
+
 class Measures(Protocol):
-    """A metric that runs the model as it needs to."""
+    """A metric that runs the model as it needs to, and says how much that is on so many texts."""
 
     def measure(self, subject: Subject) -> dict[str, Any]: ...
+
+    def work(self, units: Units, texts: int) -> Work: ...
 
 
 def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) -> dict[str, dict[str, Any]]:
@@ -73,6 +88,16 @@ def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) ->
         if name not in passing:
             found[name] = metric.measure(subject)  # type: ignore[union-attr]
     return {name: found[name] for name in metrics}
+
+
+def works(metrics: Mapping[str, OfStates | Measures], units: Units, texts: int) -> dict[str, Work]:
+    """What `score_units` runs on so many texts: by metric, and under "" the one pass of all functions of states. A
+    metric that does not say is taken for another pass."""
+    found = {"": Work(body=texts)} if any(not hasattr(m, "measure") for m in metrics.values()) else {}
+    for name, metric in metrics.items():
+        if hasattr(metric, "measure"):
+            found[name] = metric.work(units, texts) if hasattr(metric, "work") else Work(body=texts)
+    return found
 
 
 def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sddx.importance.score import Subject, Sums
+from sddx.importance.score import Subject, Sums, Work
 from sddx.models.anatomy import blocks, branches
 from sddx.models.outputs import run
 from sddx.records import Units, UserError
@@ -20,6 +20,9 @@ class Taylor:
 
     def __init__(self, *, sequences: int | None = None) -> None:
         self.sequences = sequences
+
+    def work(self, units: Units, texts: int) -> Work:
+        return Work(learned=texts if self.sequences is None else min(self.sequences, texts), alone=True)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """The summary over the units. Raises UserError where weights have no gradient, or texts no labels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
@@ -25,8 +27,12 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-TWICE = ["consolidated*", "original/*"]  # the same weights in their makers' own form
+# What decides what a model computes: weights, settings, tokenizer, chat template.
+RUNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+FILES = (*RUNS, *TERMS, "README.md")
+# The same weights in other forms, which are not read: Mistral's consolidated.safetensors, Llama's original/, onnx/.
+ELSEWHERE = ("*/*", "consolidated*", "params.json", "*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,10 @@ def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]
 
 
 def cached(path: str, revision: str | None) -> Path | None:
-    """The whole snapshot of a hub model in this machine's cache; None where it is not there, or not all of it."""
+    """The snapshot of a hub model in this machine's cache; None where it lacks what a run reads (its licence is not
+    asked for)."""
     try:
-        found = Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE, local_files_only=True
-            )
-        )
+        found = Path(_snapshot(path, revision, RUNS, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return found if _has_weights(found) else None
@@ -82,7 +85,22 @@ def download(path: str, revision: str | None) -> Path:
         "(python -m sddx.fetch with the same settings); model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, ignore_patterns=TWICE))
+        return Path(_snapshot(path, revision, FILES))
+
+
+def _snapshot(path: str, revision: str | None, files: Sequence[str], **how: Any) -> str:
+    return snapshot_download(path, revision=revision, allow_patterns=[*files], ignore_patterns=[*ELSEWHERE], **how)
+
+
+def fetched(name: str, files: Sequence[str] = FILES) -> bool:
+    """Whether a file of a model's repository, by its name there, is among `files` and in the form that is read."""
+    return any(filter_repo_objects([name], allow_patterns=[*files], ignore_patterns=[*ELSEWHERE]))
+
+
+def decides(name: str) -> bool:
+    """Whether a file of a model's folder, by its name there, can change what the model computes. A key that rests
+    on these files alone is that of every copy, with or without licence, README and weights in other forms."""
+    return fetched(name, RUNS)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -11,14 +11,13 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from sddx.models.anatomy import is_adapted
+from sddx.models.load import TERMS
 
 SHARD = "5GB"
-# What belongs to a tokenizer, and the terms that the base model came with.
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
     "chat_template*",
 )  # fmt: skip
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def write_merged(model: Any, base: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,8 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
 from sddx.records import UserError
+
+OLDEST = "0.10"  # as in pyproject.toml
+LOOK = """
+import json, sys
+from importlib import metadata, util
+print(json.dumps({name: metadata.version(name) if util.find_spec(name) else None for name in sys.argv[1:]}))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +34,20 @@ class Settings:
     max_model_len: int | None = None
     python: str | None = None
 
-    def require_packages(self, *needs: str, group: str, instead: str) -> None:
-        """Raises UserError where the interpreter lacks one of the packages that it `needs`, or where there are not
-        GPUs enough; with the names that the settings have in `group`, and what to use `instead`."""
+    def require_packages(self, *needs: str, group: str, instead: str) -> dict[str, str | None]:
+        """The versions of what the interpreter `needs`. Raises UserError where it lacks one of these packages, has
+        an older vLLM than `OLDEST`, or where there are not GPUs enough; with the names that the settings have in
+        `group`, and what to use `instead`."""
         python = self.python or sys.executable
-        if missing := _missing(python, needs, group):
+        found = _versions(python, needs, group)
+        wrong = [f"cannot import {name}" for name, version in found.items() if version is None]
+        if (version := found["vllm"]) is not None and Version(version) < Version(OLDEST):
+            wrong.append(f"has vLLM {version}, and {OLDEST} or newer is needed")
+        if wrong:
             raise UserError(
-                f"{', '.join(missing)} cannot be imported by {python}. Install the extra (pip install "
-                "'sddx[vllm]', needs CUDA); or, where vLLM wants another torch, give the interpreter of an "
-                f"environment that has {' and '.join(needs)} with {group}.python=/path/to/python; or use {instead}."
+                f"{python} {', '.join(wrong)}. Install the extra (pip install -U 'sddx[vllm]', needs CUDA); or, "
+                "where vLLM wants another torch, give the interpreter of an environment that has "
+                f"{' and '.join(needs)} with {group}.python=/path/to/python; or use {instead}."
             )
         wanted, there = self.tensor_parallel * self.data_parallel, torch.cuda.device_count()
         if 0 < there < wanted:
@@ -41,15 +55,16 @@ class Settings:
                 f"{group}.tensor_parallel={self.tensor_parallel} times data_parallel={self.data_parallel} "
                 f"makes {wanted} GPUs, and there are {there}. Give less of either."
             )
+        return found
 
 
-def _missing(python: str, needs: Sequence[str], group: str) -> list[str]:
-    look = "import sys; from importlib.util import find_spec; print(*(n for n in sys.argv[1:] if not find_spec(n)))"
+def _versions(python: str, packages: Sequence[str], group: str) -> dict[str, str | None]:
+    """The version of each package in another interpreter, None where it cannot be imported there."""
     try:
-        told = subprocess.run([python, "-P", "-c", look, *needs], capture_output=True, timeout=60, text=True)
+        told = subprocess.run([python, "-P", "-c", LOOK, *packages], capture_output=True, timeout=60, text=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{group}.python={python} cannot be run: {error}. Give an interpreter.") from error
-    return told.stdout.split() if told.returncode == 0 else list(needs)
+    return json.loads(told.stdout) if told.returncode == 0 else dict.fromkeys(packages)
 
 
 def failed(status: int, log: str) -> UserError:

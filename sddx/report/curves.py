@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
+from sddx.report.extraction import Key, Reading, named, readings
 
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
@@ -225,6 +227,40 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
         Difference(where, arm, len(ours), columns[0][n][0], columns[1][n][0], adjusted[0][n], adjusted[1][n])
         for n, (where, arm, ours, _) in enumerate(pairs)
     ]
+
+
+@dataclass(frozen=True)
+class ReadingDifference:
+    """An arm against SFT in one task's score under one filter, paired by seed, in points; p is adjusted by Holm
+    over all of them."""
+
+    where: str
+    arm: str
+    seeds: int
+    task: str
+    read_by: str
+    interval: Interval
+    p: float | None
+
+
+def reading_differences(runs: Sequence[Run]) -> list[ReadingDifference]:
+    """As `differences`, for every task whose answers can be read in several ways, or not at all."""
+    found = []
+    for where, arm, ours, theirs in _pairs([run for run in runs if is_trained(run)]):
+        for key in _readings(ours[0]):
+            if all(key in _readings(run) for run in (*ours, *theirs)):
+                interval, p = _paired(ours, theirs, partial(_read_by, key))
+                found.append(ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p))
+    adjusted = _holm([difference.p for difference in found])
+    return [replace(difference, p=p) for difference, p in zip(found, adjusted, strict=True)]
+
+
+def _readings(run: Run) -> dict[Key, Reading]:
+    return readings(run).get("recovered", {})
+
+
+def _read_by(key: Key, run: Run) -> float:
+    return _readings(run)[key].score
 
 
 def _pairs(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run], list[Run]]]:

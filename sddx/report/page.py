@@ -25,11 +25,13 @@ from sddx.report.curves import (
     is_trained,
     mean_of,
     perplexity_of,
+    reading_differences,
     score_of,
 )
+from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Table, agreements, heat_maps, variant_sections
-from sddx.report.table import grid, percent
+from sddx.report.table import CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -139,6 +141,38 @@ def _measured(runs: Sequence[Run], model: str, tasks: Sequence[str]) -> list[str
     return [*(score_of(runs, model, task) for task in tasks), perplexity_of(runs, model)]
 
 
+def reading_table(runs: Sequence[Run]) -> Table:
+    """The score under each filter, and the share of answers that it could not read, of the unpruned model, of every
+    pruned one, and of every arm (means over its seeds); for tasks whose answers can be read in several ways, or not
+    at all."""
+    rows: list[list[str]] = []
+    for where, arm, group in arms(runs):
+        model = f"model {group[0]['choices'].get('model', '')}"
+        new = _read(group[:1], model, "unpruned") + _read(group[:1], where, "pruned")
+        rows += [row for row in new if row not in rows] + _read(group, where, "recovered", arm)
+    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": rows}
+
+
+def _read(runs: Sequence[Run], where: str, model: str, name: str | None = None) -> list[list[str]]:
+    found = [readings(run).get(model, {}) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for read in found for key in read):
+        read = [each[key] for each in found if key in each]
+        shares = [reading.unparsed for reading in read if reading.unparsed is not None]
+        score, unparsed = percent(mean(r.score for r in read)), percent(mean(shares) if shares else None)
+        rows.append([where, name or model, key[0], named(runs[0], key), score, unparsed])
+    return rows
+
+
+def reading_difference_table(runs: Sequence[Run]) -> Table:
+    """Every arm minus SFT under each filter, in points with 95 % intervals over seeds."""
+    rows = [
+        [d.where, d.arm, str(d.seeds), d.task, d.read_by, _points(d.interval), _p(d.p)]
+        for d in reading_differences(runs)
+    ]
+    return {"header": ["runs", "arm minus sft", "seeds", "task", "read by", "difference", "p"], "rows": rows}
+
+
 def curve_table(family: Family, measure: str) -> Table:
     """The numbers behind a figure."""
     rows = [
@@ -228,10 +262,13 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
         sections.append({"title": title, "figures": drawn})
     return {
         "runs": runs,
+        "choosing": choosing(runs),
         "sections": sections,
         "arms": arm_table(runs),
         "differences": difference_table(differences(runs)),
         "tasks": task_table(runs),
+        "readings": reading_table(runs),
+        "reading_differences": reading_difference_table(runs),
         "variants": variant_sections(runs),
         "agreements": agreements(runs),
         "heat_maps": heat_maps(runs),
@@ -244,6 +281,12 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
     }
 
 
+def choosing(runs: Sequence[Run]) -> str:
+    """What must be said where runs were judged on selection items; empty where none was."""
+    found = [run for run in runs if is_choosing(run)]
+    return f"{len(found)} of {len(runs)} runs were judged on {CHOOSING}." if found else ""
+
+
 def html(found: dict[str, Any]) -> str:
     """The page, with everything inside it."""
     environment = Environment(loader=PackageLoader("sddx.report", "."), autoescape=select_autoescape(["html"]))
@@ -254,10 +297,12 @@ def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
     titles = {
         "arms": "What each arm brought back", "differences": "Paired differences to SFT, in points",
-        "tasks": "Scores per task",
+        "tasks": "Scores per task", "readings": "Scores under each filter",
+        "reading_differences": "Paired differences to SFT under each filter, in points",
         "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
     }  # fmt: skip
-    parts = [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
+    parts = [found["choosing"]] if found["choosing"] else []
+    parts += [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
     for variant in found["variants"]:
         titles = {"table": "", "differences": f", minus {variant['base']}, in points", "tasks": ", before training"}
         parts += [

@@ -12,7 +12,7 @@ from sddx.report.summary import write
 from sddx.store.digest import digest
 from sddx.tracking import open_run
 
-TABLES = ("arms", "differences", "tasks", "laws", "cost", "failed")
+TABLES = ("arms", "differences", "tasks", "readings", "reading_differences", "laws", "cost", "failed")
 
 
 def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:

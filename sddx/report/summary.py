@@ -116,6 +116,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
             model: {task: record["metrics"] for task, record in result["tasks"].items()}
             for model, result in results.items()
         },
+        "primary": {task: record["settings"]["primary"] for task, record in records.items()},
         "unparsed": {
             model: {task: record["unparsed"] for task, record in result["tasks"].items() if record["unparsed"]}
             for model, result in results.items()

@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sddx.records import Rewrite
+from sddx.report.extraction import Reading, named, readings
 
 MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
+CHOOSING = "selection items: for choosing, not for reporting"
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -67,6 +69,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("perplexity", _text(summary, "perplexity", "{:,.2f}", " on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
+        *_readings(summary),
         ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
@@ -84,6 +87,24 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
     values = {model: text.get(measure) for model, text in summary.get("text", {}).items()}
     shown = [f"{model} {form.format(value)}" for model, value in values.items() if value is not None]
     return ", ".join(shown) + unit if shown else ABSENT
+
+
+def _readings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each model's score under each filter that reads a task's answers, and the share that the filter could not."""
+    found = readings(summary)
+    keys = dict.fromkeys(key for read in found.values() for key in read)
+    return [
+        (
+            f"{key[0]}, {named(summary, key)}",
+            ", ".join(f"{model} {_reading(read[key])}" for model, read in found.items() if key in read),
+        )
+        for key in keys
+    ]
+
+
+def _reading(reading: Reading) -> str:
+    share = "" if reading.unparsed is None else f" ({percent(reading.unparsed)} unparsed)"
+    return percent(reading.score) + share
 
 
 def _overlap(summary: Mapping[str, Any]) -> str:
@@ -152,7 +173,14 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    return "Scores in percent ± standard error" + (f", {summary['name']}" if summary.get("name") else "")
+    named = f", {summary['name']}" if summary.get("name") else ""
+    return f"Scores in percent ± standard error{named}" + (f" ({CHOOSING})" if is_choosing(summary) else "")
+
+
+def is_choosing(summary: Mapping[str, Any]) -> bool:
+    """Whether a run was judged on selection items, or on another split of the data than a task's own."""
+    tasks = summary.get("scores", {}).get("unpruned", {})
+    return bool(summary.get("choices", {}).get("split")) or any(task.endswith("_selection") for task in tasks)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:

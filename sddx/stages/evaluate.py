@@ -20,8 +20,6 @@ from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 
-BATCH, MAX_LENGTH = 32, 2048
-
 
 def evaluate(
     out: Path,
@@ -50,7 +48,7 @@ def evaluate(
     )
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime)
-    batches = list(text_batches(tokenizer, build(text), max_length=MAX_LENGTH, batch_size=BATCH))
+    batches = list(text_batches(tokenizer, build(text)))
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
     results["text"] = {

@@ -20,6 +20,7 @@ def overlap(
     tasks: list[str],
     include: str | None,
     limit: int | dict[str, int] | None,
+    split: dict[str, str] | None,
 ) -> None:
     """Writes `overlap.json`: the length of a run in `words`, and under `tasks` how many `items` are evaluated in
     each, how many are `overlapping` with a training row (see `sddx.data.overlap`), and the `share`.
@@ -28,7 +29,7 @@ def overlap(
     target or choices. What the model itself writes into self-data, and few-shot examples, are not looked at.
     `files` are those that tasks are read from, for the key's sake.
     """
-    texts = task_texts(tasks, include, limit)
+    texts = task_texts(tasks, include, limit, split)
     owners = [task for task, items in texts.items() for _ in items]
     rows = (f"{example.prompt}\n{example.response}" for example in read_examples(data.path / "shards"))
     hits = [owners[place] for place in overlapping(rows, [text for items in texts.values() for text in items])]

@@ -12,8 +12,7 @@ from sddx.models.load import free_memory, frozen_model, load_model, load_tokeniz
 from sddx.models.student import prune as pruned
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
-from sddx.stages.prune import size_of, write_proof
-from sddx.stages.score import BATCH, MAX_LENGTH
+from sddx.stages.prune import footprint, write_proof
 from sddx.surgery.fit import fit_patches
 from sddx.surgery.junction import Junction
 
@@ -37,7 +36,7 @@ def patch(
     what = Cut.load(cut.path / "cut.json")
     tokenizer = load_tokenizer(model.path)
     teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    batches = list(text_batches(tokenizer, build(calibration)))
     found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime)
     Junction(found, patch["trained"], patch["fold"]).save(out)
     del teacher
@@ -48,6 +47,6 @@ def patch(
     for weight in attached.values():
         weight.requires_grad_(patch["trained"])
     write_proof(out, student, model, what, out, attached, how)
-    (out / "size.json").write_text(json.dumps({"pruned": size_of(student)}) + "\n")
+    (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})

@@ -40,10 +40,10 @@ def prune(
     free_memory()  # a second copy of a large model has no room
     student = load_model(model.path, **how)
     kinds = Units(units, len(blocks(student)))
-    size = {"unpruned": size_of(student)}
+    size = {"unpruned": footprint(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
     apply_cut(student, cut)
-    size["pruned"] = size_of(student)
+    size["pruned"] = footprint(student)
 
     write_proof(out, student, model, cut, None, {}, how)
     cut.save(out / "cut.json")
@@ -54,7 +54,7 @@ def prune(
     runtime.log(row | {"prune/parameters": size["pruned"]["parameters"]})
 
 
-def size_of(model: Any) -> dict[str, int]:
+def footprint(model: Any) -> dict[str, int]:
     """Parameters, and bytes of the cache per token."""
     return {"parameters": sum(w.numel() for w in model.parameters()), "cache_bytes": cache_bytes(model)}
 

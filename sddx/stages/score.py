@@ -14,8 +14,6 @@ from sddx.models.load import frozen_model, load_tokenizer
 from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
 
-BATCH, MAX_LENGTH = 32, 2048
-
 
 def score(
     out: Path,
@@ -32,7 +30,7 @@ def score(
     its means over parts of them. Metrics of hidden states share one pass."""
     tokenizer = load_tokenizer(model.path)
     teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration), max_length=MAX_LENGTH, batch_size=BATCH))
+    batches = list(text_batches(tokenizer, build(calibration)))
     kinds = Units(units, len(blocks(teacher)))
     subject = Subject(teacher, tokenizer, kinds, batches, runtime)
     scores = score_units(subject, {name: build(metric) for name, metric in metrics.items()})

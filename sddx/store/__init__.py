@@ -82,14 +82,14 @@ class Store:
         old = self._old(recipe)
         return (old, True) if old else (artifact, False)
 
-    def source(self, name: str, path: Path) -> Artifact:
+    def source(self, name: str, path: Path, counts: Callable[[str], bool] = bool) -> Artifact:
         """A file, or a folder with its visible files, as an artifact that is used where it lies.
 
-        Its key is a hash of the content: the bytes and, in a folder, the relative names. Raises UserError
-        where there is no file.
+        Its key is a hash of the content: the bytes and, in a folder, the relative names; of those alone for which
+        `counts(relative name)` holds. Raises UserError where there is no such file.
         """
         path = Path(path).expanduser().absolute()
-        files = _visible_files(path)
+        files = _visible_files(path, counts)
         if not files:
             raise UserError(f"{name}: there is no file at {path}; give a file, or a folder with files in it")
         memory = self.root / ".sources" / f"{digest.digest(str(path))}.json"
@@ -276,12 +276,14 @@ def _differing(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def _visible_files(path: Path) -> dict[str, Path]:
-    """The files of a folder by relative name, without hidden ones (`.git`, `.cache`); or a single file."""
+def _visible_files(path: Path, counts: Callable[[str], bool]) -> dict[str, Path]:
+    """The files of a folder that count, by relative name, without hidden ones (`.git`, `.cache`); or a single
+    file."""
     if path.is_file():
         return {"": path}
     inside = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.is_file()]
-    return {at.as_posix(): file for at, file in inside if not any(part.startswith(".") for part in at.parts)}
+    visible = {at.as_posix(): file for at, file in inside if not any(part.startswith(".") for part in at.parts)}
+    return {name: file for name, file in visible.items() if counts(name)}
 
 
 def _remembered(path: Path) -> dict[str, Any]:

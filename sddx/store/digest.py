@@ -2,7 +2,8 @@
 
 Source is compared as a syntax tree, so that comments, docstrings and layout cost nothing. A module's source
 is read once a process and the first reading stands, because the code that runs is the code that was loaded.
-Imports by name at run time (`importlib.import_module`) are not seen; a `_target_` in the settings is.
+Imports by name at run time (`importlib.import_module`) are not seen; a `_target_` in the settings is. Of what
+others wrote, a `_target_` counts by its version, and so do the packages in `VERSIONED` wherever they are imported.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
@@ -26,12 +28,15 @@ from sddx.records import Artifact, UserError
 PACKAGE = Path(__file__).resolve().parents[1]
 # Smaller files are always read: a rewrite within one tick of the clock keeps size and time.
 SMALL = 16 * 2**20
+# Packages whose releases decide more than how exactly something is computed: lm-eval's hold the tasks themselves.
+VERSIONED = ("lm_eval",)
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that may change a stage's numbers. `origins` maps the name of each first-party source to its
-    file, and each third-party `_target_` to the version of its distribution."""
+    file, and each third-party `_target_` or package in `VERSIONED` to the version of its distribution."""
 
     stage: str
     spec: dict[str, Any]
@@ -103,7 +108,8 @@ def _targets(value: Any) -> Iterator[str]:
 
 
 def stage_origins(stage: Callable[..., Any]) -> dict[str, Path | str]:
-    """The file of the stage and of every first-party module that it imports, directly or not."""
+    """The file of the stage and of every first-party module that it imports, directly or not, and the version of
+    each package in `VERSIONED` that any of them imports."""
     module = sys.modules[stage.__module__]
     file = inspect.getsourcefile(stage)
     if file is None or not Path(file).is_file():
@@ -157,7 +163,8 @@ def _version(top: str) -> str:
 
 @cache
 def _closure(module: str, path: Path) -> dict[str, Path | str]:
-    """The first-party files behind a module, by their path relative to where their package lies.
+    """The first-party files behind a module, by their path relative to where their package lies, and the versions
+    of what in `VERSIONED` they import.
 
     Followed are imports of sddx and, for code outside sddx, of what lies in the same folder as its
     top-level package; a module brings the packages that hold it, as Python runs them too.
@@ -165,14 +172,17 @@ def _closure(module: str, path: Path) -> dict[str, Path | str]:
     home = path.parents[module.count(".") + (path.name == "__init__.py")]
     pending = {module: path}
     files: dict[str, Path] = {}
+    versions: dict[str, Path | str] = {}
     while pending:
         module, path = pending.popitem()
         files[module] = path
-        for name in _imported(module, path):
+        names = _imported(module, path)
+        versions |= {name: _version(name) for name in names.intersection(VERSIONED)}
+        for name in names:
             if name not in files and (file := _file(name, home)):
                 pending[name] = file
     roots = {file: PACKAGE.parent if file.is_relative_to(PACKAGE) else home for file in files.values()}
-    return {file.relative_to(root).as_posix(): file for file, root in roots.items()}
+    return versions | {file.relative_to(root).as_posix(): file for file, root in roots.items()}
 
 
 def _file(module: str, home: Path) -> Path | None:
@@ -254,12 +264,15 @@ class _Bare(ast.NodeTransformer):
 
 
 def checksum(path: Path, known: dict[str, Any] | None = None) -> str:
-    """SHA-256 (hex) of a file's bytes. A large file whose size and time of change are those of `known`
-    (`size`, `mtime_ns`, `sha256`) is not read again."""
+    """SHA-256 (hex) of a file's bytes. A large file is not read where the hub's cache names it by its checksum, nor
+    again where its size and time of change are those of `known` (`size`, `mtime_ns`, `sha256`)."""
     stat = path.stat()
-    same = known is not None and (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"])
-    if known and same and stat.st_size >= SMALL:
-        return known["sha256"]
+    if stat.st_size >= SMALL:
+        blob = path.resolve()
+        if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name):
+            return blob.name
+        if known is not None and (stat.st_size, stat.st_mtime_ns) == (known["size"], known["mtime_ns"]):
+            return known["sha256"]
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -19,6 +19,8 @@ from sddx.runtime import Runtime
 from sddx.surgery.junction import Gap, before_gap, gaps
 from sddx.surgery.patches import Fit, Patch
 
+UNEXPLAINED = 8  # batches on which it is told what patches leave unexplained
+
 
 def fit_patches(
     model: Any, cut: Cut, make: Callable[[], Fit], batches: Sequence[Batch], runtime: Runtime
@@ -151,9 +153,9 @@ def _imitate(model: Any, gap: Gap, fit: Any, patch: Any, batches: Sequence[Batch
 def _unexplained(
     model: Any, fits: Mapping[Gap, Fit], solved: Mapping[Gap, Any], batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """Squared error of the patches over the energy of the removed updates, on up to 8 batches."""
+    """Squared error of the patches over the energy of the removed updates, on the first batches."""
     left = {gap: [0.0, 0.0] for gap in solved}
-    for batch in batches[:8]:
+    for batch in batches[:UNEXPLAINED]:
         kept = batch.attention_mask.bool().to(next(model.parameters()).device)
         for gap, seen in observe(model, fits, batch).items():
             left[gap][0] += float(

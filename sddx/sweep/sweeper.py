@@ -13,6 +13,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from sddx.config import mistakes_told
+from sddx.records import UserError
+
 
 class Grids(Sweeper):
     """The product of `params`, as Hydra's own sweeper makes it, or of each of `grids` in turn, which are written
@@ -20,6 +23,18 @@ class Grids(Sweeper):
 
     def __init__(self, *, params: dict[str, str] | None, grids: Sequence[dict[str, str]]) -> None:
         self.grids = [{**(params or {}), **grid} for grid in grids or [{}]]
+
+    def require_values(self, arguments: Sequence[str]) -> None:
+        """Raises UserError where a grid waits for a value that only another sweep can tell."""
+        given = {argument.partition("=")[0] for argument in arguments}
+        for grid in self.grids:
+            owed = [name for name, values in grid.items() if values is None and name not in given]
+            known = ", ".join(f"{name}={values}" for name, values in grid.items() if values is not None)
+            if owed:
+                raise UserError(
+                    f"The sweep has no value for {', '.join(owed)} where {known}. The head of its file in sweeps/ "
+                    "says how to find it, and how to give it."
+                )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.folder, self.loader = Path(config.hydra.sweep.dir), hydra_context.config_loader
@@ -29,6 +44,8 @@ class Grids(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        with mistakes_told():
+            self.require_values(arguments)
         parser = OverridesParser.create(config_loader=self.loader)
         cells: dict[Any, list[str]] = {}
         for grid in self.grids:

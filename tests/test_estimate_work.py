@@ -1,0 +1,123 @@
+"""Laws of how much a plan says that stages run, against the stages themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composing import SMALL
+from test_coalitions import scored
+from test_estimate import configured
+from torch.utils.flop_counter import FlopCounterMode
+
+from sddx import train
+from sddx.build import build
+from sddx.estimate.costs import Estimate
+from sddx.importance import coalitions
+from sddx.importance.ablation import LeaveOneOut, Shapley
+from sddx.importance.coalitions import TaskScore
+from sddx.importance.score import score_units, works
+from sddx.models.anatomy import blocks, branches
+from sddx.records import Artifact
+from sddx.runtime import Runtime
+from sddx.store import Store
+from sddx.surgery.branches import NoAttention, NoFeedForward
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The rows that every branch of every block reads: two branches are a block."""
+    rows: list[int] = []
+    kinds = branches(model).values()
+    cores = [getattr(block, kind.core) for block in blocks(model) for kind in kinds]
+
+    def note(module: Any, arguments: tuple, named: dict[str, Any]) -> None:
+        rows.append(len(arguments[0] if arguments else named["hidden_states"]))
+
+    real = [core for core in cores if not isinstance(core, NoAttention | NoFeedForward)]
+    handles = [core.register_forward_pre_hook(note, with_kwargs=True) for core in real]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def metrics() -> dict[str, dict[str, Any]]:
+    found = configured("metrics=all", "pruning.remove=2")["metrics"]
+    short = {"orders": 8, "count": 20}
+    return {name: node | {key: new for key, new in short.items() if key in node} for name, node in found.items()}
+
+
+@pytest.mark.parametrize("units", ["blocks", "attention", "sublayers"])
+def test_a_metric_runs_as_many_blocks_as_it_says(units: str) -> None:
+    """Exactly, but for the order of greedy removal, which hangs on what is found."""
+    given = scored("llama", 4, units)
+    built = {name: build(node) for name, node in metrics().items()}
+    for name, metric in built.items():
+        if "value" in vars(metric) and metric.value.sequences:
+            metric.value.sequences = 5  # of six texts
+        (work,) = works({name: metric}, given.units, given.sequences).values()
+        with counted(given.model) as rows:
+            score_units(given, {name: metric})
+        passes = sum(rows) / 2 / given.units.total
+        near = 0.15 if name == "greedy" else 1e-9
+        assert work.body + work.learned == pytest.approx(passes, rel=near), name
+
+
+@pytest.mark.parametrize("units", ["blocks", "sublayers"])
+def test_a_task_is_evaluated_on_as_many_blocks_as_it_says(units: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, judged = scored("llama", 4, units), list[float]()
+
+    def judge(model: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        with counted(model) as rows, torch.no_grad():
+            model(given.batches[0].input_ids[:1])
+        judged.append(sum(rows) / 2)
+        return {"tasks": {"it": {"samples": [{"score": 1.0}]}}}
+
+    monkeypatch.setattr(coalitions, "evaluate", judge)
+    given = replace(given, tokenizer=type("Tokenizer", (), {"chat_template": None})())
+    value = TaskScore(tasks=["tiny_arithmetic"], limit=1)
+    for metric in (LeaveOneOut(value=value), Shapley(value=value, orders=4)):
+        (work,) = works({"it": metric}, given.units, given.sequences).values()
+        judged.clear()
+        metric.measure(given)
+        assert work.models == pytest.approx(sum(judged) / 4) and not work.body
+
+
+class Metered(Store):
+    """A store that counts the FLOPs of what it builds, by stage."""
+
+    flops: Counter[str]
+
+    def build(self, stage: Any, /, *inputs: Artifact, **spec: Any) -> Artifact:
+        given = {artifact.stage for artifact in inputs}
+        judged = "recovered" if "train" in given else "pruned" if "prune" in given else "unpruned"
+        name = f"evaluate {judged}" if stage.__name__ == "evaluate" else stage.__name__
+        with FlopCounterMode(display=False) as counter:
+            made = super().build(stage, *inputs, **spec)
+        self.flops[name] += counter.get_total_flops()
+        return made
+
+
+def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
+    """FLOPs within 15 % (an answer's decoding with them), and none in a stage that is left out but a proof's."""
+    less = ("evaluation.limit=2", "text.size=8", "calibration.size=8")
+    given = ("loss=kd", "pruning/patch=block", "pruning.patch.fit.epochs=1", "model.attention=eager")
+    config = configured(*SMALL, *less, *given)
+    store = Metered(tmp_path)
+    store.flops = Counter()
+    train.recover(store, Runtime(quiet=True), **train.method(config))
+    estimate, planned = Estimate(config), Counter[str]()
+    for part in estimate.parts():
+        size = estimate.unpruned if part.stage == "evaluate unpruned" else estimate.pruned
+        planned[part.stage] += int(part.reading + part.learning + part.tokens["written"] * size.decode(60))
+    for stage, flops in planned.items():
+        assert store.flops[stage] == pytest.approx(flops, rel=0.15), stage
+    assert {stage for stage, flops in store.flops.items() if flops} == {*planned, "prune"}
