@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from sddx.arguments import REQUIRED, number, one_of, plain_arguments
+from sddx.arguments import REQUIRED, number, plain_arguments
 from sddx.models.anatomy import decoder, is_adapted
-from sddx.models.load import load_model
+from sddx.models.load import find_device, load_model
 from sddx.models.recovered import find_run
 from sddx.records import UserError
 from sddx.store.manifest import replace_text
@@ -248,21 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given, run=REQUIRED, batch="1", context="512", new="64", repeats="5", device="auto", dtype=None
         )
         work = {name: number(values, name) for name in ("batch", "context", "new", "repeats")}
-        place, found = bench(values["run"], dtype=values["dtype"], device=_device(values), **work)
+        place, found = bench(values["run"], dtype=values["dtype"], device=find_device(values["device"]), **work)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(found, Console(width=max(100, Console().width)))
     print(place)
     return 0
-
-
-def _device(values: dict[str, Any]) -> str:
-    there = torch.cuda.is_available()
-    wanted = one_of(values, "device", ("auto", "cpu", "cuda"))
-    if wanted == "cuda" and not there:
-        raise UserError("device=cuda, but torch finds no CUDA device. Use device=auto or device=cpu.")
-    return ("cuda" if there else "cpu") if wanted == "auto" else wanted
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from huggingface_hub import constants
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -133,7 +134,7 @@ def _prepared(repository: Wanted, commit: str) -> bool:
     import datasets
 
     for subset in repository.subsets:
-        if unpacked(repository.name, subset, commit) and subset:
+        if unpacked(repository.name, subset or "default", commit):
             continue
         try:
             builder = datasets.load_dataset_builder(repository.name, subset, revision=commit)
@@ -151,13 +152,12 @@ def too_large(seen: Sequence[Seen]) -> list[str]:
     """What is wrong with the room on the disks that hold the caches; nothing where all fits. A data set counts
     twice, as it comes and as it is unpacked, and whole, whatever its subset: the room needed at most."""
     import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     needed: dict[int, int] = {}
     folders: dict[int, Path] = {}
     for one in (one for one in seen if not one.present):
         unpacked = [Path(datasets.config.HF_DATASETS_CACHE)] if one.wanted.kind == "dataset" else []
-        for folder in (Path(HF_HUB_CACHE), *unpacked):
+        for folder in (Path(constants.HF_HUB_CACHE), *unpacked):
             existing = next(path for path in (folder, *folder.parents) if path.exists())
             disk = existing.stat().st_dev
             needed[disk] = needed.get(disk, 0) + one.missing
@@ -177,6 +177,8 @@ def fetch(repositories: Sequence[Wanted], console: Console) -> None:
     if not repositories:
         console.print("Nothing to fetch: the model, the rows, the texts and the tasks of this run are all here.")
         return
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, and fetching asks the hub. Unset it, on a machine with a network.")
     seen: list[Seen] = []
     wrong: list[str] = []
     for at, repository in enumerate(repositories):

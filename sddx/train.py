@@ -249,8 +249,10 @@ def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
 def run(config: dict[str, Any], folder: Path) -> Path:
     """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
     `agreement.md`); raises UserError."""
+    from sddx.models.load import find_device
+
     verify(config)
-    device = _device(config["device"])
+    device = find_device(config["device"])
     check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
@@ -285,16 +287,6 @@ def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tra
 def method(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what is built."""
     return {key: value for key, value in config.items() if key not in SURROUNDINGS}
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={wanted}, but torch finds no CUDA device. Use device=auto or device=cpu.")
-    return wanted
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

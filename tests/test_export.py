@@ -209,10 +209,27 @@ def test_mistakes_are_told_and_nothing_is_overwritten(
         ("new", [given, "adapter=half"], ["half", "merged, apart"]),
         ("new", [given, "dtype=int4"], ["int4", "bfloat16"]),
         ("new", [given, "check=all"], ["all", "eval"]),
+        ("new", [given, "device=tpu"], ["tpu", "device=auto"]),
+        ("new", [given, "device=cuda:99"], ["cuda:99", "device=cpu"]),
         ("new", ["run=/no/where"], ["/no/where", "summary.json"]),
         ("new", [], ["run has no value"]),
     ):
         refused(capsys, tmp_path / to, arguments, said)
+
+
+def test_a_full_disk_is_told_before_any_model_is_loaded(
+    runs: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room that is asked for is that of the weights, to the kilobyte, in the dtype that is written."""
+    export(runs.first, tmp_path / "to", "dtype=bfloat16")
+    size = (tmp_path / "to" / "model.safetensors").stat().st_size
+    for free, fits in ((size, True), (size - 20_000, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if fits:
+            export(runs.first, tmp_path / "again", "dtype=bfloat16")
+        else:
+            given = [f"run={runs.first}", "dtype=bfloat16"]
+            refused(capsys, tmp_path / "new" / "folder", given, ["Make room", str(tmp_path)])
 
 
 def test_another_base_model_is_refused(

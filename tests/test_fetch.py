@@ -221,6 +221,13 @@ def test_what_an_interrupted_download_has_finished_is_kept_and_needs_no_room(
     assert "downloaded" in fetched(*only) and hub.models.served == ["model.safetensors"]
 
 
+def test_offline_mode_is_told_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="Unset it") as caught:
+        fetched("+experiment=llama_26L")
+    assert str(caught.value).count("HF_HUB_OFFLINE") == 1
+
+
 def test_a_missing_licence_is_fetched_and_no_run_waits_for_it(hub: Hub) -> None:
     """A cache that another program filled may lack it."""
     only = ("loss=none", "model=llama31_8b_instruct")

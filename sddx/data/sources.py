@@ -126,12 +126,12 @@ def _hub_rows(
 
 def from_hub(name: str, subset: str | None, *, split: str | None, revision: str | None) -> Any:
     """The rows of a dataset of the hub, from the cache of `datasets` where they are in it; of all splits, by name,
-    where `split` is None. Raises UserError where it cannot be loaded."""
+    where `split` is None. Raises UserError where it cannot be loaded, and where another commit would be read."""
     import datasets
 
     pin = revision if COMMIT.fullmatch(revision or "") else None
     try:
-        if pin and len(here := unpacked(name, subset, pin)) == 1:
+        if pin and (here := unpacked(name, subset or "default", pin)):
             return _from_cache(name, here[0], split)
         rows = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
@@ -141,11 +141,13 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
             "gated dataset) `hf auth login`; rows in a local file are given as data_files=rows.jsonl, and "
             "dataset=tiny_arithmetic needs no network."
         ) from error
-    if pin and not unpacked(name, subset, pin):  # without a network `datasets` gives whichever commit it has
+    # Without a network, `datasets` takes what it prepared last, whatever the revision that is asked for.
+    others = _commits(rows) - {pin} if pin else None
+    if others:
         raise UserError(
-            f"dataset {name} is not here at commit {pin}, and the hub cannot be reached. Run python -m sddx.fetch "
-            "with the same settings where there is a network, or give the revision that is here: "
-            f"{', '.join(path.name for path in unpacked(name, subset)) or 'none'}."
+            f"dataset {name} was asked for at commit {revision}, and without a network its cache "
+            f"({datasets.config.HF_DATASETS_CACHE}) gives {', '.join(sorted(others))}, the last that was prepared. "
+            "Ask for that one, remove it there, or run where there is a network."
         )
     return rows
 
@@ -157,6 +159,13 @@ def _from_cache(name: str, folder: Path, split: str | None) -> Any:
     subset, version, at = folder.parts[-3:]
     builder = Cache(dataset_name=name.split("/")[-1], repo_id=name, config_name=subset, version=version, hash=at)
     return builder.as_dataset(split=split)
+
+
+def _commits(rows: Any) -> set[str]:
+    """The commits that prepared rows come from: the folders in the cache of `datasets` are named by them."""
+    splits = rows.values() if isinstance(rows, Mapping) else [rows]
+    files = [Path(file["filename"]) for split in splits for file in getattr(split, "cache_files", [])]
+    return {file.parent.name for file in files if COMMIT.fullmatch(file.parent.name)}
 
 
 def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def _facts(run: Recovered, name: str, terms: dict[str, Any]) -> list[tuple[str, 
             f"{len(cut.removed)} of {cut.total}, counted from 0: {removed} (by {chosen['pruning']})",
         ),
         ("in their place", patch if chosen["patch"] != "none" else "nothing"),
-        ("parameters", f"{summary['parameters']['unpruned']:,} before, {_parameters(summary):,} after"),
+        ("parameters", f"{summary['parameters']['unpruned']:,} before, {parameters(summary):,} after"),
         *_training(summary, chosen),
         ("made with", ", ".join(f"{package} {version}" for package, version in summary["versions"].items())),
     ]
@@ -116,7 +116,8 @@ def _training(summary: dict[str, Any], chosen: dict[str, Any]) -> list[tuple[str
     ]
 
 
-def _parameters(summary: dict[str, Any]) -> int:
+def parameters(summary: dict[str, Any]) -> int:
+    """How many the recovered model has, its adapter merged."""
     sizes = summary["parameters"]
     return sizes.get("patched", sizes["pruned"])
 

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
-from sddx.models.load import DTYPES, decides, load_model
+from sddx.models.load import DTYPES, decides, find_device, load_model
 from sddx.models.plain import write_merged
 from sddx.models.recovered import Recovered, find_run
 from sddx.models.student import is_stock
@@ -44,6 +44,7 @@ def export(
     """
     run = find_run(path)
     _require_exportable(run, to, adapter, dtype)
+    device = find_device(device)
     if evaluated:
         proof.require_evaluation(run)
     disable_progress_bar()
@@ -86,11 +87,22 @@ def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | Non
     if adapter == "apart" and not (run.trained and (run.trained / ADAPTER).is_file()):
         raise UserError("this run has no adapter: all weights were trained, or none. Use adapter=merged.")
     require_stock(run)
+    _require_room(run, to, dtype or run.summary["dtype"])
     base = Store(Path(run.summary["store"])).source("model", run.base, decides)
     if base.key != run.summary["artifacts"]["model"]:
         raise UserError(
             f"the base model in {run.base} is not the one that the run used: its files were changed. Put them "
             "back, or run again."
+        )
+
+
+def _require_room(run: Recovered, to: Path, dtype: str) -> None:
+    existing = next(folder for folder in (to, *to.parents) if folder.is_dir())
+    needed, free = card.parameters(run.summary) * DTYPES[dtype].itemsize, shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"The weights take {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free. Make room, or "
+            "give a folder on another disk: to=..."
         )
 
 

@@ -155,6 +155,23 @@ def load_model(
     return (model if packed else model.to(device)).eval()
 
 
+def find_device(wanted: str) -> str:
+    """The name of a torch device; `auto` is CUDA where there is one, else the CPU. Raises UserError for one that
+    torch does not know or this machine does not have."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        return "cuda" if count else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
+        )
+    return wanted
+
+
 def four_bit(*, type: str, double: bool, compute: str) -> Any:
     """How linear layers are held in 4 bit (2305.14314): in the values of `type` (nf4, or fp4), one scale for 64
     weights; `double` quantises the scales as well; products are taken in the dtype `compute`. Raises UserError
