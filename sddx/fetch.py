@@ -1,15 +1,17 @@
 """What a run needs from the Hugging Face hub, fetched beforehand: `python -m sddx.fetch +experiment=llama_26L`.
 
-It takes the same settings as `python -m sddx.train`, and is all of a run that needs a network: afterwards the
-same command, with the revisions that it prints, runs without one.
+It takes the same settings as `python -m sddx.train`, also a grid (`--multirun +sweeps=paper_sizes`), and is all
+that needs a network: it notes which commits it fetched, and afterwards the same command runs without one.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, resolve
-from sddx.hub import asking
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
+from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
+from sddx.sweep import launcher, sweeper
 from sddx.train import recover
 
 
@@ -56,19 +59,28 @@ def wanted(config: dict[str, Any]) -> list[Wanted]:
     from sddx.data.sources import of_hub
 
     models = [("model", config["model"]["path"], config["model"]["revision"]), ("teacher", config["teacher"], None)]
-    asked: dict[tuple[str, str, str | None], list[tuple[str | None, str]]] = {}
-    for group, path, revision in models:
-        if path and not Path(path).expanduser().is_dir():
-            asked.setdefault(("model", path, revision), []).append((None, group))
+    asked = [
+        Wanted("model", path, revision, (None,), (group,))
+        for group, path, revision in models
+        if path and not Path(path).expanduser().is_dir()
+    ]
     for group in ("dataset", "calibration", "text"):
         if of_hub(node := config[group]):
-            asked.setdefault(("dataset", node["name"], node["revision"]), []).append((node["subset"], group))
-    for name, subset in _task_data(config):
-        asked.setdefault(("dataset", name, None), []).append((subset, "evaluation"))
-    return [
-        Wanted(*repository, *(tuple(dict.fromkeys(each)) for each in zip(*pairs, strict=True)))
-        for repository, pairs in asked.items()
-    ]
+            asked.append(Wanted("dataset", node["name"], node["revision"], (node["subset"],), (group,)))
+    asked += [Wanted("dataset", name, None, (subset,), ("evaluation",)) for name, subset in _task_data(config)]
+    return merged(asked)
+
+
+def merged(asked: Iterable[Wanted]) -> list[Wanted]:
+    """Each repository once for each revision, with all subsets that are asked for and all groups that ask."""
+    found: dict[tuple[str, str, str | None], Wanted] = {}
+    for one in asked:
+        before = found.setdefault((one.kind, one.name, one.revision), one)
+        subsets, groups = before.subsets + one.subsets, before.groups + one.groups
+        found[one.kind, one.name, one.revision] = replace(
+            one, subsets=tuple(dict.fromkeys(subsets)), groups=tuple(dict.fromkeys(groups))
+        )
+    return list(found.values())
 
 
 def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -122,6 +134,8 @@ def _prepared(repository: Wanted, commit: str) -> bool:
     import datasets
 
     for subset in repository.subsets:
+        if unpacked(repository.name, subset or "default", commit):
+            continue
         try:
             builder = datasets.load_dataset_builder(repository.name, subset, revision=commit)
         except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
@@ -157,10 +171,9 @@ def too_large(seen: Sequence[Seen]) -> list[str]:
     ]
 
 
-def fetch(config: dict[str, Any], console: Console) -> None:
-    """Download what a run of this configuration needs and the machine lacks, and print what there is, with the
-    overrides that pin it. Raises one UserError, before any download, with all that stands in the way."""
-    repositories = wanted(config)
+def fetch(repositories: Sequence[Wanted], console: Console) -> None:
+    """Download what the machine lacks of these, note the commits, and print what there is, with the overrides that
+    pin it. Raises one UserError, before any download, with all that stands in the way."""
     if not repositories:
         console.print("Nothing to fetch: the model, the rows, the texts and the tasks of this run are all here.")
         return
@@ -168,9 +181,12 @@ def fetch(config: dict[str, Any], console: Console) -> None:
         raise UserError("HF_HUB_OFFLINE is set, and fetching asks the hub. Unset it, on a machine with a network.")
     seen: list[Seen] = []
     wrong: list[str] = []
-    for repository in repositories:
+    for at, repository in enumerate(repositories):
         try:
             seen.append(look(repository))
+        except Unreachable as error:
+            wrong.append(f"{error} To be fetched: {', '.join(one.name for one in repositories[at:])}.")
+            break  # each of the others would wait as long to say the same
         except UserError as error:
             wrong.extend(error.args)
     if wrong := [*wrong, *too_large(seen)]:
@@ -178,6 +194,8 @@ def fetch(config: dict[str, Any], console: Console) -> None:
     for one in seen:
         if not one.present:
             _download(one)
+    rows = [one for one in seen if one.wanted.kind == "dataset"]
+    note({(one.wanted.name, one.wanted.revision): one.commit for one in rows})
     _show(seen, console)
 
 
@@ -204,10 +222,14 @@ def _show(seen: Sequence[Seen], console: Console) -> None:
         state = "was here" if one.present else "downloaded"
         table.add_row(", ".join(repository.groups), what, one.commit[:12], _bytes(one.size), state)
     console.print(table)
-    pinned = [(group, one.commit) for one in seen for group in one.wanted.groups]
-    pins = [f"{group}.revision={commit}" for group, commit in pinned if group not in ("teacher", "evaluation")]
-    if pins:
-        console.print("To run on exactly these, with or without a network, add:")
+    console.print(f"Where the hub cannot be reached, runs read these commits, which are noted in {notes()}.")
+    commits: dict[str, set[str]] = {}
+    for one in seen:
+        for group in one.wanted.groups:
+            commits.setdefault(group, set()).add(one.commit)
+    single = {group: found for group, found in commits.items() if group not in ("teacher", "evaluation")}
+    if pins := [f"{group}.revision={found.pop()}" for group, found in single.items() if len(found) == 1]:
+        console.print("To run on exactly these also where it can be, add:")
         console.print(" ".join(pins), soft_wrap=True, highlight=False)
 
 
@@ -215,26 +237,36 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def verify(config: dict[str, Any]) -> None:
+    """Raises UserError for keys and targets that are wrong; the model need not be here."""
+    check(config, recover, also=SURROUNDINGS)
+
+
+def tell(asked: Sequence[list[Wanted]], _: Sequence[dict[str, Any]]) -> None:
+    """Fetch what the runs need together, each repository once."""
+    fetch(merged(chain(*asked)), Console(width=max(120, Console().width)))
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _composed(cfg: DictConfig) -> None:
     with mistakes_told():
         if "sweeps" in HydraConfig.get().runtime.choices:
-            raise UserError("A file of sweeps/ describes many runs. Fetch for each model and data set it names.")
+            raise UserError("A file of sweeps/ describes many runs. Add --multirun to fetch for them all.")
         config = resolve(cfg)
-        check(config, recover, also=SURROUNDINGS)
-        fetch(config, Console(width=max(120, Console().width)))
+        verify(config)
+        tell([wanted(config)], [config])
 
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
-    if any(argument == "-m" or argument.startswith("--mul") for argument in sys.argv[1:]):
-        with mistakes_told():
-            raise UserError(
-                "--multirun is not for fetching: give one configuration, without it, for each model and data set "
-                "that the sweep names."
-            )
-    sys.argv[1:1] = ["hydra.run.dir=.", "hydra/job_logging=stdout"]
-    _composed()
+    register()
+    launcher.install(verify, wanted, tell)
+    sweeper.install()
+    with tempfile.TemporaryDirectory() as folder:
+        given = (at for at, argument in enumerate(sys.argv) if "=" in argument and not argument.startswith("-"))
+        at = next(given, len(sys.argv))  # overrides must stand together
+        sys.argv[at:at] = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra/job_logging=stdout"]
+        _composed()
 
 
 if __name__ == "__main__":

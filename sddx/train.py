@@ -192,12 +192,16 @@ def _settings(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
-    """What these settings read from disk, by content; the package's own evaluation tasks belong to it."""
+    """What these settings read from disk, by content, the package's own evaluation tasks included; and the data of
+    tasks that the hub has, by commit."""
+    from sddx.evaluation.task_data import task_commits
     from sddx.evaluation.tasks import OWN_TASKS
 
     paths = [Path(node[key]) for node in nodes for key in ("path", "include", "data_files") if node.get(key)]
-    own = [OWN_TASKS] if any("tasks" in node for node in nodes) else []
-    return [store.source("files", path) for path in [*own, *paths]]
+    asked = [(node["tasks"], node.get("include")) for node in nodes if "tasks" in node]
+    commits = [found for each in asked if (found := task_commits(*each))]
+    files = [store.source("files", path) for path in ([OWN_TASKS] if asked else []) + paths]
+    return files + [Artifact("files", digest(found), OWN_TASKS) for found in commits]
 
 
 def verify(config: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from fractions import Fraction
@@ -664,45 +663,3 @@ def test_real_training_and_test_rows_hardly_overlap() -> None:
     for name in ("alpaca_train.json", "dolly_train.json"):
         rows = load(real_file(name), prompt="{instruction}\n{input}", response="output").examples
         assert not overlapping([f"{row.prompt}\n{row.response}" for row in rows], items)
-
-
-def test_without_a_network_no_other_commit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` itself reads whichever was prepared last; a cache of both, made as it makes it."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    for commit, text in (("a" * 40, "older"), ("b" * 40, "newer")):
-        source = tmp_path / f"{text}.jsonl"
-        source.write_text(json.dumps({"text": text}))
-        files, place = {"train": str(source)}, tmp_path / "me___rows" / "default" / "0.0.0" / commit
-        made = datasets.load_dataset_builder("json", data_files=files, cache_dir=str(tmp_path / "made"))
-        made.download_and_prepare()
-        shutil.copytree(made.cache_dir, place)
-        next(place.glob("*.arrow")).rename(place / "rows-train.arrow")
-        info = json.loads((place / "dataset_info.json").read_text()) | {"config_name": "default"}
-        (place / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "rows"}))
-    how = {"name": "me/rows", "subset": None, "split": "train", "column": "text", "size": None, "seed": 0}
-    assert hub_texts(**how, revision="b" * 40) == ["newer"]
-    with pytest.raises(UserError, match="a{40}.*gives b{40}"):
-        hub_texts(**how, revision="a" * 40)
-
-
-def test_a_hub_dataset_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch name becomes the commit it points to; a commit, and a node that is not of the hub, stay."""
-    import huggingface_hub
-
-    class Info:
-        sha = "b" * 40
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info())
-    assert pinned({"name": "a/b", "revision": None})["revision"] == "b" * 40
-    assert pinned({"name": "a/b", "revision": "c" * 40})["revision"] == "c" * 40
-    assert pinned({"path": "x.jsonl"}) == {"path": "x.jsonl"}
-
-    def unreachable(self: object, name: str, revision: str) -> None:
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(UserError, match="40 hexadecimal"):
-        pinned({"name": "a/b", "revision": "main"})

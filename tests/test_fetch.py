@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from rich.console import Console
 import sddx
 from sddx.config import resolve
 from sddx.evaluation import task_data
-from sddx.fetch import Wanted, fetch, wanted
+from sddx.fetch import Wanted, fetch, tell, wanted
+from sddx.hub import notes
 from sddx.models import load
 from sddx.records import UserError
 
@@ -58,12 +60,16 @@ class Hub:
             raise self.refused[name]
 
     def builder(self, name: str, subset: str | None, *, revision: str) -> SimpleNamespace:
-        return SimpleNamespace(cache_dir=str(self.folder / f"{name.replace('/', '___')}-{subset}-{revision}"))
+        return SimpleNamespace(
+            cache_dir=str(self.folder / "datasets" / name.replace("/", "___") / str(subset) / "0.0.0" / revision)
+        )
 
     def load_dataset(self, name: str, subset: str | None, *, split: str | None, revision: str) -> None:
         assert split is None
         self.downloads.append((name, subset))
-        Path(self.builder(name, subset, revision=revision).cache_dir).mkdir()
+        folder = Path(self.builder(name, subset, revision=revision).cache_dir)
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
 
 
 @pytest.fixture
@@ -78,6 +84,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(
         task_data, "task_datasets", lambda names, _: [tasks[name] for name in names if name in tasks]
     )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     room(monkeypatch, 10**12)
     return made
 
@@ -96,7 +103,7 @@ def fetched(*overrides: str) -> str:
     console = Console(width=160, record=True, quiet=True)
     with console.capture() as said:
         console.quiet = False
-        fetch(configured(*overrides), console)
+        fetch(wanted(configured(*overrides)), console)
     return said.get()
 
 
@@ -116,8 +123,9 @@ def test_a_run_wants_what_is_not_on_this_machine(hub: Hub, tmp_path: Path) -> No
     assert wanted(configured(*selection)) == [Wanted("dataset", "openai/gsm8k", None, ("main",), ("evaluation",))]
 
 
-def test_everything_is_downloaded_once_and_pinned(hub: Hub) -> None:
-    """The second time all is there; the printed line pins what was resolved, and a run accepts it."""
+def test_everything_is_fetched_once_and_pinned(hub: Hub) -> None:
+    """The second time all is there; the printed line pins what was resolved, and a run accepts it. Where the hub
+    cannot be asked, the commits are known without that line."""
     first = fetched("+experiment=llama_26L")
     everything = [("openai/gsm8k", "main"), ("Salesforce/wikitext", "wikitext-2-raw-v1")]
     files = sorted(path.name for path in hub.models.snapshot(LLAMA).iterdir())
@@ -134,6 +142,28 @@ def test_everything_is_downloaded_once_and_pinned(hub: Hub) -> None:
     assert {group: config[group]["revision"] for group in chosen} == {
         g: COMMITS[name] for g, name in chosen.items()
     }
+    noted = json.loads(notes().read_text())
+    assert noted == {f"{name}@main": COMMITS[name] for name in ("openai/gsm8k", "Salesforce/wikitext")}
+
+
+def test_a_grid_fetches_each_repository_once(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Two data sets, of which the second needs more than is free beside the first; no pin can name both."""
+    COMMITS.setdefault("tatsu-lab/alpaca", "4" * 40)
+    configs = [configured("+experiment=llama_26L", f"dataset={name}") for name in ("gsm8k", "alpaca", "gsm8k")]
+    asked = [wanted(config) for config in configs]
+    room(monkeypatch, 13 * 10**6)
+    with pytest.raises(UserError, match="16.3 MB needed"):
+        tell(asked, configs)
+    assert not hub.downloads
+    room(monkeypatch, 10**12)
+    tell(asked, configs)
+    names = [name for name, *_ in hub.downloads]
+    assert sorted(names) == ["Salesforce/wikitext", "openai/gsm8k", "tatsu-lab/alpaca"]
+    assert hub.models.served.count("model.safetensors") == 1
+    pins = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "dataset.revision" not in pins and f"text.revision={'c' * 40}" in pins
 
 
 def test_a_repository_of_many_subsets_is_asked_for_and_counted_once(
@@ -221,16 +251,21 @@ def test_a_subset_that_does_not_exist_is_told(hub: Hub, monkeypatch: pytest.Monk
 
 COMMANDS = {
     "": (0, "Nothing to fetch"),
-    "--multirun seed=0,1": (2, "not for fetching"),
-    "+sweeps=depth": (2, "many runs"),
+    "+sweeps=depth": (2, "Add --multirun"),
+    "+experiment=llama_26L evaluation=tiny dataset=gsm8k,dolly seed=0,1 --multirun": (2, "ConnectError"),
 }
 
 
 @pytest.mark.parametrize("given", COMMANDS)
 def test_the_command_line(given: str, tmp_path: Path) -> None:
-    """The defaults need nothing; a sweep is refused; no folder and no file is left behind."""
+    """The defaults need nothing; a grid names each of its repositories once; no folder and no file is left."""
     status, said = COMMANDS[given]
     command = [sys.executable, "-m", "sddx.fetch", *given.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == status and said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    if "dolly" in given:
+        named = done.stderr.partition("To be fetched: ")[2]
+        for name in (LLAMA, "openai/gsm8k", "databricks-dolly-15k", "Salesforce/wikitext"):
+            assert named.count(name) == 1

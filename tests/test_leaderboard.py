@@ -4,6 +4,7 @@ where the real data is not there. No network is used."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -23,10 +24,13 @@ from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact, evaluate
 from sddx.evaluation.recovery import summarise
 from sddx.evaluation.task_data import described, task_datasets
+from sddx.hub import unpacked
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
 from sddx.records import Units, UserError
 from sddx.runtime import Runtime
+from sddx.store import Store
+from sddx.train import _files
 
 FULL = yaml.safe_load((CONF / "evaluation" / "full.yaml").read_text())
 SPLITS = ("train", "dev", "validation", "test")
@@ -289,26 +293,57 @@ def test_the_packages_own_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -
     assert not any("description" in yaml.read_text() for yaml in tasks.OWN_TASKS.glob("*.yaml"))
 
 
-def cached(root: Path, path: str, subset: str) -> None:
+def cached(root: Path, path: str, subset: str, commit: str = "abc") -> None:
     """What `datasets` leaves in its cache."""
-    folder = root / path / subset / "0.0.0" / "abc"
+    folder = root / path / subset / "0.0.0" / commit
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps({"config_name": subset}))
 
 
 def test_the_cache_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Present and absent subsets, as the library's own search of its cache finds them."""
+    """Present and absent subsets, and of two commits the newest, as the library's own search of its cache finds
+    them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    cached(tmp_path, "me___camel_case", "main")
+    for age, commit in enumerate(("new", "a_old", "z_older")):
+        cached(tmp_path, "me___camel_case", "main", commit)
+        os.utime(tmp_path / "me___camel_case" / "main" / "0.0.0" / commit, (10**9 - age, 10**9 - age))
     cached(tmp_path, "me___other", "default")
     for path, name in [("me/CamelCase", "main"), ("me/CamelCase", None), ("me/CamelCase", "x"), ("me/other", None),
                        ("me/nothing", None)]:  # fmt: skip
         try:
-            _find_hash_in_cache(path, name, None, {}, None)
-            there = True
+            commits = [_find_hash_in_cache(path, name, None, {}, None)[2]]
         except ValueError:
-            there = False
-        assert task_data._cached(path, name) is there, (path, name)
+            commits = []
+        assert [found.name for found in unpacked(path, name)][-1:] == commits, (path, name)
+
+
+def test_evaluations_are_keyed_by_the_commit_of_their_data(
+    folder: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's, and without one that of the rows in the cache: the same where these are the newest. Tasks whose
+    data is in files have none."""
+    tmp_path = tmp_path_factory.mktemp("apart")  # `folder` is read as a whole
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    answers, main = [True], ["1" * 40]
+    monkeypatch.setattr(task_data, "_hub_answers", lambda: answers[0])
+    monkeypatch.setattr(task_data, "current_commit", lambda path, revision: main[0])
+    store = Store(tmp_path / "store")
+
+    def keys(task: str = "both") -> list[str]:
+        return [made.key for made in _files(store, {"tasks": [task], "include": folder})]
+
+    assert len(keys("local")) == len(keys("own")) == len(keys()) - 1
+    online = keys()
+    for subset in ("default", "sub"):
+        cached(tmp_path / "cache", "me___plain", subset, "1" * 40)
+    answers[0] = False
+    assert keys() == online
+    cached(tmp_path / "cache", "me___plain", "sub", "2" * 40)
+    os.utime(tmp_path / "cache" / "me___plain" / "sub" / "0.0.0" / ("1" * 40), (0, 0))
+    later = keys()
+    assert later != online
+    answers[0], main[0] = True, "3" * 40
+    assert keys() not in (online, later)
 
 
 def test_missing_data_is_named_where_the_hub_is_out_of_reach(

@@ -8,17 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from sddx.hub import asking
+from sddx.hub import COMMIT, commit, unpacked
 from sddx.records import Dataset, Example, UserError
 
-COMMIT = re.compile("[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
 Check = Callable[[str, str], bool]
@@ -109,20 +107,8 @@ def _texts(
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration node of `hub` or `hub_texts` with its revision resolved to a commit, so that a dataset is
     known by its content; a node whose rows are in a local file, and any other, as it is. Raises UserError where
-    the hub cannot be asked."""
-    if not of_hub(node) or COMMIT.fullmatch(node["revision"] or ""):
-        return dict(node)
-    from huggingface_hub import HfApi
-
-    name, revision = node["name"], node["revision"]
-    offline = (
-        f"the commit of dataset {name} (revision {revision}) cannot be asked for. Without a network, give a "
-        "revision of 40 hexadecimal digits that is in the cache of `datasets` (python -m sddx.fetch fills it and "
-        "says which), or the rows in a local file (data_files=...); dataset=tiny_arithmetic needs neither."
-    )
-    with asking("dataset", name, revision, otherwise=offline):
-        commit = HfApi().dataset_info(name, revision=revision).sha
-    return {**node, "revision": commit}
+    the hub cannot be asked and no fetch noted the commit."""
+    return {**node, "revision": commit(node["name"], node["revision"])} if of_hub(node) else dict(node)
 
 
 def of_hub(node: Mapping[str, Any]) -> bool:
@@ -143,7 +129,10 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
     where `split` is None. Raises UserError where it cannot be loaded, and where another commit would be read."""
     import datasets
 
+    pin = revision if COMMIT.fullmatch(revision or "") else None
     try:
+        if pin and (here := unpacked(name, subset or "default", pin)):
+            return _from_cache(name, here[0], split)
         rows = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
         raise UserError(
@@ -153,7 +142,7 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
             "dataset=tiny_arithmetic needs no network."
         ) from error
     # Without a network, `datasets` takes what it prepared last, whatever the revision that is asked for.
-    others = _commits(rows) - {revision} if COMMIT.fullmatch(revision or "") else None
+    others = _commits(rows) - {pin} if pin else None
     if others:
         raise UserError(
             f"dataset {name} was asked for at commit {revision}, and without a network its cache "
@@ -161,6 +150,15 @@ def from_hub(name: str, subset: str | None, *, split: str | None, revision: str 
             "Ask for that one, remove it there, or run where there is a network."
         )
     return rows
+
+
+def _from_cache(name: str, folder: Path, split: str | None) -> Any:
+    """The rows that `datasets` unpacked into a folder of its cache."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    subset, version, at = folder.parts[-3:]
+    builder = Cache(dataset_name=name.split("/")[-1], repo_id=name, config_name=subset, version=version, hash=at)
+    return builder.as_dataset(split=split)
 
 
 def _commits(rows: Any) -> set[str]:

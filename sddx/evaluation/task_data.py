@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.evaluation.tasks import named_in_files, task_folders, task_manager
+from sddx.hub import current_commit, unpacked
 from sddx.records import UserError
 
 PATIENCE = 3.0  # seconds that the hub has to answer
@@ -74,7 +75,7 @@ def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:
 def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
     """Raise UserError where tasks read hub datasets that are not in the cache of `datasets`, and the hub cannot be
     reached; nothing is loaded. The hub is asked once, and only where something is missing."""
-    missing = [pair for pair in task_datasets(tasks, include) if not _cached(*pair)]
+    missing = [pair for pair in task_datasets(tasks, include) if not unpacked(*pair)]
     if missing and not _hub_answers():
         from datasets.config import HF_DATASETS_CACHE
 
@@ -83,6 +84,18 @@ def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
             "Where there is a network, run python -m sddx.fetch with the settings of this run; it fills the cache "
             f"({HF_DATASETS_CACHE}), which can be copied here. The tasks of evaluation=tiny need no network."
         )
+
+
+def task_commits(tasks: Sequence[str], include: str | None = None) -> dict[str, str]:
+    """At which commit the hub datasets of tasks will be read, by path and subset. lm-eval asks for none, and
+    `datasets` then takes the hub's main branch or, where the hub cannot be reached, the newest rows in its cache.
+    Raises UserError as `check_tasks` does, and where neither is there."""
+    return {f"{path}/{name or ''}": _commit(path, name) for path, name in task_datasets(tasks, include)}
+
+
+def _commit(path: str, name: str | None) -> str:
+    here = unpacked(path, name)
+    return here[-1].name if here and not _hub_answers() else current_commit(path, None)
 
 
 def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
@@ -95,18 +108,6 @@ def _named(datasets: Sequence[tuple[str, str | None]]) -> str:
 
 def _few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _cached(path: str, name: str | None) -> bool:
-    """Whether `datasets` can read this from its cache alone: <owner>___<name>/<subset>/<version>/<hash>/."""
-    from datasets.config import HF_DATASETS_CACHE
-    from datasets.naming import camelcase_to_snakecase
-
-    *owner, last = path.split("/")
-    folder = Path(HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(last)])
-    return any(
-        found.parent.suffix != ".incomplete" for found in folder.glob(f"{name or '*'}/*/*/dataset_info.json")
-    )
 
 
 @cache
