@@ -24,18 +24,37 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sddx.build import build
+from sddx.ranges import is_ours, out_of_range, wrong_type
 from sddx.records import UserError
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
 CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "conf").is_dir())
 
-# Settings that change no number of a run.
-PLANNING = ("gpu", "probe", "context", "budget")  # what a plan is made for
-SURROUNDINGS = (
-    "run", "store", "accept", "device", "wandb", "dry_run", "stages", "metrics", "rehearse", "rates", *PLANNING
-)  # fmt: skip
 FILES = ("experiment", "sweeps")  # sets of settings, which count as what they set
+
+
+def surroundings(
+    *,
+    run: dict,
+    store: str | None,
+    accept: list,
+    device: str,
+    wandb: dict,
+    dry_run: bool,
+    stages: list | None,
+    metrics: dict,
+    rates: dict | None = None,
+    rehearse: Any = None,
+    gpu: str | None,
+    probe: int | float | str | None,
+    context: int,
+    budget: dict,
+) -> None:
+    """Settings that change no number of a run, those of plans last; a signature and no more."""
+
+
+SURROUNDINGS = tuple(inspect.signature(surroundings).parameters)
 
 
 def register() -> None:
@@ -82,14 +101,16 @@ def mistakes_told() -> Iterator[None]:
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
-    """Bind the root (without the keys `also`) to `schema` and every `_target_` to its signature, without
-    calling anything.
+    """Bind the root to `schema`, the keys that are `also` there to `surroundings`, and every `_target_` to its
+    signature, without calling anything.
 
-    Raises one UserError that lists every unknown, missing or misspelt key and every target that cannot be
-    imported.
+    Raises one UserError that lists every unknown, missing or misspelt key, every target that cannot be imported,
+    and every value that is out of its range or not of its type.
     """
     method = {key: value for key, value in config.items() if key not in also}
-    problems = [*_bound("", method, schema), *(found for key in config for found in _walk(key, config[key]))]
+    beside = {key: value for key, value in config.items() if key in also}
+    problems = [*_bound("", method, schema), *_bound("", beside, surroundings)]
+    problems += [found for key in config if key != "choices" for found in _walk(key, config[key])]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"The configuration has {len(problems)} mistake(s); nothing was run.\n{listed}")
@@ -108,6 +129,8 @@ def _walk(where: str, node: Any) -> Iterator[str]:
             yield f"{where}._target_: {node['_target_']!r} cannot be imported.{_near_target(node['_target_'])}"
             return
         yield from _bound(where, {key: node[key] for key in node if not key.startswith("_")}, target)
+    else:
+        yield from (wrong for key in node for wrong in out_of_range(f"{where}.{key}", key, node[key]))
     for key, value in node.items():
         yield from _walk(f"{where}.{key}", value)
 
@@ -125,8 +148,13 @@ def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[s
         if key not in names:
             yield f"{prefix}{key} is not a setting.{_near(key, names, prefix)} Known here: {', '.join(names)}."
     for parameter in settable:
-        if parameter.default is parameter.empty and parameter.name not in given:
-            yield f"{prefix}{parameter.name} has no value."
+        name, place = parameter.name, f"{prefix}{parameter.name}"
+        if name not in given:
+            if parameter.default is parameter.empty:
+                yield f"{place} has no value."
+        elif is_ours(target):
+            wrong = [*wrong_type(place, parameter, given[name])]
+            yield from wrong or out_of_range(place, name, given[name], str(parameter.annotation))
 
 
 def _near(key: str, names: list[str], prefix: str) -> str:

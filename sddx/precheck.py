@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +13,89 @@ from sddx.records import Units, UserError
 
 
 def precheck(method: dict[str, Any]) -> None:
-    """What would otherwise fail late: the evaluation tasks exist and their data is there, the chat template carries
-    prompts and answers, something is left to train, metric and patch can be what they are asked to be, what writes
-    answers and what judges models is installed, another teacher fits the student, the devices can share the
-    training, weights can be held as they are asked to be. Raises one UserError with all that is wrong."""
-    from sddx.models.load import locate, text_config
-    from sddx.training.objective import require_comparable
+    """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
+    where the model is on this machine, with what is to be done to it; a model is downloaded only where the settings
+    are right."""
+    from sddx.models.load import cached, locate
 
-    folder, _ = locate(method["model"]["path"], revision=method["model"]["revision"])
-    config = text_config(folder)
-    checks: list[Callable[[], None]] = [
-        lambda: _check_evaluation(method["evaluation"], folder),
-        lambda: _check_pruning(method, config),
-        lambda: _check_backend(method),
-        lambda: _check_training(method["trainer"]),
-        lambda: _check_quantization(method),
-    ]
-    if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
-        checks.append(lambda: _check_template(folder))
-    if method["loss"]["data"] != "reference":
-        checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
-    if method["teacher"]:
-        checks.append(
-            lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
-        )
+    path, revision = method["model"]["path"], method["model"]["revision"]
+    wrong = _told(_of_settings(method))
+    if not wrong or Path(path).expanduser().is_dir() or cached(path, revision):
+        found: list[Path] = []
+        wrong += _told([lambda: found.append(locate(path, revision=revision)[0])])
+        wrong += [mistake for folder in found for mistake in _told(_of_model(method, folder))]
+    if wrong:
+        raise UserError(*dict.fromkeys(wrong))
+
+
+def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
+    """The mistakes that these checks raise, in their order."""
     wrong: list[str] = []
     for each in checks:
         try:
             each()
         except UserError as error:
             wrong.extend(error.args)
-    if wrong:
-        raise UserError(*wrong)
+    return wrong
 
 
-def _check_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
-    """Tasks, and those that settings are given for, exist; the chat template carries their descriptions; what they
-    read is there. Raises UserError."""
-    from sddx.data.encode import require_system_turn
-    from sddx.evaluation.task_data import described, require_task_data
+def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
+    """The evaluation tasks exist and their data is there, rows and texts can be had, what writes answers and what
+    judges models is installed, the devices can share the training, weights can be held as they are asked to be."""
+    from sddx.data.sources import pinned
+
+    checks: list[Callable[[], Any]] = [
+        lambda: _check_evaluation(method["evaluation"]),
+        lambda: _check_backend(method),
+        lambda: _check_training(method["trainer"]),
+        lambda: _check_quantization(method),
+    ]
+    read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
+    checks += [partial(pinned, method[name]) for name in read]
+    if method["loss"]["data"] != "reference":
+        checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
+    return checks
+
+
+def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
+    """Something is left to train, metric and patch can be what they are asked to be, the chat template carries
+    prompts, answers and the tasks' descriptions, another teacher fits the student."""
+    from sddx.models.load import locate, text_config
+    from sddx.training.objective import require_comparable
+
+    config = text_config(folder)
+    checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
+    if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
+        checks.append(lambda: _check_template(folder))
+    if method["evaluation"]["chat_template"]:
+        checks.append(lambda: _check_descriptions(method["evaluation"], folder))
+    if method["teacher"]:
+        checks.append(
+            lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
+        )
+    return checks
+
+
+def _check_evaluation(evaluation: dict[str, Any]) -> None:
+    """Tasks, and those that settings are given for, exist; what they read is there. Raises UserError."""
+    from sddx.evaluation.task_data import require_task_data
     from sddx.evaluation.tasks import check_tasks
-    from sddx.models.load import load_tokenizer
 
     tasks, include = evaluation["tasks"], evaluation["include"]
     by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance", "split")}
     check_tasks(tasks, include, **by_task)
-    if evaluation["chat_template"] and (told := described(tasks, include)):
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.chat_template:  # that there is none is told elsewhere
-            require_system_turn(tokenizer, told)
     require_task_data(tasks, include)
+
+
+def _check_descriptions(evaluation: dict[str, Any], folder: Path) -> None:
+    """The chat template carries what tasks say before their items. Raises UserError."""
+    from sddx.data.encode import require_system_turn
+    from sddx.evaluation.task_data import described
+    from sddx.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.chat_template and (told := described(evaluation["tasks"], evaluation["include"])):
+        require_system_turn(tokenizer, told)
 
 
 def _check_template(folder: Path) -> None:
@@ -137,7 +171,7 @@ def _check_training(trainer: dict[str, Any]) -> None:
     if started > 1:
         raise UserError(
             f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
-            f"trainer.strategy=ddp trainer.devices={started} starts processes for the training alone."
+            f"trainer.strategy=ddp trainer.devices={started} starts its own processes."
         )
     build(trainer)
 

@@ -33,12 +33,19 @@ def _ignore(row: dict[str, Any]) -> None:
 @dataclass(frozen=True)
 class Runtime:
     """Handed to every stage and not hashed. `log` takes one flat row of metrics (`step` where it has one);
-    `watch` is told where the bar stands that is drawn."""
+    `watch` is told where the bar stands that is drawn. With `shards` above 1 no device holds a model whole: what
+    only looks at one runs in so many processes (`parallel.launch.sharded`)."""
 
     device: str = "cpu"
+    shards: int = 1
     quiet: bool = False
     log: Callable[[dict[str, Any]], None] = _ignore
     watch: Callable[[dict[str, Any]], None] = _ignore
+
+    @property
+    def roomy(self) -> str:
+        """The device for work on whole weights: the computer's memory where no other holds them."""
+        return self.device if self.shards == 1 else "cpu"
 
     def progress(self, items: Iterable | None = None, *, total: int | None = None, what: str, unit: str) -> Any:
         """A tqdm bar with rate and time left; wraps `items`, or is moved by `.update(n)`."""

@@ -258,7 +258,8 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
-        runtime = Runtime(device=device, log=tracker.log)
+        sharded = config["trainer"].get("strategy") == "fsdp"
+        runtime = Runtime(device, shards=config["trainer"]["devices"] if sharded else 1, log=tracker.log)
         if config["stages"]:
             return show_agreement(score_all(config, store, runtime), config["pruning"], folder)
         if is_cell(folder):

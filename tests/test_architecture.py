@@ -13,8 +13,8 @@ ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
     {
-        "arguments", "build", "store", "config", "hub", "tracking", "surgery.choose", "importance.metrics",
-        "training.losses",
+        "arguments", "build", "store", "ranges", "config", "hub", "tracking", "parallel", "surgery.choose",
+        "importance.metrics", "training.losses",
     },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},

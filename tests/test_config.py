@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import flag_override
 
+from sddx.build import build
 from sddx.config import CONF, SURROUNDINGS, check, resolve
 from sddx.records import UserError
 from sddx.sweep.launcher import Grid
@@ -45,12 +52,13 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
 @pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml")))
 def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
     """Each value that a grid names is one that the configuration takes."""
-    sweeper = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())["hydra"]["sweeper"]
+    file = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())
+    sweeper, owed = file["hydra"]["sweeper"], [f"rates.{arm}=1e-4" for arm in file.get("rates", [])]
     for setting, values in (
         entry for grid in (sweeper.get("params", {}), *sweeper.get("grids", [])) for entry in grid.items()
     ):
         for value in str(values).split(","):
-            checked(f"+sweeps={sweep}", f"{setting}={value}")
+            checked(f"+sweeps={sweep}", *owed, f"{setting}={value}")
 
 
 LAUNCHERS = ["basic", *sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))]
@@ -125,3 +133,63 @@ def test_what_was_set_by_hand_is_a_choice() -> None:
         "generation.temperature": 0.7, "trainer": "one_gpu"
     }  # fmt: skip
     assert chosen["seed"] == 3 and chosen["patch"] == "mean" and usual.keys() <= chosen.keys()
+
+
+# Seeds are names, which a number below zero is too; a precision may be a word, and the training knows which.
+FREE = {"seed": [-1], "precision": [-1, "abc"]}
+SHOWN = (
+    (), ("generation=vllm", "pruning=shapley"), ("tuning=qlora", "pruning/patch=low_rank", "loss=jsd"),
+    ("generation=sample", "pruning=released_subnetworks", "+experiment=llama_26L", "evaluation=quick"),
+)  # fmt: skip
+
+
+def numbers(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths to all numbers of a configuration."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from numbers(value, (*path, key))
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield path
+
+
+@pytest.mark.parametrize("given", SHOWN, ids=lambda given: ",".join(given) or "defaults")
+def test_numbers_that_make_no_sense_are_named(given: tuple[str, ...]) -> None:
+    """Below zero, and not a number: every number there is is refused by its name, or may be anything."""
+    config = checked(*given)
+    paths = [path for path in numbers(config) if path[0] != "choices" and path[:2] != ("model", "dimensions")]
+    assert len(paths) > 30
+    for path, wrong in itertools.product(paths, (-1, "abc")):
+        if wrong in FREE.get(path[-1], []):
+            continue
+        changed = copy.deepcopy(config)
+        functools.reduce(dict.__getitem__, path[:-1], changed)[path[-1]] = wrong
+        with pytest.raises(UserError, match=re.escape(f"{'.'.join(path)}={wrong!r} must be")):
+            check(changed, recover, also=SURROUNDINGS)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("context=0", "context=0 must be 1 or more"),
+        ("budget=null", "budget=null must be a group of settings"),
+        ("budget.gpu_hours=0", "budget.gpu_hours=0 must be above 0"),
+        ("trainer.batch_size=1.5", "trainer.batch_size=1.5 must be a whole number"),
+        ("trainer.learning_rate=null", "trainer.learning_rate=null must be a number"),
+        ("generation.batch_size=0", "generation.batch_size=0 must be 1 or more"),
+        ("generation.top_p=1.2", "generation.top_p=1.2 must be above 0 and at most 1"),
+        ("dataset.size=0", "dataset.size=0 must be 1 or more"),
+        ("evaluation.tasks=[]", "evaluation.tasks is empty"),
+        ("evaluation.limit={tiny_facts:0}", "evaluation.limit.tiny_facts=0 must be 1 or more"),
+        ("dry_run=2", "dry_run=2 must be true or false"),
+        ("pruning.metric.tokens=first", "pruning.metric.tokens='first' must be last or all"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(given: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        checked(given)
+
+
+def test_precision_is_a_number_or_a_word() -> None:
+    """32 on the command line is a number."""
+    assert build(checked("trainer.precision=32")["trainer"]).precision == 32
+    assert build(checked("trainer.precision=bf16")["trainer"]).precision == "bf16"

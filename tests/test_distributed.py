@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from sddx.models.anatomy import blocks
 from sddx.models.teacher import SeparateTeacher
-from sddx.records import UserError
+from sddx.parallel import distributed
+from sddx.parallel.distributed import shard
+from sddx.parallel.launch import launch
+from sddx.records import Interrupted, UserError
 from sddx.runtime import Runtime
-from sddx.training import distributed
-from sddx.training.distributed import shard
 from sddx.training.fit import Fit
-from sddx.training.launch import launch
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
 
@@ -143,11 +143,13 @@ def test_what_each_process_takes(monkeypatch):
     ]
 
 
-def fail(error: BaseException | None, *, runtime: Runtime) -> None:
+def fail(error: BaseException | signal.Signals | None, *, runtime: Runtime) -> None:
     """One process fails, or vanishes, while the other waits for it."""
     if distributed.rank() == 1:
         if error is None:
             os._exit(3)
+        if isinstance(error, signal.Signals):
+            signal.raise_signal(error)
         raise error
     distributed.barrier()
 
@@ -155,10 +157,10 @@ def fail(error: BaseException | None, *, runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [(UserError("no such row"), UserError, "^no such row$"), (KeyError("x"), RuntimeError, "(?s)1 of 2.*KeyError"),
-     (None, RuntimeError, "status 3")],
+     (None, RuntimeError, "status 3"), (signal.SIGTERM, Interrupted, "143")],
 )  # fmt: skip
 def test_one_that_fails_ends_all(error, raised, message):
-    """At once, and a user's mistake stays one."""
+    """At once; a user's mistake stays one, and so does being told to end, where nothing is saved for that."""
     start = time.monotonic()
     with pytest.raises(raised, match=message):
         launch(partial(fail, error), 2, Runtime(quiet=True))

@@ -14,7 +14,7 @@ from families import ALL_FAMILIES, CLASSES, FAMILIES, VOCABULARY, adapt, build, 
 from sddx.models.anatomy import blocks, per_layer_lists
 from sddx.models.load import load_model
 from sddx.records import Cut, UserError
-from sddx.surgery.choose import PatchChoice, Pruning, contiguous, last, lowest, random, ranked
+from sddx.surgery.choose import contiguous, last, lowest, random, ranked
 from sddx.surgery.remove import apply_cut
 from sddx.surgery.soundness import UnsoundModel, prove
 
@@ -310,9 +310,3 @@ def test_scores_of_the_wrong_metric_are_refused():
         lowest(distances(6, {}), 6, 2)
     with pytest.raises(UserError, match="none were measured"):
         lowest(None, 6, 2)
-
-
-@pytest.mark.parametrize("remove", [-1, 1.5, "2"])
-def test_pruning_wants_a_number_of_blocks(remove):
-    with pytest.raises(UserError, match="not a number of units"):
-        Pruning(choose=last, remove=remove, patch=PatchChoice(None, False, False))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from composing import SMALL, composed
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
@@ -457,12 +458,33 @@ def test_a_template_that_drops_descriptions_is_told_before_any_work(tmp_path: Pa
     shutil.copytree(OWN_TASKS, tmp_path / "tasks")
     (tmp_path / "tasks" / "mine.yaml").write_text("include: facts.yaml\ntask: mine\ndescription: Choose one.\n")
     mine = ("evaluation.tasks=[tiny_facts,mine]", f"evaluation.include={tmp_path / 'tasks'}")
-    local = ("model=local", f"model.path={tmp_path / 'model'}", *mine, "pruning.remove=12")
+    local = ("model=local", f"model.path={tmp_path / 'model'}", *mine, "pruning.remove=13")
     for given, told in (("true", True), ("false", False)):
         with pytest.raises(UserError, match="12 blocks") as caught:
             job(tmp_path / "out", tmp_path / "store", *local, f"evaluation.chat_template={given}")
         assert ("drops the system prompt, " in str(caught.value)) == told
         assert ("tasks there: mine." in str(caught.value)) == told
+
+
+def test_no_model_is_asked_for_before_the_settings_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is wrong without it is told at once, rows and texts that are not here included; then the model."""
+    monkeypatch.setattr(
+        HfApi, "dataset_info", lambda self, name, revision=None: (_ for _ in ()).throw(OSError("no network"))
+    )
+    asked: list[str] = []
+    monkeypatch.setattr("sddx.models.load.download", lambda path, revision: asked.append(path) or Path(path))
+    far = ("model=llama31_8b_instruct", "evaluation.chat_template=false")
+    wrong = ("evaluation.tasks=[tiny_arithmetik]", "dataset=gsm8k", "text=wikitext", "trainer.devices=2")
+    with pytest.raises(UserError) as caught:
+        job(tmp_path / "out", tmp_path / "store", *far, *wrong)
+    told = str(caught.value)
+    assert all(name in told for name in ("tiny_arithmetik", "gsm8k", "wikitext", "trainer.devices=2"))
+    assert "Llama" not in told and not asked
+    with pytest.raises(UserError, match="config.json"):
+        job(tmp_path / "out", tmp_path / "store", *far)
+    assert asked
 
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:

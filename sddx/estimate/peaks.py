@@ -26,7 +26,9 @@ def peaks(estimate: Estimate) -> dict[str, float]:
     max_length allows."""
     found = {"score": _scoring(estimate)} if estimate.scored else {}
     if not estimate.config["stages"]:
-        found |= {"prune": estimate.unpruned.weight_bytes} | _later(estimate)
+        # Where models are in shards, the proof of a pruned one is in the computer's memory.
+        found |= {} if _in_shards(estimate) else {"prune": estimate.unpruned.weight_bytes}
+        found |= _later(estimate)
     return {stage: FRAGMENTS * held for stage, held in found.items()}
 
 
@@ -56,7 +58,7 @@ def _whole(estimate: Estimate) -> Any:
 def _scoring(estimate: Estimate) -> float:
     """Weights, and the states of a batch at every block, its texts as long as they are; for gradients, those of all
     weights of the blocks and a pass over one text; for tasks, a pass of lm-eval."""
-    return estimate.unpruned.weight_bytes + max(_measuring(estimate, *each) for each in estimate.scored)
+    return _looked_at(estimate) + max(_measuring(estimate, *each) for each in estimate.scored)
 
 
 def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
@@ -82,7 +84,7 @@ def _patching(estimate: Estimate) -> float:
         learning = _traced(memory.learning, block, batch, longest, checkpointing=False)
         passing = max(passing, 3 * weights + learning)
     sums = 2 * 8 * width**2 * estimate.gaps if isinstance(estimate.fit, Linear) else 0
-    return estimate.unpruned.weight_bytes + passing + sums
+    return _looked_at(estimate) + passing + sums
 
 
 def _distilling(estimate: Estimate) -> float:
@@ -94,7 +96,7 @@ def _distilling(estimate: Estimate) -> float:
     cache = batch * estimate.unpruned.cache_bytes * (longest + estimate.config["generation"]["max_new_tokens"])
     logits = 2 * batch * estimate.shape.vocab_size * 4
     passing = _traced(memory.reading, _whole(estimate), batch, int(longest) or 1)
-    return estimate.unpruned.weight_bytes + cache + logits + passing
+    return _looked_at(estimate) + cache + logits + passing
 
 
 def _training(estimate: Estimate) -> float:
@@ -114,13 +116,28 @@ def _training(estimate: Estimate) -> float:
 
 
 def _held(estimate: Estimate) -> float:
-    """Weights of student and teacher, and the optimiser's moments; in shards, a device's share of them and one
-    block, whole, with the next one on its way."""
-    trainer = estimate.config["trainer"]
-    held, sizes = _unsharded(estimate), estimate.unpruned
-    if trainer.get("strategy") != "fsdp":
+    """Weights of student and teacher, and the optimiser's moments."""
+    return _share(estimate, _unsharded(estimate))
+
+
+def _looked_at(estimate: Estimate, others: float = 0.0) -> float:
+    """Weights of the unpruned model, and `others`, where nothing is trained; in shards, embeddings and head are
+    whole on every device."""
+    whole = 2 * estimate.unpruned.head * DTYPES[estimate.model["dtype"]].itemsize if _in_shards(estimate) else 0
+    return _share(estimate, estimate.unpruned.weight_bytes + others - whole) + whole
+
+
+def _in_shards(estimate: Estimate) -> bool:
+    return estimate.config["trainer"].get("strategy") == "fsdp"
+
+
+def _share(estimate: Estimate, held: float) -> float:
+    """What a device holds of so many bytes: all, or in shards its share and one block, whole, with the next one on
+    its way."""
+    if not _in_shards(estimate):
         return held
-    return held / trainer["devices"] + 2 * sizes.weight_bytes / sizes.blocks
+    sizes = estimate.unpruned
+    return held / estimate.config["trainer"]["devices"] + 2 * sizes.weight_bytes / sizes.blocks
 
 
 def _unsharded(estimate: Estimate) -> float:
@@ -146,7 +163,7 @@ def _evaluating(estimate: Estimate) -> float:
         asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
         passing = max(passing, _judging(estimate, *asked))
     own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
-    return estimate.unpruned.weight_bytes + own + passing
+    return _looked_at(estimate, own) + passing
 
 
 def _judging(estimate: Estimate, batch: int, tasks: Sequence[str], shots: Any) -> float:

@@ -117,6 +117,7 @@ def _way_out(estimate: Estimate, stage: str, room: float) -> str:
     smaller = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
     ways = [f"lower {smaller[stage]}"] if stage in smaller and room > estimate.unpruned.weight_bytes else []
     ways += ["set model.dtype=bfloat16"] if DTYPES[estimate.model["dtype"]].itemsize > 2 else []
+    ways += [f"take {FSDP}"] if estimate.config["trainer"].get("strategy") != "fsdp" else []
     return f"To make it fit, {', '.join([*ways, 'use a GPU with more memory'])}."
 
 

@@ -17,6 +17,7 @@ from sddx.evaluation.tasks import check_tasks, named_in_files, task_folders
 from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of
+from sddx.parallel.distributed import agreed
 from sddx.records import Batch, Units, UserError
 from sddx.surgery.branches import without
 from sddx.surgery.remove import apply_cut
@@ -125,7 +126,7 @@ class OfLogits:
         found: list[Tensor] = []
         batches = subject.first(self.sequences)
         total = len(distinct) * len(batches)
-        with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.inference_mode():
+        with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.no_grad():
             for batch in batches:
                 replay.load(batch)
                 full = replay.run((True,) * len(subject.units))
@@ -142,7 +143,7 @@ class OfLogits:
                 f"{self.label}: not finite; the model overflows in this dtype. Use float32 or bfloat16."
             )
         place = {coalition: number for number, coalition in enumerate(distinct)}
-        return values[[place[coalition] for coalition in coalitions]]
+        return agreed(values[[place[coalition] for coalition in coalitions]])
 
     def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
         """What `of` runs. A branch counts as half a block."""
@@ -222,7 +223,7 @@ class TaskScore:
             for coalition in set(coalitions):
                 known[coalition] = self._items(quiet, coalition)
                 bar.update(1)
-        return torch.stack([known[coalition] for coalition in coalitions])
+        return agreed(torch.stack([known[coalition] for coalition in coalitions]))
 
     def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
         """What `of` runs. A branch counts as half a block."""

@@ -106,7 +106,7 @@ def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dic
     sums = {name: Sums() for name in metrics}
     watch = block_states if subject.units.granularity == "blocks" else branch_states
     bar = subject.runtime.progress(total=subject.sequences, what="scoring", unit="text")
-    with torch.inference_mode(), watch(subject.model) as seen, bar:
+    with torch.no_grad(), watch(subject.model) as seen, bar:
         for batch in subject.batches:
             seen.clear()
             mask = batch.attention_mask.to(device)

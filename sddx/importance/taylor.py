@@ -10,6 +10,7 @@ from torch import nn
 from sddx.importance.score import Subject, Sums, Work
 from sddx.models.anatomy import blocks, branches
 from sddx.models.outputs import run
+from sddx.parallel.distributed import whole
 from sddx.records import Units, UserError
 
 
@@ -75,4 +76,4 @@ def unit_weights(model: Any, units: Units, number: int) -> list[nn.Parameter]:
 
 def _products(weights: list[nn.Parameter]) -> torch.Tensor:
     parts = [(w.grad.float() * w.detach().float()).abs().sum() for w in weights if w.grad is not None]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
+    return whole(torch.stack(parts).sum()) if parts else torch.zeros(())

@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
-from sddx.models.anatomy import decoder
+from sddx.models.anatomy import bare, blocks, decoder
+from sddx.parallel.distributed import is_joined, shard_apart
+from sddx.parallel.launch import release
 from sddx.records import UserError
 
 DTYPES = {
@@ -193,17 +195,34 @@ def four_bit(*, type: str, double: bool, compute: str) -> Any:
 
 @lru_cache(maxsize=1)
 def frozen_model(folder: Path, dtype: str, attention: str, device: str) -> Any:
-    """`load_model` with frozen weights, kept for the next stage that only looks at the same model.
+    """`load_model` with frozen weights, kept for the next stage that only looks at the same model; in shards in a
+    group of processes.
 
     Nobody may edit it. `free_memory()` lets go of it.
     """
-    return load_model(folder, dtype=dtype, attention=attention, device=device).requires_grad_(False)
+    model = load_model(folder, dtype=dtype, attention=attention, device=loading_device(device))
+    return placed(model.requires_grad_(False), device)
+
+
+def loading_device(device: str) -> str:
+    """Where a model is loaded that `placed` puts onto the device: what is to be cut may not fit there."""
+    return "cpu" if is_joined() else device
+
+
+def placed(model: Any, device: str, *others: Any) -> Any:
+    """A frozen model on the device; in a group of processes, the weights of its blocks, and of `others` that it
+    may run, in one shard a process. `generate` then makes as many passes in all of them."""
+    if is_joined():
+        shard_apart([*blocks(model), *others], torch.device(device))
+        bare(model).generate = partial(bare(model).generate, synced_gpus=True)
+    return model.to(device)
 
 
 def free_memory() -> None:
-    """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), and of what
-    torch keeps on the GPU, so that the next one finds room."""
+    """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), of what torch
+    keeps on the GPU, and of processes that hold one in shards, so that the next one finds room."""
     frozen_model.cache_clear()
+    release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_model as load_into
 from safetensors.torch import save_model
 
-from sddx.models.anatomy import Stack, is_adapted
-from sddx.models.load import load_model
+from sddx.models.anatomy import Stack, blocks, is_adapted
+from sddx.models.load import load_model, loading_device, placed
+from sddx.parallel.distributed import is_joined
 from sddx.records import Cut, UserError
 from sddx.surgery import junction
 from sddx.surgery.junction import Attached
@@ -52,7 +53,7 @@ def is_stock(cut: Cut) -> bool:
 @dataclass(frozen=True)
 class Student:
     """A pruned or recovered model; the base model's whole blocks, with which its weights are the unpruned model
-    (None where its weights are its own); the weights of the patches inside it."""
+    (None where its weights are its own, or cannot be shared in shards); the weights of the patches inside it."""
 
     model: Any
     unpruned: Stack | None
@@ -70,7 +71,8 @@ def load_student(
     attention: str = "sdpa",
     device: str = "cpu",
 ) -> Student:
-    """The pruned model (`folder` None) or the recovered one, in eval mode and frozen.
+    """The pruned model (`folder` None) or the recovered one, in eval mode and frozen; in a group of processes its
+    blocks are in shards.
 
     `patch` is the folder of what stands in for the removed parts. An adapter is put onto the base model after
     the cut; full weights are loaded alone where a stock loader can. Raises UserError where what is stored
@@ -78,7 +80,22 @@ def load_student(
     """
     if folder is not None:
         _require_same_origin(folder, cut, base)
-    how = {"dtype": dtype, "attention": attention, "device": device}
+    how = {"dtype": dtype, "attention": attention, "device": loading_device(device)}
+    student = _loaded(base_folder, folder, cut, patch, how)
+    shared = student.unpruned
+    if is_joined() and shared and has_twins(student.model, shared):
+        shared = None
+    placed(student.model, device, *(shared.blocks if shared else []))
+    return replace(student, unpruned=shared)
+
+
+def has_twins(model: Any, unpruned: Stack) -> bool:
+    """Whether a block of a pruned model is a twin of the unpruned model's, with a branch less or a patch more: the
+    two cannot share their shards."""
+    return not set(blocks(model)) <= set(unpruned.blocks)
+
+
+def _loaded(base_folder: Path, folder: Path | None, cut: Cut, patch: Path | None, how: dict[str, str]) -> Student:
     if folder is not None and (folder / "config.json").is_file():
         return Student(load_model(folder, **how).requires_grad_(False), None, {})
     model = load_model(base_folder, **how).requires_grad_(False)
@@ -90,7 +107,7 @@ def load_student(
     if (folder / OWN_WEIGHTS).is_file():
         _restore(model, folder / OWN_WEIGHTS)
         return Student(model, None, attached)
-    return Student(_adapt(model, folder).to(device).eval(), unpruned, attached)
+    return Student(_adapt(model, folder).eval(), unpruned, attached)
 
 
 def saved_and_loaded(

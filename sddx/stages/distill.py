@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from sddx.build import build
-from sddx.data.selfdata import acceptance, judge
+from sddx.data.selfdata import Answer, acceptance, judge
 from sddx.data.shards import read_examples, write_rows
 from sddx.data.templates import rewriting_prompt
 from sddx.models.load import frozen_model, load_tokenizer
+from sddx.parallel.launch import sharded
 from sddx.records import Artifact
 from sddx.runtime import Runtime
 
@@ -43,13 +45,25 @@ def distill(
     ]
     write = build(generation)
     # One that can say who writes reads the model from its folder itself: ours stays out of memory.
-    own = hasattr(write, "about")
-    teacher = model.path if own else frozen_model(model.path, dtype, attention, runtime.device)
-    about = write.about(model.path) if own else {"backend": "transformers", "version": transformers.__version__}
-    answers = write(
-        teacher, load_tokenizer(model.path), prompts, lambda rows: runtime.log({"distill/written": rows})
-    )
+    if hasattr(write, "about"):
+        about = write.about(model.path)
+        answers = write(model.path, load_tokenizer(model.path), prompts, partial(_told, runtime))
+    else:
+        about = {"backend": "transformers", "version": transformers.__version__}
+        answers = _answers(model.path, prompts, generation, dtype, attention, runtime=runtime)
     (out / "generation.json").write_text(json.dumps(about) + "\n")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
     runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})
+
+
+@sharded
+def _answers(
+    folder: Path, prompts: list[str], generation: dict[str, Any], dtype: str, attention: str, *, runtime: Runtime
+) -> list[Answer]:
+    teacher = frozen_model(folder, dtype, attention, runtime.device)
+    return build(generation)(teacher, load_tokenizer(folder), prompts, partial(_told, runtime))
+
+
+def _told(runtime: Runtime, rows: int) -> None:
+    runtime.log({"distill/written": rows})

@@ -17,6 +17,7 @@ from sddx.models.load import free_memory, frozen_model, load_tokenizer
 from sddx.models.plain import write_merged
 from sddx.models.student import Student, load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
+from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 
@@ -40,12 +41,31 @@ def evaluate(
     evaluation's backend is vllm, the scores are those of the merged weights; KL and perplexity are still those of
     the model as it was trained.
     """
-    tokenizer = load_tokenizer(model.path)
-    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     given = {artifact.stage: artifact.path for artifact in inputs}
-    apart = (
-        _by_vllm(out, model, given, evaluation, how, runtime.quiet) if evaluation.get("backend") == "vllm" else None
-    )
+    how = {"dtype": dtype, "attention": attention}
+    apart = None
+    if evaluation.get("backend") == "vllm":
+        apart = _by_vllm(out, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
+    results = _results(model, given, evaluation, text, how, apart, runtime=runtime)
+    (out / "results.json").write_text(json.dumps(results) + "\n")
+    for task, record in results["tasks"].items():
+        runtime.log({f"evaluate/{task}": record["score"]})
+    runtime.log({"evaluate/perplexity": results["text"]["perplexity"]})
+
+
+@sharded
+def _results(
+    model: Artifact,
+    given: dict[str, Path],
+    evaluation: dict[str, Any],
+    text: dict[str, Any],
+    how: dict[str, Any],
+    apart: dict[str, Any] | None,
+    *,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """Scores, unless they were found `apart`, and what they do not show."""
+    tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime)
     batches = list(text_batches(tokenizer, build(text)))
@@ -57,10 +77,7 @@ def evaluate(
         "repetition": repetition(answers),
         "mean_length": mean_length(answers),
     }
-    (out / "results.json").write_text(json.dumps(results) + "\n")
-    for task, record in results["tasks"].items():
-        runtime.log({f"evaluate/{task}": record["score"]})
-    runtime.log({"evaluate/perplexity": results["text"]["perplexity"]})
+    return results
 
 
 def _by_vllm(

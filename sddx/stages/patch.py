@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import text_batches
+from sddx.models.anatomy import blocks
 from sddx.models.load import free_memory, frozen_model, load_model, load_tokenizer
 from sddx.models.student import prune as pruned
+from sddx.parallel.distributed import is_joined, rank
+from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages.prune import footprint, write_proof
@@ -33,15 +37,12 @@ def patch(
 
     Raises UserError where a patch cannot stand in for what was removed, cannot be folded, or saw too little.
     """
+    how = {"dtype": dtype, "attention": attention}
+    unexplained = _fitted(out, model.path, cut.path, patch, calibration, how, runtime=runtime)
+    if runtime.shards == 1:
+        free_memory()
+    how["device"] = runtime.roomy  # for the proof, as in prune
     what = Cut.load(cut.path / "cut.json")
-    tokenizer = load_tokenizer(model.path)
-    teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration)))
-    found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime)
-    Junction(found, patch["trained"], patch["fold"]).save(out)
-    del teacher
-    free_memory()
-    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
     student = load_model(model.path, **how)
     _, attached = pruned(student, what, out)
     for weight in attached.values():
@@ -50,3 +51,30 @@ def patch(
     (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})
+
+
+@sharded
+def _fitted(
+    out: Path,
+    folder: Path,
+    cut: Path,
+    patch: dict[str, Any],
+    calibration: dict[str, Any],
+    how: dict[str, str],
+    *,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Writes the patches and returns what they leave unexplained."""
+    tokenizer = load_tokenizer(folder)
+    teacher = frozen_model(folder, **how, device=runtime.device)
+    batches = list(text_batches(tokenizer, build(calibration)))
+
+    def block(place: int) -> Any:
+        """One that may be trained; out of shards none can be copied."""
+        return deepcopy(blocks(load_model(folder, **how) if is_joined() else teacher)[place]).to(runtime.device)
+
+    what = Cut.load(cut / "cut.json")
+    found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)
+    if rank() == 0:
+        Junction(found, patch["trained"], patch["fold"]).save(out)
+    return unexplained

@@ -36,8 +36,11 @@ def prune(
     Raises UserError where more is to go than there is, UnsoundModel where a check fails.
     """
     found = json.loads((scores[0].path / "scores.json").read_text())["pruning"] if scores else None
-    how = {"dtype": dtype, "attention": attention, "device": runtime.device}
-    free_memory()  # a second copy of a large model has no room
+    # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
+    # takes its time in the computer's memory, beside the processes that hold them.
+    how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
+    if runtime.shards == 1:
+        free_memory()  # a second copy of a large model has no room
     student = load_model(model.path, **how)
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}

@@ -11,6 +11,7 @@ from sddx.data.encode import text_batches
 from sddx.importance.score import Subject, score_units
 from sddx.models.anatomy import blocks
 from sddx.models.load import frozen_model, load_tokenizer
+from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
 
@@ -28,11 +29,24 @@ def score(
 ) -> None:
     """Writes `scores.json`: by the name of each metric its mean and standard error over the calibration texts, and
     its means over parts of them. Metrics of hidden states share one pass."""
-    tokenizer = load_tokenizer(model.path)
-    teacher = frozen_model(model.path, dtype, attention, runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration)))
-    kinds = Units(units, len(blocks(teacher)))
-    subject = Subject(teacher, tokenizer, kinds, batches, runtime)
-    scores = score_units(subject, {name: build(metric) for name, metric in metrics.items()})
+    how = {"dtype": dtype, "attention": attention}
+    scores = _scores(model.path, metrics, units, calibration, how, runtime=runtime)
     (out / "scores.json").write_text(json.dumps(scores) + "\n")
     runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
+
+
+@sharded
+def _scores(
+    folder: Path,
+    metrics: dict[str, dict[str, Any]],
+    units: str,
+    calibration: dict[str, Any],
+    how: dict[str, str],
+    *,
+    runtime: Runtime,
+) -> dict[str, dict[str, Any]]:
+    tokenizer = load_tokenizer(folder)
+    teacher = frozen_model(folder, **how, device=runtime.device)
+    batches = list(text_batches(tokenizer, build(calibration)))
+    subject = Subject(teacher, tokenizer, Units(units, len(blocks(teacher))), batches, runtime)
+    return score_units(subject, {name: build(metric) for name, metric in metrics.items()})

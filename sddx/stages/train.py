@@ -13,13 +13,13 @@ from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import load_model, load_tokenizer
-from sddx.models.student import is_stock, prune, save_student
+from sddx.models.student import has_twins, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
+from sddx.parallel.distributed import is_joined, rank
+from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.runtime import Runtime
 from sddx.surgery.junction import is_trained
-from sddx.training.distributed import is_joined, rank
-from sddx.training.launch import launch
 
 
 def train(
@@ -70,8 +70,7 @@ def train(
     student = build(tuning)(student, seed)
     for weight in attached.values():
         weight.requires_grad_(is_trained(patch.path) if patch else False)
-    # A block and its twin, with a branch less or a patch more, cannot share their shards.
-    twins = bool(attached) or not is_stock(cut)
+    twins = has_twins(student, unpruned)
     teacher: Any = None
     if objective.needs_teacher and is_adapted(student) and other is None and not (twins and strategy == "fsdp"):
         teacher = SharedTeacher(student, unpruned, cut)

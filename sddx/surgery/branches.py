@@ -15,10 +15,9 @@ from sddx.models.anatomy import Branch
 def twin(module: Any) -> Any:
     """A second module of the same class that shares every parameter and submodule with the first. What it is
     given or loses afterwards does not reach the first, which a shared teacher still runs."""
-    made = copy(module)
+    made = object.__new__(type(module))  # a module in shards has other ideas of being made
     for name, value in vars(module).items():
-        if isinstance(value, (dict, set)):
-            vars(made)[name] = copy(value)
+        vars(made)[name] = copy(value) if isinstance(value, (dict, set)) else value
     return made
 
 

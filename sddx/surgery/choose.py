@@ -50,8 +50,6 @@ class Pruning:
     metric: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.remove, int) or self.remove < 0:
-            raise UserError(f"pruning.remove={self.remove!r} is not a number of units. Give 0 or more.")
         Units(self.units, 1)
 
     @property

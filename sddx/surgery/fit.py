@@ -23,12 +23,18 @@ UNEXPLAINED = 8  # batches on which it is told what patches leave unexplained
 
 
 def fit_patches(
-    model: Any, cut: Cut, make: Callable[[], Fit], batches: Sequence[Batch], runtime: Runtime
+    model: Any,
+    cut: Cut,
+    make: Callable[[], Fit],
+    batches: Sequence[Batch],
+    runtime: Runtime,
+    block: Callable[[int], nn.Module] | None = None,
 ) -> tuple[dict[Gap, Any], dict[str, float]]:
     """A patch for every gap of the cut, float64 or (a retrained block) float32, and by the gap's name the share of
     the removed update's energy that it leaves unexplained on the calibration text.
 
-    `model` is the whole unpruned model, frozen and in eval mode. Raises UserError where a patch of this kind
+    `model` is the whole unpruned model, frozen and in eval mode; `block(number)` gives a copy of one of its blocks
+    where it cannot be copied itself. Raises UserError where a patch of this kind
     cannot stand in for what was removed, or has too few tokens.
     """
     fits = {gap: make() for gap in gaps(cut)}
@@ -40,7 +46,8 @@ def fit_patches(
             for gap, seen in observe(model, fits, batch).items():
                 fits[gap].see(seen.before, seen.after)
             bar.update(len(batch.input_ids))
-    solved = {gap: _begin(model, gap) if fit.reads == "preceding" else fit.solve() for gap, fit in fits.items()}
+    begin = block or (lambda number: deepcopy(blocks(model)[number]))
+    solved = {gap: begin(gap.start - 1) if fit.reads == "preceding" else fit.solve() for gap, fit in fits.items()}
     for gap, fit in fits.items():
         if fit.epochs:
             solved[gap] = _imitate(model, gap, fit, solved[gap], batches, runtime)
@@ -115,10 +122,6 @@ def _neighbours(model: Any, fits: Mapping[Gap, Fit]) -> Iterator[tuple[dict[Gap,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _begin(model: Any, gap: Gap) -> nn.Module:
-    return deepcopy(blocks(model)[gap.start - 1]).float()
 
 
 def _predicted(patch: Any, seen: Seen, kept: Tensor) -> Tensor:

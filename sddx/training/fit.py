@@ -17,12 +17,12 @@ from torch import nn
 
 from sddx.models.anatomy import bare, blocks, is_adapted
 from sddx.models.teacher import SeparateTeacher
+from sddx.parallel.distributed import put_together, rank, shard, world
 from sddx.records import Cut, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
 from sddx.training.batches import Step, StepLoader, plan
 from sddx.training.callbacks import Metrics, Resume, Validation
-from sddx.training.distributed import put_together, rank, shard, world
 from sddx.training.module import Distiller, Teacher
 from sddx.training.objective import Objective, one_of
 
@@ -47,7 +47,7 @@ class Fit:
 
     With strategy `ddp` and `fsdp` this is called in each of `devices` processes (`launch.launch`), which share out
     the micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
-    all weights, with `fsdp` a shard of each.
+    all weights, with `fsdp` a shard of each. (Where nothing is trained, `fsdp` stands in `Runtime.shards`.)
     """
 
     budget: str = "examples"
@@ -61,7 +61,7 @@ class Fit:
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float | None = 1.0
-    precision: str = "32"
+    precision: int | str = 32
     head_chunk: int = 256
     keep: str = "last"
     validate_every: int | None = None
@@ -72,7 +72,7 @@ class Fit:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        one_of("trainer.precision", self.precision, tuple(PRECISIONS))
+        one_of("trainer.precision", str(self.precision), tuple(PRECISIONS))
         one_of("trainer.keep", self.keep, ("last", "best"))
         one_of("trainer.strategy", self.strategy, STRATEGIES)
         self._require_devices()
@@ -133,7 +133,7 @@ class Fit:
         resume = Resume(out / "resume" / "last.ckpt", self.checkpoint_every)
         student.train()
         loader = StepLoader(rows_train, planned, pad_id)
-        _run(module, loader, [metrics, validation, resume], runtime, self.precision, out)
+        _run(module, loader, [metrics, validation, resume], runtime, str(self.precision), out)
         student.eval()
         validation.restore_best(module)
         put_together(student, frozen=not is_adapted(student))

@@ -1,8 +1,10 @@
-"""One training in several processes, which see the same steps, share out their micro-batches and stay alike.
+"""One piece of work in several processes: what they share out, sum up, and hold a part of each.
 
-What a step's terms are divided by are totals of the whole step (`Totals`). So gradients and values of the
-processes are summed, not averaged, and are those of one process up to the order of the sums. Everything here
-may be called without a process group; it is then one process.
+In a training they see the same steps, share out their micro-batches and stay alike. What a step's terms are divided
+by are totals of the whole step (`Totals`). So gradients and values of the processes are summed, not averaged, and
+are those of one process up to the order of the sums. Where nothing is trained all of them do the very same, each
+with a shard of the weights (`shard_apart`). Everything here but sharding may be called without a process group; it
+is then one process.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def is_joined() -> bool:
 
 
 def world() -> int:
-    """How many processes train together."""
+    """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -76,6 +78,14 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
             dist.all_reduce(weight.grad)
 
 
+def agreed(value: Part) -> Part:
+    """What the first process has, in all of them: which passes come next must not hang on rounding."""
+    held = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
 def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
     """Cuts every weight of the module into one shard a process (FSDP2), in place and onto the device.
 
@@ -83,10 +93,38 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) 
     module holds (embeddings, norm and head) is gathered for the whole pass. Passes must go through
     `module(...)`, since weights are not whole outside of it.
     """
+    _cut([*dict.fromkeys(blocks), module], device, 1.0)  # gradients are summed
+
+
+class _Beside(nn.Module):
+    """Modules that are each called for themselves."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, nothing: Tensor) -> Tensor:
+        return nothing
+
+
+def shard_apart(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Cuts the weights of blocks into one shard a process, in place and onto the device, for passes in which all
+    processes do the very same.
+
+    A block is gathered whenever it is called, in any order and inside of whatever model: no pass has to go through
+    a module around them. What is not in a block (embeddings, norm and head) is left whole, where it is. A gradient
+    is the mean over the processes, which is that of one.
+    """
+    beside = _Beside(dict.fromkeys(blocks))
+    _cut([*beside.held, beside], device, float(world()))
+    beside(torch.zeros((), device=device))  # now they have one stream to be gathered in, and one pool of memory
+
+
+def _cut(parts: Iterable[nn.Module], device: torch.device, divide: float) -> None:
     mesh = init_device_mesh(device.type, (world(),))
-    for part in [*dict.fromkeys(blocks), module]:
+    for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        part.set_gradient_divide_factor(1.0)  # the sum; FSDP's own way is the mean
+        part.set_gradient_divide_factor(divide)
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 

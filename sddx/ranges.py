@@ -1,0 +1,89 @@
+"""What numbers settings can be, by the name that they have wherever they stand, and what their types allow."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+COUNTS = """
+    accumulate batch_size checkpoint_every context count data_parallel devices head_chunk items limit log_every
+    max_length max_model_len max_new_tokens new_tokens order orders pool rank rows sequences size steps
+    tensor_parallel texts tokens validate_every width
+""".split()
+FROM_0 = """
+    epochs learning_rate lowest min_characters remove ridge shots temperature top_k until validation weight
+    weight_decay
+""".split()
+ABOVE_0 = "alpha clip gpu_hours gpu_memory_utilization top_p".split()
+SHARES = "beta chance dropout gpu_memory_utilization keep shift top_p warmup".split()
+NOT_EMPTY = ("tasks",)
+KINDS = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": Mapping,
+    "None": type(None),
+}
+
+WORDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list",
+    "dict": "a group of settings", "None": "null",
+}  # fmt: skip
+
+
+def out_of_range(where: str, name: str, value: Any, annotation: str = "float") -> Iterator[str]:
+    """What is wrong with a setting of this name; of one that is given by task, with each of its values. Where words
+    alone are allowed, one name may be a word that is a number elsewhere (`tokens`)."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from out_of_range(f"{where}.{key}", name, each, annotation)
+    elif name in NOT_EMPTY and value in ([], ()):
+        yield f"{where} is empty. Name one at least."
+    elif isinstance(value, str) and not ("int" in annotation or "float" in annotation):
+        return
+    elif value is not None and (allowed := _allowed(name, value)):
+        yield f"{where}={value!r} must be {allowed}."
+
+
+def _allowed(name: str, value: Any) -> str | None:
+    """What a setting may be, where it is not."""
+    if name not in (*COUNTS, *FROM_0, *ABOVE_0, *SHARES):
+        return None
+    lowest = 1 if name in COUNTS else 0
+    bounds = f"above {lowest}" if name in ABOVE_0 else f"{lowest} or more"
+    bounds += " and at most 1" if name in SHARES else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"a number, {bounds}"
+    within = (value > lowest if name in ABOVE_0 else value >= lowest) and not (name in SHARES and value > 1)
+    return None if within else bounds
+
+
+def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator[str]:
+    """Whether a value is not what its parameter is annotated as: one of some words, or of plain types; of other
+    annotations nothing is said."""
+    annotation = str(parameter.annotation)
+    if annotation.startswith("Literal["):
+        allowed = ast.literal_eval(annotation.removeprefix("Literal"))
+        if value not in allowed:
+            yield f"{where}={_shown(value)} must be {' or '.join(map(str, allowed))}."
+        return
+    names = annotation.split(" | ")
+    if not set(names) <= KINDS.keys():
+        return
+    kinds: Any = [KINDS[name] for name in names]
+    fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds)
+    if not fits:
+        yield f"{where}={_shown(value)} must be {' or '.join(WORDS[name] for name in names)}."
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def is_ours(target: Callable) -> bool:
+    """Whether the names of a target's settings are ours to know."""
+    return str(getattr(target, "__module__", "")).partition(".")[0] == "sddx"
