@@ -103,8 +103,10 @@ def current_commit(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision, timeout=PATIENCE).sha)
 
 
+@cache
 def commit(name: str, revision: str | None) -> str:
-    """As `current_commit`, but where the hub cannot be asked, the commit that was fetched (see `note`)."""
+    """As `current_commit`, but where the hub cannot be asked, the commit that was fetched (see `note`), with a line
+    that says so."""
     if COMMIT.fullmatch(revision or ""):
         return str(revision)
     try:
@@ -113,14 +115,8 @@ def commit(name: str, revision: str | None) -> str:
         noted = _noted().get(_entry(name, revision))
         if noted is None:
             raise
-        _say(f"the hub cannot be asked: dataset {name} is taken at commit {noted}, as it was fetched")
+        _log.warning("the hub cannot be asked: dataset %s is taken at commit %s, as it was fetched", name, noted)
         return noted
-
-
-@cache
-def _say(line: str) -> None:
-    """Logs a line once a process."""
-    _log.warning(line)
 
 
 def notes() -> Path:

@@ -470,9 +470,8 @@ def test_no_model_is_asked_for_before_the_settings_are_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is wrong without it is told at once, rows and texts that are not here included; then the model."""
-    monkeypatch.setattr(
-        HfApi, "dataset_info", lambda self, name, revision=None: (_ for _ in ()).throw(OSError("no network"))
-    )
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # nothing was fetched
     asked: list[str] = []
     monkeypatch.setattr("sddx.models.load.download", lambda path, revision: asked.append(path) or Path(path))
     far = ("model=llama31_8b_instruct", "evaluation.chat_template=false")
