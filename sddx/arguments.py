@@ -1,9 +1,12 @@
-"""`key=value` arguments of the small entry points, in the form that the main job's have."""
+"""`key=value` arguments of the small entry points, and of those that leave no run folder behind."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sddx.records import UserError
@@ -47,3 +50,14 @@ def one_of(values: dict[str, Any], key: str, known: Sequence[Any]) -> Any:
     if values[key] not in known:
         raise UserError(f"{key}={values[key]} is not known. Use one of {', '.join(map(str, known))}.")
     return values[key]
+
+
+@contextmanager
+def without_run_folder(*more: str) -> Iterator[None]:
+    """While the body runs, the command line has overrides beside the user's, `more` and those by which Hydra leaves
+    nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = (at for at, argument in enumerate(sys.argv) if "=" in argument and not argument.startswith("-"))
+        at = next(given, len(sys.argv))  # overrides must stand together
+        sys.argv[at:at] = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", *more]
+        yield

@@ -7,8 +7,6 @@ that needs a network: it notes which commits it fetched, and afterwards the same
 from __future__ import annotations
 
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,6 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from sddx.arguments import without_run_folder
 from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
@@ -262,10 +261,7 @@ def main() -> None:
     register()
     launcher.install(verify, wanted, tell)
     sweeper.install()
-    with tempfile.TemporaryDirectory() as folder:
-        given = (at for at, argument in enumerate(sys.argv) if "=" in argument and not argument.startswith("-"))
-        at = next(given, len(sys.argv))  # overrides must stand together
-        sys.argv[at:at] = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra/job_logging=stdout"]
+    with without_run_folder("hydra/job_logging=stdout"):
         _composed()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
+from sddx.arguments import without_run_folder
 from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
@@ -44,6 +43,5 @@ if __name__ == "__main__":
     register()
     launcher.install(verify, Estimate, tell)
     sweeper.install()
-    with tempfile.TemporaryDirectory() as folder:  # a plan leaves nothing behind
-        sys.argv += [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    with without_run_folder():
         main()

@@ -265,7 +265,7 @@ def test_dimensions_that_are_none_are_refused() -> None:
 
 
 def test_the_command_plans_a_grid_and_leaves_nothing(tmp_path: Path) -> None:
-    given = ["--multirun", "+experiment=llama_26L", "pruning.remove=4,6", "gpu=h100"]
+    given = ["+experiment=llama_26L", "pruning.remove=4,6", "gpu=h100", "--multirun"]
     done = subprocess.run(
         [sys.executable, "-m", "sddx.plan", *given], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
