@@ -136,11 +136,12 @@ def _configuration(folder: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare two runs. Returns the exit status: 0, or 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m sddx.compare", description="Set two runs side by side.")
-    parser.add_argument("runs", nargs=2, metavar=("A", "B"), help="run folders, or their summary.json")
+    parser.add_argument("first", metavar="A", help="a run's folder, or its summary.json")
+    parser.add_argument("second", metavar="B", help="the run that is held against it")
     parser.add_argument("--model", default="recovered", choices=("unpruned", "pruned", "recovered"))
     given = parser.parse_args(arguments)
     try:
-        folders = [run_folder(path) for path in given.runs]
+        folders = [run_folder(path) for path in (given.first, given.second)]
         compared = compare(*(load_samples(folder, given.model) for folder in folders))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -93,6 +93,12 @@ def test_command_line(tmp_path: Path, samples: dict, capsys: pytest.CaptureFixtu
     assert "no finished run" in capsys.readouterr().err
 
 
+def test_help_is_printed(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        compare.main(["--help"])
+    assert left.value.code == 0 and "summary.json" in capsys.readouterr().out
+
+
 SUMMARY = {
     "scores": {
         "unpruned": {"sums": 0.9, "facts": 0.8, "average": 0.85},
