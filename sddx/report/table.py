@@ -169,7 +169,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     if summary.get("trained"):
         console.print("* trained on", style="dim")
     for label, text in lines(summary):
-        console.print(f"{label + ':':<30}{text}", highlight=False, soft_wrap=True)
+        console.print(f"{label + ':':<29} {text}", highlight=False, soft_wrap=True)
 
 
 def _title(summary: Mapping[str, Any]) -> str:
