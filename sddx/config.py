@@ -90,6 +90,12 @@ def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def require_one_run(otherwise: str) -> None:
+    """Raises UserError where a file of sweeps/ was given without --multirun, which would do `otherwise`."""
+    if "sweeps" in HydraConfig.get().runtime.choices:
+        raise UserError(f"A file of sweeps/ describes many runs. Add --multirun to {otherwise}.")
+
+
 @contextmanager
 def mistakes_told() -> Iterator[None]:
     """A UserError in the body is printed, without a traceback, and ends the program with status 2."""

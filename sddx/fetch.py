@@ -15,13 +15,12 @@ from typing import Any
 
 import hydra
 from huggingface_hub import constants
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from sddx.arguments import without_run_folder
-from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, require_one_run, resolve
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
@@ -249,8 +248,7 @@ def tell(asked: Sequence[list[Wanted]], _: Sequence[dict[str, Any]]) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _composed(cfg: DictConfig) -> None:
     with mistakes_told():
-        if "sweeps" in HydraConfig.get().runtime.choices:
-            raise UserError("A file of sweeps/ describes many runs. Add --multirun to fetch for them all.")
+        require_one_run("fetch for them all")
         config = resolve(cfg)
         verify(config)
         tell([wanted(config)], [config])

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
 from sddx.arguments import without_run_folder
-from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, resolve
+from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, require_one_run, resolve
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
-from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
 from sddx.train import recover
 
@@ -32,8 +30,7 @@ def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> No
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
     with mistakes_told():
-        if "sweeps" in HydraConfig.get().runtime.choices:
-            raise UserError("A file of sweeps/ describes many runs. Add --multirun to plan them all.")
+        require_one_run("plan them all")
         config = resolve(cfg)
         verify(config)
         tell([Estimate(config)], [config])

@@ -23,6 +23,7 @@ from sddx.config import (
     flatten,
     mistakes_told,
     register,
+    require_one_run,
     resolve,
     writable_folder,
 )
@@ -294,8 +295,7 @@ def method(config: dict[str, Any]) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
     with mistakes_told():
-        if "sweeps" in HydraConfig.get().runtime.choices:
-            raise UserError("A file of sweeps/ describes many runs. Add --multirun to run them all.")
+        require_one_run("run them all")
         config = resolve(cfg)
         announce(config)
         if config["dry_run"]:
