@@ -505,3 +505,40 @@ def test_repetition_and_length_by_hand() -> None:
     assert text.repetition(["a b c d", "a b c d"]) == 0.0
     assert text.repetition(["a b"]) is None
     assert text.mean_length(["a b", "a b c d"]) == 3.0 and text.mean_length([]) is None
+
+
+def watched(model, stop: int) -> tuple[LlamaForCausalLM, list[int]]:
+    """A copy of the model that is interrupted in its pass number `stop`, and the prompts of its passes so far."""
+    copied, prompts = copy.deepcopy(model), []
+
+    def look(module, given, named) -> None:
+        if len(prompts) == stop:
+            raise KeyboardInterrupt
+        rows, width = (given[0] if given else named["input_ids"]).shape
+        prompts.append(rows if width > 1 else 0)
+
+    copied.register_forward_pre_hook(look, with_kwargs=True)
+    return copied, prompts
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11, 20])
+def test_an_interrupted_evaluation_asks_only_for_what_is_not_answered(
+    model, tokenizer, folder, results, tmp_path, stop: int
+) -> None:
+    """Wherever it was stopped, and where a crash cut its last line short, it ends as one that was not; the 48
+    choices and 12 questions are asked once each, but for the batch that was under way."""
+    asked = {"tasks": ["choosing", "answering"], "include": str(folder), "batch_size": 5}
+    answered = tmp_path / "answers.jsonl"
+    stopped, _ = watched(model, stop)
+    with pytest.raises(KeyboardInterrupt):
+        harness.evaluate(stopped, tokenizer, QUIET, answered, **asked)
+    known = len(answered.read_text().split("\n")) - 2
+    with answered.open("a") as file:
+        file.write('["a request", "an ans')
+    resumed, prompts = watched(model, 1000)
+    found = harness.evaluate(resumed, tokenizer, QUIET, answered, **asked)
+    assert known > 0 and known + sum(prompts) <= 60
+    for name, record in found["tasks"].items():
+        for ours, theirs in zip(record["samples"], results["tasks"][name]["samples"], strict=True):
+            likelihoods = theirs["likelihoods"] and pytest.approx(theirs["likelihoods"], abs=1e-5)
+            assert ours == {**theirs, "likelihoods": likelihoods}

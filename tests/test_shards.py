@@ -29,6 +29,7 @@ from sddx.stages.distill import distill
 from sddx.stages.evaluate import evaluate
 from sddx.stages.patch import patch
 from sddx.stages.score import score
+from sddx.store import RESUME
 from sddx.surgery.remove import apply_cut
 from sddx.train import run
 
@@ -103,8 +104,9 @@ def look(built: Path, out: Path, config: dict[str, Any], *, runtime: Runtime) ->
 
 
 def found(folder: Path) -> dict[str, Any]:
-    """All files that stages wrote, as values."""
-    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.json*")}
+    """All files that stages wrote, as values; without what they would resume from, which the first process has."""
+    paths = [path for path in folder.rglob("*.json*") if RESUME not in path.parts]
+    files = {str(path.relative_to(folder)): path.read_text() for path in paths}
     return {n: [*map(json.loads, text.splitlines() if n.endswith("l") else [text])] for n, text in files.items()}
 
 
@@ -127,12 +129,18 @@ def same(ours: Any, theirs: Any, at: str = "") -> None:
 def test_every_process_finds_what_one_finds(built, tmp_path):
     """Scores by states, gradients and coalitions of branches; answers, greedy and sampled; evaluations of the
     unpruned model, of one with an adapter beside its teacher in the same shards, and of one whose blocks are twins,
-    beside a second copy."""
+    beside a second copy. Answers that the first process has of an earlier attempt are asked of none."""
     work = partial(look, built, tmp_path, settings())
     work(runtime=Runtime(quiet=True))
+    answered = Path("whole", "evaluate", RESUME, "answers.jsonl")
+    (tmp_path / "0 of 2" / answered).parent.mkdir(parents=True)
+    lines = (tmp_path / "0 of 1" / answered).read_text().splitlines(keepends=True)
+    (tmp_path / "0 of 2" / answered).write_text("".join(lines[: len(lines) // 2]))
     launch(work, 2, Runtime(quiet=True))
     alone = found(tmp_path / "0 of 1")
     assert len(alone) == 9 and alone["patched/evaluate/results.json"][0]["text"]["kl"] > 1e-3
+    asked = [json.loads(line)[0] for line in (tmp_path / "0 of 2" / answered).read_text().split("\n") if line]
+    assert sorted(asked) == sorted(json.loads(line)[0] for line in lines[1:])
     for number in range(2):
         same(found(tmp_path / f"{number} of 2"), alone)
 

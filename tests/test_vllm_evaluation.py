@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -234,27 +235,31 @@ def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatc
     folder, evaluation = Path(config["model"]["path"]), {**config["evaluation"], "backend": "vllm"}
     frozen_model(folder, "float32", "sdpa", "cpu")
     with pytest.raises(UserError, match="asks for up to 4000 new tokens"):
-        Engine().judge(folder, {**evaluation, "max_new_tokens": 4000}, "float32")
+        Engine().judge(folder, {**evaluation, "max_new_tokens": 4000}, "float32", tmp_path / "a")
     assert frozen_model.cache_info().currsize == 0  # before the engine starts
     monkeypatch.setenv("STAND_IN", "fails")
     with pytest.raises(UserError, match="CUDA out of memory"):
-        Engine().judge(folder, evaluation, "float32")
+        Engine().judge(folder, evaluation, "float32", tmp_path / "b")
 
 
-def test_what_the_worker_says_is_shown(stand_in: None, capfd: pytest.CaptureFixture) -> None:
-    """The half-width to expect, before the progress bars; nothing of it where it is to be quiet."""
+def test_what_the_worker_says_is_shown(stand_in: None, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The half-width to expect, before the progress bars; nothing of it where it is to be quiet. And what was
+    answered in an earlier attempt is not asked again."""
     with composed(*SMALL, VLLM) as cfg:
         config = resolve(cfg)
+    judge = partial(Engine().judge, Path(config["model"]["path"]), config["evaluation"], "float32")
     for quiet in (True, False):
-        Engine().judge(Path(config["model"]["path"]), config["evaluation"], "float32", quiet=quiet)
+        answered = tmp_path / str(quiet)
+        results = judge(answered, quiet=quiet)
         said = capfd.readouterr().err
-        assert ("95 % interval" in said, "it/s" in said) == (not quiet, not quiet)
+        assert ("95 % interval" in said, "requests" in said) == (not quiet, not quiet)
+    assert judge(answered, quiet=False) == results and "requests" not in capfd.readouterr().err
 
 
 def test_a_worker_does_not_outlive_the_run(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is killed leaves no process behind on the GPU."""
     monkeypatch.setenv("STAND_IN", "waits")
-    work = "from sddx.evaluation.vllm import Engine, Path; Engine().judge(Path(), {}, '', quiet=False)"
+    work = "from sddx.evaluation.vllm import Engine, Path; Engine().judge(Path(), {}, '', Path(), quiet=False)"
     with subprocess.Popen([sys.executable, "-c", work], stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stderr is not None
         pid = next(int(line.split()[-1]) for line in parent.stderr if line.startswith("here is"))

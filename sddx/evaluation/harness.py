@@ -59,6 +59,7 @@ def evaluate(
     model: PreTrainedModel | LM,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
+    answered: Path | None = None,
     *,
     tasks: Sequence[str],
     include: str | None = None,
@@ -75,6 +76,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run lm-eval on the model where it lies (its device), and keep what every item scored.
 
+    What the model answers is added to the file `answered`, and what is there is not asked again (`answers`).
     With `backend` vllm, the model is lm-eval's own around an engine, which makes its own batches; the settings of
     the engine, `vllm`, are used where it is made (sddx.evaluation.vllm).
 
@@ -98,6 +100,7 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
 
     from sddx.data.encode import TEMPLATE_SETTINGS
+    from sddx.evaluation.answers import Resumed
 
     with _calm(runtime.quiet) as warnings, _seeded():
         loaded, part_of = load(tasks, include, split)
@@ -112,6 +115,7 @@ def evaluate(
         require_metrics(loaded["tasks"])
         require_room(loaded["tasks"], lm.max_length)
         drawn = draw(loaded["tasks"], part_of, limit)
+        lm = Resumed(lm, answered) if answered else lm
         if not runtime.quiet:
             _announce(_precision(loaded["tasks"], part_of, drawn))
         # `evaluate`, not `simple_evaluate`, which runs pip and git for a report of the environment each time.
@@ -184,22 +188,27 @@ class _Truncations(logging.Handler):
 def _calm(quiet: bool) -> Iterator[list[str]]:
     """Hold back lm-eval's chatter; yields the list that its warnings about truncated prompts are added to.
 
-    Its bars for building contexts carry no name and last no time, so only those for requests are shown.
+    Its bars for building contexts carry no name and last no time, as does that for looking up known answers, so
+    only those for requests are shown.
     """
+    import lm_eval.api.model
     import lm_eval.api.task
 
     handler = _Truncations()
     parent = logging.getLogger("lm_eval")
     level, propagate, handlers = parent.level, parent.propagate, parent.handlers
-    bar = lm_eval.api.task.tqdm
+    bars = lm_eval.api.task.tqdm, lm_eval.api.model.tqdm
     parent.setLevel(logging.WARNING)
     parent.propagate, parent.handlers = False, [handler]
     lm_eval.api.task.tqdm = lambda items, total: items  # type: ignore[assignment]
+    lm_eval.api.model.tqdm = lambda items, desc, **how: (  # type: ignore[assignment]
+        bars[1](items, desc=desc, **how) if how else items
+    )
     try:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             yield handler.messages
     finally:
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = bars
         parent.setLevel(level)
         parent.propagate, parent.handlers = propagate, handlers
 

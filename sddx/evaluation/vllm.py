@@ -39,15 +39,19 @@ class Engine(Settings):
                 f"their numbers need not agree. Install lm_eval=={ours} there."
             )
 
-    def judge(self, folder: Path, evaluation: dict[str, Any], dtype: str, *, quiet: bool = True) -> dict[str, Any]:
-        """What `harness.evaluate` returns with the settings `evaluation`, for the model in a plain folder. What we
-        hold on the GPU is freed first. Unless `quiet`, what the worker says, its progress included, is shown.
+    def judge(
+        self, folder: Path, evaluation: dict[str, Any], dtype: str, answered: Path, *, quiet: bool = True
+    ) -> dict[str, Any]:
+        """What `harness.evaluate` returns with the settings `evaluation` and the file `answered`, for the model in
+        a plain folder. What we hold on the GPU is freed first. Unless `quiet`, what the worker says, its progress
+        included, is shown.
 
         Raises UserError as `evaluate` does, and where vLLM fails, with the end of its log.
         """
         free_memory()
         settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
-        told = self._told({"model": self._model(folder, dtype), "evaluation": settings}, quiet)
+        asked = {"model": self._model(folder, dtype), "evaluation": settings, "answered": str(answered)}
+        told = self._told(asked, quiet)
         if "mistake" in told:
             raise UserError(*told["mistake"])
         return told["results"]

@@ -1,6 +1,7 @@
 """The process in which vLLM judges a model: `python -P vllm_worker.py REQUEST ANSWER`, two JSON files.
 
-The request holds `model` (what lm-eval's VLLM is made with) and `evaluation` (the settings of `harness.evaluate`);
+The request holds `model` (what lm-eval's VLLM is made with), `evaluation` (the settings of `harness.evaluate`) and
+`answered` (a file that it goes on from);
 the answer is {results: what that returns}, or {mistake: what a UserError says}. Another Python that runs this needs
 vllm, lm_eval and scipy.
 """
@@ -28,7 +29,8 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
 
     lm = VLLM(**request["model"])
     try:
-        return {"results": evaluate(lm, lm.tokenizer, Runtime(), **request["evaluation"])}
+        answered = Path(request["answered"])
+        return {"results": evaluate(lm, lm.tokenizer, Runtime(), answered, **request["evaluation"])}
     except UserError as error:
         return {"mistake": list(error.args)}
 

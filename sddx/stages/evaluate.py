@@ -20,6 +20,7 @@ from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
+from sddx.store import RESUME, keep_rows
 
 
 def evaluate(
@@ -39,14 +40,17 @@ def evaluate(
     texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text, and
     `text.perplexity` the model's on the same tokens; repetition and length are those of the answers. Where the
     evaluation's backend is vllm, the scores are those of the merged weights; KL and perplexity are still those of
-    the model as it was trained.
+    the model as it was trained. What was answered when the stage is interrupted is in `out/resume`, and not asked
+    again.
     """
+    keep_rows(out, 0)
+    answered = out / RESUME / "answers.jsonl"
     given = {artifact.stage: artifact.path for artifact in inputs}
     how = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":
-        apart = _by_vllm(out, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
-    results = _results(model, given, evaluation, text, how, apart, runtime=runtime)
+        apart = _by_vllm(out, answered, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
+    results = _results(answered, model, given, evaluation, text, how, apart, runtime=runtime)
     (out / "results.json").write_text(json.dumps(results) + "\n")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
@@ -55,6 +59,7 @@ def evaluate(
 
 @sharded
 def _results(
+    answered: Path,
     model: Artifact,
     given: dict[str, Path],
     evaluation: dict[str, Any],
@@ -67,7 +72,7 @@ def _results(
     """Scores, unless they were found `apart`, and what they do not show."""
     tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
-    results = apart or build(evaluation)(judged, tokenizer, runtime)
+    results = apart or build(evaluation)(judged, tokenizer, runtime, answered)
     batches = list(text_batches(tokenizer, build(text)))
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
@@ -82,6 +87,7 @@ def _results(
 
 def _by_vllm(
     out: Path,
+    answered: Path,
     model: Artifact,
     given: dict[str, Path],
     evaluation: dict[str, Any],
@@ -92,10 +98,10 @@ def _by_vllm(
     afterwards. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
     if "prune" not in given:
-        return engine.judge(model.path, evaluation, how["dtype"], quiet=quiet)
+        return engine.judge(model.path, evaluation, how["dtype"], answered, quiet=quiet)
     with TemporaryDirectory(dir=out) as name:
         write_merged(_student(model, given, how).model, model.path, Path(name))
-        return engine.judge(Path(name), evaluation, how["dtype"], quiet=quiet)
+        return engine.judge(Path(name), evaluation, how["dtype"], answered, quiet=quiet)
 
 
 def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> Student:
