@@ -162,7 +162,10 @@ def _check_backend(method: dict[str, Any]) -> None:
             "(pruning.units) and patches that are modules of their own need evaluation.backend=hf; patches that "
             "vLLM can load: pruning/patch=block, and linear_ffn or mean with pruning.patch.fold=true."
         )
-    build(method["evaluation"]["vllm"]).require()
+    engine = build(method["evaluation"]["vllm"])
+    if method["loss"]["terms"]:
+        engine.require_adapter(method["tuning"].get("rank"))
+    engine.require()
 
 
 def _check_training(trainer: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ ENGINE = """
 import os, time
 from types import SimpleNamespace
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 print("vLLM talks on standard output")
 
@@ -51,19 +52,23 @@ def TokensPrompt(prompt_token_ids):
     return prompt_token_ids
 
 class LLM:
-    def __init__(self, *, model, dtype, max_model_len, **rest):
+    def __init__(self, *, model, dtype, max_model_len, enable_lora, max_lora_rank, **rest):
         if os.environ.get("STAND_IN") == "fails":
             raise RuntimeError("CUDA out of memory")
         if os.environ.get("STAND_IN") == "waits":
             print("here is", os.getpid(), flush=True)
             time.sleep(300)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.room = max_lora_rank if enable_lora else 0
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         context = max_model_len or self.model.config.max_position_embeddings
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
 
     @torch.no_grad()
     def generate(self, prompts, sampling_params, use_tqdm, lora_request):
+        if lora_request and not isinstance(self.model, PeftModel):
+            self.model = PeftModel.from_pretrained(self.model, lora_request.path).eval()
+            assert self.model.peft_config["default"].r <= self.room and self.room in (8, 16)
         pairs = zip(prompts, sampling_params, strict=True)
         return [self.scored(ids) if each.scoring else self.written(ids, each) for ids, each in pairs]
 
@@ -86,7 +91,8 @@ class LLM:
 FILES = {
     "vllm/__init__.py": ENGINE,
     "vllm/lora/__init__.py": "",
-    "vllm/lora/request.py": "LoRARequest = None",
+    "vllm/lora/request.py": "class LoRARequest:\n"
+    "    def __init__(self, name, number, path):\n        self.path = path\n",
     "vllm/tokenizers.py": "from transformers import AutoTokenizer\n"
     "def get_tokenizer(name, tokenizer_mode, trust_remote_code, revision):\n"
     "    return AutoTokenizer.from_pretrained(name)\n",
@@ -122,7 +128,8 @@ def job(out: Path, store: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same run judged by either backend, in one store, in a template that hangs on its settings."""
+    """The same run judged by Hugging Face, by vLLM, and by vLLM with the adapter apart; in one store, in a template
+    that hangs on its settings."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(CHECKPOINT, folder / "model")
     template = folder / "model" / "chat_template.jinja"
@@ -130,8 +137,8 @@ def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
     model = ("model=local", f"model.path={folder / 'model'}")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(packages))
-        backends = {name: (f"evaluation.backend={name}", *model) for name in ("hf", "vllm")}
-        done = {name: job(folder / name, folder / "store", *given) for name, given in backends.items()}
+        backends = {"hf": (), "vllm": (VLLM,), "apart": (VLLM, "evaluation.vllm.adapter=apart")}
+        done = {name: job(folder / name, folder / "store", *model, *given) for name, given in backends.items()}
     return SimpleNamespace(**done, store=folder / "store")
 
 
@@ -140,11 +147,12 @@ def results(runs: SimpleNamespace, backend: str, model: str) -> dict:
     return json.loads((manifest.find(runs.store, "evaluate", key) / "results.json").read_text())
 
 
+@pytest.mark.parametrize("backend", ["vllm", "apart"])
 @pytest.mark.parametrize("model", MODELS)
-def test_scores_are_those_of_hf_item_by_item(model: str, runs: SimpleNamespace) -> None:
+def test_scores_are_those_of_hf_item_by_item(model: str, backend: str, runs: SimpleNamespace) -> None:
     """Prompts, answers and choices alike; log-probabilities to rounding, which batches and merged adapters move;
     and what is measured on text is measured by the same model."""
-    by_hf, by_vllm = (results(runs, backend, model) for backend in ("hf", "vllm"))
+    by_hf, by_vllm = (results(runs, each, model) for each in ("hf", backend))
     assert by_hf["tasks"].keys() == by_vllm["tasks"].keys()
     for task, record in by_hf["tasks"].items():
         for a, b in zip(record["samples"], by_vllm["tasks"][task]["samples"], strict=True):
@@ -170,6 +178,12 @@ def test_the_student_is_shared_and_no_weights_are_left(runs: SimpleNamespace) ->
     assert not list(runs.store.glob("evaluate/**/*.safetensors"))
 
 
+def test_an_adapter_apart_has_a_rank_that_vllm_makes_room_for(tmp_path: Path) -> None:
+    for rank, room in ((1, 8), (8, 8), (9, 16), (300, 320)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        assert Engine()._model(tmp_path, tmp_path, "bfloat16")["max_lora_rank"] == room
+
+
 def test_the_backends_are_never_compared(runs: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     samples = [load_samples(getattr(runs, name).parent, "recovered") for name in ("hf", "vllm")]
     with pytest.raises(UserError, match="backend is hf and vllm"):
@@ -185,6 +199,8 @@ def test_the_backends_are_never_compared(runs: SimpleNamespace, capsys: pytest.C
         (["pruning/patch=linear"], "modules of their own"),
         (["evaluation.backend=vlm"], "evaluation.backend=vlm is not known"),
         (["evaluation.vllm.python=/no/python"], "/no/python cannot be run"),
+        (["evaluation.vllm.adapter=apart", "tuning=full"], "adapter=apart is for an adapter, and this tuning has"),
+        (["evaluation.vllm.adapter=apart", "tuning.rank=513"], "ranks up to 512, and tuning.rank=513"),
         (["evaluation.vllm.tensor_parallel=4"], "makes 4 GPUs, and there are 2"),
     ],
 )
@@ -234,12 +250,13 @@ def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatc
         config = resolve(cfg)
     folder, evaluation = Path(config["model"]["path"]), {**config["evaluation"], "backend": "vllm"}
     frozen_model(folder, "float32", "sdpa", "cpu")
+    judge = partial(Engine().judge, folder, dtype="float32", answered=tmp_path / "answered")
     with pytest.raises(UserError, match="asks for up to 4000 new tokens"):
-        Engine().judge(folder, {**evaluation, "max_new_tokens": 4000}, "float32", tmp_path / "a")
+        judge(evaluation={**evaluation, "max_new_tokens": 4000})
     assert frozen_model.cache_info().currsize == 0  # before the engine starts
     monkeypatch.setenv("STAND_IN", "fails")
     with pytest.raises(UserError, match="CUDA out of memory"):
-        Engine().judge(folder, evaluation, "float32", tmp_path / "b")
+        judge(evaluation=evaluation)
 
 
 def test_what_the_worker_says_is_shown(stand_in: None, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -247,19 +264,21 @@ def test_what_the_worker_says_is_shown(stand_in: None, tmp_path: Path, capfd: py
     answered in an earlier attempt is not asked again."""
     with composed(*SMALL, VLLM) as cfg:
         config = resolve(cfg)
-    judge = partial(Engine().judge, Path(config["model"]["path"]), config["evaluation"], "float32")
+    settings = {"evaluation": config["evaluation"], "dtype": "float32"}
+    judge = partial(Engine().judge, Path(config["model"]["path"]), **settings)
     for quiet in (True, False):
         answered = tmp_path / str(quiet)
-        results = judge(answered, quiet=quiet)
+        results = judge(answered=answered, quiet=quiet)
         said = capfd.readouterr().err
         assert ("95 % interval" in said, "requests" in said) == (not quiet, not quiet)
-    assert judge(answered, quiet=False) == results and "requests" not in capfd.readouterr().err
+    assert judge(answered=answered, quiet=False) == results and "requests" not in capfd.readouterr().err
 
 
 def test_a_worker_does_not_outlive_the_run(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is killed leaves no process behind on the GPU."""
     monkeypatch.setenv("STAND_IN", "waits")
-    work = "from sddx.evaluation.vllm import Engine, Path; Engine().judge(Path(), {}, '', Path(), quiet=False)"
+    given = "Path(), evaluation={}, dtype='', answered=Path(), quiet=False"
+    work = f"from sddx.evaluation.vllm import Engine, Path; Engine().judge({given})"
     with subprocess.Popen([sys.executable, "-c", work], stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stderr is not None
         pid = next(int(line.split()[-1]) for line in parent.stderr if line.startswith("here is"))

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sddx.data.encode import TEMPLATE_SETTINGS
 from sddx.evaluation import vllm_worker
@@ -21,12 +21,18 @@ from sddx.models.vllm import Settings, failed
 from sddx.records import UserError
 
 logger = logging.getLogger(__name__)
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for, from 0.10 on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine(Settings):
     """What vLLM is started with where `evaluation.backend` is vllm. Several engines (through ray) share the items.
-    The interpreter needs lm_eval and scipy as well; of sddx it uses this one."""
+    The interpreter needs lm_eval and scipy as well; of sddx it uses this one.
+
+    `adapter` merged: the weights with the trained adapter worked in, rounded to their dtype. apart: vLLM applies it
+    beside them, rounded to the same dtype for itself."""
+
+    adapter: Literal["merged", "apart"] = "merged"
 
     def require(self) -> None:
         """Raises UserError where vLLM is not there, or not GPUs enough, and where the interpreter has another
@@ -39,18 +45,35 @@ class Engine(Settings):
                 f"their numbers need not agree. Install lm_eval=={ours} there."
             )
 
+    def require_adapter(self, rank: int | None) -> None:
+        """Raises UserError where what is trained, an adapter of this rank or (None) all weights, cannot be applied
+        apart from the weights, and is to be."""
+        if self.adapter == "merged" or (rank and rank <= RANKS[-1]):
+            return
+        why = f"vLLM holds ranks up to {RANKS[-1]}, and tuning.rank={rank}" if rank else "this tuning has none"
+        raise UserError(
+            f"evaluation.vllm.adapter=apart is for an adapter, and {why}. Use evaluation.vllm.adapter=merged."
+        )
+
     def judge(
-        self, folder: Path, evaluation: dict[str, Any], dtype: str, answered: Path, *, quiet: bool = True
+        self,
+        folder: Path,
+        adapter: Path | None = None,
+        *,
+        evaluation: dict[str, Any],
+        dtype: str,
+        answered: Path,
+        quiet: bool = True,
     ) -> dict[str, Any]:
         """What `harness.evaluate` returns with the settings `evaluation` and the file `answered`, for the model in
-        a plain folder. What we hold on the GPU is freed first. Unless `quiet`, what the worker says, its progress
-        included, is shown.
+        a plain folder, with the `adapter` in another. What we hold on the GPU is freed first. Unless `quiet`, what
+        the worker says, its progress included, is shown.
 
         Raises UserError as `evaluate` does, and where vLLM fails, with the end of its log.
         """
         free_memory()
         settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
-        asked = {"model": self._model(folder, dtype), "evaluation": settings, "answered": str(answered)}
+        asked = {"model": self._model(folder, adapter, dtype), "evaluation": settings, "answered": str(answered)}
         told = self._told(asked, quiet)
         if "mistake" in told:
             raise UserError(*told["mistake"])
@@ -70,9 +93,11 @@ class Engine(Settings):
         Path(log.name).unlink()
         return told
 
-    def _model(self, folder: Path, dtype: str) -> dict[str, Any]:
+    def _model(self, folder: Path, adapter: Path | None, dtype: str) -> dict[str, Any]:
         """What lm-eval's VLLM is made with."""
+        beside = {"lora_local_path": str(adapter), "max_lora_rank": _room(adapter)} if adapter else {}
         return {
+            **beside,
             "pretrained": str(folder),
             "dtype": dtype,
             "tensor_parallel_size": self.tensor_parallel,
@@ -83,6 +108,12 @@ class Engine(Settings):
             "chat_template_args": TEMPLATE_SETTINGS,
             "enable_thinking": TEMPLATE_SETTINGS["enable_thinking"],  # lm-eval 0.4.13 forgets the one among them
         }
+
+
+def _room(adapter: Path) -> int:
+    """The least rank that vLLM makes room for and that the adapter fits in."""
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    return next(room for room in RANKS if room >= rank)
 
 
 def _watched(command: list[str], log: Any, quiet: bool) -> int:

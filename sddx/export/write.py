@@ -15,14 +15,12 @@ from transformers.utils.logging import disable_progress_bar
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
 from sddx.models.load import DTYPES, decides, find_device, load_model
-from sddx.models.plain import write_merged
+from sddx.models.plain import ADAPTER, write_apart, write_merged
 from sddx.models.recovered import Recovered, find_run
 from sddx.models.student import is_stock
 from sddx.records import UserError
 from sddx.store import Store
 from sddx.surgery import junction
-
-ADAPTER = "adapter_model.safetensors"
 
 
 def export(
@@ -154,16 +152,7 @@ def _write_weights(
     expected = proof.logits(student, prompts)
     if adapter == "apart":
         assert run.trained is not None  # else it was refused
-        _copy_adapter(run.trained, folder / "adapter", to / "base")
-        student = student.unload()
-    write_merged(student, run.base, model_folder(folder, adapter))
+        write_apart(student, run.base, run.trained, folder, place=to)
+    else:
+        write_merged(student, run.base, folder)
     return expected
-
-
-def _copy_adapter(train: Path, folder: Path, base: Path) -> None:
-    """The adapter as it was trained, on the pruned model: its block numbers are those of `base` already."""
-    folder.mkdir()
-    shutil.copyfile(train / ADAPTER, folder / ADAPTER)
-    config = json.loads((train / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": str(base), "revision": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

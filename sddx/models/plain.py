@@ -1,4 +1,5 @@
-"""A model as a plain Hugging Face folder: the files of its base model, with what the cut changed."""
+"""A model as a plain Hugging Face folder: the files of its base model, with what the cut changed; an adapter worked
+into them, or in a folder of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from sddx.models.anatomy import is_adapted
 from sddx.models.load import TERMS
 
 SHARD = "5GB"
+ADAPTER = "adapter_model.safetensors"
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model",
     "chat_template*",
@@ -33,6 +35,19 @@ def write_merged(model: Any, base: Path, folder: Path) -> None:
         _copy(base, folder, (*TOKENIZER, "generation_config.json", *TERMS))
     if not (folder / "tokenizer.json").exists():  # written by every fast tokenizer, and asked for by runtimes
         AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(folder)
+
+
+def write_apart(model: Any, base: Path, trained: Path, folder: Path, *, place: Path | None = None) -> None:
+    """Write a model with an adapter in two folders: `folder`/base, the model without it (`write_merged`), and
+    `folder`/adapter, in peft's form, as it was `trained`: its block numbers are those of the pruned model already.
+    `place`: where `folder` will be."""
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    shutil.copyfile(trained / ADAPTER, adapter / ADAPTER)
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str((place or folder) / "base"), "revision": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_merged(model.unload(), base, folder / "base")
 
 
 def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:

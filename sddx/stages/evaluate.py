@@ -13,14 +13,17 @@ from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
+from sddx.models.anatomy import is_adapted
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
-from sddx.models.plain import write_merged
+from sddx.models.plain import write_apart, write_merged
 from sddx.models.student import Student, load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.store import RESUME, keep_rows
+
+ANSWERED = Path(RESUME, "answers.jsonl")
 
 
 def evaluate(
@@ -39,18 +42,17 @@ def evaluate(
     unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
     texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text, and
     `text.perplexity` the model's on the same tokens; repetition and length are those of the answers. Where the
-    evaluation's backend is vllm, the scores are those of the merged weights; KL and perplexity are still those of
-    the model as it was trained. What was answered when the stage is interrupted is in `out/resume`, and not asked
-    again.
+    evaluation's backend is vllm, the scores are those of the merged weights, or by `evaluation.vllm.adapter` of the
+    adapter beside them; KL and perplexity are still those of the model as it was trained. What was answered when
+    the stage is interrupted is in `out/resume`, and not asked again.
     """
     keep_rows(out, 0)
-    answered = out / RESUME / "answers.jsonl"
     given = {artifact.stage: artifact.path for artifact in inputs}
     how = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":
-        apart = _by_vllm(out, answered, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
-    results = _results(answered, model, given, evaluation, text, how, apart, runtime=runtime)
+        apart = _by_vllm(out, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
+    results = _results(out, model, given, evaluation, text, how, apart, runtime=runtime)
     (out / "results.json").write_text(json.dumps(results) + "\n")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
@@ -59,7 +61,7 @@ def evaluate(
 
 @sharded
 def _results(
-    answered: Path,
+    out: Path,
     model: Artifact,
     given: dict[str, Path],
     evaluation: dict[str, Any],
@@ -72,7 +74,7 @@ def _results(
     """Scores, unless they were found `apart`, and what they do not show."""
     tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
-    results = apart or build(evaluation)(judged, tokenizer, runtime, answered)
+    results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
     batches = list(text_batches(tokenizer, build(text)))
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
@@ -87,21 +89,33 @@ def _results(
 
 def _by_vllm(
     out: Path,
-    answered: Path,
     model: Artifact,
     given: dict[str, Path],
     evaluation: dict[str, Any],
     how: dict[str, Any],
     quiet: bool,
 ) -> dict[str, Any]:
-    """The scores by vLLM, which reads a folder: the unpruned model's own, or one of merged weights that is gone
-    afterwards. None of our models is in memory meanwhile."""
+    """The scores by vLLM, which reads folders: the unpruned model's own, or what is gone afterwards, a model's
+    merged weights or those without its adapter and the adapter. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
+    settings = {"evaluation": evaluation, "dtype": how["dtype"], "answered": out / ANSWERED, "quiet": quiet}
     if "prune" not in given:
-        return engine.judge(model.path, evaluation, how["dtype"], answered, quiet=quiet)
+        return engine.judge(model.path, **settings)
     with TemporaryDirectory(dir=out) as name:
-        write_merged(_student(model, given, how).model, model.path, Path(name))
-        return engine.judge(Path(name), evaluation, how["dtype"], answered, quiet=quiet)
+        written = _written(Path(name), model, given, how, apart=engine.adapter == "apart")
+        return engine.judge(*written, **settings)
+
+
+def _written(
+    folder: Path, model: Artifact, given: dict[str, Path], how: dict[str, Any], *, apart: bool
+) -> tuple[Path, Path | None]:
+    """The folders of a model on disk and, where it has one and that is to be `apart`, of its adapter."""
+    student = _student(model, given, how).model
+    if apart and is_adapted(student):
+        write_apart(student, model.path, given["train"], folder)
+        return folder / "base", folder / "adapter"
+    write_merged(student, model.path, folder)
+    return folder, None
 
 
 def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> Student:
