@@ -97,9 +97,10 @@ def recover(
         read = [*texts, *_task_files(store, metrics)]
         scores = [make(score, unpruned, *read, metrics=metrics, units=units, calibration=calibration, **how)]
     cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], units=units, **how)
+    chosen = store.by_content(cut, "cut.json")  # metrics that choose the same units share all that follows
     if pruning["patch"]["fit"] is not None and pruning["remove"]:
         stand = _settings(pruning["patch"])
-        patches = [make(patch, unpruned, cut, *texts, patch=stand, calibration=calibration, **how)]
+        patches = [make(patch, unpruned, chosen, *texts, patch=stand, calibration=calibration, **how)]
 
     # Before anything is paid for: that there are rows, and that the tasks can be evaluated at all.
     data = []
@@ -115,13 +116,13 @@ def recover(
         learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata, "seed": seed}
         rewriting = {"dataset": dataset, "generation": generation}
         learning["max_length"] = max_length
-        taught = teach(store, runtime, unpruned, cut, patches, data[0], teacher, rewriting, learning, how)
+        taught = teach(store, runtime, unpruned, chosen, patches, data[0], teacher, rewriting, learning, how)
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
 
-    inputs = {"pruned": [cut, *patches]}
+    inputs = {"pruned": [chosen, *patches]}
     if taught.student:
-        inputs["recovered"] = [cut, *patches, *taught.student]
+        inputs["recovered"] = [chosen, *patches, *taught.student]
     results |= {name: judge(*given, *files) for name, given in inputs.items()}
     free_memory()
     found = Found(unpruned, scores, cut, patches, taught, results, shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from families import FAMILIES, adapt, build, tokens
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.models import load
 from sddx.models.anatomy import blocks, decoder, final_norm, head
@@ -93,6 +94,23 @@ def test_load_gives_back_what_was_saved(family, tmp_path):
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     assert load_model(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
     assert load_model(tmp_path, attention="eager").config._attn_implementation == "eager"
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs and no other process shares."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_weights_in_their_files_dtype_take_no_memory_of_their_own(tmp_path):
+    """They are mapped from the files: processes that load the same model for its shards hold it once together."""
+    wide = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=64)
+    LlamaForCausalLM(wide).bfloat16().save_pretrained(tmp_path)
+    before = own_memory()
+    model = load_model(tmp_path, dtype="bfloat16").requires_grad_(False)
+    weights = sum(weight.numel() * 2 for weight in model.parameters())
+    assert weights > 60e6 and own_memory() - before < weights / 4
 
 
 def change_depth(folder, depth):

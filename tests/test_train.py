@@ -133,6 +133,20 @@ def test_another_arm_and_seed_share_what_they_can(first: tuple[Path, Path, dict]
     compare([str(out), str(tmp_path)])
 
 
+def test_metrics_that_choose_the_same_blocks_share_all_that_follows(
+    first: tuple[Path, Path, dict], tmp_path: Path
+) -> None:
+    """Whoever asks second trains and judges nothing; a run is still known by its own metric."""
+    asked = ("loss=sft", "pruning.remove=2", "trainer.budget=steps", "trainer.steps=2")
+    one, other = (
+        job(tmp_path / metric, first[1], f"pruning={metric}", *asked)
+        for metric in ("block_influence", "relative_l2")
+    )
+    assert one["cut"] == other["cut"] and one["choices"]["pruning"] != other["choices"]["pruning"]
+    differing = {stage for stage, key in one["artifacts"].items() if other["artifacts"][stage] != key}
+    assert differing == {"score", "prune"}
+
+
 @pytest.mark.parametrize("loss", ["sdd", "sdd_plain", "squarehead", "squarehead_token", "sdd_kd"])
 def test_every_other_arm_runs_whole(loss: str, first: tuple[Path, Path, dict], tmp_path: Path) -> None:
     """Each arm trains on its own data with its own terms, and is a run of its own."""

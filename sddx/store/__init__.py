@@ -100,6 +100,11 @@ class Store:
             manifest.replace_text(memory, json.dumps(records))
         return Artifact(name, digest.digest({at: entry["sha256"] for at, entry in records.items()}), path)
 
+    def by_content(self, artifact: Artifact, file: str) -> Artifact:
+        """An artifact under a key of what one of its files holds: whatever led there, what is built on it is the
+        same, and built once."""
+        return self.source(artifact.stage, artifact.path, lambda name: name == file)
+
     def manifest(self, artifact: Artifact) -> dict[str, Any]:
         """How an artifact was made: stage, key, created (UTC), seconds, peak_memory (bytes), device, threads,
         seed, spec, inputs, sources, versions, commit, files. A source has only stage, key and path.
