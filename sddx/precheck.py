@@ -12,15 +12,15 @@ from sddx.build import build
 from sddx.records import Units, UserError
 
 
-def precheck(method: dict[str, Any]) -> None:
+def precheck(method: dict[str, Any], *, download: bool) -> None:
     """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
-    where the model is on this machine, with what is to be done to it; a model is downloaded only where the settings
-    are right."""
-    from sddx.models.load import cached, locate
+    where the model is on this machine, with what is to be done to it; a model is downloaded only where that is
+    asked for and the settings are right."""
+    from sddx.models.load import is_here, locate
 
     path, revision = method["model"]["path"], method["model"]["revision"]
     wrong = _told(_of_settings(method))
-    if not wrong or Path(path).expanduser().is_dir() or cached(path, revision):
+    if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
         wrong += _told([lambda: found.append(locate(path, revision=revision)[0])])
         wrong += [mistake for folder in found for mistake in _told(_of_model(method, folder))]

@@ -73,7 +73,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.models.load import decides, free_memory, locate
+    from sddx.models.load import decides, locate
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
@@ -124,7 +124,6 @@ def recover(
     if taught.student:
         inputs["recovered"] = [chosen, *patches, *taught.student]
     results |= {name: judge(*given, *files) for name, given in inputs.items()}
-    free_memory()
     found = Found(unpruned, scores, cut, patches, taught, results, shared)
     return found, make(report, *found.artifacts(), choices=choices)
 
@@ -143,8 +142,7 @@ def teach(
 ) -> Taught:
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
-    from sddx.data.vllm import engines
-    from sddx.models.load import decides, free_memory, locate
+    from sddx.models.load import decides, locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
 
@@ -160,8 +158,6 @@ def teach(
             rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=rewriting["generation"])
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
-    free_memory()  # its memory is needed for training, and that of vLLM's engines
-    engines.cache_clear()
     teachers = [store.source("teacher", locate(teacher)[0], decides)] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
@@ -206,18 +202,25 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     return files + [Artifact("files", digest(found), OWN_TASKS) for found in commits]
 
 
-def verify(config: dict[str, Any]) -> None:
-    """Raises UserError with what is wrong with a configuration, before any work."""
+def verify(config: dict[str, Any], *, download: bool = True) -> None:
+    """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
+    dry_run, with what can be told of a model that is not here."""
     check(config, recover, also=SURROUNDINGS)
     if config["stages"] not in (None, ["score"]):
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
-    precheck(method(config))
+    precheck(method(config), download=download and not config["dry_run"])
 
 
 def look(config: dict[str, Any]) -> Plan:
-    """What a run of this configuration would build. Nothing is built but the rows of its data set."""
+    """What a run of this configuration would build. Nothing is built but the rows of its data set. Raises UserError
+    where its models are not here."""
+    from sddx.models.load import require_here
+
+    require_here(config["model"]["path"], config["model"]["revision"])
+    if config["teacher"]:
+        require_here(config["teacher"])
     plan = Plan(Path(config["store"] or default_root()), config["accept"])
     if config["stages"]:
         score_all(config, plan, Runtime(quiet=True))
@@ -251,7 +254,7 @@ def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
 def run(config: dict[str, Any], folder: Path) -> Path:
     """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
     `agreement.md`); raises UserError."""
-    from sddx.models.load import find_device
+    from sddx.models.load import find_device, free_memory
 
     verify(config)
     device = find_device(config["device"])
@@ -267,6 +270,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
         if is_cell(folder):
             runtime = replace(runtime, watch=partial(show, folder))
         found, report = recover(store, runtime, **method(config))
+        free_memory()  # the next cell of a sweep may run in this process
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(found, report, folder, about)
         tracker.summarise(flatten(summary))
@@ -308,7 +312,7 @@ def main(cfg: DictConfig) -> None:
 
 
 register()
-launcher.install(verify, look, tell, task="sddx.train.run")
+launcher.install(verify, look, tell, task="sddx.train.run", first=partial(verify, download=False))
 sweeper.install()
 if __name__ == "__main__":
     main()

@@ -111,6 +111,19 @@ def test_a_failing_cell_leaves_its_reason_and_the_others_go_on(sweep, store, cap
     assert "2 of 3 cells are done." in printed and "learning_rate=1e+30 failed: training stopped" in printed
 
 
+def test_nothing_is_downloaded_for_one_cell_where_another_is_wrong(sweep, tmp_path, monkeypatch, capsys) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # nothing was fetched
+    monkeypatch.setattr("sddx.models.load.download", lambda path, revision: asked.append(path) or tmp_path)
+    far = ("--multirun", "model=llama31_8b_instruct", "evaluation.chat_template=false")
+    assert sweep(*far, "trainer.devices=1,2") == (2, []) and not asked
+    assert "1 of 2 cells cannot run" in capsys.readouterr().err
+    assert sweep(*far, "seed=0,1", "dry_run=true") == (2, []) and not asked
+    assert "python -m sddx.plan with the same settings" in capsys.readouterr().err
+    sweep(*far, "seed=0,1")
+    assert set(asked) == {"meta-llama/Llama-3.1-8B-Instruct"}
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), MemoryError("no room"), RuntimeError("CUDA out of memory")])
 def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch) -> None:
     """SystemExit too, which would end Hydra's own sweep."""

@@ -25,7 +25,7 @@ from sddx.evaluation.tasks import OWN_TASKS
 from sddx.precheck import _check_pruning
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
-from sddx.train import run
+from sddx.train import look, run, verify
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
@@ -495,6 +495,10 @@ def test_no_model_is_asked_for_before_the_settings_are_right(
     told = str(caught.value)
     assert all(name in told for name in ("tiny_arithmetik", "gsm8k", "wikitext", "trainer.devices=2"))
     assert "Llama" not in told and not asked
+    with pytest.raises(UserError, match="is not on this machine.*sddx.plan"), composed(*SMALL, *far) as cfg:
+        verify(config := resolve(cfg) | {"dry_run": True})
+        look(config)
+    assert not asked
     with pytest.raises(UserError, match="config.json"):
         job(tmp_path / "out", tmp_path / "store", *far)
     assert asked

@@ -69,6 +69,21 @@ def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]
     return snapshot, snapshot.name
 
 
+def is_here(path: str, revision: str | None) -> bool:
+    """Whether `locate` finds a model without the network."""
+    return Path(path).expanduser().is_dir() or cached(path, revision) is not None
+
+
+def require_here(path: str, revision: str | None = None) -> None:
+    """Raises UserError where a model is not on this machine."""
+    if not is_here(path, revision):
+        raise UserError(
+            f"model {path!r} is not on this machine, so what of this run is built already cannot be told, and "
+            "nothing is downloaded for a look. Without the model, python -m sddx.plan with the same settings says "
+            "what the run costs; python -m sddx.fetch downloads it."
+        )
+
+
 def cached(path: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in this machine's cache; None where it lacks what a run reads (its licence is not
     asked for)."""

@@ -11,8 +11,9 @@ from typing import Any
 from sddx.build import build
 from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
+from sddx.data.vllm import engines
 from sddx.models.anatomy import is_adapted
-from sddx.models.load import load_model, load_tokenizer
+from sddx.models.load import free_memory, load_model, load_tokenizer
 from sddx.models.student import has_twins, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.parallel.distributed import is_joined, rank
@@ -48,6 +49,8 @@ def train(
     student, and with trainer.strategy=fsdp this one too where branches were removed or a patch was put in. Raises
     UserError where no row is left, TrainingDiverged where a loss is not finite, Interrupted after SIGTERM.
     """
+    free_memory()  # what the stages before held, and vLLM's engines
+    engines.cache_clear()
     strategy = trainer.get("strategy", "single")
     how: dict[str, Any] = {"dtype": dtype, "attention": attention}
     if strategy != "single" and not is_joined():

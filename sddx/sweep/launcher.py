@@ -29,11 +29,13 @@ class Grid(Launcher):
     """Composes and checks all cells, prints what they will cost, lets the engine run them, and says what became
     of each.
 
-    `check(config)` raises UserError for a cell that cannot run; `look(config)` says what it would build (a Plan),
-    and `tell` prints that for all; `task` is the path of the function that runs one, `task(config, folder)`.
+    `check(config)` raises UserError for a cell that cannot run, and so does `first`, asked of all cells before
+    `check` downloads anything for one; `look(config)` says what it would build (a Plan), and `tell` prints that for
+    all; `task` is the path of the function that runs one, `task(config, folder)`.
     Without one nothing is run.
     """
 
+    first: Check
     check: Check
     look: Look
     tell: Tell
@@ -48,6 +50,7 @@ class Grid(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         with mistakes_told():
             cells = grid.compose(self._load, job_overrides, initial_job_idx)
+            check_all(cells, type(self).first)
             check_all(cells, type(self).check)
             plans = [type(self).look(cell.config) for cell in cells]
             type(self).tell(plans, [cell.config for cell in cells])
@@ -114,12 +117,13 @@ def conclude(cells: Sequence[Cell]) -> None:
         raise SystemExit(1)
 
 
-def install(check: Check, look: Look, tell: Tell, task: str | None = None) -> None:
+def install(check: Check, look: Look, tell: Tell, task: str | None = None, first: Check | None = None) -> None:
     """Let this launcher stand behind every `hydra/launcher=` of ours, and in for Hydra's own, `basic`. May be
     called more than once.
 
     Hydra takes launchers from its own packages and from the namespace `hydra_plugins` alone, hence the names.
     """
-    Grid.check, Grid.look, Grid.tell, Grid.task = staticmethod(check), staticmethod(look), staticmethod(tell), task
+    Grid.first, Grid.check = staticmethod(first or check), staticmethod(check)
+    Grid.look, Grid.tell, Grid.task = staticmethod(look), staticmethod(tell), task
     for name in ("hydra_plugins.sddx.Grid", "hydra._internal.core_plugins.basic_launcher.BasicLauncher"):
         Plugins.instance().class_name_to_class[name] = Grid
