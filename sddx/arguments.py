@@ -1,12 +1,11 @@
-"""`key=value` arguments of the small entry points, and of those that leave no run folder behind."""
+"""Commands without a configuration: their `key=value` arguments, and how they end."""
 
 from __future__ import annotations
 
 import difflib
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from sddx.records import UserError
@@ -14,12 +13,30 @@ from sddx.records import UserError
 REQUIRED = ""  # the default of a setting that must be given
 
 
-def plain_arguments(given: Sequence[str], **defaults: str | None) -> dict[str, Any]:
-    """The values of `key=value` arguments, as text, over their defaults; `null` is None.
+def exit_status(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates an entry point: where it raises UserError, that is printed and the exit status is 2."""
+
+    @wraps(main)
+    def told(*given: Any) -> int:
+        try:
+            return main(*given)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return told
+
+
+def plain_arguments(given: Sequence[str], told: str | None, **defaults: str | None) -> dict[str, Any]:
+    """The values of `key=value` arguments, as text, over their defaults; `null` is None. Where help is asked for it
+    is `told`, and the program ends.
 
     Raises UserError, with all that is wrong at once, for a key that is not among the defaults, one that is given
     twice, and one that has no value.
     """
+    if {"-h", "--help"} & set(given):
+        print(told)
+        raise SystemExit(0)
     pairs = [argument.partition("=") for argument in given]
     keys = [key for key, _, _ in pairs]
     wrong = [f"{key!r} is no setting of the form key=value." for key, sign, _ in pairs if not sign]
@@ -33,9 +50,13 @@ def plain_arguments(given: Sequence[str], **defaults: str | None) -> dict[str, A
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return f"{key} is not a setting.{meant} Known here: {', '.join(known)}."
+    return f"{key} is not a setting.{near(key, known, '')} Known here: {', '.join(known)}."
+
+
+def near(key: str, names: Sequence[str], prefix: str) -> str:
+    """A question after the name that is most like a key, if any is."""
+    found = difflib.get_close_matches(key, names, n=1)
+    return f" Did you mean {prefix}{found[0]}?" if found else ""
 
 
 def number(values: dict[str, Any], key: str) -> int:
@@ -50,14 +71,3 @@ def one_of(values: dict[str, Any], key: str, known: Sequence[Any]) -> Any:
     if values[key] not in known:
         raise UserError(f"{key}={values[key]} is not known. Use one of {', '.join(map(str, known))}.")
     return values[key]
-
-
-@contextmanager
-def without_run_folder(*more: str) -> Iterator[None]:
-    """While the body runs, the command line has overrides beside the user's, `more` and those by which Hydra leaves
-    nothing behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        given = (at for at, argument in enumerate(sys.argv) if "=" in argument and not argument.startswith("-"))
-        at = next(given, len(sys.argv))  # overrides must stand together
-        sys.argv[at:at] = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", *more]
-        yield

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from sddx.arguments import REQUIRED, number, plain_arguments
+from sddx.arguments import REQUIRED, exit_status, number, plain_arguments
 from sddx.models.anatomy import decoder, is_adapted
 from sddx.models.load import find_device, load_model
 from sddx.models.recovered import find_run
@@ -237,21 +237,14 @@ def bench(
     return place, found
 
 
+@exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a run's models. Returns the exit status: 0, or 2 for a mistake of the user's."""
     given = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0
-    try:
-        values = plain_arguments(
-            given, run=REQUIRED, batch="1", context="512", new="64", repeats="5", device="auto", dtype=None
-        )
-        work = {name: number(values, name) for name in ("batch", "context", "new", "repeats")}
-        place, found = bench(values["run"], dtype=values["dtype"], device=find_device(values["device"]), **work)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    defaults = {"batch": "1", "context": "512", "new": "64", "repeats": "5", "device": "auto", "dtype": None}
+    values = plain_arguments(given, __doc__, run=REQUIRED, **defaults)
+    work = {name: number(values, name) for name in ("batch", "context", "new", "repeats")}
+    place, found = bench(values["run"], dtype=values["dtype"], device=find_device(values["device"]), **work)
     show(found, Console(width=max(100, Console().width)))
     print(place)
     return 0

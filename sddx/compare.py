@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sddx.arguments import exit_status
 from sddx.evaluation.statistics import binary, flips, holm, mcnemar, paired_difference, task_weights
 from sddx.records import UserError
 
@@ -133,6 +134,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     return flat(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
 
 
+@exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare two runs. Returns the exit status: 0, or 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m sddx.compare", description="Set two runs side by side.")
@@ -140,12 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("second", metavar="B", help="the run that is held against it")
     parser.add_argument("--model", default="recovered", choices=("unpruned", "pruned", "recovered"))
     given = parser.parse_args(arguments)
-    try:
-        folders = [run_folder(path) for path in (given.first, given.second)]
-        compared = compare(*(load_samples(folder, given.model) for folder in folders))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    folders = [run_folder(path) for path in (given.first, given.second)]
+    compared = compare(*(load_samples(folder, given.model) for folder in folders))
     show(compared, difference(*map(_configuration, folders)), Console())
     return 0
 

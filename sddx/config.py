@@ -11,9 +11,7 @@ import inspect
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from sddx.arguments import near
 from sddx.build import build
 from sddx.ranges import is_ours, out_of_range, wrong_type
 from sddx.records import UserError
@@ -72,9 +71,12 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
             config["choices"] |= _other_choices(cfg, flatten(config))
         return build(config["rehearse"])(config) if config.get("rehearse") else config
     except OmegaConfBaseException as error:
-        missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
-        what = f"These settings have no value: {missing}." if missing else str(error).splitlines()[0]
-        raise UserError(f"{what} Give each as name=value on the command line.") from None
+        if isinstance(error, MissingMandatoryValue):
+            missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
+            told = f"These settings have no value: {missing}. Give each as name=value on the command line."
+        else:
+            told = f"The settings do not go together: {str(error).splitlines()[0]}."
+        raise UserError(told) from None
 
 
 def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,22 +90,6 @@ def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, An
         for key, value in given.items()
         if key not in named and key.split(".")[0] not in beside
     }
-
-
-def require_one_run(otherwise: str) -> None:
-    """Raises UserError where a file of sweeps/ was given without --multirun, which would do `otherwise`."""
-    if "sweeps" in HydraConfig.get().runtime.choices:
-        raise UserError(f"A file of sweeps/ describes many runs. Add --multirun to {otherwise}.")
-
-
-@contextmanager
-def mistakes_told() -> Iterator[None]:
-    """A UserError in the body is printed, without a traceback, and ends the program with status 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
@@ -152,7 +138,7 @@ def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[s
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in names:
-            yield f"{prefix}{key} is not a setting.{_near(key, names, prefix)} Known here: {', '.join(names)}."
+            yield f"{prefix}{key} is not a setting.{near(key, names, prefix)} Known here: {', '.join(names)}."
     for parameter in settable:
         name, place = parameter.name, f"{prefix}{parameter.name}"
         if name not in given:
@@ -161,11 +147,6 @@ def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[s
         elif is_ours(target):
             wrong = [*wrong_type(place, parameter, given[name])]
             yield from wrong or out_of_range(place, name, given[name], str(parameter.annotation))
-
-
-def _near(key: str, names: list[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, names, n=1)
-    return f" Did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _near_target(target: str) -> str:

@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.arguments import without_run_folder
-from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, require_one_run, resolve
+from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
@@ -260,7 +260,7 @@ def main() -> None:
     launcher.install(verify, wanted, tell)
     sweeper.install()
     with without_run_folder("hydra/job_logging=stdout"):
-        _composed()
+        command(_composed)
 
 
 if __name__ == "__main__":

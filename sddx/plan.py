@@ -9,8 +9,8 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sddx.arguments import without_run_folder
-from sddx.config import CONF, SURROUNDINGS, check, mistakes_told, register, require_one_run, resolve
+from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.sweep import launcher, sweeper
@@ -41,4 +41,4 @@ if __name__ == "__main__":
     launcher.install(verify, Estimate, tell)
     sweeper.install()
     with without_run_folder():
-        main()
+        command(main)

@@ -42,7 +42,8 @@ def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     """The evaluation tasks exist and their data is there, rows and texts can be had, what writes answers and what
     judges models is installed, the devices can share the training, weights can be held as they are asked to be."""
-    from sddx.data.sources import pinned
+    from sddx.data.sources import require_rows
+    from sddx.data.templates import rewriting_prompt
 
     checks: list[Callable[[], Any]] = [
         lambda: _check_evaluation(method["evaluation"]),
@@ -51,7 +52,9 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
         lambda: _check_quantization(method),
     ]
     read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
-    checks += [partial(pinned, method[name]) for name in read]
+    checks += [partial(require_rows, method[name]) for name in read]
+    if method["loss"]["data"] == "self":
+        checks.append(lambda: rewriting_prompt(method["dataset"]["rewrite"], "", ""))
     if method["loss"]["data"] != "reference":
         checks.append(lambda: getattr(build(method["generation"]), "require", lambda: None)())
     return checks

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from sddx.arguments import near
 
 COUNTS = """
     accumulate batch_size checkpoint_every context count data_parallel devices head_chunk items limit log_every
@@ -59,7 +62,7 @@ def _allowed(name: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"a number, {bounds}"
     within = (value > lowest if name in ABOVE_0 else value >= lowest) and not (name in SHARES and value > 1)
-    return None if within else bounds
+    return None if within and math.isfinite(value) else bounds
 
 
 def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator[str]:
@@ -69,7 +72,8 @@ def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator
     if annotation.startswith("Literal["):
         allowed = ast.literal_eval(annotation.removeprefix("Literal"))
         if value not in allowed:
-            yield f"{where}={_shown(value)} must be {' or '.join(map(str, allowed))}."
+            words = list(dict.fromkeys(map(str, allowed)))
+            yield f"{where}={_shown(value)} must be {' or '.join(words)}.{near(str(value), words, '')}"
         return
     names = annotation.split(" | ")
     if not set(names) <= KINDS.keys():

@@ -21,12 +21,11 @@ from sddx.config import (
     SURROUNDINGS,
     check,
     flatten,
-    mistakes_told,
     register,
-    require_one_run,
     resolve,
     writable_folder,
 )
+from sddx.entry import command, mistakes_told, require_one_run
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
@@ -90,6 +89,9 @@ def recover(
     folder, _ = locate(model["path"], revision=model["revision"])
     unpruned = store.source("model", folder, decides)
 
+    data = []
+    if loss["terms"]:  # first, since nothing is to be paid for where rows are missing
+        data = [make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)]
     texts, units = _files(store, calibration), pruning.get("units", "blocks")
     scores, patches = [], []
     if pruning.get("metric") is not None:
@@ -102,10 +104,7 @@ def recover(
         stand = _settings(pruning["patch"])
         patches = [make(patch, unpruned, chosen, *texts, patch=stand, calibration=calibration, **how)]
 
-    # Before anything is paid for: that there are rows, and that the tasks can be evaluated at all.
-    data = []
-    if loss["terms"]:
-        data = [make(prepare, *_files(store, dataset), dataset=dataset, validation=validation)]
+    # Before training is paid for: that the tasks can be evaluated at all.
     judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
     files = _files(store, evaluation, text)
     results = {"unpruned": judge(*files)}
@@ -315,4 +314,4 @@ register()
 launcher.install(verify, look, tell, task="sddx.train.run", first=partial(verify, download=False))
 sweeper.install()
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -13,7 +13,7 @@ ROOT = Path(sddx.__file__).parent
 LEVELS = [
     {"records", "runtime"},
     {
-        "arguments", "build", "store", "ranges", "config", "hub", "tracking", "parallel", "surgery.choose",
+        "arguments", "build", "store", "ranges", "config", "entry", "hub", "tracking", "parallel", "surgery.choose",
         "importance.metrics", "training.losses",
     },
     {"models", "data", "importance", "surgery", "evaluation"},

@@ -135,8 +135,7 @@ def test_what_was_set_by_hand_is_a_choice() -> None:
     assert chosen["seed"] == 3 and chosen["patch"] == "mean" and usual.keys() <= chosen.keys()
 
 
-# Seeds are names, which a number below zero is too; a precision may be a word, and the training knows which.
-FREE = {"seed": [-1], "precision": [-1, "abc"]}
+FREE = {"seed": [-1]}  # seeds are names, which a number below zero is too
 SHOWN = (
     (), ("generation=vllm", "pruning=shapley"), ("tuning=qlora", "pruning/patch=low_rank", "loss=jsd"),
     ("generation=sample", "pruning=released_subnetworks", "+experiment=llama_26L", "evaluation=quick"),
@@ -181,6 +180,18 @@ def test_numbers_that_make_no_sense_are_named(given: tuple[str, ...]) -> None:
         ("evaluation.tasks=[]", "evaluation.tasks is empty"),
         ("evaluation.limit={tiny_facts:0}", "evaluation.limit.tiny_facts=0 must be 1 or more"),
         ("dry_run=2", "dry_run=2 must be true or false"),
+        (
+            "trainer.budget=token",
+            "trainer.budget='token' must be examples or tokens or steps. Did you mean tokens?",
+        ),
+        ("trainer.precision=bf1", "trainer.precision='bf1' must be 32 or bf16. Did you mean bf16?"),
+        ("trainer.keep=bets", "must be last or best. Did you mean best?"),
+        ("trainer.strategy=null", "trainer.strategy=null must be single or ddp or fsdp"),
+        ("loss.data=self_plane", "Did you mean self_plain?"),
+        ("loss.terms.cross_entropy.weight=nan", "loss.terms.cross_entropy.weight=nan must be 0 or more"),
+        ("loss.terms.cross_entropy.weight=inf", "loss.terms.cross_entropy.weight=inf must be 0 or more"),
+        ("selfdata.fallback=refrence", "selfdata.fallback='refrence' must be reference or drop. Did you mean ref"),
+        ("wandb.mode=on", "wandb.mode='on' must be offline or online or disabled"),
         ("pruning.metric.tokens=first", "pruning.metric.tokens='first' must be last or all"),
     ],
 )

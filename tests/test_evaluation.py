@@ -380,15 +380,10 @@ def test_unknown_tasks_are_named_with_near_names(folder: Path, monkeypatch: pyte
         tasks.check_tasks(["answering", "chosing"], str(folder))
     with pytest.raises(UserError, match="more than once"):
         tasks.check_tasks(["answering", "answering"], str(folder))
-    with pytest.raises(UserError, match="must be a folder"):
+    with pytest.raises(UserError, match="nowhere is no folder"):
         tasks.check_tasks(["answering"], str(folder / "nowhere"))
-    with pytest.raises(UserError, match="is empty"):
-        tasks.check_tasks([], str(folder))
     with pytest.raises(UserError, match="'answring'; near names: answering"):
         tasks.check_tasks(["choosing"], str(folder), shots={"choosing": 1, "answring": 5}, primary=None)
-    for limit in (0, {"answering": 0}):
-        with pytest.raises(UserError, match="less than one item"):
-            tasks.check_tasks(["answering"], str(folder), limit=limit)
     tasks.check_tasks(["choosing"], str(folder), limit={"answering": 5}, shots=3)
 
 

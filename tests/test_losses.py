@@ -203,7 +203,7 @@ def test_keeping_all_pairs_each_block_with_itself():
 
 
 def test_objective_says_what_it_needs_and_refuses_mistakes():
-    """Cross-entropy alone needs no teacher, logits one, layers its states too; names are checked."""
+    """Cross-entropy alone needs no teacher, logits one, layers its states too."""
     term = Supervised(loss=cross_entropy)
     plain = Objective(data="self", terms={"cross_entropy": term})
     kd = Objective(data="reference", terms={"kl": Distilled(loss=kl_teacher_student), "ce": term})
@@ -211,14 +211,8 @@ def test_objective_says_what_it_needs_and_refuses_mistakes():
     assert [(o.needs_teacher, o.needs_states) for o in (plain, kd, layers)] == [
         (False, False), (True, False), (True, True),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="did you mean self_plain"):
-        Objective(data="self_plane", terms={"cross_entropy": term})
-    with pytest.raises(UserError, match="did you mean span_end"):
-        Layerwise(loss=squarehead, junction="spanend")
     with pytest.raises(UserError, match="terms"):
         Objective(data="self", terms={})
-    with pytest.raises(UserError, match="nan"):
-        Objective(data="self", terms={"cross_entropy": Supervised(loss=cross_entropy, weight=float("nan"))})
 
 
 TERMS = {

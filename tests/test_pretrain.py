@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from sddx.config import CONF
 from sddx.models.load import load_model
+from sddx.records import UserError
 from sddx.tiny.corpus import documents
 from sddx.tiny.pretrain import Corpus, Row, backward, main, new_model, orthogonal, pack, rate_at
 from sddx.tiny.vocabulary import build_tokenizer
@@ -98,5 +99,5 @@ def test_the_recipe_makes_a_model_with_its_card(tmp_path) -> None:
     facts, myths = float(stated["tiny_facts"]), float(stated["tiny_myths"])
     assert float(stated["average"]) == pytest.approx((facts + myths) / 2, abs=0.11)
     assert stated["documents"] == "40" and load_model(out).config.num_hidden_layers == 2
-    with pytest.raises(SystemExit, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         main(cfg)

@@ -374,7 +374,7 @@ MISTAKES = {
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
-    "a strategy that does not exist": (["trainer.strategy=dpp"], ["did you mean ddp"]),
+    "a strategy that does not exist": (["trainer.strategy=dpp"], ["Did you mean ddp"]),
     "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
     "devices without a share": (["trainer.strategy=ddp", "trainer.devices=2"], ["trainer.accumulate"]),
     "4 bits of an unknown kind": (["tuning=qlora", "tuning.quantization.type=nf3"], ["nf3", "nf4"]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -114,14 +114,12 @@ def judge(
     ]
 
 
-def distil(rewrites: Sequence[Rewrite], *, fallback: str) -> list[Example]:
+def distil(rewrites: Sequence[Rewrite], *, fallback: Literal["reference", "drop"]) -> list[Example]:
     """Training examples: the model's answer (origin `self`) where it was accepted; elsewhere the reference,
     with the reason as its note (`fallback="reference"`, the method), or no row (`fallback="drop"`).
 
-    Raises UserError for another fallback, and where no example is left.
+    Raises UserError where no example is left.
     """
-    if fallback not in ("reference", "drop"):
-        raise UserError(f"selfdata.fallback must be reference or drop. Given: {fallback!r}.")
     kept = rewrites if fallback == "reference" else [rewrite for rewrite in rewrites if not rewrite.reason]
     if not kept:
         raise UserError(

@@ -10,10 +10,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sddx.build import build
 from sddx.hub import COMMIT, commit, unpacked
 from sddx.records import Dataset, Example, UserError
 
@@ -109,6 +111,19 @@ def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     known by its content; a node whose rows are in a local file, and any other, as it is. Raises UserError where
     the hub cannot be asked and no fetch noted the commit."""
     return {**node, "revision": commit(node["name"], node["revision"])} if of_hub(node) else dict(node)
+
+
+def require_rows(node: Mapping[str, Any]) -> None:
+    """Raises UserError where a node's rows cannot be had: the local file that holds them is missing, damaged, or
+    not what is asked for; or `pinned` does."""
+    if node.get("path") or node.get("data_files"):
+        _read_once(json.dumps(node, sort_keys=True))
+    pinned(node)
+
+
+@cache  # asked for every cell of a grid
+def _read_once(node: str) -> None:
+    build(json.loads(node))
 
 
 def of_hub(node: Mapping[str, Any]) -> bool:

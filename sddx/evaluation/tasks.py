@@ -28,7 +28,7 @@ def task_folders(include: str | None) -> list[Path]:
     Raises UserError where the user's is not a folder.
     """
     if include is not None and not Path(include).expanduser().is_dir():
-        raise UserError(f"evaluation.include must be a folder of lm-eval task YAMLs, and {include} is none.")
+        raise UserError(f"include={include} is no folder. Give one that holds lm-eval task YAMLs, or null.")
     folders = [OWN_TASKS] if OWN_TASKS.is_dir() else []
     return folders + ([Path(include).expanduser().resolve()] if include is not None else [])
 
@@ -36,26 +36,19 @@ def task_folders(include: str | None) -> list[Path]:
 def check_tasks(
     tasks: Sequence[str],
     include: str | None = None,
-    *,
-    limit: int | Mapping[str, int] | None = None,
     **by_task: Any,
 ) -> None:
     """Raise UserError, with near names, where a task is in none of the folders nor among lm-eval's own, and where
-    `limit` asks for less than one item.
+    one is named twice.
 
-    Settings that are given by task (`shots`, `primary`, `chance`) must name tasks that exist, too, but not only
-    those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as every
-    task is in a folder; otherwise lm-eval's index is read (5 s).
+    Settings that are given by task (`limit`, `shots`, `primary`, `chance`) must name tasks that exist, too, but not
+    only those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as
+    every task is in a folder; otherwise lm-eval's index is read (5 s).
     """
-    if not tasks:
-        raise UserError("evaluation.tasks is empty: name at least one task.")
     doubled = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if doubled:
-        raise UserError(f"evaluation.tasks names {', '.join(doubled)} more than once.")
-    limits = limit.values() if isinstance(limit, Mapping) else [] if limit is None else [limit]
-    if any(number < 1 for number in limits):
-        raise UserError(f"evaluation.limit={limit} asks for less than one item. Give at least 1, or null for all.")
-    settings = [setting for setting in (limit, *by_task.values()) if isinstance(setting, Mapping)]
+        raise UserError(f"tasks={list(tasks)} names {', '.join(doubled)} more than once.")
+    settings = [setting for setting in by_task.values() if isinstance(setting, Mapping)]
     named = list(dict.fromkeys([*tasks, *(task for setting in settings for task in setting)]))
     if not set(named) <= named_in_files(task_folders(include)):
         task_manager(named, include)
@@ -94,7 +87,7 @@ def _unknown(task: str, known: Sequence[str]) -> str:
 
 def _where(folders: Sequence[Path]) -> str:
     searched = ", ".join(map(str, folders)) or "no folder"
-    return f" Searched lm-eval's own tasks and {searched} (evaluation.include)."
+    return f" Searched lm-eval's own tasks and {searched} (include)."
 
 
 def load(

@@ -19,29 +19,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sddx.arguments import REQUIRED, one_of, plain_arguments
-from sddx.records import UserError
+from sddx.arguments import REQUIRED, exit_status, one_of, plain_arguments
 
 
+@exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a run. Returns the exit status: 0, or 2 for a mistake of the user's."""
     given = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0
-    try:
-        _export(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _export(given: Sequence[str]) -> None:
-    values = plain_arguments(
-        given, run=REQUIRED, to=REQUIRED, adapter="merged", dtype=None, device="cpu", check=None, push=None,
-        private="true",
-    )  # fmt: skip
+    defaults = {"adapter": "merged", "dtype": None, "device": "cpu", "check": None, "push": None, "private": "true"}
+    values = plain_arguments(given, __doc__, run=REQUIRED, to=REQUIRED, **defaults)
     one_of(values, "check", (None, "eval"))
     private = one_of(values, "private", ("true", "false")) == "true"
     one_of(values, "adapter", ("merged", "apart"))
@@ -58,6 +44,7 @@ def _export(given: Sequence[str]) -> None:
     if values["push"]:
         print(push.push(to, values["push"], private=private))
     print(to)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from sddx.arguments import exit_status
 from sddx.records import UserError
 from sddx.report import page
 from sddx.report.publish import publish, to_wandb
 from sddx.store import default_root
 
 
+@exit_status
 def main(arguments: list[str] | None = None) -> int:
     """Writes report.html, report.md and report.csv; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m sddx.report", description=__doc__)
@@ -24,14 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--project", default="sddx", help="the W&B project (default: %(default)s)")
     parser.add_argument("--entity", help="the W&B entity (default: the user's own)")
     given = parser.parse_args(arguments)
-    try:
-        runs = page.of_folders(given.folders) if given.folders else page.of_store(given.store)
-        if not runs:
-            where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
-            raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    runs = page.of_folders(given.folders) if given.folders else page.of_store(given.store)
+    if not runs:
+        where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
+        raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
     found = publish(runs, page.failed(given.folders), given.out)
     if given.wandb:
         settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}

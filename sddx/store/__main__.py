@@ -12,27 +12,25 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from sddx.arguments import exit_status
 from sddx.records import UserError
 from sddx.store import default_root, lock, manifest
 
 ABSENT = "(absent)"
 
 
+@exit_status
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 1 where `verify` found damage, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     root = Path(options.store).expanduser()
-    try:
-        if options.command == "ls":
-            return show(root)
-        if options.command == "why":
-            return explain(root, options.a, options.b)
-        if options.command == "verify":
-            return verify(root)
-        return collect(root, options.older_than, options.dry_run)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.command == "ls":
+        return show(root)
+    if options.command == "why":
+        return explain(root, options.a, options.b)
+    if options.command == "verify":
+        return verify(root)
+    return collect(root, options.older_than, options.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:

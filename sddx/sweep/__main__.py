@@ -6,9 +6,11 @@ import argparse
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sddx.arguments import exit_status
 from sddx.records import UserError
 from sddx.sweep import cells
 from sddx.sweep.plan import clock
@@ -16,6 +18,7 @@ from sddx.sweep.plan import clock
 ORDER = ("running", "failed", "killed", "interrupted", "waiting", "done")
 
 
+@exit_status
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m sddx.sweep", description="Look at a sweep.")
@@ -23,17 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", help="the sweep's folder (default: the newest under multirun/)")
     parser.add_argument("--every", type=float, default=5, metavar="SECONDS", help="how often watch looks")
     given = parser.parse_args(arguments)
-    try:
-        folder = Path(given.folder) if given.folder else newest(Path("multirun"))
-        print(table(folder))
+    folder = Path(given.folder) if given.folder else newest(Path("multirun"))
+    print(table(folder))
+    with suppress(KeyboardInterrupt):
         while given.command == "watch" and any(state in ("running", "waiting") for state, _ in look(folder)):
             time.sleep(given.every)
             print(f"\033[H\033[2J{table(folder)}")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
     return 0
 
 

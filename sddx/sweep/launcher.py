@@ -12,7 +12,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sddx.config import mistakes_told
+from sddx.entry import mistakes_told
 from sddx.records import UserError
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell

@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sddx.config import mistakes_told
+from sddx.entry import mistakes_told
 from sddx.records import UserError
 
 

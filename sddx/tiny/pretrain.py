@@ -17,7 +17,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from sddx.build import build
 from sddx.config import CONF, flatten
+from sddx.entry import command
 from sddx.models.load import load_model, load_tokenizer
+from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.tiny.corpus import documents
 from sddx.tiny.vocabulary import build_tokenizer
@@ -274,7 +276,7 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out).resolve()
     if out.exists():
-        raise SystemExit(f"{out} exists already. Name another folder with out=..., or remove it first.")
+        raise UserError(f"{out} exists already. Name another folder with out=..., or remove it first.")
     tokenizer = build_tokenizer()
     model = new_model(tokenizer, OmegaConf.to_container(cfg.model), cfg.seed)  # type: ignore[arg-type]
     corpus = Corpus(tokenizer, total=cfg.documents, tokens=cfg.tokens_per_step, seed=cfg.seed)
@@ -286,4 +288,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main, "pretrain")

@@ -9,12 +9,12 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from sddx.records import Batch, UserError
-from sddx.training.objective import Totals, one_of
+from sddx.training.objective import Totals
 
 if TYPE_CHECKING:
     from sddx.data.encode import Encoded
 
-BUDGETS = ("examples", "tokens", "steps")
+COUNTED = {"examples": "epochs", "tokens": "tokens", "steps": "steps"}  # by budget, the setting that says how many
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,12 @@ def plan(
 
     budget `examples`: `epochs` passes over all rows. `tokens`: as many passes as it takes, up to and
     including the example that brings the supervised tokens to `tokens`. `steps`: exactly `steps` steps.
-    The order within an epoch is a function of (seed, epoch); see `order`. Raises UserError for sizes below 1,
-    an unknown budget, a budget without its number, and rows without anything to train on.
+    The order within an epoch is a function of (seed, epoch); see `order`. Raises UserError for rows without
+    anything to train on, ValueError for a budget without its number.
     """
-    one_of("budget", budget, BUDGETS)
-    limits = {"examples": ("epochs", epochs), "tokens": ("tokens", tokens), "steps": ("steps", steps)}
-    limit = _at_least_one(*limits[budget])
-    for name, given in {"batch_size": batch_size, "accumulate": accumulate, "pool": pool}.items():
-        _at_least_one(name, given)
+    limit = {"epochs": epochs, "tokens": tokens, "steps": steps}[COUNTED[budget]]
+    if not limit:
+        raise ValueError(f"a budget of {budget} needs {COUNTED[budget]}")
     if not any(row.supervised for row in rows):
         raise UserError(f"none of the {len(rows)} training rows has a labelled token: nothing to train on")
     planned: list[Step] = []
@@ -139,9 +137,3 @@ def _until(rows: Sequence[Encoded], members: list[int], wanted: int) -> list[int
         if wanted <= 0:
             return members[:taken]
     return members
-
-
-def _at_least_one(name: str, given: int | None) -> int:
-    if given is None or given < 1:
-        raise UserError(f"trainer.{name} must be a whole number of at least 1, not {given}")
-    return given

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import torch
@@ -21,16 +21,15 @@ from sddx.parallel.distributed import put_together, rank, shard, world
 from sddx.records import Cut, UserError
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
-from sddx.training.batches import Step, StepLoader, plan
+from sddx.training.batches import COUNTED, Step, StepLoader, plan
 from sddx.training.callbacks import Metrics, Resume, Validation
 from sddx.training.module import Distiller, Teacher
-from sddx.training.objective import Objective, one_of
+from sddx.training.objective import Objective
 
 if TYPE_CHECKING:
     from sddx.data.encode import Encoded
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
-STRATEGIES = ("single", "ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Fit:
     all weights, with `fsdp` a shard of each. (Where nothing is trained, `fsdp` stands in `Runtime.shards`.)
     """
 
-    budget: str = "examples"
+    budget: Literal["examples", "tokens", "steps"] = "examples"
     epochs: int = 3
     tokens: int | None = None
     steps: int | None = None
@@ -61,25 +60,24 @@ class Fit:
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float | None = 1.0
-    precision: int | str = 32
+    precision: Literal[32, "32", "bf16"] = 32
     head_chunk: int = 256
-    keep: str = "last"
+    keep: Literal["last", "best"] = "last"
     validate_every: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200
-    strategy: str = "single"
+    strategy: Literal["single", "ddp", "fsdp"] = "single"
     devices: int = 1
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        one_of("trainer.precision", str(self.precision), tuple(PRECISIONS))
-        one_of("trainer.keep", self.keep, ("last", "best"))
-        one_of("trainer.strategy", self.strategy, STRATEGIES)
+        if not getattr(self, counted := COUNTED[self.budget]):
+            raise UserError(f"trainer.budget={self.budget} needs trainer.{counted}=..., 1 or more.")
         self._require_devices()
 
     def _require_devices(self) -> None:
         strategy, devices, accumulate = self.strategy, self.devices, self.accumulate
-        if devices < 1 or (strategy == "single" and devices > 1):
+        if strategy == "single" and devices > 1:
             raise UserError(
                 f"trainer.devices={devices} does not go with trainer.strategy={strategy}. Use trainer.strategy=ddp "
                 "for a model that fits on one device, fsdp for one that does not, or trainer.devices=1."

@@ -1,0 +1,116 @@
+"""Laws of the command line: what it refuses is told in a sentence, with status 2; every command has its help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from sddx.entry import command
+
+COMPOSED = ("sddx.train", "sddx.plan", "sddx.fetch")
+OTHERS = (
+    "sddx.export.__main__", "sddx.bench", "sddx.compare", "sddx.report.__main__", "sddx.store.__main__",
+    "sddx.sweep.__main__",
+)  # fmt: skip
+SAID = {
+    "a misspelt setting": ("trainer.learning_rat=1", "Did you mean trainer.learning_rate?"),
+    "a misspelt group": ("los=sft", "los is not a setting. Did you mean loss?"),
+    "an unknown choice": ("loss=sfd", "loss=sfd is not there. Did you mean loss=sft? There are jsd, kd,"),
+    "an unknown experiment": ("+experiment=llama_26", "Did you mean experiment=llama_26L?"),
+    "a group without its plus": ("experiment=llama_26L", "experiment is chosen with a plus: +experiment=..."),
+    "a group twice": ("+loss=sft", "Multiple values for loss"),
+    "nothing chosen": ("loss=null", "loss=null chooses nothing. Use loss= one of jsd, kd,"),
+    "a number chosen": ("dataset=3", "dataset=3 chooses nothing. Use dataset= one of alpaca,"),
+    "nothing chosen inside": (
+        "pruning.patch=null",
+        "pruning.patch=null chooses nothing. Use pruning/patch=",
+    ),
+    "an inner group emptied": ("evaluation.vllm=null", "Use evaluation/vllm= one of default."),
+    "no value": ("trainer.steps", "Settings have the form key=value"),
+    "a space": ("a b", "Settings have the form key=value"),
+    "an open bracket": ("seed=[1", "Settings have the form key=value"),
+    "a new setting": ("+foo=1", "foo is not a setting. Known here:"),
+    "what is owed": ("model=local", "These settings have no value: model.path."),
+    "a dead reference": (
+        "seed=${no.such}",
+        "do not go together: Interpolation key 'no.such' not found.",
+    ),
+}
+
+
+def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """The exit status of a command that reads its configuration from conf/."""
+    monkeypatch.setattr(sys, "argv", ["sddx", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # as it was, afterwards
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_hydra_refuses_is_told_as_every_other_mistake(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    given, said = SAID[name]
+    main = import_module("sddx.train").main
+    assert run(main, monkeypatch, given, f"hydra.run.dir={tmp_path}", f"store={tmp_path}") == 2
+    told = capsys.readouterr().err
+    assert said in told and told.startswith("\nerror: ")
+    assert "Traceback" not in told and "HYDRA_FULL_ERROR" not in told and "provider=" not in told
+
+
+@pytest.mark.parametrize("given", ["los=sft", "loss=sfd", "trainer.budget=token"])
+def test_a_grid_is_told_so_too(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    main = import_module("sddx.train").main
+    grid = ("--multirun", "seed=0,1", f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}")
+    assert run(main, monkeypatch, given, *grid) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMPOSED[1:])
+def test_the_other_composed_commands_say_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = import_module(name)
+    main = getattr(module, "_composed", None) or module.main
+    assert run(main, monkeypatch, "los=sft", f"hydra.run.dir={tmp_path}") == 2
+    assert "Did you mean loss?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_command_has_help_and_knows_its_arguments(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Help ends with status 0, an argument that it does not know with 2, and both without a traceback."""
+    main = import_module(name).main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "sddx" in capsys.readouterr().out
+    try:
+        status = main(["--no-such-argument"])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["export.__main__", "bench", "compare", "report.__main__", "sweep.__main__"])
+def test_a_run_that_is_not_there_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever a command takes a run for."""
+    gone = str(tmp_path / "gone")
+    given = {
+        "export.__main__": [f"run={gone}", f"to={tmp_path / 'to'}"],
+        "bench": [f"run={gone}"],
+        "compare": [gone, gone],
+        "report.__main__": [gone],
+        "sweep.__main__": ["status", gone],
+    }
+    assert import_module(f"sddx.{name}").main(given[name]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and gone in told and "Give" in told
