@@ -115,10 +115,13 @@ def _walk(where: str, node: Any) -> Iterator[str]:
     if not isinstance(node, Mapping):
         return
     if "_target_" in node:
+        named = node["_target_"]
         try:
-            target = get_object(node["_target_"])
+            target = get_object(named)
         except (InstantiationException, ImportError, ValueError, AttributeError):
-            yield f"{where}._target_: {node['_target_']!r} cannot be imported.{_near_target(node['_target_'])}"
+            target = None
+        if not callable(target):
+            yield f"{where}._target_: {named!r} cannot be imported and called.{_near_target(str(named))}"
             return
         yield from _bound(where, {key: node[key] for key in node if not key.startswith("_")}, target)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,12 +30,14 @@ KINDS = {
     "bool": bool,
     "list": list,
     "dict": Mapping,
+    "Mapping": Mapping,
+    "Sequence": list,
     "None": type(None),
 }
 
 WORDS = {
     "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list",
-    "dict": "a group of settings", "None": "null",
+    "dict": "a group of settings", "Mapping": "a group of settings", "Sequence": "a list", "None": "null",
 }  # fmt: skip
 
 
@@ -75,13 +78,20 @@ def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator
             words = list(dict.fromkeys(map(str, allowed)))
             yield f"{where}={_shown(value)} must be {' or '.join(words)}.{near(str(value), words, '')}"
         return
-    names = annotation.split(" | ")
+    names = _plain(annotation).split(" | ")
     if not set(names) <= KINDS.keys():
         return
     kinds: Any = [KINDS[name] for name in names]
     fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds)
     if not fits:
         yield f"{where}={_shown(value)} must be {' or '.join(WORDS[name] for name in names)}."
+
+
+def _plain(annotation: str) -> str:
+    """An annotation without what its containers hold: `int | Mapping | None`."""
+    while annotation != (shorter := re.sub(r"\[[^\[\]]*\]", "", annotation)):
+        annotation = shorter
+    return annotation
 
 
 def _shown(value: Any) -> str:
