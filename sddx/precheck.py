@@ -48,7 +48,7 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     checks: list[Callable[[], Any]] = [
         lambda: _check_evaluation(method["evaluation"]),
         lambda: _check_backend(method),
-        lambda: _check_training(method["trainer"]),
+        lambda: _check_training(method),
         lambda: _check_quantization(method),
     ]
     read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
@@ -61,10 +61,12 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
 
 
 def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
-    """Something is left to train, metric and patch can be what they are asked to be, the chat template carries
-    prompts, answers and the tasks' descriptions, another teacher fits the student."""
+    """Something is left to train, metric and patch can be what they are asked to be, an adapter finds its layers,
+    the chat template carries prompts, answers and the tasks' descriptions, another teacher fits the student."""
+    from sddx.estimate.skeleton import skeleton
     from sddx.models.load import locate, text_config
     from sddx.training.objective import require_comparable
+    from sddx.training.tuning import require_targets
 
     config = text_config(folder)
     checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
@@ -72,6 +74,9 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
         checks.append(lambda: _check_template(folder))
     if method["evaluation"]["chat_template"]:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
+    if method["loss"]["terms"] and "targets" in method["tuning"]:
+        bare = partial(skeleton, config, method["model"]["dtype"])
+        checks.append(lambda: require_targets(bare(), method["tuning"]["targets"]))
     if method["teacher"]:
         checks.append(
             lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
@@ -171,14 +176,18 @@ def _check_backend(method: dict[str, Any]) -> None:
     engine.require()
 
 
-def _check_training(trainer: dict[str, Any]) -> None:
-    """The settings of the training go together, and one process alone was started. Raises UserError."""
+def _check_training(method: dict[str, Any]) -> None:
+    """The settings of the training go together, there are rows to choose the best by, and one process alone was
+    started. Raises UserError."""
+    trainer = method["trainer"]
     started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if started > 1:
         raise UserError(
             f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
             f"trainer.strategy=ddp trainer.devices={started} starts its own processes."
         )
+    if trainer.get("keep") == "best" and not method["validation"]:
+        raise UserError("trainer.keep=best chooses by held-out rows, and validation=0 holds out none. Use last.")
     build(trainer)
 
 

@@ -38,7 +38,7 @@ def small(
             "limit": items, "split": None, "max_new_tokens": new_tokens,
         },
         "generation": {**generation, "max_new_tokens": new_tokens},
-        "trainer": {**config["trainer"], "epochs": 1},
+        "trainer": {**config["trainer"], "budget": "examples", "epochs": 1},
         "validation": held_out,
         "choices": {**choices, "size": rows, **{n: f"{choices[n]}, rehearsed" for n in ("model", "dataset")}},
         "teacher": None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -34,11 +34,13 @@ def _ignore(row: dict[str, Any]) -> None:
 class Runtime:
     """Handed to every stage and not hashed. `log` takes one flat row of metrics (`step` where it has one);
     `watch` is told where the bar stands that is drawn. With `shards` above 1 no device holds a model whole: what
-    only looks at one runs in so many processes (`parallel.launch.sharded`)."""
+    only looks at one runs in so many processes (`parallel.launch.sharded`). `training` holds how a training is run:
+    settings that change its numbers by rounding alone."""
 
     device: str = "cpu"
     shards: int = 1
     quiet: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
     log: Callable[[dict[str, Any]], None] = _ignore
     watch: Callable[[dict[str, Any]], None] = _ignore
 

@@ -39,6 +39,8 @@ from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tracking import Tracker, mark
 
+# How a training is run, which changes its numbers by rounding alone and no key.
+HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices")
 STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
 
 
@@ -81,6 +83,9 @@ def recover(
     from sddx.stages.report import report
     from sddx.stages.score import score
 
+    runtime = replace(runtime, training={key: trainer[key] for key in HOW_RUN if key in trainer})
+    if evaluation.get("backend") != "vllm":
+        evaluation = {key: value for key, value in evaluation.items() if key != "vllm"}
     dataset = pinned(dataset) if loss["terms"] else dataset
     calibration, text = pinned(calibration), pinned(text)
     disable_progress_bar()  # a bar for every loaded model hides those that matter
@@ -112,9 +117,9 @@ def recover(
     taught, shared = Taught(), []
     asked: dict[str, Any]
     if loss["terms"]:
-        learning = {"loss": loss, "tuning": tuning, "trainer": trainer, "selfdata": selfdata, "seed": seed}
         rewriting = {"dataset": dataset, "generation": generation}
-        learning["max_length"] = max_length
+        learning = {"loss": loss, "tuning": tuning, "trainer": _learned(trainer), "max_length": max_length}
+        learning |= {"selfdata": selfdata if loss["data"] != "reference" else {}, "seed": seed}
         taught = teach(store, runtime, unpruned, chosen, patches, data[0], teacher, rewriting, learning, how)
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
@@ -161,6 +166,14 @@ def teach(
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
     return Taught([data], rows, [student])
+
+
+def _learned(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training that decide what is learned, of the numbers of its budgets the one that counts."""
+    from sddx.training.batches import COUNTED
+
+    idle = set(COUNTED.values()) - {COUNTED.get(trainer.get("budget", ""))}
+    return {key: value for key, value in trainer.items() if key not in (*HOW_RUN, *idle)}
 
 
 def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def test_two_processes_find_what_one_finds_even_after_a_crash(tmp_path, one, str
     saved = torch.load(tmp_path / "resume" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
     assert {type(value) for value in saved["state_dict"].values()} == {torch.Tensor}
+    copied = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-alone"))
     same(trained(tmp_path, strategy, **settings), expected)
+    same(trained(copied, "single", **settings), expected)
 
 
 def hold_half(*, runtime: Runtime) -> None:

@@ -24,7 +24,7 @@ from sddx.config import resolve
 from sddx.estimate import costs, memory
 from sddx.estimate import peaks as estimate_peaks
 from sddx.estimate.costs import Estimate, distinct, seconds
-from sddx.estimate.devices import DEVICES, device_of, probed, this_machine
+from sddx.estimate.devices import DEVICES, _known, device_of, probed, this_machine
 from sddx.estimate.peaks import peaks, remedies
 from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
@@ -221,6 +221,9 @@ def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == device_of(None) and found.memory == 42e9 and found.reading == DEVICES["a100"].reading
     with pytest.raises(UserError, match="an a100, and gpu=h100"):
         this_machine("h100")
+    for name in ("NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert _known(name) is None
+    assert _known("NVIDIA H100 80GB HBM3") == "h100" and _known("NVIDIA GeForce RTX 4090") == "rtx4090"
     card.name = "NVIDIA H100 PCIe"
     with pytest.raises(UserError, match="in no table"):
         this_machine(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import httpx
@@ -111,6 +112,24 @@ def test_weights_in_their_files_dtype_take_no_memory_of_their_own(tmp_path):
     model = load_model(tmp_path, dtype="bfloat16").requires_grad_(False)
     weights = sum(weight.numel() * 2 for weight in model.parameters())
     assert weights > 60e6 and own_memory() - before < weights / 4
+
+
+def test_one_frozen_model_is_held_at_a_time(tmp_path, monkeypatch):
+    """Asked for again in any order of names it is the same; another is loaded when the first is gone."""
+    saved(tmp_path)
+    how = {"dtype": "float32", "attention": "sdpa", "device": "cpu"}
+    held, loading = load.frozen_model(tmp_path, **how), load.load_model
+    assert load.frozen_model(tmp_path, **dict(reversed(how.items()))) is held
+    gone = weakref.ref(held)
+    del held
+
+    def load_alone(*given, **named):
+        assert gone() is None
+        return loading(*given, **named)
+
+    monkeypatch.setattr(load, "load_model", load_alone)
+    load.frozen_model(tmp_path, **how | {"dtype": "float64"})
+    load.free_memory()
 
 
 def change_depth(folder, depth):

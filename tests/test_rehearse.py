@@ -44,10 +44,11 @@ def test_every_experiment_can_be_rehearsed(experiment: str, store: Path, tmp_pat
 
 def test_what_is_not_replaced_is_the_experiments(store: Path) -> None:
     """Arm, cut, tuning, lengths, batches, precision, checker and template; and what is replaced is said."""
-    plain, config = rehearsed("llama_26L", store, "loss=kd", "tuning.rank=4")
+    given = ("loss=kd", "tuning.rank=4", "trainer.budget=tokens", "trainer.tokens=9")
+    plain, config = rehearsed("llama_26L", store, *given)
     for kept in ("loss", "pruning", "tuning", "max_length", "selfdata", "seed"):
         assert config[kept] == plain[kept]
-    assert {**config["trainer"], "epochs": 3} == plain["trainer"]
+    assert {**config["trainer"], "epochs": 3, "budget": "tokens"} == plain["trainer"]
     for kept in ("check", "rewrite"):
         assert config["dataset"][kept] == plain["dataset"][kept]
     assert any("meta-llama/Llama-3.1-8B-Instruct" in line for line in config["rehearse"])

@@ -526,6 +526,9 @@ def test_source_counts_by_content(lab: Laboratory, tmp_path: Path) -> None:
     assert keys[0] == keys[1] and len(set(keys)) == 3
     (tmp_path / "a" / ".hidden").write_text("1")
     assert store.source("model", tmp_path / "a") == Artifact("model", keys[0], tmp_path / "a")
+    (tmp_path / "a" / "__pycache__").mkdir()
+    (tmp_path / "a" / "__pycache__" / "x.pyc").write_bytes(b"left by Python when it ran x")
+    assert store.source("model", tmp_path / "a").key == keys[0]
     assert store.source("data", tmp_path / "a" / "x").key == store.source("data", tmp_path / "b" / "x").key
 
 

@@ -124,6 +124,19 @@ def test_nothing_is_downloaded_for_one_cell_where_another_is_wrong(sweep, tmp_pa
     assert set(asked) == {"meta-llama/Llama-3.1-8B-Instruct"}
 
 
+def test_what_an_earlier_attempt_came_to_is_forgotten(tmp_path) -> None:
+    chosen = SimpleNamespace(hydra=SimpleNamespace(runtime=SimpleNamespace(choices={"hydra/launcher": "basic"})))
+    about = {"number": 0, "name": "a", "overrides": ["seed=0"]}
+    cell = SimpleNamespace(**about, composed=chosen, config={"seed": 0}, folder=tmp_path)
+    fresh = {**about, "launcher": "basic", "state": "waiting"}
+    cells.write(cell.folder, state="failed", reason="boom", seconds=3.0)
+    cells.prepare(cell)
+    assert cells.read(cell.folder) == fresh
+    with cells.running(cell.folder):
+        cells.prepare(cell)  # by a second launch of the same sweep
+        assert cells.state(cell.folder) == "running"
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), MemoryError("no room"), RuntimeError("CUDA out of memory")])
 def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch) -> None:
     """SystemExit too, which would end Hydra's own sweep."""

@@ -133,6 +133,26 @@ def test_another_arm_and_seed_share_what_they_can(first: tuple[Path, Path, dict]
     compare([str(out), str(tmp_path)])
 
 
+def test_settings_that_change_no_number_change_no_key(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """How a training is run, budgets that do not count, engines that are not used, and the fallback where nothing
+    is written: a run that differs in them alone builds nothing."""
+    asked = ("loss=sft", "trainer.budget=steps", "trainer.steps=2")
+    idle = (
+        "trainer.checkpoint_every=7", "trainer.log_every=2", "trainer.epochs=9", "trainer.tokens=99",
+        "trainer.gradient_checkpointing=true", "selfdata.fallback=drop", "evaluation.vllm.python=/no/python",
+    )  # fmt: skip
+    one, other, longer = (
+        job(tmp_path / name, first[1], *asked, *more)["artifacts"]
+        for name, more in (("one", ()), ("other", idle), ("longer", ("trainer.steps=3",)))
+    )
+    assert other == one and longer["train"] != one["train"]
+
+
+def test_no_row_need_be_held_out(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    summary = job(tmp_path, first[1], "validation=0", "trainer.budget=steps", "trainer.steps=2")
+    assert summary["steps"] == 2 and summary["examples"] == 16
+
+
 def test_metrics_that_choose_the_same_blocks_share_all_that_follows(
     first: tuple[Path, Path, dict], tmp_path: Path
 ) -> None:
@@ -376,11 +396,14 @@ MISTAKES = {
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
     "a strategy that does not exist": (["trainer.strategy=dpp"], ["Did you mean ddp"]),
     "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
+    "the best by no rows": (["trainer.keep=best", "validation=0"], ["trainer.keep=best", "validation=0"]),
+    "layers that are not there": (["tuning.targets=[q_prj]"], ["'q_prj'", "q_proj"]),
+    "no layers": (["tuning.targets=[]"], ["tuning.targets is empty"]),
     "devices without a share": (["trainer.strategy=ddp", "trainer.devices=2"], ["trainer.accumulate"]),
     "4 bits of an unknown kind": (["tuning=qlora", "tuning.quantization.type=nf3"], ["nf3", "nf4"]),
     "shards of 4-bit weights": (["tuning=qlora", "trainer.strategy=fsdp"], ["shards", "ddp"]),
     "4-bit weights that take up a patch": (["tuning=qlora", "pruning/patch=linear_ffn"], ["fold=false"]),
-    "rows too long to learn from": (["max_length=5"], ["max_length 5"]),
+    "rows too long to learn from": (["max_length=5"], ["max_length=5"]),
 }
 
 

@@ -21,6 +21,7 @@ from words import tiny_llama, word_tokenizer
 from sddx.config import resolve
 from sddx.data.selfdata import TOO_LONG, Answer, write_answers
 from sddx.data.vllm import Writer, _environment, engines
+from sddx.models import load
 from sddx.models.load import frozen_model, load_model
 from sddx.records import UserError
 from sddx.train import run
@@ -111,10 +112,10 @@ def test_a_shorter_room_is_kept(stand_in: None, talkative: SimpleNamespace) -> N
 
 def test_no_model_of_ours_and_no_engine_is_left_in_memory(stand_in: None, talkative: SimpleNamespace) -> None:
     """The frozen model goes before the engine starts; the engine's process ends when it is let go."""
-    frozen_model(talkative.folder, "float32", "sdpa", "cpu")
+    frozen_model(talkative.folder, dtype="float32", attention="sdpa", device="cpu")
     writer = Writer(**SETTINGS, dtype="float32")
     writer(talkative.folder, talkative.tokenizer, PROMPTS[:1])
-    assert frozen_model.cache_info().currsize == 0
+    assert not load._frozen
     (engine,) = engines(talkative.folder, writer)
     process, log = engine._process, Path(engine._log.name)
     assert process.poll() is None

@@ -29,6 +29,7 @@ from sddx.compare import compare, load_samples
 from sddx.config import resolve
 from sddx.evaluation.vllm import Engine
 from sddx.export.__main__ import main as export
+from sddx.models import load
 from sddx.models.load import frozen_model
 from sddx.models.vllm import OLDEST
 from sddx.records import UserError
@@ -249,11 +250,11 @@ def test_a_worker_that_fails_says_why(stand_in: None, tmp_path: Path, monkeypatc
     with composed(*SMALL) as cfg:
         config = resolve(cfg)
     folder, evaluation = Path(config["model"]["path"]), {**config["evaluation"], "backend": "vllm"}
-    frozen_model(folder, "float32", "sdpa", "cpu")
+    frozen_model(folder, dtype="float32", attention="sdpa", device="cpu")
     judge = partial(Engine().judge, folder, dtype="float32", answered=tmp_path / "answered")
     with pytest.raises(UserError, match="asks for up to 4000 new tokens"):
         judge(evaluation={**evaluation, "max_new_tokens": 4000})
-    assert frozen_model.cache_info().currsize == 0  # before the engine starts
+    assert not load._frozen  # before the engine starts
     monkeypatch.setenv("STAND_IN", "fails")
     with pytest.raises(UserError, match="CUDA out of memory"):
         judge(evaluation=evaluation)

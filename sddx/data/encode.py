@@ -134,18 +134,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, max_length: int
 ) -> tuple[list[Encoded], int]:
-    """All examples that have a label left, in order, and the number of those dropped because they have none.
-
-    Raises UserError where none is left, and as `encode` does.
-    """
+    """All examples that have a label left, in order, and the number of those dropped because they have none. Raises
+    UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
     encoded = [_encode(tokenizer, example, end, max_length) for example in examples]
     rows = [row for row in encoded if row is not None]
-    if not rows:
-        raise UserError(
-            f"No row has an answer left to train on after truncation. Given: {len(examples)} rows, "
-            f"max_length {max_length}. Raise max_length above the length of the prompts."
-        )
     return rows, len(examples) - len(rows)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from sddx.data.encode import ending, padding_id, render
 from sddx.data.templates import leaks
-from sddx.records import Example, Rewrite, UserError
+from sddx.records import Example, Rewrite
 
 CUT_OFF = "cut off at max_new_tokens"
 TOO_LONG = "prompt too long"
@@ -117,16 +117,8 @@ def judge(
 def distil(rewrites: Sequence[Rewrite], *, fallback: Literal["reference", "drop"]) -> list[Example]:
     """Training examples: the model's answer (origin `self`) where it was accepted; elsewhere the reference,
     with the reason as its note (`fallback="reference"`, the method), or no row (`fallback="drop"`).
-
-    Raises UserError where no example is left.
     """
-    kept = rewrites if fallback == "reference" else [rewrite for rewrite in rewrites if not rewrite.reason]
-    if not kept:
-        raise UserError(
-            f"No example is left to train on: {len(rewrites)} answers were written and all were refused, "
-            "with selfdata.fallback=drop. Use fallback=reference, or another rewriting template or check."
-        )
-    return [_example(rewrite) for rewrite in kept]
+    return [_example(rewrite) for rewrite in rewrites if fallback == "reference" or not rewrite.reason]
 
 
 def acceptance(rewrites: Sequence[Rewrite]) -> dict[str, int]:

@@ -197,6 +197,7 @@ def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str)
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON lines, JSON array or Parquet file. Raises UserError where it is missing, damaged or
     empty."""
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(
             f"There is no dataset file {path} (looked in {path.absolute().parent}). "

@@ -93,9 +93,10 @@ def _here(like: str | None = None) -> Device:
 
 def _known(found: str) -> str | None:
     """The name in DEVICES of a GPU that calls itself `found`; None for one that is in no table, as the slower cards
-    of a kind that are put into a PCIe slot."""
-    squeezed = found.lower().replace(" ", "")
-    return next((name for name in DEVICES if name in squeezed and "pcie" not in squeezed), None)
+    of a kind for a PCIe slot (PCIe, NVL) or a laptop."""
+    words = [word.split("-")[0] for word in found.lower().replace("rtx ", "rtx").split()]
+    slower = any(mark in found.lower() for mark in ("pcie", "nvl", "laptop", "max-q"))
+    return None if slower else next((name for name in DEVICES if name in words), None)
 
 
 def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:

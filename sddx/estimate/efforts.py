@@ -48,7 +48,7 @@ def scoring(estimate: Estimate) -> Effort:
         )
         if work.models:
             value = metric.value
-            total += judging(size, value.tasks, value.limit, value.batch_size) * work.models
+            total += judging(size, value.tasks, value.limit, value.batch_size, value.shots) * work.models
     return total
 
 

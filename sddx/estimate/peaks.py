@@ -64,7 +64,7 @@ def _scoring(estimate: Estimate) -> float:
 def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
     model, longest, batch = _whole(estimate), estimate.calibration.longest, estimate.calibration.side_by_side
     if work.models:
-        return _judging(estimate, metric.value.batch_size, metric.value.tasks, None)
+        return _judging(estimate, metric.value.batch_size, metric.value.tasks, metric.value.shots)
     if work.learned:
         decoder(model).requires_grad_(True)
         return _traced(memory.learning, model, 1, longest, checkpointing=False)

@@ -6,10 +6,10 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -44,13 +44,9 @@ class Checkpoint:
 
     path: str
     revision: str | None
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
     attention: str
     dimensions: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"model.dtype={self.dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
 
 
 def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]:
@@ -208,15 +204,21 @@ def four_bit(*, type: str, double: bool, compute: str) -> Any:
     )
 
 
-@lru_cache(maxsize=1)
-def frozen_model(folder: Path, dtype: str, attention: str, device: str) -> Any:
+_frozen: dict[tuple[Path, str, str, str], Any] = {}
+
+
+def frozen_model(folder: Path, *, dtype: str, attention: str, device: str) -> Any:
     """`load_model` with frozen weights, kept for the next stage that only looks at the same model; in shards in a
     group of processes.
 
     Nobody may edit it. `free_memory()` lets go of it.
     """
-    model = load_model(folder, dtype=dtype, attention=attention, device=loading_device(device))
-    return placed(model.requires_grad_(False), device)
+    asked = folder, dtype, attention, device
+    if asked not in _frozen:
+        _frozen.clear()  # first, since two large models may have no room
+        model = load_model(folder, dtype=dtype, attention=attention, device=loading_device(device))
+        _frozen[asked] = placed(model.requires_grad_(False), device)
+    return _frozen[asked]
 
 
 def loading_device(device: str) -> str:
@@ -236,7 +238,7 @@ def placed(model: Any, device: str, *others: Any) -> Any:
 def free_memory() -> None:
     """Let go of the frozen model, of models that only hold themselves (a trained one and its hooks), of what torch
     keeps on the GPU, and of processes that hold one in shards, so that the next one finds room."""
-    frozen_model.cache_clear()
+    _frozen.clear()
     release()
     gc.collect()
     if torch.cuda.is_available():

@@ -50,7 +50,8 @@ def distill(
         answers = write(model.path, load_tokenizer(model.path), prompts, partial(_told, runtime))
     else:
         about = {"backend": "transformers", "version": transformers.__version__}
-        answers = _answers(model.path, prompts, generation, dtype, attention, runtime=runtime)
+        how = {"dtype": dtype, "attention": attention}
+        answers = _answers(model.path, prompts, generation, how, runtime=runtime)
     (out / "generation.json").write_text(json.dumps(about) + "\n")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
@@ -59,9 +60,9 @@ def distill(
 
 @sharded
 def _answers(
-    folder: Path, prompts: list[str], generation: dict[str, Any], dtype: str, attention: str, *, runtime: Runtime
+    folder: Path, prompts: list[str], generation: dict[str, Any], how: dict[str, str], *, runtime: Runtime
 ) -> list[Answer]:
-    teacher = frozen_model(folder, dtype, attention, runtime.device)
+    teacher = frozen_model(folder, **how, device=runtime.device)
     return build(generation)(teacher, load_tokenizer(folder), prompts, partial(_told, runtime))
 
 

@@ -18,7 +18,7 @@ from sddx.models.student import has_twins, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
-from sddx.records import Artifact, Cut, Example, Rewrite
+from sddx.records import Artifact, Cut, Example, Rewrite, UserError
 from sddx.runtime import Runtime
 from sddx.surgery.junction import is_trained
 
@@ -44,11 +44,13 @@ def train(
 
     `inputs` hold reference examples or rewrites, a patch where one stands in for what was removed, and a model
     of stage `teacher` where the teacher is not the unpruned model; `selfdata` says what becomes of refused
-    rewrites. With an adapter the unpruned model is in the same weights, all blocks in and whole, adapter and
-    patch off, and in 4 bit where `tuning.quantization` holds them so; any other teacher is loaded beside the
-    student, and with trainer.strategy=fsdp this one too where branches were removed or a patch was put in. Raises
-    UserError where no row is left, TrainingDiverged where a loss is not finite, Interrupted after SIGTERM.
+    rewrites, and `runtime.training` how the training is run. With an adapter the unpruned model is in the same
+    weights, all blocks in and whole, adapter and patch off, and in 4 bit where `tuning.quantization` holds them so;
+    any other teacher is loaded beside the student, and with strategy fsdp this one too where branches were removed
+    or a patch was put in. Raises UserError where no row is left, TrainingDiverged where a loss is not finite,
+    Interrupted after SIGTERM.
     """
+    trainer = {**trainer, **runtime.training}
     free_memory()  # what the stages before held, and vLLM's engines
     engines.cache_clear()
     strategy = trainer.get("strategy", "single")
@@ -63,7 +65,9 @@ def train(
     cut = Cut.load(pruned.path / "cut.json")
     objective = build(loss)
     tokenizer = load_tokenizer(model.path)
-    rows, dropped = encode_all(tokenizer, _examples(shards, selfdata), max_length=max_length)
+    examples = _examples(shards, selfdata)
+    rows, dropped = encode_all(tokenizer, examples, max_length=max_length)
+    _require_rows(rows, examples, max_length)
     held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
 
     # What is to be cut into shards may not fit on one device.
@@ -90,6 +94,20 @@ def train(
                 attached[gap] = student.get_parameter(names[id(weight)])
         save_student(student, out, cut=cut, base=model.key, attached=attached)
         (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
+
+
+def _require_rows(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
+    """Raises UserError where nothing is left to train on, and says what took it away."""
+    if not examples:
+        raise UserError(
+            "No example is left to train on: all answers were refused, with selfdata.fallback=drop. Use "
+            "selfdata.fallback=reference, or another rewriting template (dataset.rewrite) or check (dataset.check)."
+        )
+    if not rows:
+        raise UserError(
+            f"No row has an answer left to train on after truncation. Given: {len(examples)} rows, max_length="
+            f"{max_length}. Raise max_length above the length of the prompts."
+        )
 
 
 def _examples(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Example]:

@@ -282,13 +282,13 @@ def _differing(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 def _visible_files(path: Path, counts: Callable[[str], bool]) -> dict[str, Path]:
-    """The files of a folder that count, by relative name, without hidden ones (`.git`, `.cache`); or a single
-    file."""
+    """The files of a folder that count, by relative name, without hidden ones (`.git`, `.cache`) and what Python
+    leaves beside code that it ran; or a single file."""
     if path.is_file():
         return {"": path}
     inside = [(file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.is_file()]
-    visible = {at.as_posix(): file for at, file in inside if not any(part.startswith(".") for part in at.parts)}
-    return {name: file for name, file in visible.items() if counts(name)}
+    hidden = {at for at, _ in inside if any(part.startswith(".") or part == "__pycache__" for part in at.parts)}
+    return {at.as_posix(): file for at, file in inside if at not in hidden and counts(at.as_posix())}
 
 
 def _remembered(path: Path) -> dict[str, Any]:

@@ -121,8 +121,12 @@ def _short(key: str, value: str) -> str:
 
 
 def prepare(cell: Cell) -> None:
-    """Write down a cell that is to run: its record and its configuration, all that a worker needs."""
+    """Write down a cell that is to run: its record and its configuration, all that a worker needs. What an earlier
+    attempt came to is forgotten; one that another process runs is left to it."""
+    if state(cell.folder) == "running":
+        return
     cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / RECORD).unlink(missing_ok=True)
     OmegaConf.save(OmegaConf.create(cell.config), cell.folder / CONFIG)
     launcher = cell.composed.hydra.runtime.choices["hydra/launcher"]
     about = {"number": cell.number, "name": cell.name, "overrides": cell.overrides, "launcher": launcher}

@@ -23,14 +23,9 @@ def lora(
     """Puts a LoRA adapter (2106.09685), scaled by alpha / rank, on the linear layers named in `targets`.
 
     `all-linear` means every linear layer but the head. The initial adapter is a function of the seed and is
-    float32 even on a bfloat16 base. The base weights are frozen. Raises UserError for a rank below 1 and for
-    a target that names no linear layer.
+    float32 even on a bfloat16 base. The base weights are frozen. Raises UserError as `require_targets` does.
     """
-    if rank < 1:
-        raise UserError(f"tuning.rank must be at least 1, not {rank}")
-    if targets != "all-linear":
-        targets = [targets] if isinstance(targets, str) else list(targets)
-        _check_targets(model, targets)
+    require_targets(model, targets)
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -66,9 +61,14 @@ def full(model: nn.Module, seed: int) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
+def require_targets(model: nn.Module, targets: str | list[str]) -> None:
+    """Raises UserError where a target names no linear layer of the model, and where there is no target."""
+    if targets == "all-linear":
+        return
+    if not targets:
+        raise UserError("tuning.targets is empty. Name linear layers, or use tuning.targets=all-linear.")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise UserError(f"tuning.targets: no linear layer is named {target!r}; there are {known}")
