@@ -27,6 +27,7 @@ from sddx.parallel.distributed import shard
 from sddx.parallel.launch import launch
 from sddx.records import Interrupted, UserError
 from sddx.runtime import Runtime
+from sddx.store import measure
 from sddx.training.fit import Fit
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
@@ -113,6 +114,19 @@ def test_two_processes_find_what_one_finds_even_after_a_crash(tmp_path, one, str
     copied = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-alone"))
     same(trained(tmp_path, strategy, **settings), expected)
     same(trained(copied, "single", **settings), expected)
+
+
+def hold_much(*, runtime: Runtime) -> None:
+    bytearray(2**29).find(1)
+
+
+def test_the_peak_of_memory_is_that_of_the_processes_that_work():
+    """They hold what the one that waits for them does not."""
+    measure.reset_peak_memory("cpu")
+    launch(hold_much, 2, Runtime(quiet=True))
+    assert 2**29 < measure.peak_memory("cpu") < 2**31
+    measure.reset_peak_memory("cpu")
+    assert not measure._elsewhere
 
 
 def hold_half(*, runtime: Runtime) -> None:

@@ -196,7 +196,9 @@ class LogitDistance(OfLogits):
 class TaskScore:
     """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
     the report's, or the task `<task>_selection` (among the package's own, or in the folder `include`). With
-    `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole.
+    `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole,
+    by the `primary` metric, named by task (not named: the task's own), and in the chat template where that is asked
+    for (`chat_template` None: where there is one).
     """
 
     def __init__(
@@ -208,12 +210,18 @@ class TaskScore:
         batch_size: int = 64,
         shots: int | Mapping[str, int] | None = None,
         split: Mapping[str, str] | None = None,
+        primary: Mapping[str, str] | None = None,
+        chat_template: bool | None = None,
         oracle: bool = False,
     ) -> None:
         self.limit, self.include, self.batch_size = limit, include, batch_size
+        self.chat_template = chat_template
         self.shots, self.split = shots, {} if oracle else split or {}
         apart = [task for task in tasks if not oracle and task not in self.split]
         self.tasks = [_selection(task, include) if task in apart else task for task in tasks]
+        named = zip(tasks, self.tasks, strict=True)
+        primary = primary or {}
+        self.primary = {name: primary[task] for task, name in named if task in primary}
         check_tasks(self.tasks, include, shots=shots, split=split)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
@@ -234,6 +242,7 @@ class TaskScore:
         removed = [number for number, present in enumerate(coalition) if not present]
         if len(removed) == len(coalition):
             raise UserError("a task cannot be scored without any unit: give the metric a keep above 0.")
+        as_asked = self.chat_template
         unpruned = apply_cut(subject.model, subject.units.cut(removed))
         try:
             results = evaluate(
@@ -246,7 +255,8 @@ class TaskScore:
                 limit=self.limit,
                 shots=self.shots,
                 split=self.split,
-                chat_template=bool(subject.tokenizer.chat_template),
+                primary=self.primary,
+                chat_template=bool(subject.tokenizer.chat_template) if as_asked is None else as_asked,
             )
         finally:
             set_blocks(subject.model, unpruned)

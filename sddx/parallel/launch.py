@@ -23,6 +23,7 @@ from torch.multiprocessing import get_context
 
 from sddx.records import Interrupted, UserError
 from sddx.runtime import Runtime
+from sddx.store import measure
 
 PATIENCE = timedelta(hours=1)  # that a process waits for the others, e.g. while one writes a checkpoint
 
@@ -153,7 +154,9 @@ def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> Any:
                 raise value
             if kind == "done":
                 working.remove(end)
-                results += value
+                result, peak = value
+                results += result
+                measure.note_peak_memory(peak)
             else:
                 getattr(runtime, kind)(value)
     return results[0]
@@ -198,8 +201,9 @@ def _serve(place: Place, end: Connection) -> None:
         _join(place)
         while True:
             work, quiet = end.recv()
+            measure.reset_peak_memory(place.device)
             result = work(runtime=_runtime(place, quiet, end))
-            end.send(("done", [] if place.rank else [result]))
+            end.send(("done", ([] if place.rank else [result], measure.peak_memory(place.device))))
     except (UserError, Interrupted) as known:
         end.send(("failed", known))
     except BaseException:
