@@ -180,6 +180,14 @@ def test_differences_are_paired_and_adjusted() -> None:
     assert found[0].held_out.estimate == pytest.approx(found[0].average.estimate)
 
 
+def test_where_every_task_was_trained_on_nothing_is_held_out() -> None:
+    """The average is compared all the same, and a dash stands where there is nothing to compare."""
+    runs = [each | {"trained": list(TASKS), "recovery_held_out": None} for each in grid()]
+    found = page.contents(runs, [])["differences"]["rows"]
+    assert [row[3:5] for row in found] == [["-", "-"]] * 2
+    assert [row[5] for row in found] == [row[5] for row in page.difference_table(differences(grid()))["rows"]]
+
+
 class Outside(HTMLParser):
     """Collects what a page would fetch."""
 

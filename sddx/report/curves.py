@@ -207,13 +207,14 @@ def _apart(key: tuple, keys: Sequence[tuple]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against SFT, paired by seed, in points; p is adjusted by Holm over the column that it stands in."""
+    """An arm against SFT, paired by seed, in points; p is adjusted by Holm over the column that it stands in.
+    Where every task was trained on, nothing is held out."""
 
     where: str
     arm: str
     seeds: int
     average: Interval
-    held_out: Interval
+    held_out: Interval | None
     p_average: float | None
     p_held_out: float | None
 
@@ -221,10 +222,11 @@ class Difference:
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Every arm against SFT, wherever both were run with two seeds in common and all else equal."""
     pairs = list(_pairs([run for run in runs if is_trained(run)]))
-    columns = [[_paired(arm, base, score) for *_, arm, base in pairs] for score in (average, held_out)]
-    adjusted = [_holm([p for _, p in column]) for column in columns]
+    averages = [_paired(arm, base, average) for *_, arm, base in pairs]
+    others = [_paired_held_out(arm, base) for *_, arm, base in pairs]
+    adjusted = [_holm([p for _, p in column]) for column in (averages, others)]
     return [
-        Difference(where, arm, len(ours), columns[0][n][0], columns[1][n][0], adjusted[0][n], adjusted[1][n])
+        Difference(where, arm, len(ours), averages[n][0], others[n][0], adjusted[0][n], adjusted[1][n])
         for n, (where, arm, ours, _) in enumerate(pairs)
     ]
 
@@ -281,13 +283,18 @@ def _holm(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else next(adjusted) for p in p_values]
 
 
-def _paired(
-    arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], float]
-) -> tuple[Interval, float | None]:
+def _paired(arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], Any]) -> tuple[Interval, float | None]:
     points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
     # With the same difference in every seed, to rounding, the t test has no variance to divide by.
     defined = max(points) - min(points) > 1e-9
     return t_interval(points), float(ttest_1samp(points, 0).pvalue) if defined else None
+
+
+def _paired_held_out(arm: Sequence[Run], base: Sequence[Run]) -> tuple[Interval | None, float | None]:
+    """The same over the tasks that were not trained on, where every run has any."""
+    if any(held_out(run) is None for run in (*arm, *base)):
+        return None, None
+    return _paired(arm, base, held_out)
 
 
 def average(run: Run) -> float:
@@ -295,10 +302,11 @@ def average(run: Run) -> float:
     return run["scores"]["recovered"]["average"]
 
 
-def held_out(run: Run) -> float:
-    """The recovered model's average over the tasks that were not trained on."""
+def held_out(run: Run) -> float | None:
+    """The recovered model's average over the tasks that were not trained on; None where there is none."""
     scores = run["scores"]["recovered"]
-    return mean(score for task, score in scores.items() if task not in (*run["trained"], "average"))
+    found = [score for task, score in scores.items() if task not in (*run["trained"], "average")]
+    return mean(found) if found else None
 
 
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:

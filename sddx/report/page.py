@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from sddx.evaluation.statistics import Interval
 from sddx.report import figures
 from sddx.report.curves import (
     Difference,
@@ -31,7 +32,7 @@ from sddx.report.curves import (
 from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Table, agreements, heat_maps, variant_sections
-from sddx.report.table import CHOOSING, grid, is_choosing, percent
+from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -116,7 +117,9 @@ def _p(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _points(interval: Any) -> str:
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return ABSENT
     return f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
 
 
