@@ -18,7 +18,7 @@ from sddx.report import page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
-from sddx.report.sections import variant_sections
+from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.workspace import workspace
 from sddx.sweep import cells
 
@@ -40,7 +40,7 @@ def run(loss: str = "sft", seed: int = 0, removed: int = 3, gain: float = 0.0, *
         "pruned_recovery": 0.4, "fallback_share": None if loss == "sft" else 0.1, "examples": 100,
         "supervised_tokens": 1000, "steps": 10, "seconds": {"train": 5.0, "evaluate_recovered": 2.0},
         "peak_memory": {"train": 2**30}, "parameters": {"unpruned": 100, "pruned": 75}, "artifacts": {},
-        "cut": [0, 1], "store": "nowhere",
+        "cut": [0, 1], "blocks": 4, "store": "nowhere",
     }  # fmt: skip
 
 
@@ -158,6 +158,17 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     sections = variant_sections(runs)
     assert [section["label"] for section in sections] == ["patch"]
     assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
+
+
+def test_a_cut_of_every_block_is_ringed(tmp_path: Path) -> None:
+    """No block is kept, so that the blocks' number is not to be read off those that are."""
+    distances = [[abs(a - b) / 4 for a in range(5)] for b in range(5)]
+    place = tmp_path / "score/a/key"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    (place / "scores.json").write_text(json.dumps({"pruning": {"mean": distances}}))
+    everything = run() | {"artifacts": {"score": "key"}, "cut": [], "store": str(tmp_path)}
+    assert len(heat_maps([everything])) == 1
 
 
 def test_rank_correlations_and_stability_by_hand() -> None:
