@@ -305,6 +305,17 @@ def test_what_a_cut_costs_has_curves_without_training() -> None:
     assert page.html(found).count("<svg") == 2
 
 
+def test_a_value_stands_inside_its_interval() -> None:
+    """Both are in one unit, whether they are shares in per cent or perplexities."""
+    several = [(0.80, 1250.0), (0.84, 1260.0), (0.79, 1240.0)]
+    runs = [untrained(removed, *found) for removed in (2, 3) for found in several]
+    (section,) = page.contents(runs, [])["sections"]
+    for _, _, middle, band, _ in (row for figure in section["figures"] for row in figure["table"]["rows"]):
+        low, high = band.removesuffix(" over seeds").split(" to ")
+        low, value, high = (float(text.removesuffix(" %").replace(",", "")) for text in (low, middle, high))
+        assert low < value < high < 2 * value
+
+
 def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:
     """They are no arm that is held against SFT, and their variants are compared before training alone."""
     runs = [*grid(), untrained(2, 0.8, 20.0), untrained(3, 0.7, 30.0)]
