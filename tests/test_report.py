@@ -14,7 +14,7 @@ from scipy.stats import t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
-from sddx.report import page, table
+from sddx.report import figures, page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
@@ -77,6 +77,19 @@ def test_a_curve_without_intervals_is_drawn(tmp_path: Path) -> None:
     publish(runs, [], tmp_path)
     written = (tmp_path / "report.html").read_text()
     assert "1,234.50" in written and written.count("<svg") >= 2
+
+
+@pytest.mark.parametrize("places", [(2,), (2, 3)])
+def test_a_place_without_a_recovery_is_left_out(places: tuple[int, ...]) -> None:
+    """The unpruned model scored nothing there, so that nothing is a share of it; the rest is drawn."""
+    missing = dict.fromkeys(("pruned_recovery", "recovery", "recovery_low", "recovery_high", "gap_closed"))
+    runs = [each | missing if each["choices"]["removed"] in places else each for each in grid()]
+    (family,) = families(runs)
+    assert [x for x, _ in family.pruned()] == [x for x in (2, 3) if x not in places]
+    assert page.html(page.contents(runs, [])).count("<svg") == 1 + sum(
+        any(family.curve(arm, measure) for arm in family.arms) for measure in MEASURES
+    )
+    assert "</svg>" in figures.curves(family, "recovery", "Recovery")
 
 
 def test_runs_that_differ_otherwise_are_other_curves() -> None:

@@ -84,8 +84,10 @@ class Family:
         return MEASURES if any(map(is_trained, self.runs)) else KEPT
 
     def pruned(self) -> list[tuple[float, float]]:
-        """The recovery of the pruned model before any training, along the axis."""
-        return sorted({run["choices"][self.axis]: run["pruned_recovery"] for run in self.runs}.items())
+        """The recovery of the pruned model before any training, along the axis; without places where it is not
+        defined, as the unpruned model scored nothing."""
+        defined = [run for run in self.runs if run["pruned_recovery"] is not None]
+        return sorted({run["choices"][self.axis]: run["pruned_recovery"] for run in defined}.items())
 
     def curve(self, arm: str, measure: str) -> list[Point]:
         """The points of one arm, along the axis; without places where the measure is not defined."""
