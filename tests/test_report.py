@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from scipy.stats import t, ttest_rel
+from scipy.stats import sem, t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
@@ -171,6 +171,36 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     sections = variant_sections(runs)
     assert [section["label"] for section in sections] == ["patch"]
     assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
+
+
+def judged(folder: Path, pruned: int, recovered: int, **choices: object) -> dict:
+    """A run whose models had so many of 20 items right."""
+    models = {
+        model: {"held": {"scores": [1.0] * right + [0.0] * (20 - right), "hashes": [*map(str, range(20))]}}
+        for model, right in (("pruned", pruned), ("recovered", recovered))
+    }
+    folder.mkdir()
+    (folder / "samples.json").write_text(json.dumps(models))
+    return run(**choices) | {"folder": str(folder)}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_draws_count_once_each_whatever_their_seeds(tmp_path: Path, seeds: int) -> None:
+    """The mean over draws of random cuts, with the t interval over draws, held against one cut; seeds of training
+    leave the pruned model as it was, and are averaged in each draw after training."""
+    right, runs = (2, 10, 18), []
+    for seed in range(seeds):
+        runs.append(judged(tmp_path / f"base{seed}", 15, 16, seed=seed, pruning="angular"))
+        for draw, count in enumerate(right):
+            folder = tmp_path / f"random{draw}{seed}"
+            runs.append(judged(folder, count, count + seed, seed=seed, pruning="random", cut_seed=draw))
+    (found,) = variant_differences(runs, "pruning")
+    points = [count / 20 - 15 / 20 for count in right]
+    low, high = t.interval(0.95, 2, loc=-0.25, scale=sem(points))
+    assert (found.seeds, found.draws, found.before.contains) == (seeds, 3, "draws")
+    assert found.before.estimate == pytest.approx(-0.25) and found.before.low == pytest.approx(low)
+    assert found.after.estimate == pytest.approx(-0.3 + 0.05 * (seeds - 1) / 2)
+    assert found.after.half_width == pytest.approx((high - low) / 2)
 
 
 def test_a_cut_of_every_block_is_ringed(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ Scores = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval. `contains` says which uncertainty is in it: "items" or "seeds"."""
+    """An estimate with its interval. `contains` says which uncertainty is in it: "items", "seeds" or
+    "draws" (of what was cut)."""
 
     estimate: float
     low: float

@@ -369,30 +369,55 @@ class VariantDifference:
     name: str
     removed: float
     seeds: int
+    draws: int
     before: Interval
     after: Interval | None
 
 
+Pair = tuple[Run, Run]  # of a variant and of what it is held against
+
+
 def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
     """Every variant against the first one named in `VARIANTS`, wherever both removed as much with a seed in
-    common. One seed: intervals over items; more: over seeds. Runs without samples, or with other items, are left
-    out."""
+    common. Several draws of what is cut: intervals over draws; else several seeds: over seeds; else over items.
+    Runs without samples, or with other items, are left out."""
     base, found = VARIANTS[choice][2], []
     everything = variants(runs, choice)
     bases = {variant.where: variant for variant in everything if variant.name == base}
-    for variant in everything:
+    for variant in (variant for variant in everything if variant.name != base and variant.where in bases):
         for removed, own in variant.runs.items():
-            others = bases[variant.where].runs.get(removed, []) if variant.where in bases else []
-            pairs = [(a, b) for a in own for b in others if a["choices"]["seed"] == b["choices"]["seed"]]
-            if variant.name != base and pairs:
-                before, after = (_over_pairs(pairs, model) for model in ("pruned", "recovered"))
-                if before is not None:
-                    about = variant.where, variant.name, removed, len(pairs)
-                    found.append(VariantDifference(*about, before, after))
+            draws = _by_draw(own, bases[variant.where].runs.get(removed, []), choice)
+            before, after = (_over_draws(draws, model) for model in ("pruned", "recovered"))
+            if before is not None:
+                seeds = {run["choices"]["seed"] for pairs in draws for run, _ in pairs}
+                about = variant.where, variant.name, removed, len(seeds), len(draws)
+                found.append(VariantDifference(*about, before, after))
     return found
 
 
-def _over_pairs(pairs: Sequence[tuple[Run, Run]], model: str) -> Any:
+def _by_draw(own: Sequence[Run], others: Sequence[Run], choice: str) -> list[list[Pair]]:
+    """Runs beside those of the same seed that they are held against, for each draw of what was cut."""
+    by_seed = {run["choices"]["seed"]: run for run in others}
+    found: dict[tuple, dict[int, Pair]] = defaultdict(dict)
+    for run in own:
+        if (seed := run["choices"]["seed"]) in by_seed:
+            draw = tuple(run["choices"].get(name) for name in DRAWS.get(choice, ()))
+            found[draw][seed] = run, by_seed[seed]
+    return [list(pairs.values()) for pairs in found.values()]
+
+
+def _over_draws(draws: Sequence[Sequence[Pair]], model: str) -> Interval | None:
+    """The difference in one draw, or the mean over several. All draws are held against the same runs, so that only
+    they are independent: each counts once, whatever its seeds."""
+    each = [_over_pairs(pairs, model) for pairs in draws]
+    found = [interval for interval in each if interval is not None]
+    if not found or len(found) < len(each):
+        return None
+    several = len(found) > 1
+    return replace(t_interval([f.estimate for f in found]), contains="draws") if several else found[0]
+
+
+def _over_pairs(pairs: Sequence[Pair], model: str) -> Interval | None:
     sides: Any = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
     items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):

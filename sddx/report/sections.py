@@ -112,12 +112,14 @@ def _variant_differences(runs: Sequence[Run], choice: str, label: str) -> Table:
             d.name,
             f"{d.removed:g}",
             str(d.seeds),
+            str(d.draws),
             _shares(d.before),
             _shares(d.after) if d.after else ABSENT,
         ]
         for d in variant_differences(runs, choice)
     ]
-    return {"header": ["runs", label, "removed", "seeds", "before training", "after training"], "rows": rows}
+    header = ["runs", label, "removed", "seeds", "draws", "before training", "after training"]
+    return {"header": header, "rows": rows}
 
 
 def _shares(interval: Any) -> str:
