@@ -10,15 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from scipy.stats import t, ttest_rel
+from scipy.stats import sem, t, ttest_rel
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
-from sddx.report import page, table
+from sddx.report import figures, page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
 from sddx.report.publish import publish, to_wandb
-from sddx.report.sections import variant_sections
+from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.workspace import workspace
 from sddx.sweep import cells
 
@@ -40,7 +40,7 @@ def run(loss: str = "sft", seed: int = 0, removed: int = 3, gain: float = 0.0, *
         "pruned_recovery": 0.4, "fallback_share": None if loss == "sft" else 0.1, "examples": 100,
         "supervised_tokens": 1000, "steps": 10, "seconds": {"train": 5.0, "evaluate_recovered": 2.0},
         "peak_memory": {"train": 2**30}, "parameters": {"unpruned": 100, "pruned": 75}, "artifacts": {},
-        "cut": [0, 1], "store": "nowhere",
+        "cut": [0, 1], "blocks": 4, "store": "nowhere",
     }  # fmt: skip
 
 
@@ -77,6 +77,19 @@ def test_a_curve_without_intervals_is_drawn(tmp_path: Path) -> None:
     publish(runs, [], tmp_path)
     written = (tmp_path / "report.html").read_text()
     assert "1,234.50" in written and written.count("<svg") >= 2
+
+
+@pytest.mark.parametrize("places", [(2,), (2, 3)])
+def test_a_place_without_a_recovery_is_left_out(places: tuple[int, ...]) -> None:
+    """The unpruned model scored nothing there, so that nothing is a share of it; the rest is drawn."""
+    missing = dict.fromkeys(("pruned_recovery", "recovery", "recovery_low", "recovery_high", "gap_closed"))
+    runs = [each | missing if each["choices"]["removed"] in places else each for each in grid()]
+    (family,) = families(runs)
+    assert [x for x, _ in family.pruned()] == [x for x in (2, 3) if x not in places]
+    assert page.html(page.contents(runs, [])).count("<svg") == 1 + sum(
+        any(family.curve(arm, measure) for arm in family.arms) for measure in MEASURES
+    )
+    assert "</svg>" in figures.curves(family, "recovery", "Recovery")
 
 
 def test_runs_that_differ_otherwise_are_other_curves() -> None:
@@ -160,6 +173,47 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
 
 
+def judged(folder: Path, pruned: int, recovered: int, **choices: object) -> dict:
+    """A run whose models had so many of 20 items right."""
+    models = {
+        model: {"held": {"scores": [1.0] * right + [0.0] * (20 - right), "hashes": [*map(str, range(20))]}}
+        for model, right in (("pruned", pruned), ("recovered", recovered))
+    }
+    folder.mkdir()
+    (folder / "samples.json").write_text(json.dumps(models))
+    return run(**choices) | {"folder": str(folder)}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_draws_count_once_each_whatever_their_seeds(tmp_path: Path, seeds: int) -> None:
+    """The mean over draws of random cuts, with the t interval over draws, held against one cut; seeds of training
+    leave the pruned model as it was, and are averaged in each draw after training."""
+    right, runs = (2, 10, 18), []
+    for seed in range(seeds):
+        runs.append(judged(tmp_path / f"base{seed}", 15, 16, seed=seed, pruning="angular"))
+        for draw, count in enumerate(right):
+            folder = tmp_path / f"random{draw}{seed}"
+            runs.append(judged(folder, count, count + seed, seed=seed, pruning="random", cut_seed=draw))
+    (found,) = variant_differences(runs, "pruning")
+    points = [count / 20 - 15 / 20 for count in right]
+    low, high = t.interval(0.95, 2, loc=-0.25, scale=sem(points))
+    assert (found.seeds, found.draws, found.before.contains) == (seeds, 3, "draws")
+    assert found.before.estimate == pytest.approx(-0.25) and found.before.low == pytest.approx(low)
+    assert found.after.estimate == pytest.approx(-0.3 + 0.05 * (seeds - 1) / 2)
+    assert found.after.half_width == pytest.approx((high - low) / 2)
+
+
+def test_a_cut_of_every_block_is_ringed(tmp_path: Path) -> None:
+    """No block is kept, so that the blocks' number is not to be read off those that are."""
+    distances = [[abs(a - b) / 4 for a in range(5)] for b in range(5)]
+    place = tmp_path / "score/a/key"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    (place / "scores.json").write_text(json.dumps({"pruning": {"mean": distances}}))
+    everything = run() | {"artifacts": {"score": "key"}, "cut": [], "store": str(tmp_path)}
+    assert len(heat_maps([everything])) == 1
+
+
 def test_rank_correlations_and_stability_by_hand() -> None:
     """Spearman's: 1 for the same order, -1 for the reverse; distances are read off the first diagonal."""
     assert correlation([1, 2, 3], [10, 20, 21]) == pytest.approx(1) == -correlation([1, 2, 3], [3, 2, 1])
@@ -178,6 +232,14 @@ def test_differences_are_paired_and_adjusted() -> None:
     assert found[0].average.estimate == pytest.approx(100 * (0.03 + 0.02 + 0.05) / 3)
     assert found[0].p_average == pytest.approx(2 * p)
     assert found[0].held_out.estimate == pytest.approx(found[0].average.estimate)
+
+
+def test_where_every_task_was_trained_on_nothing_is_held_out() -> None:
+    """The average is compared all the same, and a dash stands where there is nothing to compare."""
+    runs = [each | {"trained": list(TASKS), "recovery_held_out": None} for each in grid()]
+    found = page.contents(runs, [])["differences"]["rows"]
+    assert [row[3:5] for row in found] == [["-", "-"]] * 2
+    assert [row[5] for row in found] == [row[5] for row in page.difference_table(differences(grid()))["rows"]]
 
 
 class Outside(HTMLParser):
@@ -284,6 +346,17 @@ def test_what_a_cut_costs_has_curves_without_training() -> None:
     assert {row[1] for row in found["tasks"]["rows"]} == {"unpruned", "pruned"}
     assert not found["differences"]["rows"] and not found["arms"]["rows"]
     assert page.html(found).count("<svg") == 2
+
+
+def test_a_value_stands_inside_its_interval() -> None:
+    """Both are in one unit, whether they are shares in per cent or perplexities."""
+    several = [(0.80, 1250.0), (0.84, 1260.0), (0.79, 1240.0)]
+    runs = [untrained(removed, *found) for removed in (2, 3) for found in several]
+    (section,) = page.contents(runs, [])["sections"]
+    for _, _, middle, band, _ in (row for figure in section["figures"] for row in figure["table"]["rows"]):
+        low, high = band.removesuffix(" over seeds").split(" to ")
+        low, value, high = (float(text.removesuffix(" %").replace(",", "")) for text in (low, middle, high))
+        assert low < value < high < 2 * value
 
 
 def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:

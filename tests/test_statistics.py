@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from scipy import stats
 from sddx.evaluation import statistics
 from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.evaluation.statistics import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
+from sddx.report import table
 
 WRONG, RIGHT = 0.0, 1.0
 
@@ -131,7 +132,7 @@ def test_macro_average_counts_reported_tasks_equally() -> None:
 def test_standard_error_by_hand() -> None:
     """Sample standard deviation over the root of n; not defined for one item."""
     assert statistics.standard_error([1, 0, 1, 1]) == pytest.approx(stats.sem([1, 0, 1, 1]))
-    assert math.isnan(statistics.standard_error([1]))
+    assert statistics.standard_error([1]) is None
 
 
 @pytest.mark.parametrize("lost, won", [(0, 0), (1, 0), (3, 9), (10, 10), (0, 6)])
@@ -207,3 +208,34 @@ def test_parts_of_a_reported_task_are_averaged_without_weights() -> None:
     assert found["scores"]["unpruned"] == {"school": 0.875, "average": 0.875}
     assert found["standard_errors"]["unpruned"]["school"] == pytest.approx(stats.sem([1, 1, 0, 1]) / 2)
     assert found["recovery_trained"] == pytest.approx(5 / 7) and found["recovery_held_out"] is None
+
+
+SUBJECTS = {f"subject{n}": [float(n % 3 == 0)] for n in range(57)}
+ITEMS = [item for items in SUBJECTS.values() for item in items]
+
+
+def test_parts_of_one_item_are_as_sure_as_their_items_are_together() -> None:
+    """A mean of one item from each part is the mean of these items, and so are its error and its resamplings; a
+    part with several items keeps its own spread."""
+    part_of = dict.fromkeys(SUBJECTS, "mmlu")
+    found = summarise({"unpruned": SUBJECTS}, chance={}, part_of=part_of)
+    assert found["standard_errors"]["unpruned"]["mmlu"] == pytest.approx(stats.sem(ITEMS))
+    drawn = statistics.resample([SUBJECTS], replicates=20000)
+    assert drawn.mean() == pytest.approx(np.mean(ITEMS), abs=2e-3)
+    assert drawn.std() == pytest.approx(np.std(ITEMS) / len(ITEMS) ** 0.5, rel=0.03)
+    mixed = {"unpruned": {"law": [1, 0, 1], "art": [0]}}
+    error = summarise(mixed, chance={}, part_of={"law": "mmlu", "art": "mmlu"})["standard_errors"]["unpruned"]
+    assert error["mmlu"] == pytest.approx(np.hypot(stats.sem([1, 0, 1]), np.std([1, 0, 1, 0], ddof=1)) / 2)
+
+
+def test_a_summary_is_valid_json_whatever_its_number_of_items() -> None:
+    """One item shows no error, nor has an average one that it is part of; what JSON cannot say is nowhere."""
+    for items in (1, 2):
+        scores = {"gsm8k": [1.0] * items, **SUBJECTS}
+        models = dict.fromkeys(("unpruned", "pruned", "recovered"), scores)
+        found = summarise(models, chance={}, part_of=dict.fromkeys(SUBJECTS, "mmlu"))
+        json.dumps(found, allow_nan=False)
+        errors = found["standard_errors"]["recovered"]
+        assert [errors[name] is None for name in ("gsm8k", "mmlu", "average")] == [items == 1, False, items == 1]
+        shown = {task: score for task, _, score, *_ in table.rows(found)}
+        assert ("100.0 ± -" if items == 1 else "100.0 ± 0.0") == shown["gsm8k"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def summarise(
     recovery = macro average of recovered / macro average of unpruned; `recovery_low` and `recovery_high`
     bound it over items. gap_closed = (recovered - pruned) / (unpruned - pruned). recovery_above_chance
     subtracts the chance level from every score first. None stands where a number is not defined: no such
-    model, no such task, a denominator of 0, or a task without a chance level.
+    model, no such task, a denominator of 0, a task without a chance level, or the error of a single item.
     """
     names = {task: (part_of or {}).get(task, task) for task in models["unpruned"]}
     interval = _interval(models, names, level, replicates, seed)
@@ -122,14 +122,23 @@ def _reported(scores: Scores, names: Mapping[str, str]) -> dict[str, float]:
     return means | {"average": float(np.mean(list(means.values())))}
 
 
-def _standard_errors(scores: Scores, names: Mapping[str, str]) -> dict[str, float]:
-    """Tasks are independent samples of items: squared errors of an unweighted mean of k add up over k^2."""
-    parts = _parts(names)
-    errors = {
-        name: math.hypot(*(standard_error(scores[task]) for task in tasks)) / len(tasks)
-        for name, tasks in parts.items()
-    }
-    return errors | {"average": math.hypot(*errors.values()) / len(errors)}
+def _standard_errors(scores: Scores, names: Mapping[str, str]) -> dict[str, float | None]:
+    """Tasks are independent samples of items: squared errors of an unweighted mean of k add up over k^2. None for a
+    reported task of one item, and then for the average."""
+    errors = {name: _error([scores[task] for task in tasks]) for name, tasks in _parts(names).items()}
+    known = [error for error in errors.values() if error is not None]
+    return errors | {"average": math.hypot(*known) / len(errors) if len(known) == len(errors) else None}
+
+
+def _error(parts: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of the unweighted mean of parts. A part of one item does not show how its items vary: it takes
+    the spread of all items, which has that between parts in it and so is too large if anything."""
+    items = np.concatenate(parts)
+    if len(items) < 2:
+        return None
+    spread = float(np.std(items, ddof=1))
+    errors = [spread if (error := standard_error(part)) is None else error for part in parts]
+    return math.hypot(*errors) / len(parts)
 
 
 def reported_chance(

@@ -19,7 +19,8 @@ Scores = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval. `contains` says which uncertainty is in it: "items" or "seeds"."""
+    """An estimate with its interval. `contains` says which uncertainty is in it: "items", "seeds" or
+    "draws" (of what was cut)."""
 
     estimate: float
     low: float
@@ -32,10 +33,10 @@ class Interval:
         return (self.high - self.low) / 2
 
 
-def standard_error(scores: Sequence[float]) -> float:
-    """Standard error of a task's mean: sample standard deviation (n - 1) / sqrt(n). NaN for one item."""
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Standard error of a task's mean: sample standard deviation (n - 1) / sqrt(n). None for one item."""
     items = np.asarray(scores, dtype=float)
-    return float(items.std(ddof=1) / np.sqrt(len(items))) if len(items) > 1 else float("nan")
+    return float(items.std(ddof=1) / np.sqrt(len(items))) if len(items) > 1 else None
 
 
 def task_weights(tasks: Sequence[str], part_of: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -65,21 +66,32 @@ def resample(
     """Macro averages [models, replicates] over resampled items.
 
     Items are resampled with replacement within their task, the same items for every model (science.md,
-    "Uncertainty"). Raises ValueError where the models were not scored on the same tasks and numbers of items.
+    "Uncertainty"); tasks of one item are joined as `_strata` says. Raises ValueError where the models were not
+    scored on the same tasks and numbers of items.
     """
     _same_items(models)
     weights = weights or task_weights(list(models[0]))
     generator = np.random.default_rng(seed)
     averages = np.zeros((len(models), replicates))
-    for task in models[0]:
-        items = np.array([model[task] for model in models], dtype=float)
+    for tasks in _strata(models[0], weights):
+        items = np.array([np.concatenate([model[task] for task in tasks]) for model in models], dtype=float)
         # Items on which all models score alike are interchangeable, so it is enough to draw how often each
         # combination of scores occurs: the same distribution, and for binary scores a handful of columns.
         combinations, counts = np.unique(items, axis=1, return_counts=True)
         total = counts.sum()
         drawn = generator.multinomial(total, counts / total, size=replicates)
-        averages += weights[task] * (combinations @ drawn.T) / total
+        averages += sum(weights[task] for task in tasks) * (combinations @ drawn.T) / total
     return averages
+
+
+def _strata(scores: Scores, weights: Mapping[str, float]) -> list[list[str]]:
+    """The tasks whose items are drawn together: each by itself, but those of one item joined where they weigh the
+    same, as the parts of a reported task do. An item by itself would be drawn every time and show no doubt;
+    together they vary between tasks too, so that the interval is too wide if anything."""
+    strata: dict[str | float, list[str]] = {}
+    for task, items in scores.items():
+        strata.setdefault(weights[task] if len(items) == 1 else task, []).append(task)
+    return list(strata.values())
 
 
 def _same_items(models: Sequence[Scores]) -> None:
@@ -170,8 +182,8 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean over k seeds with the t(k - 1) interval. Raises ValueError below two seeds."""
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
-    mean = float(np.mean(values))
-    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * standard_error(values)
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
     return Interval(mean, mean - half, mean + half, "seeds", level)
 
 

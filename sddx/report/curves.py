@@ -84,8 +84,10 @@ class Family:
         return MEASURES if any(map(is_trained, self.runs)) else KEPT
 
     def pruned(self) -> list[tuple[float, float]]:
-        """The recovery of the pruned model before any training, along the axis."""
-        return sorted({run["choices"][self.axis]: run["pruned_recovery"] for run in self.runs}.items())
+        """The recovery of the pruned model before any training, along the axis; without places where it is not
+        defined, as the unpruned model scored nothing."""
+        defined = [run for run in self.runs if run["pruned_recovery"] is not None]
+        return sorted({run["choices"][self.axis]: run["pruned_recovery"] for run in defined}.items())
 
     def curve(self, arm: str, measure: str) -> list[Point]:
         """The points of one arm, along the axis; without places where the measure is not defined."""
@@ -207,13 +209,14 @@ def _apart(key: tuple, keys: Sequence[tuple]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against SFT, paired by seed, in points; p is adjusted by Holm over the column that it stands in."""
+    """An arm against SFT, paired by seed, in points; p is adjusted by Holm over the column that it stands in.
+    Where every task was trained on, nothing is held out."""
 
     where: str
     arm: str
     seeds: int
     average: Interval
-    held_out: Interval
+    held_out: Interval | None
     p_average: float | None
     p_held_out: float | None
 
@@ -221,10 +224,11 @@ class Difference:
 def differences(runs: Sequence[Run]) -> list[Difference]:
     """Every arm against SFT, wherever both were run with two seeds in common and all else equal."""
     pairs = list(_pairs([run for run in runs if is_trained(run)]))
-    columns = [[_paired(arm, base, score) for *_, arm, base in pairs] for score in (average, held_out)]
-    adjusted = [_holm([p for _, p in column]) for column in columns]
+    averages = [_paired(arm, base, average) for *_, arm, base in pairs]
+    others = [_paired_held_out(arm, base) for *_, arm, base in pairs]
+    adjusted = [_holm([p for _, p in column]) for column in (averages, others)]
     return [
-        Difference(where, arm, len(ours), columns[0][n][0], columns[1][n][0], adjusted[0][n], adjusted[1][n])
+        Difference(where, arm, len(ours), averages[n][0], others[n][0], adjusted[0][n], adjusted[1][n])
         for n, (where, arm, ours, _) in enumerate(pairs)
     ]
 
@@ -281,13 +285,18 @@ def _holm(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else next(adjusted) for p in p_values]
 
 
-def _paired(
-    arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], float]
-) -> tuple[Interval, float | None]:
+def _paired(arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], Any]) -> tuple[Interval, float | None]:
     points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
     # With the same difference in every seed, to rounding, the t test has no variance to divide by.
     defined = max(points) - min(points) > 1e-9
     return t_interval(points), float(ttest_1samp(points, 0).pvalue) if defined else None
+
+
+def _paired_held_out(arm: Sequence[Run], base: Sequence[Run]) -> tuple[Interval | None, float | None]:
+    """The same over the tasks that were not trained on, where every run has any."""
+    if any(held_out(run) is None for run in (*arm, *base)):
+        return None, None
+    return _paired(arm, base, held_out)
 
 
 def average(run: Run) -> float:
@@ -295,10 +304,11 @@ def average(run: Run) -> float:
     return run["scores"]["recovered"]["average"]
 
 
-def held_out(run: Run) -> float:
-    """The recovered model's average over the tasks that were not trained on."""
+def held_out(run: Run) -> float | None:
+    """The recovered model's average over the tasks that were not trained on; None where there is none."""
     scores = run["scores"]["recovered"]
-    return mean(score for task, score in scores.items() if task not in (*run["trained"], "average"))
+    found = [score for task, score in scores.items() if task not in (*run["trained"], "average")]
+    return mean(found) if found else None
 
 
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -359,30 +369,55 @@ class VariantDifference:
     name: str
     removed: float
     seeds: int
+    draws: int
     before: Interval
     after: Interval | None
 
 
+Pair = tuple[Run, Run]  # of a variant and of what it is held against
+
+
 def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
     """Every variant against the first one named in `VARIANTS`, wherever both removed as much with a seed in
-    common. One seed: intervals over items; more: over seeds. Runs without samples, or with other items, are left
-    out."""
+    common. Several draws of what is cut: intervals over draws; else several seeds: over seeds; else over items.
+    Runs without samples, or with other items, are left out."""
     base, found = VARIANTS[choice][2], []
     everything = variants(runs, choice)
     bases = {variant.where: variant for variant in everything if variant.name == base}
-    for variant in everything:
+    for variant in (variant for variant in everything if variant.name != base and variant.where in bases):
         for removed, own in variant.runs.items():
-            others = bases[variant.where].runs.get(removed, []) if variant.where in bases else []
-            pairs = [(a, b) for a in own for b in others if a["choices"]["seed"] == b["choices"]["seed"]]
-            if variant.name != base and pairs:
-                before, after = (_over_pairs(pairs, model) for model in ("pruned", "recovered"))
-                if before is not None:
-                    about = variant.where, variant.name, removed, len(pairs)
-                    found.append(VariantDifference(*about, before, after))
+            draws = _by_draw(own, bases[variant.where].runs.get(removed, []), choice)
+            before, after = (_over_draws(draws, model) for model in ("pruned", "recovered"))
+            if before is not None:
+                seeds = {run["choices"]["seed"] for pairs in draws for run, _ in pairs}
+                about = variant.where, variant.name, removed, len(seeds), len(draws)
+                found.append(VariantDifference(*about, before, after))
     return found
 
 
-def _over_pairs(pairs: Sequence[tuple[Run, Run]], model: str) -> Any:
+def _by_draw(own: Sequence[Run], others: Sequence[Run], choice: str) -> list[list[Pair]]:
+    """Runs beside those of the same seed that they are held against, for each draw of what was cut."""
+    by_seed = {run["choices"]["seed"]: run for run in others}
+    found: dict[tuple, dict[int, Pair]] = defaultdict(dict)
+    for run in own:
+        if (seed := run["choices"]["seed"]) in by_seed:
+            draw = tuple(run["choices"].get(name) for name in DRAWS.get(choice, ()))
+            found[draw][seed] = run, by_seed[seed]
+    return [list(pairs.values()) for pairs in found.values()]
+
+
+def _over_draws(draws: Sequence[Sequence[Pair]], model: str) -> Interval | None:
+    """The difference in one draw, or the mean over several. All draws are held against the same runs, so that only
+    they are independent: each counts once, whatever its seeds."""
+    each = [_over_pairs(pairs, model) for pairs in draws]
+    found = [interval for interval in each if interval is not None]
+    if not found or len(found) < len(each):
+        return None
+    several = len(found) > 1
+    return replace(t_interval([f.estimate for f in found]), contains="draws") if several else found[0]
+
+
+def _over_pairs(pairs: Sequence[Pair], model: str) -> Interval | None:
     sides: Any = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
     items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):

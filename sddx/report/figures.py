@@ -55,11 +55,9 @@ def curves(family: Family, measure: str, title: str) -> str:
         if any(point.interval.half_width for point in points):
             low, high = ([scale * getattr(p.interval, side) for p in points] for side in ("low", "high"))
             axis.fill_between(xs, low, high, color=colour, alpha=0.18, lw=0)
-    if measure == "recovery":
-        places, shares = zip(*family.pruned(), strict=True)
-        axis.plot(
-            places, [100 * share for share in shares], "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2
-        )
+    if measure == "recovery" and (pruned := family.pruned()):
+        xs, ys = [x for x, _ in pruned], [100 * share for _, share in pruned]
+        axis.plot(xs, ys, "--", color=COLOURS[-1], label="pruned, untrained", lw=1.2)
     axis.set_xlabel(family.label)
     axis.set_ylabel("%" if is_share(measure) else "perplexity")
     if not is_share(measure):

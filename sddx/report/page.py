@@ -13,10 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from sddx.evaluation.statistics import Interval
 from sddx.report import figures
 from sddx.report.curves import (
     Difference,
     Family,
+    Point,
     Run,
     arms,
     differences,
@@ -31,7 +33,7 @@ from sddx.report.curves import (
 from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Table, agreements, heat_maps, variant_sections
-from sddx.report.table import CHOOSING, grid, is_choosing, percent
+from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -116,7 +118,9 @@ def _p(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _points(interval: Any) -> str:
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return ABSENT
     return f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
 
 
@@ -176,22 +180,27 @@ def reading_difference_table(runs: Sequence[Run]) -> Table:
 def curve_table(family: Family, measure: str) -> Table:
     """The numbers behind a figure."""
     rows = [
-        [arm, f"{point.x:g}", _height(point, measure), _band(point), str(point.seeds)]
+        [arm, f"{point.x:g}", _height(point, measure), _band(point, measure), str(point.seeds)]
         for arm in family.arms
         for point in family.curve(arm, measure)
     ]
     return {"header": ["arm", family.label, "mean", "95 % interval", "seeds"], "rows": rows}
 
 
-def _height(point: Any, measure: str) -> str:
-    value = point.interval.estimate
-    return percent(value) if is_share(measure) else f"{value:,.2f}"
+def _height(point: Point, measure: str) -> str:
+    return _number(point.interval.estimate, measure) + (" %" if is_share(measure) else "")
 
 
-def _band(point: Any) -> str:
+def _band(point: Point, measure: str) -> str:
     if point.interval.contains == "nothing":
-        return "-"
-    return f"{100 * point.interval.low:.1f} to {100 * point.interval.high:.1f} over {point.interval.contains}"
+        return ABSENT
+    low, high = (_number(bound, measure) for bound in (point.interval.low, point.interval.high))
+    return f"{low} to {high} over {point.interval.contains}"
+
+
+def _number(value: float, measure: str) -> str:
+    """A share in per cent, a perplexity as it is."""
+    return f"{100 * value:.1f}" if is_share(measure) else f"{value:,.2f}"
 
 
 def funnel_table(runs: Sequence[Run]) -> Table:

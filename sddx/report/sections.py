@@ -40,7 +40,7 @@ def _scores(run: Run) -> dict[str, Any]:
 def _removed(run: Run) -> tuple[int, ...]:
     """The numbers of the units that a run removed."""
     halves = run.get("no_attention", []), run.get("no_feedforward", [])
-    whole = sorted(set(range(run.get("blocks", max(run["cut"]) + 1))) - set(run["cut"]))
+    whole = sorted(set(range(run["blocks"])) - set(run["cut"]))
     units = run["choices"].get("units", "blocks")
     if units == "sublayers":
         both = [unit for block in whole for unit in (2 * block, 2 * block + 1)]
@@ -112,12 +112,14 @@ def _variant_differences(runs: Sequence[Run], choice: str, label: str) -> Table:
             d.name,
             f"{d.removed:g}",
             str(d.seeds),
+            str(d.draws),
             _shares(d.before),
             _shares(d.after) if d.after else ABSENT,
         ]
         for d in variant_differences(runs, choice)
     ]
-    return {"header": ["runs", label, "removed", "seeds", "before training", "after training"], "rows": rows}
+    header = ["runs", label, "removed", "seeds", "draws", "before training", "after training"]
+    return {"header": header, "rows": rows}
 
 
 def _shares(interval: Any) -> str:

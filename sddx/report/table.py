@@ -38,7 +38,9 @@ def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
 
 
 def _score(score: float | None, error: float | None) -> str:
-    return ABSENT if score is None else f"{100 * score:.1f} ± {100 * (error or 0):.1f}"
+    if score is None:
+        return ABSENT
+    return f"{100 * score:.1f} ± " + (ABSENT if error is None else f"{100 * error:.1f}")
 
 
 def percent(share: float | None) -> str:
