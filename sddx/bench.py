@@ -35,7 +35,6 @@ from sddx.records import UserError
 from sddx.store.manifest import replace_text
 
 MODELS = ("unpruned", "pruned")
-SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 Make = Callable[[], Any]
 
 

@@ -105,19 +105,6 @@ class Store:
         same, and built once."""
         return self.source(artifact.stage, artifact.path, lambda name: name == file)
 
-    def manifest(self, artifact: Artifact) -> dict[str, Any]:
-        """How an artifact was made: stage, key, created (UTC), seconds, peak_memory (bytes), device, threads,
-        seed, spec, inputs, sources, versions, commit, files. A source has only stage, key and path.
-
-        Raises UserError where the artifact is gone.
-        """
-        if not artifact.path.is_relative_to(self.root):
-            return {"stage": artifact.stage, "key": artifact.key, "path": str(artifact.path)}
-        fields = manifest.read(artifact.path)
-        if fields is None:
-            raise UserError(f"{artifact.path} holds no complete artifact; run the command again to build it")
-        return fields
-
     def _folder(self, recipe: digest.Recipe) -> Path:
         return self.root / recipe.stage / recipe.settings[:16]
 
