@@ -28,7 +28,8 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def plain_arguments(given: Sequence[str], told: str | None, **defaults: str | None) -> dict[str, Any]:
-    """The values of `key=value` arguments, as text, over their defaults; `null` is None. Where help is asked for it
+    """The values of `key=value` arguments, as text, over their defaults; `null` is None where that is the
+    default. Where help is asked for it
     is `told`, and the program ends.
 
     Raises UserError, with all that is wrong at once, for a key that is not among the defaults, one that is given
@@ -42,7 +43,8 @@ def plain_arguments(given: Sequence[str], told: str | None, **defaults: str | No
     wrong = [f"{key!r} is no setting of the form key=value." for key, sign, _ in pairs if not sign]
     wrong += [_unknown(key, list(defaults)) for key, sign, _ in pairs if sign and key not in defaults]
     wrong += [f"{key} is given more than once." for key in defaults if keys.count(key) > 1]
-    values = defaults | {key: None if value == "null" else value for key, _, value in pairs}
+    optional = [key for key, value in defaults.items() if value is None]
+    values = defaults | {key: None if value == "null" and key in optional else value for key, _, value in pairs}
     wrong += [f"{key} has no value. Give it as {key}=..." for key in defaults if values[key] == REQUIRED]
     if wrong:
         raise UserError(*wrong)

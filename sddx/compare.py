@@ -39,7 +39,10 @@ def run_folder(path: str) -> Path:
 
 def load_samples(folder: Path, model: str) -> Samples:
     """Scores, item hashes and settings by task of one model of a run (`samples.json`)."""
-    models = json.loads((folder / "samples.json").read_text())
+    try:
+        models = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'samples.json'} is damaged ({error}). Run the run's command again.") from None
     if model not in models:
         raise UserError(f"{folder} has no scores of the {model} model; it has {', '.join(models)}.")
     return models[model]

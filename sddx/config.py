@@ -123,11 +123,19 @@ def _walk(where: str, node: Any) -> Iterator[str]:
         if not callable(target):
             yield f"{where}._target_: {named!r} cannot be imported and called.{_near_target(str(named))}"
             return
+        if node.get("_partial_", False) is not True and _waits(target):
+            yield f"{where}._partial_ must be true: {named} is called later, with what the code gives it."
         yield from _bound(where, {key: node[key] for key in node if not key.startswith("_")}, target)
     else:
         yield from (wrong for key in node for wrong in out_of_range(f"{where}.{key}", key, node[key]))
     for key, value in node.items():
         yield from _walk(f"{where}.{key}", value)
+
+
+def _waits(target: Callable) -> bool:
+    """Whether a function needs what the code gives it, and not settings alone."""
+    given = [p for p in inspect.signature(target).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return not inspect.isclass(target) and any(p.default is p.empty for p in given)
 
 
 def _bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[str]:

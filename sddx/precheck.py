@@ -130,6 +130,8 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
     _check_looked_at(getattr(pruning.metric, "value", None), config)
+    if pruning.patch.fit is None and pruning.patch.trained:
+        raise UserError("pruning.patch.trained=true, and there is no patch. Choose one: pruning/patch=linear.")
     if pruning.patch.fit is not None and pruning.remove:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes

@@ -17,10 +17,10 @@ COUNTS = """
     tensor_parallel texts tokens validate_every width
 """.split()
 FROM_0 = """
-    epochs learning_rate lowest min_characters remove ridge shots temperature top_k until validation weight
+    epochs lowest min_characters remove ridge shots temperature top_k until validation weight
     weight_decay
 """.split()
-ABOVE_0 = "alpha clip gpu_hours gpu_memory_utilization top_p".split()
+ABOVE_0 = "alpha clip learning_rate gpu_hours gpu_memory_utilization top_p".split()
 SHARES = "beta chance dropout gpu_memory_utilization keep shift top_p warmup".split()
 NOT_EMPTY = ("tasks",)
 KINDS = {
@@ -69,8 +69,8 @@ def _allowed(name: str, value: Any) -> str | None:
 
 
 def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator[str]:
-    """Whether a value is not what its parameter is annotated as: one of some words, or of plain types; of other
-    annotations nothing is said."""
+    """Whether a value is not what its parameter is annotated as: one of some words, of plain types, or what a
+    `_target_` makes."""
     annotation = str(parameter.annotation)
     if annotation.startswith("Literal["):
         allowed = ast.literal_eval(annotation.removeprefix("Literal"))
@@ -80,11 +80,22 @@ def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator
         return
     names = _plain(annotation).split(" | ")
     if not set(names) <= KINDS.keys():
+        yield from _no_node(where, annotation, value)
         return
+    if (held := re.fullmatch(r"Mapping\[str, (.*)\]", annotation)) and isinstance(value, Mapping):
+        for key, each in value.items() if not set(_plain(held[1]).split(" | ")) <= KINDS.keys() else ():
+            yield from _no_node(f"{where}.{key}", held[1], each)
     kinds: Any = [KINDS[name] for name in names]
     fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds)
     if not fits:
         yield f"{where}={_shown(value)} must be {' or '.join(WORDS[name] for name in names)}."
+
+
+def _no_node(where: str, annotation: str, value: Any) -> Iterator[str]:
+    """What is wrong with a value where something made by a `_target_` is to stand."""
+    may_lack = "Any" in annotation or "None" in annotation
+    if isinstance(value, (str, int, float)) or (value is None and not may_lack):
+        yield f"{where}={_shown(value)} must be a group of settings with its _target_, as in the files of conf/."
 
 
 def _plain(annotation: str) -> str:
@@ -99,5 +110,5 @@ def _shown(value: Any) -> str:
 
 
 def is_ours(target: Callable) -> bool:
-    """Whether the names of a target's settings are ours to know."""
-    return str(getattr(target, "__module__", "")).partition(".")[0] == "sddx"
+    """Whether the names of a target's settings are ours to know; of a command that runs as a program, too."""
+    return str(getattr(target, "__module__", "")).partition(".")[0] in ("sddx", "__main__")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -98,6 +99,24 @@ def test_every_other_command_has_help_and_knows_its_arguments(name: str, capsys:
     except SystemExit as error:
         status = error.code
     assert status == 2 and "error: " in capsys.readouterr().err
+
+
+def test_as_a_program_a_command_checks_as_much(tmp_path: Path) -> None:
+    """Types and ranges of the settings at the root, whose schema is then a function of `__main__`."""
+    given = ["seed=a", "validation=-5", "max_length=abc", f"hydra.run.dir={tmp_path}"]
+    told = subprocess.run([sys.executable, "-m", "sddx.train", *given], capture_output=True, text=True)
+    assert told.returncode == 2 and "3 mistake(s)" in told.stderr
+    assert all(name in told.stderr for name in ("seed='a'", "validation=-5", "max_length='abc'"))
+
+
+def test_only_a_store_is_looked_into_and_days_are_a_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main = import_module("sddx.store.__main__").main
+    for asked in ("ls", "verify", "gc"):
+        assert main(["--store", str(tmp_path / "typo"), asked]) == 2
+        assert "There is no store at" in capsys.readouterr().err
+    for days in ("-1", "nan", "inf"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--store", str(tmp_path), "gc", f"--older-than={days}"])
 
 
 @pytest.mark.parametrize("name", ["export.__main__", "bench", "compare", "report.__main__", "sweep.__main__"])

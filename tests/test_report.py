@@ -115,6 +115,9 @@ def test_a_run_in_two_sweeps_counts_once(tmp_path: Path) -> None:
         (tmp_path / sweep / "0").mkdir(parents=True)
         (tmp_path / sweep / "0/summary.json").write_text(json.dumps(run() | {"artifacts": {"train": "x"}}))
     assert len(page.of_folders([tmp_path])) == 1
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "summary.json").write_text('{"choices": {')  # one that a full disk cut short
+    assert len(page.of_folders([tmp_path])) == 1
 
 
 def test_what_is_the_same_in_every_seed_has_no_p() -> None:

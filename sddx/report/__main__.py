@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sddx.arguments import exit_status
+from sddx.config import writable_folder
 from sddx.records import UserError
 from sddx.report import page
 from sddx.report.publish import publish, to_wandb
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not runs:
         where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
         raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
+    writable_folder(given.out, "--out")
     found = publish(runs, page.failed(given.folders), given.out)
     if given.wandb:
         settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -37,6 +38,8 @@ from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
+log = logging.getLogger(__name__)
+
 COLUMNS = (
     "recovery recovery_low recovery_high recovery_trained recovery_held_out recovery_above_chance gap_closed "
     "pruned_recovery fallback_share examples supervised_tokens steps"
@@ -48,7 +51,8 @@ def of_store(root: Path) -> list[Run]:
     found: dict[str, tuple[float, Run]] = {}
     for path in (root / "report").glob("*/*/summary.json"):
         if (path.parent / "manifest.json").is_file():
-            run = json.loads(path.read_text()) | {"folder": str(path.parent)}
+            if (run := _summary(path)) is None:
+                continue
             made, key = path.stat().st_mtime, json.dumps(run["choices"], sort_keys=True)
             if key not in found or made > found[key][0]:
                 found[key] = (made, run)
@@ -58,9 +62,20 @@ def of_store(root: Path) -> list[Run]:
 def of_folders(folders: Iterable[Path]) -> list[Run]:
     """The finished runs below some folders."""
     paths = sorted(path for folder in folders for path in folder.rglob("summary.json"))
-    runs = [json.loads(path.read_text()) | {"folder": str(path.parent)} for path in paths]
+    runs = [run for path in paths if (run := _summary(path)) is not None]
     # One run may stand in two sweeps, and must not count as two.
     return list({json.dumps([run["choices"], run["artifacts"]], sort_keys=True): run for run in runs}.values())
+
+
+def _summary(path: Path) -> Run | None:
+    """A run's summary; None, with a warning, for a file that is none: one that is damaged must not cost the
+    report of the others."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return run | {"folder": str(path.parent), "choices": run["choices"], "artifacts": run["artifacts"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is left out: no run's summary (%s: %s)", path, type(error).__name__, error)
+        return None
 
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:

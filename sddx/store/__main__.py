@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 1 where `verify` found damage, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     root = Path(options.store).expanduser()
+    if not root.is_dir():
+        raise UserError(f"There is no store at {root}. Give its folder: --store FOLDER.")
     if options.command == "ls":
         return show(root)
     if options.command == "why":
@@ -31,6 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "verify":
         return verify(root)
     return collect(root, options.older_than, options.dry_run)
+
+
+def _days(text: str) -> float:
+    """A number of days. Raises ValueError, which argparse tells, below 0 and for what is no number."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     why.add_argument("b", help="the first characters of another key")
     commands.add_parser("verify", help="compute all checksums again and list what is damaged")
     gc = commands.add_parser("gc", help="delete what a crash left, what is damaged and what is old")
-    gc.add_argument("--older-than", type=float, metavar="DAYS", help="also what was not used for so long")
+    gc.add_argument("--older-than", type=_days, metavar="DAYS", help="also what was not used for so long")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     return parser
 
