@@ -44,6 +44,11 @@ def run(loss: str = "sft", seed: int = 0, removed: int = 3, gain: float = 0.0, *
     }  # fmt: skip
 
 
+def rows_of(found: dict) -> dict[str, list]:
+    """The rows of every table, by the name of its section."""
+    return {section.name: section.table["rows"] for section in found["sections"] if section.table}
+
+
 GAINS = {("sft", 0): 0.00, ("sft", 1): 0.02, ("sft", 2): 0.01, ("sdd", 0): 0.03, ("sdd", 1): 0.04, ("sdd", 2): 0.06}
 
 
@@ -172,8 +177,8 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     (tmp_path / "other/samples.json").write_text(json.dumps(other))
     assert variant_differences([runs[0], runs[1] | {"folder": str(tmp_path / "other")}], "patch") == []
     sections = variant_sections(runs)
-    assert [section["label"] for section in sections] == ["patch"]
-    assert "+20.0" in sections[0]["differences"]["rows"][0][-1]
+    assert [section.name for section in sections] == ["by patch", "by patch differences", "by patch tasks"]
+    assert sections[1].title == "By patch, minus none" and "+20.0" in sections[1].table["rows"][0][-1]
 
 
 def judged(folder: Path, pruned: int, recovered: int, **choices: object) -> dict:
@@ -214,7 +219,7 @@ def test_a_cut_of_every_block_is_ringed(tmp_path: Path) -> None:
     (place / "manifest.json").write_text("{}")
     (place / "scores.json").write_text(json.dumps({"pruning": {"mean": distances}}))
     everything = run() | {"artifacts": {"score": "key"}, "cut": [], "store": str(tmp_path)}
-    assert len(heat_maps([everything])) == 1
+    assert len(heat_maps([everything]).figures) == 1
 
 
 def test_rank_correlations_and_stability_by_hand() -> None:
@@ -240,7 +245,7 @@ def test_differences_are_paired_and_adjusted() -> None:
 def test_where_every_task_was_trained_on_nothing_is_held_out() -> None:
     """The average is compared all the same, and a dash stands where there is nothing to compare."""
     runs = [each | {"trained": list(TASKS), "recovery_held_out": None} for each in grid()]
-    found = page.contents(runs, [])["differences"]["rows"]
+    found = rows_of(page.contents(runs, []))["differences"]
     assert [row[3:5] for row in found] == [["-", "-"]] * 2
     assert [row[5] for row in found] == [row[5] for row in page.difference_table(differences(grid()))["rows"]]
 
@@ -270,6 +275,19 @@ def test_the_page_stands_alone_and_shows_every_figure_with_its_numbers() -> None
     assert all(
         f'href="#{name}"' in text and f'id="{name}"' in text for name in ("arms", "differences", "cost", "failed")
     )
+
+
+def test_every_section_stands_in_the_page_and_in_markdown_in_one_order() -> None:
+    """Each once in the navigation and once below it, under one title; none is empty."""
+    runs = [run(**each["choices"] | {"pruning": metric}) for each in grid() for metric in ("angular", "last")]
+    found = page.contents(runs, [("s9", "failed", "no room")])
+    titles = [section.title for section in found["sections"]]
+    text, written = page.html(found), page.markdown(found)
+    assert re.findall(r"<h2 id=.*?>(.*?)</h2>", text) == titles == re.findall(r"<a href=.*?>(.*?)</a>", text)
+    assert re.findall(r'<a href="#(.*?)"', text) == re.findall(r'<h2 id="(.*?)"', text)
+    headings = re.findall("^## (.*)$", written, re.MULTILINE)
+    assert headings == [title for section in found["sections"] for title in section.tables]
+    assert {"by metric", "by metric tasks", "differences", "failed"} <= rows_of(found).keys()
 
 
 def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -308,7 +326,8 @@ def test_arms_are_held_against_each_other_under_every_filter() -> None:
     paired t test, times two by Holm for the smaller p."""
     runs = [read(run(arm, seed=seed), *of) for arm, seeds in READ.items() for seed, of in enumerate(seeds)]
     found = page.contents([*runs, run("kd", removed=5)], [])
-    assert [row[1:] for row in found["readings"]["rows"]] == [
+    tables = rows_of(found)
+    assert [row[1:] for row in tables["readings"]] == [
         ["unpruned", "trained", "match,strict (primary)", "90.0 %", "0.0 %"],
         ["unpruned", "trained", "match,flexible", "90.0 %", "0.0 %"],
         ["pruned", "trained", "match,strict (primary)", "10.0 %", "50.0 %"],
@@ -319,7 +338,7 @@ def test_arms_are_held_against_each_other_under_every_filter() -> None:
         ["sdd", "trained", "match,flexible", "62.0 %", "0.0 %"],
     ]
     p = [ttest_rel(*([of[place] for of in READ[arm]] for arm in ("sdd", "sft"))).pvalue for place in (0, 1)]
-    strict, flexible = found["reading_differences"]["rows"]
+    strict, flexible = tables["reading_differences"]
     assert strict[1:5] == ["sdd", "2", "trained", "match,strict (primary)"] and flexible[4] == "match,flexible"
     assert strict[5].startswith("-19.0 (") and flexible[5].startswith("+8.5 (") and p[0] < p[1]
     assert (strict[6], flexible[6]) == (f"{2 * p[0]:.3f}", f"{max(2 * p[0], p[1]):.3f}")
@@ -342,12 +361,11 @@ def test_what_a_cut_costs_has_curves_without_training() -> None:
     """Kept shares and perplexities over what was removed, and no recovery anywhere."""
     runs = [untrained(0, 1.0, 10.0), untrained(2, 0.8, 20.0), untrained(4, 0.3, 4000.0)]
     found = page.contents(runs, [])
-    (section,) = found["sections"]
-    kept, perplexity = ([row[1:3] for row in figure["table"]["rows"]] for figure in section["figures"])
+    kept, perplexity = ([row[1:3] for row in figure.table["rows"]] for figure in found["sections"][0].figures)
     assert kept == [["0", "100.0 %"], ["2", "80.0 %"], ["4", "30.0 %"]]
     assert perplexity == [["0", "10.00"], ["2", "20.00"], ["4", "4,000.00"]]
-    assert {row[1] for row in found["tasks"]["rows"]} == {"unpruned", "pruned"}
-    assert not found["differences"]["rows"] and not found["arms"]["rows"]
+    assert {row[1] for row in rows_of(found)["tasks"]} == {"unpruned", "pruned"}
+    assert not {"differences", "arms"} & rows_of(found).keys()
     assert page.html(found).count("<svg") == 2
 
 
@@ -355,8 +373,8 @@ def test_a_value_stands_inside_its_interval() -> None:
     """Both are in one unit, whether they are shares in per cent or perplexities."""
     several = [(0.80, 1250.0), (0.84, 1260.0), (0.79, 1240.0)]
     runs = [untrained(removed, *found) for removed in (2, 3) for found in several]
-    (section,) = page.contents(runs, [])["sections"]
-    for _, _, middle, band, _ in (row for figure in section["figures"] for row in figure["table"]["rows"]):
+    (section, *_) = page.contents(runs, [])["sections"]
+    for _, _, middle, band, _ in (row for figure in section.figures for row in figure.table["rows"]):
         low, high = band.removesuffix(" over seeds").split(" to ")
         low, value, high = (float(text.removesuffix(" %").replace(",", "")) for text in (low, middle, high))
         assert low < value < high < 2 * value
@@ -369,9 +387,9 @@ def test_runs_without_training_stand_beside_those_with(tmp_path: Path) -> None:
     assert family.measures == MEASURES and not family.curve("none", "recovery")
     assert {d.arm for d in differences(runs)} == {"sdd"} and page.html(page.contents(runs, []))
     metrics = [{**r, "choices": {**r["choices"], "pruning": p}} for r in runs[-2:] for p in ("angular", "last")]
-    (section,) = variant_sections(metrics)
-    assert [figure["title"] for figure in section["figures"]] == ["Before training"]
-    assert section["table"]["rows"][0][2:] == ["80.0", "70.0"]
+    (section, *_) = variant_sections(metrics)
+    assert [figure.title for figure in section.figures] == ["Before training"]
+    assert section.table["rows"][0][2:] == ["80.0", "70.0"]
 
 
 def test_settings_beside_the_axes_keep_runs_apart() -> None:
@@ -428,7 +446,7 @@ def test_an_offline_wandb_run_holds_every_point_of_every_curve(tmp_path: Path) -
             assert logged == [(point.x, point.interval.estimate) for point in family.curve(arm, measure)]
             assert any(f"plots/removed/{measure}" in key for row in rows for key in row)
     keys = {key for row in rows for key in row}  # a table is one value or several under its name
-    assert all(any(key.startswith(f"tables/{name}") for key in keys) for name in ("arms", "failed"))
+    assert all(any(key.startswith(f"tables/{name}") for key in keys) for name in rows_of(found))
     assert any(record.WhichOneof("record_type") == "request" or record.artifact.name for record in records(file))
 
 

@@ -33,7 +33,7 @@ from sddx.report.curves import (
 )
 from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
-from sddx.report.sections import Table, agreements, heat_maps, variant_sections
+from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
 from sddx.store.manifest import find
 from sddx.sweep import cells
@@ -44,6 +44,18 @@ COLUMNS = (
     "recovery recovery_low recovery_high recovery_trained recovery_held_out recovery_above_chance gap_closed "
     "pruned_recovery fallback_share examples supervised_tokens steps"
 ).split()
+
+# What must be known to read a table.
+PAIRED = """Same items and same seeds; 95 % intervals over seeds, p of the paired t test adjusted by Holm within its
+column. A claim needs equal examples and equal supervised tokens, and each arm at its own learning rate."""
+LAW = """Recovery over training examples n, fitted to the mean over seeds; intervals are 95 % over resampled
+seed-curves. Where the data carries no law, that is said."""
+READ = """Means over seeds, of tasks whose written answers can be read in several ways: strictly, in the format of
+the references, or flexibly. References teach that format and self-written answers do not, so that a strict score
+favours SFT: hold arms against each other under both. Unparsed is the share of answers in which the filter found
+nothing; the primary reading is the score of all other tables."""
+READ_PAIRED = "Same items and same seeds; 95 % intervals over seeds, p adjusted by Holm over this table."
+COST = "Seconds of each stage when it was built, means over seeds."
 
 
 def of_store(root: Path) -> list[Run]:
@@ -275,34 +287,58 @@ def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
 
 def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     """Everything that the page shows."""
-    sections = []
-    for family in families(runs):
-        title = f"Over {family.label}" + (f" ({family.fixed})" if family.fixed else "")
-        drawn = [
-            {"title": label, "svg": Markup(figures.curves(family, name, label)), "table": curve_table(family, name)}
-            for name, label in family.measures.items()
-            if any(family.curve(arm, name) for arm in family.arms)
-        ]
-        sections.append({"title": title, "figures": drawn})
     return {
         "runs": runs,
         "choosing": choosing(runs),
-        "sections": sections,
-        "arms": arm_table(runs),
-        "differences": difference_table(differences(runs)),
-        "tasks": task_table(runs),
-        "readings": reading_table(runs),
-        "reading_differences": reading_difference_table(runs),
-        "variants": variant_sections(runs),
-        "agreements": agreements(runs),
-        "heat_maps": heat_maps(runs),
-        "funnel": funnel_table(runs),
+        "sections": sections(runs, failures),
         "examples": examples(runs),
-        "laws": law_table(runs),
-        "cost": cost_table(runs),
-        "cost_svg": Markup(figures.quality_against_cost(runs)),
-        "failed": {"header": ["cell", "state", "reason"], "rows": [list(cell) for cell in failures]},
     }
+
+
+def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> list[Section]:
+    """The parts of the report, in their order; those that have nothing to show are left out."""
+    cells = {"header": ["cell", "state", "reason"], "rows": [list(cell) for cell in failures]}
+    found = [
+        *curve_sections(runs),
+        Section("arms", "What each arm brought back", arm_table(runs), "Means over seeds."),
+        Section("differences", "Paired differences to SFT, in points", difference_table(differences(runs)), PAIRED),
+        Section("laws", "Scaling laws", law_table(runs), LAW),
+        Section("tasks", "Scores per task, per cent", task_table(runs), "* trained on. Means over seeds."),
+        Section("readings", "Scores under each filter", reading_table(runs), READ),
+        Section(
+            "reading_differences",
+            "Paired differences to SFT under each filter, in points",
+            reading_difference_table(runs),
+            READ_PAIRED,
+        ),
+        *variant_sections(runs),
+        *agreements(runs),
+        heat_maps(runs),
+        Section("answers", "Self-written answers", funnel_table(runs)),
+        Section("cost", "Cost", cost_table(runs), COST, cost_figures(runs)),
+        Section("failed", "Cells that are not done", cells),
+    ]
+    return [section for section in found if section.figures or section.tables]
+
+
+def curve_sections(runs: Sequence[Run]) -> list[Section]:
+    """For every family of curves, a figure of each measure that it has."""
+    found = []
+    for number, family in enumerate(families(runs), start=1):
+        title = f"Over {family.label}" + (f" ({family.fixed})" if family.fixed else "")
+        drawn = [
+            Figure(label, Markup(figures.curves(family, name, label)), curve_table(family, name))
+            for name, label in family.measures.items()
+            if any(family.curve(arm, name) for arm in family.arms)
+        ]
+        found.append(Section(f"curves {number}", title, figures=drawn))
+    return found
+
+
+def cost_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Quality over cost, where anything was trained."""
+    svg = Markup(figures.quality_against_cost(runs))
+    return [Figure("Quality against cost", svg)] if any(map(is_trained, runs)) else []
 
 
 def choosing(runs: Sequence[Run]) -> str:
@@ -319,26 +355,9 @@ def html(found: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
-    titles = {
-        "arms": "What each arm brought back", "differences": "Paired differences to SFT, in points",
-        "tasks": "Scores per task", "readings": "Scores under each filter",
-        "reading_differences": "Paired differences to SFT under each filter, in points",
-        "laws": "Scaling laws", "funnel": "Self-written answers", "cost": "Cost", "failed": "Failed cells",
-    }  # fmt: skip
     parts = [found["choosing"]] if found["choosing"] else []
-    parts += [f"## {title}\n\n{grid(**found[name])}" for name, title in titles.items() if found[name]["rows"]]
-    for variant in found["variants"]:
-        titles = {"table": "", "differences": f", minus {variant['base']}, in points", "tasks": ", before training"}
-        parts += [
-            f"## By {variant['label']}{title}\n\n{grid(**variant[name])}"
-            for name, title in titles.items()
-            if variant[name]["rows"]
-        ]
-    parts += [f"## Agreement of metrics, {a['units']}\n\n{grid(**a['table'])}" for a in found["agreements"]]
     for section in found["sections"]:
-        parts += [
-            f"## {section['title']}: {f['title'].lower()}\n\n{grid(**f['table'])}" for f in section["figures"]
-        ]
+        parts += [f"## {title}\n\n{grid(**table)}" for title, table in section.tables.items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,8 +12,6 @@ from sddx.report.summary import write
 from sddx.store.digest import digest
 from sddx.tracking import open_run
 
-TABLES = ("arms", "differences", "tasks", "readings", "reading_differences", "laws", "cost", "failed")
-
 
 def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:
     """Write report.html, report.md and report.csv; returns the contents of the page."""
@@ -38,12 +36,9 @@ def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: di
     with open_run(**settings, id=identity, name=name, job_type="report", dir=out) as run:
         for family in families(runs):
             _log_curves(run, family)
-        figures = [
-            (f"figures/{s['title']}/{f['title']}", f["svg"]) for s in found["sections"] for f in s["figures"]
-        ]
+        figures = [(f"figures/{s.title}/{f.title}", f.svg) for s in found["sections"] for f in s.figures]
         run.log({where: wandb.Html(str(svg)) for where, svg in figures})
-        tables = {name: found[name] for name in TABLES if found[name]["rows"]}
-        tables |= {f"by {variant['label']}": variant["table"] for variant in found["variants"]}
+        tables = {section.name: section.table for section in found["sections"] if section.table}
         run.log({f"tables/{n}": wandb.Table(columns=t["header"], data=t["rows"]) for n, t in tables.items()})
         pages = wandb.Artifact(f"report-{identity}", type="report")
         for suffix in ("html", "md", "csv"):

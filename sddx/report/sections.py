@@ -1,9 +1,11 @@
-"""Parts of the report that are more than a table: what cuts were chosen by, and what else but the arm varied."""
+"""What the report is made of, and its parts that are more than a table: what cuts were chosen by, and what else but
+the arm varied."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,50 @@ from sddx.report.table import ABSENT, percent
 from sddx.store.manifest import find
 
 Table = dict[str, Any]  # header: list of str, rows: list of lists of str
+STABILITY = "Stability is the mean rank correlation between parts of the calibration data."
 
 
-def heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Figure:
+    """A drawing and, where there is one, the table of its numbers."""
+
+    title: str
+    svg: Markup
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report. `name` is its anchor on the page and the name of its table in W&B; a folded table is
+    shown on the page when it is asked for."""
+
+    name: str
+    title: str
+    table: Table | None = None
+    note: str = ""
+    figures: Sequence[Figure] = ()
+    folded: bool = False
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables that have rows, those behind the figures too, by title."""
+        drawn = {f"{self.title}: {figure.title.lower()}": figure.table for figure in self.figures}
+        return {
+            title: table for title, table in {self.title: self.table, **drawn}.items() if table and table["rows"]
+        }
+
+
+def heat_maps(runs: Sequence[Run]) -> Section:
     """The distances that cuts were chosen from, one figure for each scoring that the store still has."""
-    found = []
+    found: list[Figure] = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
         distances = _scores(scored[0]).get("mean", [])
         if distances and isinstance(distances[0], list):
             cuts = {_removed(run) for run in scored}
-            found.append({"svg": Markup(figures.distances(distances, [cut for cut in cuts if cut]))})
-    return found
+            svg = Markup(figures.distances(distances, [cut for cut in cuts if cut]))
+            found.append(Figure(f"Distances {len(found) + 1}", svg))
+    return Section("distances", "Block distances", note="Rings mark the cuts that were chosen.", figures=found)
 
 
 def _scores(run: Run) -> dict[str, Any]:
@@ -48,7 +82,7 @@ def _removed(run: Run) -> tuple[int, ...]:
     return tuple({"blocks": whole, "attention": halves[0], "feedforward": halves[1]}[units])
 
 
-def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def agreements(runs: Sequence[Run]) -> list[Section]:
     """How far the metrics agree that cuts were chosen by, for each model and kind of unit that several metrics
     scored."""
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -67,33 +101,40 @@ def agreements(runs: Sequence[Run]) -> list[dict[str, Any]]:
             remove = max(run["choices"]["removed"] for run in group)
             names = Units(units, count // 2 if units == "sublayers" else count).names
             svg = Markup(figures.agreement(list(scores), matrix(scores)))
-            table, numbers = summary_table(scores, remove, names), correlation_table(scores)
-            found.append({"units": units, "svg": svg, "table": table, "numbers": numbers})
+            drawn = Figure("Rank correlations", svg, correlation_table(scores))
+            table, title = summary_table(scores, remove, names), f"Agreement of metrics, {units}"
+            found.append(Section(f"agreement {units}", title, table, STABILITY, [drawn]))
     return found
 
 
-def variant_sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def variant_sections(runs: Sequence[Run]) -> list[Section]:
     """For each of metric, units and patch that varies: recovery before and after training over how much was
     removed, differences, scores per task before training, and figures."""
     sections = []
     for choice, (label, _, base) in VARIANTS.items():
         if found := variants(runs, choice):
-            drawn = [
-                {"title": title, "svg": Markup(figures.over_removed(found, measure, title))}
-                for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
-                if all(run[measure] is not None for each in found for at in each.runs.values() for run in at)
+            name, title = f"by {label}", f"By {label}"
+            over = "Recovery before → after training, per cent, means over seeds."
+            minus = "In points of the average, on the same items and seeds; 95 %."
+            held = _variant_differences(runs, choice, label)
+            tasks = _variant_tasks(found, label)
+            sections += [
+                Section(name, title, _variant_table(found, label), over, _variant_figures(found)),
+                Section(f"{name} differences", f"{title}, minus {base}", held, minus),
+                Section(
+                    f"{name} tasks", f"{title}, scores per task before training", tasks, "Per cent.", folded=True
+                ),
             ]
-            sections.append(
-                {
-                    "label": label,
-                    "base": base,
-                    "figures": drawn,
-                    "table": _variant_table(found, label),
-                    "differences": _variant_differences(runs, choice, label),
-                    "tasks": _variant_tasks(found, label),
-                }
-            )
     return sections
+
+
+def _variant_figures(found: Sequence[Variant]) -> list[Figure]:
+    every = [run for variant in found for runs in variant.runs.values() for run in runs]
+    return [
+        Figure(title, Markup(figures.over_removed(found, measure, title)))
+        for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
+        if all(run[measure] is not None for run in every)
+    ]
 
 
 def _variant_table(found: Sequence[Variant], label: str) -> Table:
