@@ -46,7 +46,7 @@ def command(main: Callable[[], None], root: str = "train") -> None:
 
 
 def _is_setting(argument: str) -> bool:
-    return "=" in argument and not argument.startswith("-")
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _require_choices(arguments: list[str]) -> None:
