@@ -72,7 +72,7 @@ def test_a_grid_is_told_so_too(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     main = import_module("sddx.train").main
-    grid = ("--multirun", "seed=0,1", "~evaluation.limit", f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}")
+    grid = ("--multirun", "seed=0,1", "~trainer.keep", f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}")
     assert run(main, monkeypatch, given, *grid) == 2
     assert "Did you mean" in capsys.readouterr().err
 
