@@ -328,8 +328,8 @@ def test_repeated_rows_have_ids_of_their_own(tmp_path: Path) -> None:
         ('{"q": "x", "a": "y"}', {"prompt": "{q} {inptu}"}, "no column 'inptu'.*Columns: a, q"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q"}, "malformed"),
         ('{"q": "x", "a": ""}\n{"q": "x", "a": null}', {}, "No row .* 2 rows"),
-        ('{"q": "x", "a": "y"}', {"size": 2}, "size=2 .* has 1"),
-        ('{"q": "x", "a": "y"}', {"size": 0}, "size=0"),
+        ('{"q": "x", "a": "y"}', {"size": 2}, "cannot give 2 rows .* has 1"),
+        ('{"q": "x", "a": "y"}', {"size": 0}, "cannot give 0 rows"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, changes: dict, message: str) -> None:

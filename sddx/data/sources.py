@@ -272,7 +272,7 @@ def _fill(template: str, rows: Sequence[dict[str, Any]], columns: list[str], whe
         raise UserError(
             f"{where} has no column {missing!r}. Given: {template!r}. Columns: {', '.join(columns)}."
             + (f" Near names: {', '.join(near)}." if near else "")
-            + " Set dataset.prompt and dataset.response to a column, or to a text with {column} in it."
+            + " Set dataset.prompt and dataset.response (of texts, column) to a column or a text with {column}s."
         )
     try:
         return [_text(template.format_map(dict.fromkeys(fields, "") | _filled(row))) for row in rows]
@@ -314,8 +314,8 @@ def _head(examples: list[Example], size: int | None, seed: int, *, where: str) -
     Python's random numbers nor on the order of the file, and each size is the head of every larger one."""
     if size is not None and not 1 <= size <= len(examples):
         raise UserError(
-            f"{where} cannot give dataset.size={size} examples: it has {len(examples)} with a prompt and a "
-            f"response. Give a size from 1 to {len(examples)}, or null for all."
+            f"{where} cannot give {size} rows (size, with those that are held out for validation): it has "
+            f"{len(examples)} that are whole. Ask for no more, or for all with size=null."
         )
     return sorted(examples, key=lambda example: _rank(seed, example.id))[:size]
 

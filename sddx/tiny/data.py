@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Literal
 
 from sddx.records import Dataset, Example, UserError
 from sddx.tiny.corpus import STYLED, documents
 from sddx.tiny.dice import Dice
-from sddx.tiny.skills import SPLITS, Item, items
+from sddx.tiny.skills import Item, items
 
 LARGEST = 8500  # up to 8,000 to train on, and the rows that are held out for the validation loss
 
@@ -49,11 +50,8 @@ def _example(item: Item, shift: float) -> Example:
     return Example(identity, item.prompt, item.reference if foreign else item.answer)
 
 
-def conversations(*, split: str, size: int, seed: int) -> list[str]:
-    """Rendered conversations of the pretraining mixture from a split that was not trained on.
-
-    Raises UserError for a split that does not exist.
-    """
-    if split not in SPLITS:
-        raise UserError(f"There is no split {split!r}. Use one of {', '.join(SPLITS)}.")
+def conversations(
+    *, split: Literal["finetune", "calibration", "selection", "report"], size: int, seed: int
+) -> list[str]:
+    """Rendered conversations of the pretraining mixture from a split that was not trained on."""
     return [given + answered for given, answered in documents(split, size, seed)]
