@@ -666,11 +666,11 @@ def test_ls_as_a_program(lab: Laboratory) -> None:
     """`python -m sddx.store ls` prints a line for each artifact, and works where there is no store yet."""
     store = lab.store()
     artifacts = [store.build(lab.stages.measure, runtime=Runtime(), value=value) for value in (1, 2)]
-    command = [sys.executable, "-m", "sddx.store", "--store"]
-    environment = os.environ | {"PYTHONPATH": str(digest.PACKAGE.parent)}
+    command = [sys.executable, "-m", "sddx.store", "ls"]
 
     def listed(root: Path) -> list[str]:
-        return subprocess.check_output([*command, str(root), "ls"], env=environment, text=True).splitlines()
+        environment = os.environ | {"PYTHONPATH": str(digest.PACKAGE.parent), "SDDX_STORE": str(root)}
+        return subprocess.check_output(command, env=environment, text=True).splitlines()
 
     lines = listed(store.root)
     assert [line.split()[:2] for line in lines[1:3]] == [["measure", each.key[:12]] for each in artifacts]
