@@ -269,15 +269,17 @@ def curves(out: Path) -> list[dict]:
 
 def test_several_devices_train_the_same_student(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
     """Shards in two processes, beside a patch that learns and a teacher that is separate for it: the stages
-    around run once, the rows and what is saved are those of one process."""
+    around run once, the rows and what is saved are those of one process, under the same key."""
     given = [
         "loss=kd", "pruning=last", "pruning/patch=low_rank", "pruning.patch.fit.rank=4", "trainer.batch_size=4",
         "pruning.patch.trained=true", "trainer.accumulate=2", "trainer.budget=steps", "trainer.steps=2",
     ]  # fmt: skip
     more = ["trainer.strategy=fsdp", "trainer.devices=2"]
-    found = [job(tmp_path / name, first[1], *given, *extra) for name, extra in (("one", []), ("two", more))]
-    one, two = (next(first[1].glob(f"train/*/{summary['artifacts']['train']}")) for summary in found)
-    assert one != two and {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    stores = {"one": first[1], "two": shutil.copytree(first[1], tmp_path / "store")}
+    keys = [job(tmp_path / n, stores[n], *given, *extra)["artifacts"] for n, extra in (("one", []), ("two", more))]
+    assert keys[0] == keys[1]
+    one, two = (next(store.glob(f"train/*/{keys[0]['train']}")) for store in stores.values())
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     for name in ("adapter_model.safetensors", "junction.safetensors"):
         ours, theirs = load_file(two / name), load_file(one / name)
         assert ours.keys() == theirs.keys()

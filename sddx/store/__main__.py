@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 1 where `verify` found damage, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     root = Path(options.store).expanduser()
-    if not root.is_dir() and root != default_root():  # which may have nothing in it yet
+    if not root.is_dir() and root != default_root().expanduser():  # which may have nothing in it yet
         raise UserError(f"There is no store at {root}. Give its folder: --store FOLDER.")
     if options.command == "ls":
         return show(root)
