@@ -50,7 +50,7 @@ def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: s
     """The exit status of a command that reads its configuration from conf/."""
     monkeypatch.setattr(sys, "argv", ["sddx", *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # as it was, afterwards
-    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # and so are these, which Hydra replaces
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # Hydra replaces them
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as ended:
         command(main)
