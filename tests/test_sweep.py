@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from sddx.sweep.worker import perform
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs a command in an empty folder; gives the exit status and the folders of the cells of that sweep."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # Hydra replaces them
     runs = iter(range(100))
 
     def command(*given: str, store: Path | None = None) -> tuple[int, list[Path]]:

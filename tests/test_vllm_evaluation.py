@@ -272,7 +272,8 @@ def test_what_the_worker_says_is_shown(stand_in: None, tmp_path: Path, capfd: py
         results = judge(answered=answered, quiet=quiet)
         said = capfd.readouterr().err
         assert ("95 % interval" in said, "requests" in said) == (not quiet, not quiet)
-    assert judge(answered=answered, quiet=False) == results and "requests" not in capfd.readouterr().err
+    again = judge(answered=answered, quiet=False)
+    assert again == results and "requests" not in capfd.readouterr().err
 
 
 def test_a_worker_does_not_outlive_the_run(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
