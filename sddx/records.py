@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sddx.errors import Interrupted as Interrupted
+from sddx.errors import UserError as UserError
+
 if TYPE_CHECKING:
     import torch
-
-
-class UserError(Exception):
-    """A mistake, or several, that the user can mend: what was wrong, what was given, what to do.
-
-    Entry points print the message without a traceback and exit with status 2.
-    """
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.args))
-
-
-class Interrupted(SystemExit):
-    """This process was told to end (SIGTERM) and has saved what the same command goes on from. Left alone, it ends
-    the process with the status that a shell gives to that signal."""
-
-    def __init__(self, status: int = 128 + signal.SIGTERM) -> None:
-        super().__init__(status)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,11 @@ from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
 from sddx.stages.evaluate import evaluate
 from sddx.stages.train import train
-from sddx.store import Store, default_root, digest, keep_rows, lock, manifest
+from sddx.store import Store, default_root, digest, keep_rows, lock, manifest, sources
 from sddx.store.__main__ import main
 
+HARNESS = "sddx.evaluation.harness.evaluate"
+VALUES = ["sddx.importance.coalitions.TaskScore", "sddx.importance.coalitions.Loss"]
 LABORATORY = {
     "lab/__init__.py": "",
     "lab/stages.py": """
@@ -86,22 +88,21 @@ def forget() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lab", "plug", "plug_helper")]:
         del sys.modules[name]
     importlib.invalidate_caches()
-    digest._read.cache_clear()
-    digest._closure.cache_clear()
+    sources.forget()
 
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
     monkeypatch.syspath_prepend(tmp_path / "code")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second look alike to the cache
-    monkeypatch.setattr(digest, "read_package", lambda: None)  # slow after each edit, and sddx is not edited
+    monkeypatch.setattr(sources, "read_package", lambda: None)  # slow after each edit, and sddx is not edited
     forget()
     yield Laboratory(tmp_path)
     forget()
 
 
 def run_in_process(lab: Laboratory, code: str, **options: Any) -> subprocess.Popen[str]:
-    paths = [str(lab.folder / "code"), str(digest.PACKAGE.parent)]
+    paths = [str(lab.folder / "code"), str(sources.PACKAGE.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     start = f"""
         import logging
@@ -141,13 +142,8 @@ def test_manifest_says_how_it_was_made(lab: Laboratory) -> None:
     child = store.build(lab.stages.after, base, runtime=Runtime())
     fields = manifest.read(base.path)
     assert fields["spec"] == {"value": 3} and fields["key"] == base.key and fields["device"] == "cpu"
-    assert set(fields["sources"]) == {
-        "lab/__init__.py",
-        "lab/stages.py",
-        "lab/near.py",
-        "lab/maths/__init__.py",
-        "lab/maths/deep.py",
-    }
+    assert set(fields["sources"]) == {"lab/stages.py:measure", "lab/near.py:double", "lab/maths/deep.py:ONE"}
+    assert fields["format"] == manifest.FORMAT
     assert fields["peak_memory"] > 2**20 and fields["threads"] >= 1 and fields["seconds"] >= 0
     assert fields["versions"]["sddx"] and set(fields["files"]) == {"result.txt", "metrics.jsonl"}
     assert manifest.read(child.path)["inputs"] == [{"stage": "measure", "key": base.key}]
@@ -192,6 +188,66 @@ def test_runtime_does_not_move_the_key(lab: Laboratory) -> None:
     assert first.key == second.key
 
 
+TOLD = """
+def double(x: int) -> int:
+    if x < 0:
+        logger.warning("a negative number")
+        raise ValueError(f"no: {x}") from None
+    assert x < 100, "too large"
+    for _ in runtime.progress([x], what="doubling", unit="number"):
+        print("doubled")
+    return 2 * x
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("no: {x}", "not {x}, which {told(x)}"),
+        ("a negative number", "less than nothing"),
+        ("too large", "larger than that"),
+        ("doubling", "twice"),
+        ('"doubled"', '"again"'),
+        ("x: int) -> int", "x: float) -> float"),
+        ("\ndef", "\nclass Record:\n    pass\n\ndef told(x):\n    return x\n\ndef"),
+        ("\ndef", "\nfrom plug_helper import same\n\ndef"),
+    ],
+)
+def test_what_is_told_does_not_move_the_key(lab: Laboratory, old: str, new: str) -> None:
+    """Texts of exceptions and assertions, what is logged and printed, the names of bars, annotations, and
+    definitions that nothing speaks of: no number hangs on them."""
+    lab.edit("lab/near.py", lambda text: TOLD)
+    before = lab.key()
+    lab.edit("lab/near.py", methodcaller("replace", old, new))
+    assert lab.key() == before
+    lab.edit("lab/near.py", methodcaller("replace", "2 * x", "3 * x"))
+    assert lab.key() != before
+
+
+def test_a_moved_definition_keeps_the_key(lab: Laboratory) -> None:
+    """Where a definition stands does not count: a module under another name, with its old name as an alias or not,
+    for what a stage imports and for a `_target_`."""
+    by = {target: lab.key(loss={"_target_": target}) for target in ("plug.term", "plug_helper.same")}
+    (lab.folder / "code/lab/moved.py").write_text((lab.folder / "code/lab/near.py").read_text())
+    (lab.folder / "code/lab/other.py").write_text((lab.folder / "code/plug.py").read_text())
+    lab.edit("lab/near.py", lambda text: "from lab.moved import double\n")
+    assert lab.key(loss={"_target_": "plug.term"}) == by["plug.term"]
+    lab.edit("lab/stages.py", lambda text: text.replace("from lab import near", "from lab import moved as near"))
+    (lab.folder / "code/lab/near.py").unlink()
+    lab.edit("plug.py", lambda text: "from lab.other import term as term\n")
+    assert (
+        lab.key(loss={"_target_": "plug.term"}) == lab.key(loss={"_target_": "lab.other.term"}) == by["plug.term"]
+    )
+    assert by["plug_helper.same"] != by["plug.term"]
+
+
+def test_targets_count_where_they_stand(lab: Laboratory) -> None:
+    """Two functions of one name that change places make another recipe, though they are the same functions."""
+    (lab.folder / "code/lab/other.py").write_text("def term(x):\n    return -x\n")
+    here, there = {"_target_": "plug.term"}, {"_target_": "lab.other.term"}
+    assert lab.key(loss=here, value=there) != lab.key(loss=there, value=here)
+
+
 @pytest.mark.parametrize("name", ["lab/stages.py", "lab/near.py", "lab/maths/deep.py"])
 def test_comments_and_docstrings_do_not_move_the_key(lab: Laboratory, name: str) -> None:
     """Comments, docstrings and blank lines cost nothing, in the stage and in what it imports."""
@@ -206,7 +262,7 @@ def test_comments_and_docstrings_do_not_move_the_key(lab: Laboratory, name: str)
         ("lab/stages.py", "value=1", "value=2"),
         ("lab/near.py", "2 * x", "3 * x"),  # from a import b
         ("lab/maths/deep.py", "ONE = 1", "ONE = 2"),  # a relative import inside the function
-        ("lab/maths/__init__.py", "", "STATE = 1\n"),  # a package that an import runs on the way
+        ("lab/maths/__init__.py", "", "import math\nmath.pi = 3\n"),  # what a package does on the way
     ],
 )
 def test_edits_move_the_key(lab: Laboratory, name: str, old: str, new: str) -> None:
@@ -218,7 +274,7 @@ def test_edits_move_the_key(lab: Laboratory, name: str, old: str, new: str) -> N
 
 def test_from_dot_import_is_followed(lab: Laboratory) -> None:
     """`from . import x` brings the module x."""
-    lab.edit("lab/maths/deep.py", lambda text: text + "from . import wave\n")
+    lab.edit("lab/maths/deep.py", lambda text: "from . import wave\nONE = wave.A\n")
     (lab.folder / "code/lab/maths/wave.py").write_text("A = 1\n")
     forget()
     before = lab.key()
@@ -247,19 +303,76 @@ def test_third_party_target_counts_by_version(lab: Laboratory, monkeypatch: pyte
     """A `_target_` of an installed distribution moves the key when its version does."""
     spec = {"loss": {"_target_": "filelock.FileLock"}}
     before = lab.key(**spec)
-    monkeypatch.setattr(digest, "_version", lambda top: "999")
+    monkeypatch.setattr(sources, "version", lambda top: "999")
     assert lab.key(**spec) != before
 
 
 def test_lm_eval_counts_by_version_where_it_is_imported(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its releases hold the tasks, so that an upgrade is another evaluation, and no other training."""
-    lab.edit("lab/near.py", lambda text: text + "\ndef judged():\n    from lm_eval.api import model\n")
+    """Its releases hold the tasks, so that an upgrade is another evaluation, and nothing else: no training, and no
+    score that rests on losses."""
+    lab.edit("lab/maths/deep.py", lambda text: text + "\ndef judged():\n    import lm_eval\n    lm_eval.judge()\n")
     before = lab.key()
-    monkeypatch.setattr(digest, "_version", lambda top: "999")
+    lab.edit("lab/maths/deep.py", lambda text: text.replace("ONE = 1", "ONE = lambda: judged()"))
+    judged = lab.key()
+    monkeypatch.setattr(sources, "version", lambda top: "999")
+    assert lab.key() != judged
+    lab.edit("lab/maths/deep.py", lambda text: text.replace("ONE = lambda: judged()", "ONE = 1"))
     assert lab.key() == before
-    forget()
-    assert lab.key() != before and digest.stage_origins(evaluate)["lm_eval"] == "999"
-    assert "lm_eval" not in digest.stage_origins(train)
+    uses = {name: sources.reached(name).packages for name in (HARNESS, *VALUES)}
+    assert [bool(packages) for packages in uses.values()] == [True, True, False]
+    assert not digest.stage_source(train).packages
+
+
+def of_sddx() -> dict[str, str]:
+    """By stage of sddx what the key of the default job takes from the source."""
+    targets = {
+        "prepare": ["sddx.tiny.data.dataset"],
+        "score": ["sddx.importance.metrics.angular_distance", VALUES[1], "sddx.tiny.data.conversations"],
+        "prune": ["sddx.surgery.choose.contiguous"],
+        "distill": ["sddx.data.selfdata.write_answers", "sddx.data.checkers.last_number"],
+        "train": [
+            "sddx.training.objective.Objective",
+            "sddx.training.losses.cross_entropy",
+            "sddx.training.tuning.lora",
+            "sddx.training.fit.Fit",
+        ],
+        "evaluate": [HARNESS, "sddx.tiny.data.conversations"],
+        "report": [],
+    }
+    stages = {
+        name: digest.stage_source(importlib.import_module(f"sddx.stages.{name}").__dict__[name]) for name in targets
+    }
+    parts = {name: [stages[name], *map(sources.reached, given)] for name, given in targets.items()}
+    return {name: digest.digest(digest._summed(sources.together(part))) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "moved"),
+    [
+        ("sddx.hub", "def asking", "def more():\n    pass\n\n\ndef asking", set()),
+        ("sddx.records", "GRANULARITIES =", "class New:\n    pass\n\n\nGRANULARITIES =", set()),
+        ("sddx.models.load", "is a folder but holds no config.json", "holds no config.json", set()),
+        ("sddx.models.vllm", "vLLM ended", "vLLM stopped", set()),
+        ("sddx.data.vllm", '"top_p": self.top_p', '"top_p": 0.5', set()),
+        ("sddx.training.losses", "def cross_entropy", "@cache\ndef cross_entropy", {"train"}),
+        ("sddx.evaluation.statistics", "def standard_error", "@cache\ndef standard_error", {"evaluate", "report"}),
+        ("sddx.importance.metrics", "def _angles", "@cache\ndef _angles", {"score"}),
+        ("sddx.data.checkers", "rsplit(\"####\", 1)[-1]", "rsplit(\"####\", 2)[-1]", {"distill"}),
+    ],
+)  # fmt: skip
+def test_an_edit_of_sddx_moves_what_it_can_change(module: str, old: str, new: str, moved: set[str]) -> None:
+    """An error text, a new record, another backend: nothing is built again. A formula: what computes it."""
+    sources.forget()
+    before = of_sddx()
+    sources.forget()
+    try:
+        source = sources._module(module)
+        assert source is not None and old.encode() in source._text
+        source._text = source._text.replace(old.encode(), new.encode())
+        after = of_sddx()
+    finally:
+        sources.forget()
+    assert {stage for stage in before if before[stage] != after[stage]} == moved
 
 
 def test_unknown_target_is_a_user_error(lab: Laboratory) -> None:
@@ -271,9 +384,9 @@ def test_unknown_target_is_a_user_error(lab: Laboratory) -> None:
 
 def test_sddx_stages_do_not_count_the_store_or_the_runtime() -> None:
     """What cannot change a number is left out, also for a stage that imports it."""
-    files = digest.stage_origins(test_sddx_stages_do_not_count_the_store_or_the_runtime)
+    files = {one.module.file for one in digest.stage_source(evaluate).definitions}
     assert "sddx/records.py" in files
-    assert not [name for name in files if name.startswith("sddx/store") or name == "sddx/runtime.py"]
+    assert not [name for name in files if name.startswith(("sddx/store", "sddx/runtime", "sddx/errors"))]
 
 
 @pytest.mark.parametrize("value", [{1}, Path("x"), float("nan"), {1: 2}, [object()], b"x"])
@@ -495,7 +608,7 @@ def test_changed_source_is_named(lab: Laboratory, caplog: pytest.LogCaptureFixtu
     lab.store().build(lab.stages.measure, runtime=Runtime(), value=8)
     assert "rebuilding" not in caplog.text
     lab.store().build(lab.stages.measure, runtime=Runtime())
-    assert "rebuilding measure: lab/near.py changed" in caplog.text
+    assert "rebuilding measure: lab/near.py:double changed" in caplog.text
 
 
 def test_accept_goes_on_with_the_newest_old_artifact(lab: Laboratory) -> None:
@@ -506,7 +619,7 @@ def test_accept_goes_on_with_the_newest_old_artifact(lab: Laboratory) -> None:
     lab.edit("lab/near.py", methodcaller("replace", "5", "6"))
     store = lab.store(accept=["measure"])
     assert store.build(lab.stages.measure, runtime=Runtime()) == newest and lab.calls == 3
-    assert store.accepted == [{"stage": "measure", "key": newest.key, "changed": ["lab/near.py"]}]
+    assert store.accepted == [{"stage": "measure", "key": newest.key, "changed": ["lab/near.py:double"]}]
     other = store.build(lab.stages.measure, runtime=Runtime(), value=2)
     assert (other.path / "result.txt").read_text() == "121" and len(store.accepted) == 1
     assert lab.store().build(lab.stages.measure, runtime=Runtime()).key != newest.key
@@ -669,7 +782,7 @@ def test_ls_as_a_program(lab: Laboratory) -> None:
     command = [sys.executable, "-m", "sddx.store", "ls"]
 
     def listed(root: Path) -> list[str]:
-        environment = os.environ | {"PYTHONPATH": str(digest.PACKAGE.parent), "SDDX_STORE": str(root)}
+        environment = os.environ | {"PYTHONPATH": str(sources.PACKAGE.parent), "SDDX_STORE": str(root)}
         return subprocess.check_output(command, env=environment, text=True).splitlines()
 
     lines = listed(store.root)

@@ -26,7 +26,7 @@ import platformdirs
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
-from sddx.store import digest, lock, manifest, measure
+from sddx.store import digest, lock, manifest, measure, sources
 
 RESUME = "resume"
 ROWS = "metrics.jsonl"
@@ -49,7 +49,7 @@ class Store:
         self.accept = {accept} if isinstance(accept, str) else set(accept)
         self.accepted: list[dict[str, Any]] = []
         _check_writable(self.root)
-        digest.read_package()
+        sources.read_package()
 
     def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
         """The artifact of `stage(out, *inputs, runtime=runtime, **spec)`, made only where the store lacks it.
@@ -234,11 +234,11 @@ def _recorder(path: Path, forward: Callable[[dict[str, Any]], None]) -> Callable
 
 
 def _refuse_edits(recipe: digest.Recipe, loaded: list[str]) -> None:
-    """Raises UserError where source was edited since it was hashed and was not in `loaded` before the stage
-    ran: the stage may have loaded either version. Of what was loaded, the hashed version ran."""
-    files = {name: str(recipe.origins[name]) for name in recipe.edited()}
-    before = {os.path.realpath(file) for file in loaded} if files else set()
-    if late := [name for name, file in files.items() if file not in before]:
+    """Raises UserError where source was edited since it was hashed and its file was not in `loaded` before the
+    stage ran: the stage may have loaded either version. Of what was loaded, the hashed version ran."""
+    edited = sources.changed(recipe.source.definitions)
+    before = {os.path.realpath(file) for file in loaded} if edited else set()
+    if late := sorted({one.module.file for one in edited if str(one.module.path) not in before}):
         raise UserError(
             f"{', '.join(late)} was edited while this process ran, so which version the stage {recipe.stage} "
             "used is not known and its result was not kept; run the command again"
@@ -248,6 +248,7 @@ def _refuse_edits(recipe: digest.Recipe, loaded: list[str]) -> None:
 def _description(recipe: digest.Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     """The manifest without its files."""
     return {
+        "format": manifest.FORMAT,
         "stage": recipe.stage,
         "key": recipe.key,
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),

@@ -13,6 +13,7 @@ from typing import Any
 from sddx.store.digest import checksum, record
 
 NAME = "manifest.json"
+FORMAT = 1  # of manifests, and of summaries
 
 
 def write(folder: Path, fields: dict[str, Any]) -> None:
