@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from sddx.records import UserError
+from sddx.errors import UserError
+
+Node = dict[str, Any]  # settings with the `_target_` that they are for
+
+
+@dataclass(frozen=True)
+class Called:
+    """Beside a `Node` in an annotation: what the node makes is called with so many values."""
+
+    values: int
+
+
+def made(node: Mapping[str, Any], kind: type, where: str) -> Any:
+    """What a node makes. Raises UserError where that is of another kind."""
+    found = build(node)
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{where}._target_={node.get('_target_')} makes a {type(found).__name__}, and a {kind.__name__} is "
+            f"needed. The files of conf/{where} make one."
+        )
+    return found
+
+
+def tried(where: str, function: Callable[..., Any], *values: Any) -> Any:
+    """What a function gives for these values. Raises UserError, its own or one that names the setting, where it
+    fails: found before anything is paid for, that is a mistake in the settings."""
+    try:
+        return function(*values)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        told = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where} failed when it was tried: {type(error).__name__}: {told}.") from error
 
 
 def build(node: Mapping[str, Any]) -> Any:
     """Call a node's `_target_` with its other keys, nested nodes first; `_partial_: true` gives a function
-    that waits for its positional arguments. A UserError comes through as itself, not in Hydra's wrapping."""
+    that waits for its positional arguments. Raises UserError where that fails: the target's own as itself, not in
+    Hydra's wrapping."""
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+        if cause is not None:
+            raise cause from None
+        told = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{node.get('_target_')} cannot be made with its settings: {told}.") from error

@@ -6,19 +6,31 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sddx.arguments import near
-from sddx.config import CONF, flatten
-from sddx.records import UserError
+from sddx.config import CONF, flatten, unresolved
+from sddx.errors import UserError
 
+PACKAGE = Path(__file__).parent
+COMPOSE = ("entry.py", "sweeper.py")  # of our files, those that pass the command line on to Hydra
+CONFIG_DIR = ("--config-dir", "-cd")
 ALL = "All settings: --cfg job."
+FORM = (
+    "Settings have the form key=value; a value with = ( ) [ ] { } , : or a space needs quotes of its own, inside "
+    "those of the shell: 'dataset.path=\"a=b.jsonl\"'."
+)
+GRAMMAR = ("Error parsing override", "LexerNoViableAlt", "mismatched", "no viable", "token recog", "extraneous")
 NO_TEXT = re.compile(r"null|true|false|[-+.\d]+|{.*")
 
 
@@ -33,16 +45,33 @@ def mistakes_told() -> Iterator[None]:
 
 
 def command(main: Callable[[], None], root: str = "train") -> None:
-    """Run a Hydra entry point, whose settings are those of the file `root`; what Hydra refuses of the command line
+    """Run a Hydra entry point, whose settings are those of the file `root`; what is refused before its body begins
     is told as every other mistake is."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the program itself, in its own words
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_setting)  # which Hydra wants side by side, in their order
-    with mistakes_told():
+    with mistakes_told(), composing(root):
         _require_choices(sys.argv[1:])
-        try:
-            main()
-        except HydraException as error:
-            raise UserError(_in_our_words(str(error), root)) from None
+        main()
+
+
+@contextmanager
+def composing(root: str = "train") -> Iterator[None]:
+    """What Hydra, OmegaConf, YAML and the file system refuse in the body before our own code begins is a UserError
+    in our words. What our code raises passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: Hydra lets through whatever its parts raise
+        if _is_ours(error):
+            raise
+        raise UserError(_in_our_words(error, root)) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an exception comes from where our own code had begun."""
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(file.is_relative_to(PACKAGE) and file.name not in COMPOSE for file in files)
 
 
 def _is_setting(argument: str) -> bool:
@@ -64,21 +93,67 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def _in_our_words(told: str, root: str) -> str:
-    """What Hydra says of a command line, with what the user may have meant and without its search path."""
+def _in_our_words(error: Exception, root: str) -> str:
+    """What is refused of a command line or a configuration file, with what the user may have meant and without
+    Hydra's search path."""
+    told = str(error)
     if found := re.match("Could not override '(.*)'", told):
         return _unknown(found[1], root)
     if found := re.search("Could not find '(.*)/(.*)'", told):
         group, name = found[1], found[2]
         return f"{group}={name} is not there.{near(name, _options(group), f'{group}=')} {_listed(group)}"
-    if told.startswith(("Error parsing override", "LexerNoViableAlt", "mismatched", "no viable", "token recog")):
-        return f"{told.splitlines()[0]}. Settings have the form key=value, in quotes where the shell asks. {ALL}"
-    return told.partition("Config search path")[0].strip()
+    if isinstance(error, OmegaConfBaseException):
+        open_ended = [argument for argument in sys.argv[1:] if "${" in argument or "???" in argument]
+        return unresolved(error) + (f" Given: {', '.join(open_ended)}." if open_ended else "")
+    if broken := _broken_files() if isinstance(_root_of(error), (yaml.YAMLError, ValueError)) else []:
+        return "\n".join(broken)
+    if isinstance(error, HydraException) and told.startswith(GRAMMAR):
+        return f"{told.splitlines()[0]}. {FORM} {ALL}"
+    if isinstance(error, HydraException):
+        return told.partition("Config search path")[0].strip()
+    deepest = _root_of(error)
+    if isinstance(deepest, OSError) and deepest.filename:
+        return (
+            f"The folder of the run cannot be made: {deepest.strerror} ({_short(str(deepest.filename))}). Give "
+            "another with hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)."
+        )
+    return f"The command line cannot be used: {str(deepest).splitlines()[0] or type(deepest).__name__}. {ALL}"
+
+
+def _short(path: str) -> str:
+    return path if len(path) < 120 else f"{path[:80]}...{path[-30:]}"
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """What an exception began with."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _broken_files() -> list[str]:
+    """What is wrong with each file of the user's --config-dir that is no YAML in UTF-8."""
+    given = [after for flag, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True) if flag in CONFIG_DIR]
+    given += [argument.partition("=")[2] for argument in sys.argv if argument.partition("=")[0] in CONFIG_DIR]
+    broken = []
+    for path in sorted(path for folder in given for path in Path(folder).rglob("*.y*ml")):
+        try:
+            content = OmegaConf.load(path)
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            told = " ".join(str(error).split())
+            broken.append(f"{path} is no YAML that can be read: {told}. Mend the file.")
+            continue
+        defaults = content.get("defaults") if isinstance(content, DictConfig) else None
+        if defaults is not None and not OmegaConf.is_list(defaults):
+            broken.append(f"{path}: defaults must be a list, as in the files of conf/. Mend the file.")
+    return broken
 
 
 def _unknown(key: str, root: str) -> str:
     if (CONF / key).is_dir():
         return f"{key} is chosen with a plus: +{key}=... {_listed(key)}"
+    if (CONF / (group := key.replace(".", "/"))).is_dir():
+        return f"{key} is a group of settings, chosen with a slash: {group}=... {_listed(group)}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = flatten(OmegaConf.to_container(compose(root)))  # type: ignore[arg-type]
     groups = [path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()]

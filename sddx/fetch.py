@@ -19,12 +19,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
-from sddx.train import recover
+from sddx.train import check_settings
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,6 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def verify(config: dict[str, Any]) -> None:
-    """Raises UserError for keys and targets that are wrong; the model need not be here."""
-    check(config, recover, also=SURROUNDINGS)
-
-
 def tell(asked: Sequence[list[Wanted]], _: Sequence[dict[str, Any]]) -> None:
     """Fetch what the runs need together, each repository once."""
     fetch(merged(chain(*asked)), Console(width=max(120, Console().width)))
@@ -250,14 +245,14 @@ def _composed(cfg: DictConfig) -> None:
     with mistakes_told():
         require_one_run("fetch for them all")
         config = resolve(cfg)
-        verify(config)
+        check_settings(config)
         tell([wanted(config)], [config])
 
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
     register()
-    launcher.install(verify, wanted, tell)
+    launcher.install(check_settings, wanted, tell)
     sweeper.install()
     with without_run_folder("hydra/job_logging=stdout"):
         command(_composed)

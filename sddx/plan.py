@@ -9,17 +9,12 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.sweep import launcher, sweeper
-from sddx.train import recover
-
-
-def verify(config: dict[str, Any]) -> None:
-    """Raises UserError for keys and targets that are wrong; the model need not be here."""
-    check(config, recover, also=SURROUNDINGS)
+from sddx.train import check_settings
 
 
 def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> None:
@@ -32,13 +27,13 @@ def main(cfg: DictConfig) -> None:
     with mistakes_told():
         require_one_run("plan them all")
         config = resolve(cfg)
-        verify(config)
+        check_settings(config)
         tell([Estimate(config)], [config])
 
 
 if __name__ == "__main__":
     register()
-    launcher.install(verify, Estimate, tell)
+    launcher.install(check_settings, Estimate, tell)
     sweeper.install()
     with without_run_folder():
         command(main)

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.build import build, made
+from sddx.config import bound, raise_for
 from sddx.records import Units, UserError
 
 
@@ -42,15 +43,23 @@ def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     """The evaluation tasks exist and their data is there, rows and texts can be had, what writes answers and what
     judges models is installed, the devices can share the training, weights can be held as they are asked to be."""
+    from sddx.data.checkers import require_checker
     from sddx.data.sources import require_rows
     from sddx.data.templates import rewriting_prompt
+    from sddx.importance.score import require_metric
 
     checks: list[Callable[[], Any]] = [
+        lambda: _check_loss(method["loss"]),
         lambda: _check_evaluation(method["evaluation"]),
         lambda: _check_backend(method),
         lambda: _check_training(method),
         lambda: _check_quantization(method),
     ]
+    if method["loss"]["data"] != "reference":
+        checks.append(lambda: require_checker(build(method["dataset"]["check"])))
+    metric = method["pruning"].get("metric")
+    if metric is not None:
+        checks.append(lambda: require_metric("pruning.metric", build(metric)))
     read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
     checks += [partial(require_rows, method[name]) for name in read]
     if method["loss"]["data"] == "self":
@@ -82,6 +91,13 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
             lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
         )
     return checks
+
+
+def _check_loss(loss: dict[str, Any]) -> None:
+    """The terms give what is summed. Raises UserError."""
+    from sddx.training.objective import Objective, require_terms
+
+    require_terms(made(loss, Objective, "loss"))
 
 
 def _check_evaluation(evaluation: dict[str, Any]) -> None:
@@ -118,17 +134,18 @@ def _check_template(folder: Path) -> None:
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:
     """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
-    from sddx.surgery.choose import require_removable
+    from sddx.surgery.choose import Pruning, require_removable, require_rule
     from sddx.surgery.junction import require_patch
     from sddx.training.objective import require_junction
 
-    pruning = build(method["pruning"])
+    pruning = made(method["pruning"], Pruning, "pruning")
     units = Units(pruning.units, config.num_hidden_layers)
     require_removable(len(units), pruning.remove, "units" if units.granularity != "blocks" else "blocks")
     if pruning.remove == len(units) and method["loss"]["terms"]:
         raise UserError(
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
+    require_rule(pruning, len(units))
     _check_looked_at(getattr(pruning.metric, "value", None), config)
     if pruning.patch.fit is None and pruning.patch.trained:
         raise UserError("pruning.patch.trained=true, and there is no patch. Choose one: pruning/patch=linear.")
@@ -182,8 +199,8 @@ def _check_training(method: dict[str, Any]) -> None:
     """The settings of the training go together, there are rows to choose the best by, and one process alone was
     started. Raises UserError."""
     trainer = method["trainer"]
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if started > 1:
+    started = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if started != "1":
         raise UserError(
             f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
             f"trainer.strategy=ddp trainer.devices={started} starts its own processes."
@@ -229,6 +246,7 @@ def _check_quantization(method: dict[str, Any]) -> None:
     quantization, patch = method["tuning"].get("quantization"), build(method["pruning"]).patch
     if quantization is None:
         return
+    raise_for([*bound("tuning.quantization", quantization, four_bit)])
     four_bit(**quantization)
     if method["trainer"].get("strategy") == "fsdp":
         raise UserError("4-bit weights cannot be cut into shards: use trainer.strategy=ddp or tuning=lora.")

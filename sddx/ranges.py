@@ -13,15 +13,16 @@ from sddx.arguments import near
 
 COUNTS = """
     accumulate batch_size checkpoint_every context count data_parallel devices head_chunk items limit log_every
-    max_length max_model_len max_new_tokens new_tokens order orders pool rank rows sequences size steps
+    jobs max_length max_model_len max_new_tokens new_tokens order orders pool rank rows sequences size steps
     tensor_parallel texts tokens validate_every width
 """.split()
 FROM_0 = """
     epochs lowest min_characters remove ridge shots temperature top_k until validation weight
     weight_decay
 """.split()
-ABOVE_0 = "alpha clip learning_rate gpu_hours gpu_memory_utilization top_p".split()
+ABOVE_0 = "alpha clip poll learning_rate gpu_hours gpu_memory_utilization top_p".split()
 SHARES = "beta chance dropout gpu_memory_utilization keep shift top_p warmup".split()
+SEEDS = ("seed",)
 NOT_EMPTY = ("tasks",)
 KINDS = {
     "int": int,
@@ -57,6 +58,9 @@ def out_of_range(where: str, name: str, value: Any, annotation: str = "float") -
 
 def _allowed(name: str, value: Any) -> str | None:
     """What a setting may be, where it is not."""
+    if name in SEEDS:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole and 0 <= value < 2**32 else f"a whole number from 0 to {2**32 - 1}"
     if name not in (*COUNTS, *FROM_0, *ABOVE_0, *SHARES):
         return None
     lowest = 1 if name in COUNTS else 0
@@ -80,22 +84,37 @@ def wrong_type(where: str, parameter: inspect.Parameter, value: Any) -> Iterator
         return
     names = _plain(annotation).split(" | ")
     if not set(names) <= KINDS.keys():
-        yield from _no_node(where, annotation, value)
+        yield from no_node(where, annotation, value)
         return
-    if (held := re.fullmatch(r"Mapping\[str, (.*)\]", annotation)) and isinstance(value, Mapping):
-        for key, each in value.items() if not set(_plain(held[1]).split(" | ")) <= KINDS.keys() else ():
-            yield from _no_node(f"{where}.{key}", held[1], each)
+    if (held := re.search(r"(?:Mapping|dict)\[str, (.*?)\](?: \||$)", annotation)) and isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _of_kind(f"{where}.{key}", held[1], each)
+        return
+    yield from _of_kind(where, annotation, value)
+    if isinstance(value, list) and re.match(r"(?:list|Sequence)\[str\]", annotation):
+        if odd := [each for each in value if not isinstance(each, str)]:
+            yield f"{where} holds {', '.join(map(_shown, odd))}, and texts alone are allowed."
+
+
+def _of_kind(where: str, annotation: str, value: Any) -> Iterator[str]:
+    """Whether a value is of the plain kinds in an annotation, or made by a `_target_` where that names another."""
+    names = _plain(annotation).split(" | ")
+    if "Any" in names:
+        return
+    if not set(names) <= KINDS.keys():
+        yield from no_node(where, annotation, value)
+        return
     kinds: Any = [KINDS[name] for name in names]
-    fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds)
-    if not fits:
+    if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds):
         yield f"{where}={_shown(value)} must be {' or '.join(WORDS[name] for name in names)}."
 
 
-def _no_node(where: str, annotation: str, value: Any) -> Iterator[str]:
+def no_node(where: str, annotation: str, value: Any) -> Iterator[str]:
     """What is wrong with a value where something made by a `_target_` is to stand."""
     may_lack = "Any" in annotation or "None" in annotation
-    if isinstance(value, (str, int, float)) or (value is None and not may_lack):
-        yield f"{where}={_shown(value)} must be a group of settings with its _target_, as in the files of conf/."
+    if value is None and may_lack or isinstance(value, Mapping) and "_target_" in value:
+        return
+    yield f"{where}={_shown(value)} must be a group of settings with its _target_, as in the files of conf/."
 
 
 def _plain(annotation: str) -> str:

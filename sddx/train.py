@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sddx.build import build
+from sddx.build import Called, Node, build
 from sddx.config import (
     CONF,
     SURROUNDINGS,
@@ -49,20 +49,20 @@ def recover(
     runtime: Runtime,
     *,
     choices: dict[str, Any],
-    model: dict[str, Any],
-    calibration: dict[str, Any],
-    pruning: dict[str, Any],
-    dataset: dict[str, Any],
+    model: Node,
+    calibration: Node,
+    pruning: Node,
+    dataset: Node,
     validation: int,
-    generation: dict[str, Any],
-    selfdata: dict[str, Any],
-    loss: dict[str, Any],
+    generation: Annotated[Node, Called(4)],
+    selfdata: Annotated[Node, Called(1)],
+    loss: Node,
     teacher: str | None,
-    tuning: dict[str, Any],
-    trainer: dict[str, Any],
+    tuning: Annotated[Node, Called(2)],
+    trainer: Annotated[Node, Called(10)],
     max_length: int,
-    evaluation: dict[str, Any],
-    text: dict[str, Any],
+    evaluation: Annotated[Node, Called(4)],
+    text: Node,
     seed: int,
 ) -> tuple[Found, Artifact]:
     """Self-data distillation of a depth-pruned model (arXiv 2410.09982), stage by stage.
@@ -217,12 +217,20 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
     dry_run, with what can be told of a model that is not here."""
+    check_settings(config)
+    precheck(method(config), download=download and not config["dry_run"])
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Raises UserError for what is wrong with the settings by themselves, wherever and whenever they are run."""
+    from sddx.estimate.show import require_device
+
     check(config, recover, also=SURROUNDINGS)
     if config["stages"] not in (None, ["score"]):
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
+    require_device(config)
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
-    precheck(method(config), download=download and not config["dry_run"])
 
 
 def look(config: dict[str, Any]) -> Plan:
@@ -245,7 +253,7 @@ def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
     from sddx.estimate.show import require
 
-    check(config, recover, also=SURROUNDINGS)
+    check_settings(config)
     require([config])  # first: it needs no model
     verify(config)
 

@@ -41,7 +41,7 @@ SAID = {
     "what is owed": ("model=local", "These settings have no value: model.path."),
     "a dead reference": (
         "seed=${no.such}",
-        "do not go together: Interpolation key 'no.such' not found.",
+        "do not go together: Interpolation key 'no.such' not found (in seed).",
     ),
 }
 

@@ -6,9 +6,11 @@ Each is a plain function (answer, reference) -> bool, chosen in a dataset's conf
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
-from sddx.records import UserError
+from sddx.build import tried
+from sddx.errors import UserError
 
 _NUMBER = re.compile(
     r"""
@@ -190,6 +192,13 @@ def regular_expression(answer: str, reference: str, *, pattern: str) -> bool:
 def none(answer: str, reference: str) -> bool:
     """No check: every answer passes (open instructions have no final answer to compare)."""
     return True
+
+
+def require_checker(check: Callable[[str, str], bool]) -> None:
+    """Raises UserError where a checker does not say yes or no of two texts."""
+    verdict = tried("dataset.check", check, "The answer is 1.", "The answer is 2.")
+    if not isinstance(verdict, bool):
+        raise UserError(f"dataset.check gives {verdict!r} for two texts, where true or false is needed.")
 
 
 def _plain(text: str) -> str:

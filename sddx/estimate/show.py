@@ -35,10 +35,22 @@ def device_for(config: Mapping[str, Any], estimate: Estimate) -> Device:
 
 
 def _seconds(probe: Any) -> float:
+    """What a probe may take. Raises UserError for what is no duration up to an hour."""
     try:
-        return float(str(probe).removesuffix("s"))
+        seconds = float(str(probe).removesuffix("s"))
     except ValueError:
-        raise UserError(f"probe={probe!r} is no duration. Give seconds, as in probe=60s.") from None
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise UserError(f"probe={probe!r} is no duration up to an hour. Give seconds, as in probe=60s.")
+    return seconds
+
+
+def require_device(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a device to plan for that is not known, and a probe that is no duration."""
+    if config["gpu"] is not None:
+        device_of(config["gpu"])
+    if config["probe"] is not None:
+        _seconds(config["probe"])
 
 
 def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
@@ -67,6 +79,11 @@ def require(configs: Sequence[Mapping[str, Any]]) -> None:
 
 def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
     limit = config["budget"]["gpu_hours"]
+    if limit is not None and needed is None:
+        raise UserError(
+            f"budget.gpu_hours={limit} cannot be kept: the speed of a processor is not known. Measure it with "
+            "probe=60s, name a GPU with gpu=..., or leave the budget out."
+        )
     if limit is not None and needed is not None and needed > limit:
         raise UserError(
             f"This takes about {needed:.1f} GPU-hours and budget.gpu_hours={limit}. Raise the budget, or take "

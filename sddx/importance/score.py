@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sddx.build import tried
 from sddx.models.anatomy import decoder
 from sddx.models.outputs import block_states, branch_states
 from sddx.records import Batch, Units, UserError
@@ -174,4 +175,19 @@ def require_sequences(metric: str, given: int, needed: int) -> None:
         raise UserError(
             f"{metric} was given {given} calibration sequences and needs {needed} at least, better hundreds. Raise "
             "calibration.size, or choose a larger text."
+        )
+
+
+def require_metric(where: str, metric: OfStates | Measures) -> None:
+    """Raises UserError where what stands at the setting `where` cannot be a metric: one that does not `measure` is
+    tried on the random states [2, 3, 4] of three blocks, and must give values for both sequences."""
+    if hasattr(metric, "measure"):
+        return
+    states = list(torch.randn(4, 2, 3, 4, generator=torch.Generator().manual_seed(0)))
+    value = tried(where, metric, states, torch.ones(2, 3, dtype=torch.long))
+    if not isinstance(value, Tensor) or value.shape not in ((2, 3), (2, 4, 4)):
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(
+            f"{where} gives {shape} for 2 sequences and 3 blocks, where [2, 3] (a score a block) or [2, 4, 4] "
+            "(distances between all states) is needed."
         )

@@ -43,6 +43,10 @@ class Joblib:
 
     jobs: int | None
 
+    def __post_init__(self) -> None:
+        if self.jobs is not None and (not isinstance(self.jobs, int) or self.jobs < 1):
+            raise UserError(f"hydra.launcher.engine.jobs={self.jobs} must be a number of 1 or more, or null.")
+
     def __call__(self, levels: Levels, task: str) -> None:
         from joblib import Parallel, delayed
 
@@ -115,7 +119,8 @@ class Submitit:
         try:
             executor = submitit.AutoExecutor(folder=levels[0][0].parent / ".submitit", cluster=self.cluster)
             executor.update_parameters(**given)
-        except (RuntimeError, NameError) as error:  # no Slurm here; a parameter that does not exist
+        # No Slurm here; a parameter that does not exist, or is of another type.
+        except (RuntimeError, NameError, ValueError, AssertionError) as error:
             raise UserError(f"submitit cannot use cluster={self.cluster} with {given}: {error}") from None
         ordered = self.cluster == "slurm"  # it knows dependencies; elsewhere a level waits for the one before
         jobs: list[Any] = []

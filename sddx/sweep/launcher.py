@@ -12,8 +12,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sddx.entry import mistakes_told
-from sddx.records import UserError
+from sddx.entry import composing, mistakes_told
+from sddx.errors import UserError
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
@@ -49,6 +49,8 @@ class Grid(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         with mistakes_told():
+            if not callable(self.engine):
+                raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")
             cells = grid.compose(self._load, job_overrides, initial_job_idx)
             for check in dict.fromkeys((type(self).first, type(self).check)):  # one, where they are the same
                 check_all(cells, check)
@@ -65,7 +67,8 @@ class Grid(Launcher):
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
 
     def _load(self, overrides: list[str]) -> DictConfig:
-        return self.context.config_loader.load_sweep_config(self.config, overrides)
+        with composing():
+            return self.context.config_loader.load_sweep_config(self.config, overrides)
 
 
 def check_all(cells: Sequence[Cell], check: Check) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sddx.entry import mistakes_told
-from sddx.records import UserError
+from sddx.config import writable_folder
+from sddx.entry import composing, mistakes_told
+from sddx.errors import UserError
 
 
 class Grids(Sweeper):
@@ -46,16 +48,35 @@ class Grids(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         with mistakes_told():
             self.require_values(arguments)
+            with composing():
+                cells = self._cells(arguments)
+            writable_folder(self.folder, "hydra.sweep.dir")
+        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        assert self.launcher is not None
+        return [self.launcher.launch(cells, initial_job_idx=0)]
+
+    def _cells(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of every cell, each once though it may stand in two grids. Raises UserError where files of
+        sweeps/ are what varies: their grids would not be run."""
         parser = OverridesParser.create(config_loader=self.loader)
         cells: dict[Any, list[str]] = {}
         for grid in self.grids:
             overrides = parser.parse_overrides([*(f"{key}={values}" for key, values in grid.items()), *arguments])
+            if several := [o.input_line for o in overrides if o.key_or_group == "sweeps" and o.is_sweep_override()]:
+                raise UserError(
+                    f"{several[0]} would run a cell for each file, and none of their grids. Give one file, "
+                    "and what else varies beside it, as in +sweeps=depth seed=0,1."
+                )
+            names = [f"{o.input_line} names no value" for o in overrides if _is_empty(o)]
+            if names:
+                raise UserError(f"The sweep has no cell: {', '.join(names)}. Give one at least.")
             for cell in BasicSweeper.split_arguments(overrides, None)[0]:
-                cells.setdefault(frozenset(cell), cell)  # a cell may stand in two grids
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
-        assert self.launcher is not None
-        return [self.launcher.launch(list(cells.values()), initial_job_idx=0)]
+                cells.setdefault(frozenset(cell), cell)
+        return list(cells.values())
+
+
+def _is_empty(override: Override) -> bool:
+    return override.is_sweep_override() and not list(override.sweep_string_iterator())
 
 
 def install() -> None:

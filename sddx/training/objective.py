@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from sddx.build import tried
 from sddx.models.teacher import check_vocabularies
 from sddx.records import Cut, Outputs, UserError
+
+ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Totals:
 class Supervised:
     """A token term on labels: `loss(logits [rows, vocabulary], labels [rows]) -> [rows]`."""
 
-    loss: Callable[..., Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
@@ -36,7 +41,7 @@ class Supervised:
 class Distilled:
     """A token term on the teacher's logits: `loss(student, teacher [rows, vocabulary]) -> [rows]`."""
 
-    loss: Callable[..., Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
@@ -53,7 +58,7 @@ class Layerwise:
     `junction` is explained at `layer_pairs`.
     """
 
-    loss: Callable[..., Tensor]
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
     weight: float = 1.0
     junction: Literal["own", "span_end", "skip"] = "own"
     reduction: Literal["micro_batch", "token"] = "micro_batch"
@@ -71,7 +76,7 @@ class Objective:
     """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses.
 
     Without terms nothing is trained, so that answers need not be written. Raises UserError for self-data without
-    terms.
+    terms, and for terms that all weigh nothing.
     """
 
     data: Literal["reference", "self", "self_plain"]
@@ -80,6 +85,9 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.terms and self.data != "reference":
             raise UserError(f"a loss on data={self.data} has no terms: name at least one, or use loss=none")
+        if self.terms and not any(term.weight for term in self.terms.values()):
+            weights = ", ".join(f"loss.terms.{name}.weight=0" for name in self.terms)
+            raise UserError(f"{weights}: nothing would be learned. Give a term a weight, or use loss=none.")
 
     @property
     def token_terms(self) -> dict[str, Supervised | Distilled]:
@@ -119,6 +127,42 @@ def layer_pairs(cut: Cut, junction: str) -> list[tuple[int, int]]:
         elif junction == "own" and after < cut.total:
             pairs.append((block, own))
     return pairs
+
+
+def require_terms(objective: Objective) -> None:
+    """Raises UserError where a term does not give what it is summed as, tried on a few random numbers: one finite
+    value for each token of a token term, for each layer or attended token of a term on states."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    logits, teacher, labels = draw(ROWS, 7), draw(ROWS, 7), torch.arange(ROWS)
+    states = [[draw(2, 3, 4) for _ in range(LAYERS)] for _ in range(2)]
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    wrong: list[str] = []
+    for name, term in objective.terms.items():
+        expected = {"micro_batch": LAYERS, "token": int(mask.sum())}[getattr(term, "reduction", "token")]
+        where = f"loss.terms.{name}"
+        try:
+            if isinstance(term, Layerwise):
+                value = tried(f"{where}.loss", term.loss, *states, mask)
+            else:
+                value, expected = tried(f"{where}.loss", term.per_token, logits, labels, teacher), ROWS
+        except UserError as error:
+            wrong += error.args
+            continue
+        wrong += _wrong_values(where, value, term.weight, expected)
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _wrong_values(where: str, value: Any, weight: float, expected: int) -> list[str]:
+    if not isinstance(value, Tensor) or value.shape != (expected,):
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        return [
+            f"{where}.loss gives {shape} where [{expected}] is summed: one value for each row of logits, or of "
+            "states for each layer (reduction=micro_batch) or attended token (reduction=token)."
+        ]
+    if not (weight * value).isfinite().all():
+        return [f"{where} is not finite on random numbers. Look at its weight and its loss's settings."]
+    return []
 
 
 def require_comparable(objective: Objective, student: Any, teacher: Any) -> None:
