@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,10 @@ from hydra.core.plugins import Plugins
 from omegaconf import flag_override
 
 from sddx.build import build
-from sddx.config import CONF, SURROUNDINGS, check, resolve
-from sddx.records import UserError
+from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
+from sddx.errors import UserError
 from sddx.sweep.launcher import Grid
-from sddx.train import recover
+from sddx.train import check_settings, recover, verify
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -39,6 +41,11 @@ def checked(*overrides: str, config_dir: Path | None = None) -> dict:
         config = resolve(cfg)
         check(config, recover, also=SURROUNDINGS)
         return config
+
+
+def composed_plain(*overrides: str) -> dict:
+    with composed(*overrides) as cfg:
+        return resolve(cfg)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
@@ -215,3 +222,101 @@ def test_precision_is_a_number_or_a_word() -> None:
     """32 on the command line is a number."""
     assert build(checked("trainer.precision=32")["trainer"]).precision == 32
     assert build(checked("trainer.precision=bf16")["trainer"]).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("~text._target_", "text="),
+        ("+dataset._x=1", "_x is not for users"),
+        ("+pruning._partial_=true", "pruning._partial_ must not be set"),
+        ("+loss.terms.foo.weight=1", "loss.terms.foo="),
+        ("loss.terms.cross_entropy.loss._target_=builtins.int", "does not say what it takes"),
+        ("pruning.choose._target_=sddx.surgery.choose.ranked", "called with 3 values"),
+        ("wandb._target_=sddx.tracking.open_run", "wandb._target_"),
+        ("accept=[[distill]]", "accept holds ['distill']"),
+        ("evaluation.limit={1: 2}", "evaluation.limit has 1 for a name"),
+        ("evaluation.limit={tiny_facts: many}", "evaluation.limit.tiny_facts='many'"),
+        ("budget.gpu_hours={a: 1}", "budget.gpu_hours="),
+        ("seed=18446744073709551616", "from 0 to 4294967295"),
+        ("dataset.seed=-1", "from 0 to 4294967295"),
+    ],
+)
+def test_what_cannot_be_a_setting_is_refused(given: str, told: str) -> None:
+    """By its own name, whatever stands there: a node without its target, hidden keys, what cannot be called as it
+    will be, kinds of values, also inside of lists and of settings by task."""
+    with pytest.raises(UserError) as caught:
+        checked(given)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["loss=kd", "loss.terms.kl_teacher_student.loss.temperature=0"], "is not finite on random numbers"),
+        (["loss=squarehead", "loss.terms.squarehead.reduction=token"], "loss gives [3] where [4] is summed"),
+        (["loss=squarehead_token", "loss.terms.squarehead_token.reduction=micro_batch"], "gives [4] where [3]"),
+        (
+            ["loss=kd", "loss.terms.cross_entropy.weight=0", "loss.terms.kl_teacher_student.weight=0"],
+            "nothing would",
+        ),
+        (["loss.terms.cross_entropy.loss._target_=sddx.training.losses.jsd_beta"], "failed when it was tried"),
+        (["dataset.check._target_=operator.add"], "dataset.check gives"),
+        (["pruning.metric=null"], "reads scores, and none were measured"),
+        (["pruning.choose._target_=sddx.surgery.choose.require_removable"], "failed when it was tried"),
+        (
+            ["pruning.metric._target_=sddx.importance.metrics._kept", "~pruning.metric.tokens"],
+            "pruning.metric failed when it was tried",
+        ),
+    ],
+)
+def test_what_will_be_called_is_tried_before_work(given: list[str], told: str) -> None:
+    """Losses, checkers, rules and metrics give what is made of them; a name alone does not say so."""
+    with pytest.raises(UserError) as caught:
+        verify(composed_plain(*given), download=False)
+    assert told in str(caught.value)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "abc",
+    "é\u2028",
+    [],
+    [1],
+    [[1]],
+    {},
+    {"a": 1},
+]
+
+
+OTHERS = ("loss=kd", "pruning=shapley_task", "pruning/patch=low_rank", "generation=sample", "tuning=qlora")
+
+
+@pytest.mark.parametrize("overrides", [(), OTHERS], ids=["default", "others"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_setting_ends_in_a_traceback(seed: int, overrides: tuple[str, ...]) -> None:
+    """Every setting in turn holds a value that was drawn for it from odd ones, or is gone: the
+    run is refused in words, or is one that passes all checks."""
+    draw, base = random.Random(seed), composed_plain(*overrides)
+    settings = sorted(flatten({key: value for key, value in base.items() if key not in ("choices", "run")}))
+    for name in settings:
+        config = copy.deepcopy(base)
+        *above, last = name.split(".")
+        node = functools.reduce(lambda inner, key: inner[key], above, config)
+        value = draw.choice([*ODD, node[last], "sddx.training.losses.cross_entropy"])
+        with contextlib.suppress(UserError):
+            if draw.random() < 0.15:
+                del node[last]
+            else:
+                node[last] = value
+            check_settings(config)
+            if draw.random() < 0.3:  # the dearer part, on some of those that pass
+                verify({**config, "dry_run": True}, download=False)
