@@ -13,13 +13,16 @@ from sddx.config import CONF, SURROUNDINGS, check, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
+from sddx.precheck import check_names
 from sddx.sweep import launcher, sweeper
 from sddx.train import recover
 
 
 def verify(config: dict[str, Any]) -> None:
-    """Raises UserError for keys and targets that are wrong; the model need not be here."""
+    """Raises UserError for keys and targets that are wrong, and for tasks that do not exist; the model need not be
+    here."""
     check(config, recover, also=SURROUNDINGS)
+    check_names(config)
 
 
 def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> None:
