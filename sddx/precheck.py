@@ -35,10 +35,8 @@ def check_names(config: dict[str, Any]) -> None:
 
     evaluation = config["evaluation"]
     given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split")}
-    wrong = _told(
-        [lambda: check_tasks(evaluation["tasks"], evaluation["include"], **given), lambda: _check_trained(config)]
-    )
-    if wrong:
+    check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
+    if wrong := _told([check_evaluated, lambda: _check_trained(config)]):
         raise UserError(*dict.fromkeys(wrong))
 
 
@@ -86,13 +84,12 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     from sddx.training.tuning import require_targets
 
     config = text_config(folder)
-    checks: list[Callable[[], Any]] = [
-        lambda: _check_pruning(method, config),
-        lambda: _check_room(method["evaluation"], config, folder),
-    ]
+    checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
+    if tasks_exist := not _told([lambda: check_names(method)]):
+        checks.append(lambda: _check_room(method["evaluation"], config, folder))
     if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
         checks.append(lambda: _check_template(folder))
-    if method["evaluation"]["chat_template"]:
+    if method["evaluation"]["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
         bare = partial(skeleton, config, method["model"]["dtype"])
@@ -113,15 +110,13 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
 
 
 def _check_trained(method: dict[str, Any]) -> None:
-    """The tasks whose skill the rows are said to train are tasks: else none would be marked. Raises UserError."""
-    from sddx.evaluation.tasks import require_names
+    """The tasks whose skill the rows are said to train exist: else none would be marked. Raises UserError."""
+    from sddx.evaluation.tasks import missing, not_texts
 
     trains = method["dataset"].get("trains") or []
-    wrong = [f"{name!r} is no text." for name in trains if not isinstance(name, str)]
-    named = [name for name in trains if isinstance(name, str)]
-    wrong += _told([lambda: require_names(named, method["evaluation"]["include"])])
+    wrong = not_texts(trains, "dataset.trains") + missing(trains, method["evaluation"]["include"], "dataset.trains")
     if wrong:
-        raise UserError(*(f"dataset.trains={trains}: {told}" for told in wrong))
+        raise UserError(*wrong)
 
 
 def _check_room(evaluation: dict[str, Any], config: Any, folder: Path) -> None:

@@ -93,14 +93,16 @@ def place(task: str, include: str | None) -> Literal["files", "hub"] | None:
 
 def declared_mistakes(task: str, include: str | None, primary: str | None, setting: str) -> list[str]:
     """What is wrong with the primary metric of a task, or of the parts of a group, as their YAML says: it is not
-    there, or no mean over items. Metrics that are code are left to the trial on documents."""
+    there, or no mean over items. What is left to code there is left to the trial on documents."""
     told: list[str] = []
     for part in _parts([task], include).get(task, []):
-        if metrics := _metrics(part):
-            means = [name for name, mean in metrics.items() if mean]
-            asked = primary or (part.get("metadata") or {}).get("primary")
-            # Which metric comes first is lm-eval's choice, so that one that is a mean may be it.
-            told += wrong_primary(asked or next(iter([*means, *metrics])), list(metrics), means, setting)
+        metrics, asked = _metrics(part), primary or (part.get("metadata") or {}).get("primary")
+        means = [name for name, mean in metrics.items() if mean]
+        # Which metric is the first is lm-eval's choice, so that it may be one that is a mean; and the author's code
+        # may give others than its YAML lists.
+        assumed = asked or next(iter([*means, *metrics]), None)
+        if assumed in metrics or (metrics and "process_results" not in part):
+            told += wrong_primary(str(assumed), list(metrics), means, setting)
     return list(dict.fromkeys(f"The task {task!r} {wrong}" for wrong in told))
 
 
@@ -125,19 +127,12 @@ def _metrics(settings: Mapping[str, Any]) -> dict[str, bool]:
 
     kind = settings.get("output_type") or "generate_until"
     listed = settings.get("metric_list") or [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, [])]
-    words = [each for metric in listed for each in (metric["metric"], metric.get("aggregation", ""))]
-    if settings.keys() & {"class", "process_results"} or any("/" in word for word in words):
+    named = [(metric.get("metric"), metric.get("aggregation")) for metric in listed]
+    if "class" in settings or any(not name or "/" in f"{name}{how}" for name, how in named):
         return {}
+    means = {name: is_mean(get_aggregation(how) if how else get_metric_aggregation(name)) for name, how in named}
     filters = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
-    means = {
-        metric["metric"]: is_mean(
-            get_aggregation(metric["aggregation"])
-            if "aggregation" in metric
-            else get_metric_aggregation(metric["metric"])
-        )
-        for metric in listed
-    }
-    return {f"{metric},{name}": mean for name in filters for metric, mean in means.items()}
+    return {f"{metric},{by}": mean for by in filters for metric, mean in means.items()}
 
 
 def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:

@@ -65,29 +65,29 @@ def check_tasks(
     read (5 s).
     """
     wrong = no_names(tasks, setting, **by_task)
-    maps = [given for given in by_task.values() if isinstance(given, Mapping)]
-    named = [name for names in (tasks, *maps) for name in names if isinstance(name, str)]
-    try:
-        require_names(list(dict.fromkeys(named)), include, setting)
-    except UserError as error:
-        wrong += error.args
+    maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
+    for where, names in {f"{setting}.tasks": tasks, **maps}.items():
+        wrong += missing(names, include, where, setting)
     if wrong:
-        raise UserError(*wrong)
+        raise UserError(*dict.fromkeys(wrong))
 
 
-def no_names(tasks: Sequence[str], setting: str, **by_task: Any) -> list[str]:
+def no_names(tasks: Sequence[Any], setting: str, **by_task: Any) -> list[str]:
     """What can be no task's name, or no value of a setting that is given by task; and which tasks come twice."""
     maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
     wrong = [
-        f"{where} names {name!r}, and a task's name is a text."
-        for where, names in {f"{setting}.tasks": tasks, **maps}.items()
-        for name in names
-        if not isinstance(name, str)
+        told for where, names in {f"{setting}.tasks": tasks, **maps}.items() for told in not_texts(names, where)
     ]
     wrong += [told for where, given in maps.items() for told in _no_values(where, given)]
     if doubled := sorted({name for name in tasks if isinstance(name, str) and list(tasks).count(name) > 1}):
         wrong.append(f"{setting}.tasks={list(tasks)} names {', '.join(doubled)} more than once.")
     return wrong
+
+
+def not_texts(names: Iterable[Any], where: str) -> list[str]:
+    """What stands at `where` in place of a task's name."""
+    wrong = [name for name in names if not isinstance(name, str)]
+    return [f"{where} names {name!r}, and a task's name is a text." for name in wrong]
 
 
 def _no_values(where: str, given: Mapping[Any, Any]) -> Iterator[str]:
@@ -97,11 +97,19 @@ def _no_values(where: str, given: Mapping[Any, Any]) -> Iterator[str]:
             yield f"{where}.{name}={value!r} must be {'a text' if str in kinds else 'a number'}."
 
 
-def require_names(names: Sequence[str], include: str | None, setting: str = "evaluation") -> None:
-    """Raise UserError, with near names, where one is no task, no group and no tag. Costs as `check_tasks` does."""
-    if unknown := set(names) - named_in_files(task_folders(include, setting)):
-        if unknown - _built_in():
-            task_manager(names, include, setting)
+def missing(names: Iterable[Any], include: str | None, where: str, setting: str = "evaluation") -> list[str]:
+    """Which of the texts among names, that stand at `where`, are no task, no group and no tag. Costs as
+    `check_tasks` does."""
+    try:
+        unknown = {name for name in names if isinstance(name, str)} - named_in_files(task_folders(include, setting))
+    except UserError as error:
+        return list(error.args)
+    try:
+        if unknown and unknown - _built_in():
+            task_manager(sorted(unknown), include, setting)
+    except UserError as error:
+        return [f"{where}: {told}" for told in error.args]
+    return []
 
 
 @cache
@@ -115,7 +123,7 @@ def _built_in() -> set[str]:
 def named_in_files(folders: Sequence[Path]) -> set[str]:
     """Names that YAML files declare literally (an inherited name is left to lm-eval's own index). Files that cannot
     be read are passed over, as lm-eval does."""
-    declaration = re.compile(rb"^(?:task|group):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
+    declaration = re.compile(rb"^['\"]?(?:task|group|tag)['\"]?:[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
     files = [file for folder in folders for file in folder.glob("**/*.yaml")]
     return {name.decode() for file in files for name in declaration.findall(_bytes(file))}
 
@@ -153,8 +161,13 @@ def _whole(index: Mapping[str, Any], tasks: Sequence[str]) -> bool:
     return not left
 
 
-@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
 def _indexed(folders: tuple[Path, ...], *, defaults: bool) -> Any:
+    files = sorted(file for folder in folders for file in folder.glob("**/*.yaml"))
+    return _index_of(folders, defaults, tuple((file, file.lstat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
+def _index_of(folders: tuple[Path, ...], defaults: bool, files: tuple[tuple[Path, int], ...]) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders), include_defaults=defaults)
@@ -196,7 +209,7 @@ def _root(error: BaseException) -> BaseException:
 def shown(error: BaseException) -> str:
     """An error in one line: what was first raised and, where its words alone say little, the line of code."""
     error = _root(error)
-    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    told = f"{type(error).__name__}: {' '.join(str(error).split()).removesuffix('.')}"
     if not isinstance(error, (LookupError, TypeError, AttributeError, AssertionError)) or not error.__traceback__:
         return told
     return f"{told}, in `{traceback.extract_tb(error.__traceback__)[-1].line}`"

@@ -153,12 +153,15 @@ def _of_examples(task: Any, setting: str) -> Iterator[str]:
 
 def _of_scores(name: str, task: Any, setting: str) -> Iterator[str]:
     """Whether the first document goes all the way to a score, and that is one whose mean over items is reported."""
+    if getattr(task, "UNSAFE_CODE", False):
+        yield "runs code that a model has written (unsafe_code), which is not done here. Leave it out."
+        return
     try:
         raw = evaluator.evaluate(
             Mute(), {"tasks": {name: task}}, samples={name: [0]}, bootstrap_iters=0, log_samples=True
         )
     except Exception as error:  # whatever the author's templates, filters and functions raise
-        yield f"cannot be evaluated. On its first document: {shown(error)}."
+        yield f"cannot be evaluated: {shown(error)}, on its first document."
         return
     rows = raw["samples"][name] if raw else []
     found = {f"{metric},{row['filter']}": row[metric] for row in rows for metric in row["metrics"]}
