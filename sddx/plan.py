@@ -13,8 +13,16 @@ from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
+from sddx.precheck import check_names
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
+
+
+def verify(config: dict[str, Any]) -> None:
+    """Raises UserError for keys and targets that are wrong, and for tasks that do not exist; the model need not be
+    here."""
+    check_settings(config)
+    check_names(config)
 
 
 def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> None:
@@ -27,13 +35,13 @@ def main(cfg: DictConfig) -> None:
     with mistakes_told():
         require_one_run("plan them all")
         config = resolve(cfg)
-        check_settings(config)
+        verify(config)
         tell([Estimate(config)], [config])
 
 
 if __name__ == "__main__":
     register()
-    launcher.install(check_settings, Estimate, tell)
+    launcher.install(verify, Estimate, tell)
     sweeper.install()
     with without_run_folder():
         command(main)

@@ -29,6 +29,18 @@ def precheck(method: dict[str, Any], *, download: bool) -> None:
         raise UserError(*dict.fromkeys(wrong))
 
 
+def check_names(config: dict[str, Any]) -> None:
+    """The tasks that are evaluated, that settings are given for and whose skill rows are said to train exist.
+    Raises UserError."""
+    from sddx.evaluation.tasks import check_tasks
+
+    evaluation = config["evaluation"]
+    given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split")}
+    check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
+    if wrong := _told([check_evaluated, lambda: _check_trained(config)]):
+        raise UserError(*dict.fromkeys(wrong))
+
+
 def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
     """The mistakes that these checks raise, in their order."""
     wrong: list[str] = []
@@ -51,6 +63,7 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     checks: list[Callable[[], Any]] = [
         lambda: _check_loss(method["loss"]),
         lambda: _check_evaluation(method["evaluation"]),
+        lambda: _check_looked_at(method["pruning"]),
         lambda: _check_backend(method),
         lambda: _check_training(method),
         lambda: _check_quantization(method),
@@ -62,6 +75,8 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
         checks.append(lambda: require_metric("pruning.metric", build(metric)))
     read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
     checks += [partial(require_rows, method[name]) for name in read]
+    if method["loss"]["terms"]:
+        checks.append(lambda: _check_trained(method))
     if method["loss"]["data"] == "self":
         checks.append(lambda: rewriting_prompt(method["dataset"]["rewrite"], "", ""))
     if method["loss"]["data"] != "reference":
@@ -79,9 +94,11 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
 
     config = text_config(folder)
     checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
+    if tasks_exist := not _told([lambda: check_names(method)]):
+        checks.append(lambda: _check_room(method["evaluation"], config, folder))
     if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
         checks.append(lambda: _check_template(folder))
-    if method["evaluation"]["chat_template"]:
+    if method["evaluation"]["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
         bare = partial(skeleton, config, method["model"]["dtype"])
@@ -101,14 +118,33 @@ def _check_loss(loss: dict[str, Any]) -> None:
 
 
 def _check_evaluation(evaluation: dict[str, Any]) -> None:
-    """Tasks, and those that settings are given for, exist; what they read is there. Raises UserError."""
-    from sddx.evaluation.task_data import require_task_data
-    from sddx.evaluation.tasks import check_tasks
+    """The tasks can be evaluated by these settings, and what they read is there. Raises UserError."""
+    from sddx.evaluation.harness import require_tasks
 
-    tasks, include = evaluation["tasks"], evaluation["include"]
-    by_task = {name: evaluation.get(name) for name in ("limit", "shots", "primary", "chance", "split")}
-    check_tasks(tasks, include, **by_task)
-    require_task_data(tasks, include)
+    read = ("tasks", "include", "split", "shots", "primary", "chance", "limit")
+    require_tasks("evaluation", **{key: evaluation[key] for key in read if key in evaluation})
+
+
+def _check_trained(method: dict[str, Any]) -> None:
+    """The tasks whose skill the rows are said to train exist: else none would be marked. Raises UserError."""
+    from sddx.evaluation.tasks import missing, not_texts
+
+    trains = method["dataset"].get("trains") or []
+    wrong = not_texts(trains, "dataset.trains") + missing(trains, method["evaluation"]["include"], "dataset.trains")
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _check_room(evaluation: dict[str, Any], config: Any, folder: Path) -> None:
+    """The model's context has room for what tasks ask it to write, and a prompt. Raises UserError."""
+    from lm_eval.models.utils import resolve_max_length
+
+    from sddx.evaluation.task_data import written
+    from sddx.evaluation.tasks import require_room
+    from sddx.models.load import load_tokenizer
+
+    answers = written(evaluation["tasks"], evaluation["include"], evaluation.get("max_new_tokens"))
+    require_room(answers, resolve_max_length(config, load_tokenizer(folder)))
 
 
 def _check_descriptions(evaluation: dict[str, Any], folder: Path) -> None:
@@ -146,7 +182,7 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
     require_rule(pruning, len(units))
-    _check_looked_at(getattr(pruning.metric, "value", None), config)
+    _check_measured(pruning.metric, len(units), config)
     if pruning.patch.fit is None and pruning.patch.trained:
         raise UserError("pruning.patch.trained=true, and there is no patch. Choose one: pruning/patch=linear.")
     if pruning.patch.fit is not None and pruning.remove:
@@ -155,14 +191,21 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         require_junction(build(method["loss"]), retrained=moved)
 
 
-def _check_looked_at(value: Any, config: Any) -> None:
-    """The tasks that a metric looks at are written in words of the model, and their data is there. Raises
+def _check_looked_at(pruning: dict[str, Any]) -> None:
+    """The tasks that a metric looks at can be evaluated, and what they read is there. Raises UserError."""
+    require = getattr(getattr(build(pruning).metric, "value", None), "require", None)
+    if require:
+        require()
+
+
+def _check_measured(metric: Any, units: int, config: Any) -> None:
+    """A metric can measure so many units, and the tasks that it looks at are in words of the model. Raises
     UserError."""
-    from sddx.evaluation.task_data import require_task_data
     from sddx.evaluation.tasks import OWN_TASKS, named_in_files
     from sddx.models.load import text_config
 
-    tasks = getattr(value, "tasks", [])
+    getattr(metric, "require", lambda units: None)(units)
+    tasks = getattr(getattr(metric, "value", None), "tasks", [])
     embedded = [task for task in tasks if task in named_in_files([OWN_TASKS])]
     if embedded and config.vocab_size != text_config(OWN_TASKS.parent / "checkpoint").vocab_size:
         raise UserError(
@@ -170,8 +213,6 @@ def _check_looked_at(value: Any, config: Any) -> None:
             "words. Give tasks of yours, as in pruning.metric.value.tasks=[mmlu] "
             "'pruning.metric.value.split={mmlu: validation}' (see conf/pruning/shapley_task.yaml)."
         )
-    if tasks:
-        require_task_data(tasks, value.include)
 
 
 def _check_backend(method: dict[str, Any]) -> None:

@@ -275,7 +275,7 @@ def test_a_task_without_selection_items_is_refused():
     with pytest.raises(UserError, match="'gsm8k' has no selection items"):
         TaskScore(tasks=["gsm8k"], limit=None)
     value = TaskScore(tasks=["tiny_facts"], limit=4, primary={"tiny_facts": "acc_norm,none", "mmlu": "acc,none"})
-    assert value.tasks == ["tiny_facts_selection"] and value.primary == {"tiny_facts_selection": "acc_norm,none"}
+    assert value.tasks == ["tiny_facts_selection"] and value.primary["tiny_facts_selection"] == "acc_norm,none"
     assert TaskScore(tasks=["tiny_facts"], limit=4, oracle=True).tasks == ["tiny_facts"]
 
 

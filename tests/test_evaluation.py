@@ -405,7 +405,7 @@ def test_an_unknown_metric_is_refused_before_the_model_runs(
 def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> None:
     """Missing data, a missing template, an unknown metric and an answer longer than the context."""
     (tmp_path / "choosing.yaml").write_text(CHOICE_TASK)
-    with pytest.raises(UserError, match="could not be loaded: FileNotFoundError"):
+    with pytest.raises(UserError, match="choosing.jsonl cannot be read .No such file"):
         harness.evaluate(model, tokenizer, QUIET, tasks=["choosing"], include=str(tmp_path))
     given = {"tasks": ["answering"], "include": str(folder)}
     with pytest.raises(UserError, match="no metric 'f1,strict'; it has exact_match,strict, exact"):

@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sddx.evaluation.statistics import expected_half_width, standard_error
-from sddx.evaluation.tasks import SEEDS, configure, draw, given, judged, load, require_metrics, require_room
+from sddx.evaluation.tasks import (
+    OWN_TASKS,
+    SEEDS,
+    check_tasks,
+    configure,
+    draw,
+    given,
+    judged,
+    load,
+    named_in_files,
+    new_tokens,
+    require_room,
+)
 from sddx.records import UserError
 from sddx.runtime import Runtime
 
@@ -43,16 +55,77 @@ def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata:
 
     Paths are relative to the YAML (lm-eval hands over its path as `config_source`, with the rest of the
     YAML's metadata), not to the working directory, and nothing is written to the cache of `datasets`.
-    Returns one Dataset per split.
+    Returns one Dataset per split. Raises UserError for a file that is not there, and for the line that is no row.
     """
     import datasets
 
-    folder = Path(config_source).parent
-    splits = {}
+    folder, splits = Path(config_source).parent, {}
     for split, name in data_files.items():
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
-        splits[split] = datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+        try:
+            splits[split] = datasets.Dataset.from_list(_rows(folder / name))
+        except (TypeError, ValueError) as error:  # columns that hold now this kind of value, now that
+            raise UserError(f"{folder / name} is no table: {' '.join(str(error).split())}.") from error
     return splits
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file. Lines end at a line feed alone: JSON text may hold any other separator."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"its data file {path} cannot be read ({error.strerror}).") from error
+    except UnicodeError as error:
+        raise UserError(f"its data file {path} is not UTF-8 ({error}).") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is no JSON: {error}.") from error
+        if rows and not isinstance(rows[-1], dict):
+            raise UserError(f"{path}, line {number} is no row: it must be an object with columns, {{...}}.")
+    if not rows:
+        raise UserError(f"its data file {path} has no rows.")
+    return rows
+
+
+def require_tasks(
+    setting: str = "evaluation",
+    *,
+    tasks: Sequence[str],
+    include: str | None = None,
+    split: Mapping[str, str] | None = None,
+    shots: int | Mapping[str, int] | None = None,
+    primary: Mapping[str, str] | None = None,
+    chance: Mapping[str, float | None] | None = None,
+    limit: int | Mapping[str, int] | None = None,
+) -> None:
+    """Raise UserError, with all that is wrong, where tasks cannot be evaluated by these settings, which stand under
+    `setting`. No model is needed, and nothing is downloaded.
+
+    What is looked at: all documents of tasks whose data is in files, the first document of a task of the hub whose
+    rows are here, and the YAML of all others. The package's own tasks as they are were looked at in its tests, so
+    that a run of them pays nothing; others pay about 0.3 ms an item, and lm-eval's import.
+    """
+    by_task = {"limit": limit, "shots": shots, "primary": primary, "chance": chance, "split": split}
+    check_tasks(tasks, include, setting=setting, **by_task)
+    if include is None and not (shots or primary or split) and set(tasks) <= named_in_files([OWN_TASKS]):
+        return
+    from sddx.evaluation.trial import tried
+
+    with _calm(True), _seeded():
+        if wrong := tried(tasks, include, setting, by_task):
+            raise UserError(*wrong)
+
+
+def _require_sound(tasks: Mapping[str, Any]) -> None:
+    """Raise UserError where tasks cannot be scored, before a model runs over them for hours. Their first documents
+    are tried, also those that were not here when the configuration was checked."""
+    from sddx.evaluation.trial import mistakes
+
+    with _seeded():
+        if wrong := list(mistakes(tasks, every=False)):
+            raise UserError(*wrong)
 
 
 def evaluate(
@@ -112,8 +185,8 @@ def evaluate(
         own = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
         own |= {"chat_template_args": TEMPLATE_SETTINGS}
         lm: Any = model if backend == "vllm" else HFLM(pretrained=model, **own)
-        require_metrics(loaded["tasks"])
-        require_room(loaded["tasks"], lm.max_length)
+        _require_sound(loaded["tasks"])
+        require_room(_answers(loaded["tasks"]), lm.max_length)
         drawn = draw(loaded["tasks"], part_of, limit)
         lm = Resumed(lm, answered) if answered else lm
         if not runtime.quiet:
@@ -144,6 +217,12 @@ def evaluate(
         "truncated": len(warnings),
         "backend": {"name": backend, "version": metadata.version(BACKENDS[backend])},
     }
+
+
+def _answers(tasks: Mapping[str, Any]) -> dict[str, int]:
+    """How long the answers of tasks may be that ask for any."""
+    written = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"}
+    return {name: new_tokens(task.get_config("generation_kwargs")) for name, task in written.items()}
 
 
 def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping[str, str]) -> None:

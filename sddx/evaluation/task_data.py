@@ -6,12 +6,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sddx.evaluation.tasks import named_in_files, task_folders, task_manager
+from sddx.evaluation.tasks import (
+    in_folders,
+    is_mean,
+    named_in_files,
+    new_tokens,
+    task_folders,
+    task_manager,
+    wrong_primary,
+)
 from sddx.hub import current_commit, unpacked
 from sddx.records import UserError
 
+# The settings of a task that are read before it is loaded.
+LOOKED_AT = (
+    "class custom_dataset dataset_path dataset_name dataset_kwargs description output_type metric_list filter_list "
+    "process_results generation_kwargs metadata"
+).split()
 PATIENCE = 3.0  # seconds that the hub has to answer
 
 
@@ -59,8 +72,67 @@ def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any])
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "description")
-    return {name: config[name] for name in names if name in config}
+    return {name: config[name] for name in LOOKED_AT if name in config}
+
+
+def place(task: str, include: str | None) -> Literal["files", "hub"] | None:
+    """Where the documents of a task or group are on this machine: in files, or in the cache of the hub's (of a
+    single task). None where they are not here, or where lm-eval's own code fetches them. Raises UserError where its
+    files name no data at all."""
+    parts = _parts([task], include).get(task, [])
+    if any(not part.keys() & {"class", "custom_dataset", "dataset_path"} for part in parts):
+        raise UserError(
+            f"The evaluation task {task!r} names no data: set custom_dataset or dataset_path in its YAML."
+        )
+    hub = [pair for part in parts if (pair := _on_hub(part))]
+    if not hub:
+        remote = any("://" in str(part.get("dataset_kwargs")) for part in parts)
+        return "files" if in_folders(task, include) and not remote else None
+    return "hub" if len(parts) == 1 and unpacked(*hub[0]) else None
+
+
+def declared_mistakes(task: str, include: str | None, primary: str | None, setting: str) -> list[str]:
+    """What is wrong with the primary metric of a task, or of the parts of a group, as their YAML says: it is not
+    there, or no mean over items. What is left to code there is left to the trial on documents."""
+    told: list[str] = []
+    for part in _parts([task], include).get(task, []):
+        metrics, asked = _metrics(part), primary or (part.get("metadata") or {}).get("primary")
+        means = [name for name, mean in metrics.items() if mean]
+        # Which metric is the first is lm-eval's choice, so that it may be one that is a mean; and the author's code
+        # may give others than its YAML lists.
+        assumed = asked or next(iter([*means, *metrics]), None)
+        if assumed in metrics or (metrics and "process_results" not in part):
+            told += wrong_primary(str(assumed), list(metrics), means, setting)
+    return list(dict.fromkeys(f"The task {task!r} {wrong}" for wrong in told))
+
+
+def written(tasks: Sequence[str], include: str | None, most: int | None) -> dict[str, int]:
+    """How long the answers of tasks may be, in tokens, by those that ask for any: `most`, or what their YAML says.
+    Raises UserError as `check_tasks` does."""
+    index, longest = task_manager(tasks, include).task_index, {}
+    for task in tasks:
+        kwargs = [part.get("generation_kwargs") for part in _sources(index, task, {}) if _is_written(part)]
+        if kwargs:
+            longest[task] = most or max(map(new_tokens, kwargs))
+    return longest
+
+
+def _is_written(settings: Mapping[str, Any]) -> bool:
+    return "class" not in settings and settings.get("output_type", "generate_until") == "generate_until"
+
+
+def _metrics(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """By "metric,filter", whether it is a mean over items; nothing where code says what the metrics are."""
+    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, get_aggregation, get_metric_aggregation
+
+    kind = settings.get("output_type") or "generate_until"
+    listed = settings.get("metric_list") or [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, [])]
+    named = [(metric.get("metric"), metric.get("aggregation")) for metric in listed]
+    if "class" in settings or any(not name or "/" in f"{name}{how}" for name, how in named):
+        return {}
+    means = {name: is_mean(get_aggregation(how) if how else get_metric_aggregation(name)) for name, how in named}
+    filters = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
+    return {f"{metric},{by}": mean for by in filters for metric, mean in means.items()}
 
 
 def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:

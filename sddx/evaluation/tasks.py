@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sddx.records import UserError
@@ -20,15 +22,28 @@ OWN_TASKS = Path(__file__).parents[1] / "tiny" / "tasks"
 # The same seeds as lm-eval's command line, so that its numbers can be compared with ours; and that of the items
 # that a limit draws.
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234, "items": 0}
+NETWORK = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec", "aiohttp")
 
 
-def task_folders(include: str | None) -> list[Path]:
+# What may stand in a setting that is given by task.
+BY_TASK: dict[str, tuple[type, ...]] = {
+    "limit": (int, NoneType),
+    "shots": (int, NoneType),
+    "chance": (int, float, NoneType),
+    "primary": (str,),
+    "split": (str,),
+}
+
+
+def task_folders(include: str | None, setting: str = "evaluation") -> list[Path]:
     """Folders that are searched for task YAMLs: the package's own, then the user's, which wins.
 
-    Raises UserError where the user's is not a folder.
+    Raises UserError, which names the group of settings that `include` stands in, where the user's is not a folder.
     """
     if include is not None and not Path(include).expanduser().is_dir():
-        raise UserError(f"include={include} is no folder. Give one that holds lm-eval task YAMLs, or null.")
+        raise UserError(
+            f"{setting}.include={include} is no folder. Give one that holds lm-eval task YAMLs, or null."
+        )
     folders = [OWN_TASKS] if OWN_TASKS.is_dir() else []
     return folders + ([Path(include).expanduser().resolve()] if include is not None else [])
 
@@ -36,48 +51,131 @@ def task_folders(include: str | None) -> list[Path]:
 def check_tasks(
     tasks: Sequence[str],
     include: str | None = None,
+    *,
+    setting: str = "evaluation",
     **by_task: Any,
 ) -> None:
     """Raise UserError, with near names, where a task is in none of the folders nor among lm-eval's own, and where
-    one is named twice.
+    one is named twice; and for names and values that can be none, all at once. `setting` is the group of settings
+    that these stand in, for the message.
 
     Settings that are given by task (`limit`, `shots`, `primary`, `chance`) must name tasks that exist, too, but not
     only those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as
-    every task is in a folder; otherwise lm-eval's index is read (5 s).
+    every task is in a folder, and a second where lm-eval's own are; for a task that is nowhere, lm-eval's index is
+    read (5 s).
     """
-    doubled = sorted({task for task in tasks if list(tasks).count(task) > 1})
-    if doubled:
-        raise UserError(f"tasks={list(tasks)} names {', '.join(doubled)} more than once.")
-    settings = [setting for setting in by_task.values() if isinstance(setting, Mapping)]
-    named = list(dict.fromkeys([*tasks, *(task for setting in settings for task in setting)]))
-    if not set(named) <= named_in_files(task_folders(include)):
-        task_manager(named, include)
+    wrong = no_names(tasks, setting, **by_task)
+    maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
+    for where, names in {f"{setting}.tasks": tasks, **maps}.items():
+        wrong += missing(names, include, where, setting)
+    if wrong:
+        raise UserError(*dict.fromkeys(wrong))
+
+
+def no_names(tasks: Sequence[Any], setting: str, **by_task: Any) -> list[str]:
+    """What can be no task's name, or no value of a setting that is given by task; and which tasks come twice."""
+    maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
+    wrong = [
+        told for where, names in {f"{setting}.tasks": tasks, **maps}.items() for told in not_texts(names, where)
+    ]
+    wrong += [told for where, given in maps.items() for told in _no_values(where, given)]
+    if doubled := sorted({name for name in tasks if isinstance(name, str) and list(tasks).count(name) > 1}):
+        wrong.append(f"{setting}.tasks={list(tasks)} names {', '.join(doubled)} more than once.")
+    return wrong
+
+
+def not_texts(names: Iterable[Any], where: str) -> list[str]:
+    """What stands at `where` in place of a task's name."""
+    wrong = [name for name in names if not isinstance(name, str)]
+    return [f"{where} names {name!r}, and a task's name is a text." for name in wrong]
+
+
+def _no_values(where: str, given: Mapping[Any, Any]) -> Iterator[str]:
+    kinds = BY_TASK[where.rpartition(".")[2]]
+    for name, value in given.items():
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            yield f"{where}.{name}={value!r} must be {'a text' if str in kinds else 'a number'}."
+
+
+def missing(names: Iterable[Any], include: str | None, where: str, setting: str = "evaluation") -> list[str]:
+    """Which of the texts among names, that stand at `where`, are no task, no group and no tag. Costs as
+    `check_tasks` does."""
+    try:
+        unknown = {name for name in names if isinstance(name, str)} - named_in_files(task_folders(include, setting))
+    except UserError as error:
+        return list(error.args)
+    try:
+        if unknown and unknown - _built_in():
+            task_manager(sorted(unknown), include, setting)
+    except UserError as error:
+        return [f"{where}: {told}" for told in error.args]
+    return []
+
+
+@cache
+def _built_in() -> set[str]:
+    """lm-eval's own tasks, by name: read in a second, where its index takes five."""
+    import lm_eval
+
+    return named_in_files([Path(lm_eval.__file__).parent / "tasks"])
 
 
 def named_in_files(folders: Sequence[Path]) -> set[str]:
-    """Names that YAML files declare literally (an inherited name is left to lm-eval's own index)."""
-    declaration = re.compile(r"^(?:task|group):[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
+    """Names that YAML files declare literally (an inherited name is left to lm-eval's own index). Files that cannot
+    be read are passed over, as lm-eval does."""
+    declaration = re.compile(rb"^['\"]?(?:task|group|tag)['\"]?:[ \t]*['\"]?([\w.:-]+)", re.MULTILINE)
     files = [file for folder in folders for file in folder.glob("**/*.yaml")]
-    return {name for file in files for name in declaration.findall(file.read_text(encoding="utf-8"))}
+    return {name.decode() for file in files for name in declaration.findall(_bytes(file))}
 
 
-def task_manager(tasks: Sequence[str], include: str | None) -> Any:
-    """lm-eval's TaskManager that knows all these tasks; its built-in index is read only where needed."""
-    folders = task_folders(include)
+def _bytes(file: Path) -> bytes:
+    """What a file holds; nothing for a folder, a link to nowhere, and what may not be read."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def task_manager(tasks: Sequence[str], include: str | None, setting: str = "evaluation") -> Any:
+    """lm-eval's TaskManager that knows all these tasks, and what their groups name; its built-in index is read only
+    where needed. Raises UserError for those that it does not know."""
+    folders = task_folders(include, setting)
     manager = _indexed(tuple(folders), defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):
+    if not _whole(manager.task_index, tasks):
         manager = _indexed(tuple(folders), defaults=True)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise UserError(" ".join(_unknown(task, manager.all_tasks) for task in unknown) + _where(folders))
+        searched = _where(folders, setting)
+        raise UserError(*(_unknown(task, manager.all_tasks) + searched for task in unknown))
     return manager
 
 
-@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
+def _whole(index: Mapping[str, Any], tasks: Sequence[str]) -> bool:
+    """Whether these names are in the index, and all that groups among them name as well."""
+    known, left = set[str](), [*tasks]
+    while left and left[-1] in index:
+        known.add(name := left.pop())
+        members = (index[name].cfg or {}).get("task")
+        named = [member for member in members if isinstance(member, str)] if isinstance(members, list) else []
+        left += set(named) - known
+    return not left
+
+
 def _indexed(folders: tuple[Path, ...], *, defaults: bool) -> Any:
+    files = sorted(file for folder in folders for file in folder.glob("**/*.yaml"))
+    return _index_of(folders, defaults, tuple((file, file.lstat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)  # lm-eval's own index takes seconds to read, and a sweep checks every cell
+def _index_of(folders: tuple[Path, ...], defaults: bool, files: tuple[tuple[Path, int], ...]) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders), include_defaults=defaults)
+
+
+def in_folders(task: str, include: str | None) -> bool:
+    """Whether a task is the package's own or the user's, and none that comes with lm-eval."""
+    return task in _indexed(tuple(task_folders(include)), defaults=False).all_tasks
 
 
 def _unknown(task: str, known: Sequence[str]) -> str:
@@ -85,37 +183,87 @@ def _unknown(task: str, known: Sequence[str]) -> str:
     return f"There is no evaluation task {task!r}" + (f"; near names: {', '.join(near)}." if near else ".")
 
 
-def _where(folders: Sequence[Path]) -> str:
+def _where(folders: Sequence[Path], setting: str) -> str:
+    """Where a task was searched, and the files there that lm-eval passes over, with the reason."""
     searched = ", ".join(map(str, folders)) or "no folder"
-    return f" Searched lm-eval's own tasks and {searched} (include)."
+    passed = "; ".join(f"{file} ({why})" for folder in folders for file, why in _damaged(folder))
+    told = f" Searched lm-eval's own tasks and {searched} ({setting}.include)."
+    return told + (f" Could not be read there: {passed}." if passed else "")
+
+
+def _damaged(folder: Path) -> Iterator[tuple[str, str]]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for file in sorted(folder.glob("**/*.yaml")):
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # whatever is wrong with a file, lm-eval passes over it
+            yield str(file.relative_to(folder)), shown(error)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error was first raised from."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def shown(error: BaseException) -> str:
+    """An error in one line: what was first raised and, where its words alone say little, the line of code."""
+    error = _root(error)
+    told = f"{type(error).__name__}: {' '.join(str(error).split()).removesuffix('.')}"
+    if not isinstance(error, (LookupError, TypeError, AttributeError, AssertionError)) or not error.__traceback__:
+        return told
+    return f"{told}, in `{traceback.extract_tb(error.__traceback__)[-1].line}`"
 
 
 def load(
-    tasks: Sequence[str], include: str | None, split: Mapping[str, str] | None = None
+    tasks: Sequence[str], include: str | None, split: Mapping[str, str] | None = None, setting: str = "evaluation"
 ) -> tuple[Any, dict[str, str]]:
     """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to. `split` names, by
-    asked-for task, the split of its data that is judged instead of the task's own."""
-    manager = task_manager(tasks, include)
+    asked-for task, the split of its data that is judged instead of the task's own.
+
+    Raises UserError for a task that cannot be loaded, and for one that is asked for twice.
+    """
+    manager = task_manager(tasks, include, setting)
     loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
     part_of: dict[str, str] = {}
     for name in tasks:
-        try:
-            found = manager.load([name])
-        except Exception as error:
-            # All that happens here is reading a task's YAML and data: files, the hub, the user's functions.
-            raise UserError(
-                f"The evaluation task {name!r} could not be loaded: {type(error).__name__}: {error}. Data on "
-                "the Hugging Face hub must have been downloaded once, or be reachable now."
-            ) from error
-        for part in found["tasks"]:
-            if part in part_of:
-                raise UserError(f"The task {part!r} is asked for twice, in {part_of[part]!r} and {name!r}.")
-            part_of[part] = name
-            if name in (split or {}):
-                _judge_on(found["tasks"][part], part, (split or {})[name])
+        found = _loaded(manager, name)
+        claim(part_of, name, found["tasks"])
+        for part, task in found["tasks"].items() if name in (split or {}) else ():
+            _judge_on(task, part, (split or {})[name], setting)
         for kind in loaded:
             loaded[kind].update(found.get(kind, {}))
     return loaded, part_of
+
+
+def _loaded(manager: Any, name: str) -> Any:
+    try:
+        return manager.load([name])
+    except UserError as error:
+        raise UserError(*(f"The evaluation task {name!r}: {told}" for told in error.args)) from error
+    except Exception as error:
+        # All that happens here is reading a task's YAML and data, and trying its first document: files, the hub,
+        # templates and functions of the task's author.
+        raise UserError(
+            f"The evaluation task {name!r} could not be loaded: {shown(error)}.{_advice(manager, name, error)}"
+        ) from error
+
+
+def _advice(manager: Any, name: str, error: BaseException) -> str:
+    """What may help against an error: other data from the hub, or the file that it comes from."""
+    error = _root(error)
+    if isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in NETWORK:
+        return " Data on the Hugging Face hub must have been downloaded once, or be reachable now."
+    path = manager.task_index[name].yaml_path
+    return f" Its file is {path}." if path else ""
+
+
+def claim(part_of: dict[str, str], name: str, parts: Iterable[str]) -> None:
+    """Note that these parts belong to the asked-for `name`. Raises UserError where one belongs to another."""
+    for part in parts:
+        if part in part_of:
+            raise UserError(f"The task {part!r} is asked for twice, in {part_of[part]!r} and {name!r}.")
+        part_of[part] = name
 
 
 def judged(task: Any) -> str | None:
@@ -123,12 +271,12 @@ def judged(task: Any) -> str | None:
     return task.get_config("test_split") or task.get_config("validation_split")
 
 
-def _judge_on(task: Any, name: str, split: str) -> None:
+def _judge_on(task: Any, name: str, split: str, setting: str) -> None:
     """Take a task's items from this split. Its examples are still drawn from where they were; where that is the
     same split, none of them is the item itself."""
     if split not in task.dataset:
         raise UserError(
-            f"evaluation.split: the data of the task {name!r} has no split {split!r}; it has "
+            f"{setting}.split: the data of the task {name!r} has no split {split!r}; it has "
             f"{', '.join(task.dataset)}."
         )
     names = ("training_split", "validation_split", "test_split")
@@ -171,28 +319,47 @@ def configure(
             task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
 
 
-def require_metrics(tasks: Mapping[str, Any]) -> None:
-    """Raise UserError where a task's primary metric is none that it has, before it is run for hours."""
-    for name, task in tasks.items():
-        primary = (task.get_config("metadata") or {}).get("primary")
-        known = [f"{metric},{by.name}" for by in task._filters for metric in task.aggregation()]
-        if primary and primary not in known:
-            raise UserError(f"The task {name!r} has no metric {primary!r}; it has {', '.join(known)}.")
+def wrong_primary(primary: str, metrics: Sequence[str], means: Sequence[str], setting: str) -> Iterator[str]:
+    """What is wrong with a primary metric, of a task that has these, of which some are means over items."""
+    if primary not in metrics:
+        yield f"has no metric {primary!r}; it has {', '.join(metrics)} ({setting}.primary)."
+    elif primary not in means:
+        instead = (
+            f"Set {setting}.primary to one that is: {', '.join(means)}." if means else "It has none: leave it out."
+        )
+        yield (
+            f"is scored by {primary!r}, which is not a mean over items, and recovery and its interval need one. "
+            + instead
+        )
 
 
-def require_room(tasks: Mapping[str, Any], context: int) -> None:
-    """Raise UserError where an answer may be as long as the model's whole context: lm-eval cuts prompts to the room
-    beside the answer, and stops with an assertion where there is none."""
+def is_mean(aggregation: Callable[[Sequence[float]], float] | None) -> bool:
+    """Whether the scores of items are put together as their mean; so they are where a metric does not say how."""
+    scores = [0.0, 1.0, 1.0, 0.25]
+    try:
+        return aggregation is None or abs(float(aggregation(scores)) - sum(scores) / len(scores)) < 1e-9
+    except Exception:  # one that takes other things than numbers
+        return False
+
+
+def new_tokens(generation: Mapping[str, Any] | None) -> int:
+    """How long an answer may be, by a task's `generation_kwargs`."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "generate_until":
-            answer = normalize_gen_kwargs(task.get_config("generation_kwargs"))["max_gen_toks"]
-            if answer >= context:
-                raise UserError(
-                    f"The task {name!r} asks for up to {answer} new tokens, and the model's context "
-                    f"has {context}. Set evaluation.max_new_tokens, or max_gen_toks in the task's YAML."
-                )
+    return normalize_gen_kwargs({**(generation or {})})["max_gen_toks"]
+
+
+def require_room(answers: Mapping[str, int], context: int) -> None:
+    """Raise UserError where an answer (by task, how long it may be) may be as long as the model's whole context:
+    lm-eval cuts prompts to the room beside the answer, and stops with an assertion where there is none."""
+    wrong = [
+        f"The task {name!r} asks for up to {length} new tokens, and the model's context has {context}. Set "
+        "evaluation.max_new_tokens, or max_gen_toks in the task's YAML."
+        for name, length in answers.items()
+        if length >= context
+    ]
+    if wrong:
+        raise UserError(*wrong)
 
 
 def draw(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sddx.importance.coalitions import Coalition, OfLogits, Value
+from sddx.importance.coalitions import Coalition, OfLogits, TaskScore, Value
 from sddx.importance.score import Subject, Sums, Work, require_sequences
 from sddx.records import Batch, Units, UserError
 from sddx.runtime import Runtime
@@ -28,6 +28,9 @@ class Ablation:
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         raise TypeError(f"{type(self).__name__} measures nothing")
+
+    def require(self, units: int) -> None:
+        """Raises UserError where so many units cannot be measured."""
 
     def work(self, units: Units, texts: int) -> Work:
         """What `measure` runs, found by running it with a value that only counts: where it may stop early, the
@@ -81,11 +84,16 @@ class Greedy(Ablation):
     def __init__(self, *, value: Value, until: int) -> None:
         self.value, self.until = value, until
 
+    def require(self, units: int) -> None:
+        """Raises UserError where more are to go than there are."""
+        if not 0 <= self.until < units:
+            raise UserError(
+                f"pruning.metric.until={self.until}, but there are {units} units. Give 0 to {units - 1}."
+            )
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         """The summary: places in the order, and under `costs` what each removal cost."""
-        count = len(subject.units)
-        if not 0 <= self.until < count:
-            raise UserError(f"greedy: until={self.until}, but there are {count} units. Give 0 to {count - 1}.")
+        self.require(count := len(subject.units))
         gone: list[int] = []
         costs, items = [], 0
         for _ in subject.runtime.progress(range(max(self.until, 1)), what="greedy removal", unit="unit"):
@@ -165,6 +173,13 @@ class Shapley(Ablation):
                 "number of at least 4."
             )
         self.value, self.keep, self.orders, self.lowest, self.seed = value, keep, orders, lowest, seed
+
+    def require(self, units: int) -> None:
+        """Raises UserError where a model without any unit is to be asked what only one with some can do."""
+        if isinstance(self.value, TaskScore) and int((1 - self.keep) * units + 1e-9) >= units:
+            raise UserError(
+                f"pruning.metric.keep={self.keep} asks for tasks' scores without any unit. Give a keep above 0."
+            )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """The summary; its standard errors are over pairs of orders, for these items. `orders` says how many were

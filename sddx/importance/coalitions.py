@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sddx.evaluation.harness import evaluate
-from sddx.evaluation.tasks import check_tasks, named_in_files, task_folders
+from sddx.evaluation.harness import evaluate, require_tasks
+from sddx.evaluation.tasks import named_in_files, no_names, task_folders
 from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
 from sddx.models.outputs import first, logits_of
@@ -193,6 +193,9 @@ class LogitDistance(OfLogits):
         return -torch.linalg.vector_norm(to_logits(hidden) - to_logits(full), dim=-1)
 
 
+WHERE = "pruning.metric.value"  # where a value stands, for messages
+
+
 class TaskScore:
     """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
     the report's, or the task `<task>_selection` (among the package's own, or in the folder `include`). With
@@ -214,15 +217,20 @@ class TaskScore:
         chat_template: bool | None = None,
         oracle: bool = False,
     ) -> None:
+        if wrong := no_names(tasks, WHERE, shots=shots, split=split, primary=primary):
+            raise UserError(*wrong)
         self.limit, self.include, self.batch_size = limit, include, batch_size
         self.chat_template = chat_template
-        self.shots, self.split = shots, {} if oracle else split or {}
-        apart = [task for task in tasks if not oracle and task not in self.split]
-        self.tasks = [_selection(task, include) if task in apart else task for task in tasks]
-        named = zip(tasks, self.tasks, strict=True)
-        primary = primary or {}
-        self.primary = {name: primary[task] for task, name in named if task in primary}
-        check_tasks(self.tasks, include, shots=shots, split=split)
+        self.split = {} if oracle else split or {}
+        self.tasks = [task if oracle or task in self.split else _selection(task, include) for task in tasks]
+        asked = dict(zip(self.tasks, tasks, strict=True))
+        self.primary = _by_name(asked, primary or {})
+        self.shots = _by_name(asked, shots) if isinstance(shots, Mapping) else shots
+
+    def require(self) -> None:
+        """Raises UserError where the tasks cannot be evaluated by these settings."""
+        given: dict[str, Any] = {"split": self.split, "shots": self.shots, "primary": self.primary}
+        require_tasks(WHERE, tasks=self.tasks, include=self.include, limit=self.limit, **given)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         known: dict[Coalition, Tensor] = {}
@@ -269,13 +277,19 @@ def _in_order(coalitions: Sequence[Coalition]) -> list[Coalition]:
     return sorted(set(coalitions), reverse=True)
 
 
+def _by_name(asked: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given for tasks, by the names of what is evaluated for them (`asked`: the task by that name)."""
+    known = {name: given[key] for name, task in asked.items() for key in (task, name) if key in given}
+    return {**{key: value for key, value in given.items() if key not in asked.values()}, **known}
+
+
 def _selection(task: str, include: str | None) -> str:
     """The name under which a task's selection items stand. Raises UserError where it has none."""
     name = task if task.endswith("_selection") else f"{task}_selection"
-    if name not in named_in_files(task_folders(include)):
+    if name not in named_in_files(task_folders(include, WHERE)):
         raise UserError(
-            f"the task {task!r} has no selection items ({name} is no task), and report items must not choose "
-            f"what is removed. Name another split of its data (split: {{{task}: validation}}), use a task that has "
-            "them, or set oracle=true for the upper bound that it is."
+            f"{WHERE}: the task {task!r} has no selection items ({name} is no task), and report items must not "
+            f"choose what is removed. Name another split of its data (split: {{{task}: validation}}), use a task "
+            "that has them, or set oracle=true for the upper bound that it is."
         )
     return name
