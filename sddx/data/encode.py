@@ -65,7 +65,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[
     transformers' and vLLM's chats take the template as it is.) What the tokenizer puts after a text is left out: an
     end token there would end the prompt before it is answered.
     """
-    begin = _begin(tokenizer)
+    begin, _ = around(tokenizer)
     rows = [plain_ids(tokenizer, text) for text in texts]
     return [row if row[: len(begin)] == begin else begin + row for row in rows]
 
@@ -75,11 +75,12 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text."""
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer by itself puts before a text, and what after it."""
     bare, whole = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     places = range(len(whole) - len(bare) + 1)
-    return whole[: next((at for at in places if whole[at : at + len(bare)] == bare), 0)]
+    at = next((place for place in places if whole[place : place + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
