@@ -88,20 +88,23 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     """Something is left to train, metric and patch can be what they are asked to be, an adapter finds its layers,
     the chat template carries prompts, answers and the tasks' descriptions, another teacher fits the student."""
     from sddx.estimate.skeleton import skeleton
-    from sddx.models.load import locate, text_config
+    from sddx.models.load import locate, require_one_head, text_config
     from sddx.training.objective import require_comparable
     from sddx.training.tuning import require_targets
 
     config = text_config(folder)
+    bare = partial(skeleton, config, method["model"]["dtype"])
     checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
     if tasks_exist := not _told([lambda: check_names(method)]):
-        checks.append(lambda: _check_room(method["evaluation"], config, folder))
+        checks.append(lambda: _check_room(method["evaluation"], folder, config))
+    if config.tie_word_embeddings:
+        checks.append(lambda: require_one_head(folder, bare()))
+    checks.append(lambda: _check_tokens(method, folder, config))
     if method["loss"]["terms"] or method["evaluation"]["chat_template"]:
         checks.append(lambda: _check_template(folder))
     if method["evaluation"]["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
-        bare = partial(skeleton, config, method["model"]["dtype"])
         checks.append(lambda: require_targets(bare(), method["tuning"]["targets"]))
     if method["teacher"]:
         checks.append(
@@ -135,18 +138,6 @@ def _check_trained(method: dict[str, Any]) -> None:
         raise UserError(*wrong)
 
 
-def _check_room(evaluation: dict[str, Any], config: Any, folder: Path) -> None:
-    """The model's context has room for what tasks ask it to write, and a prompt. Raises UserError."""
-    from lm_eval.models.utils import resolve_max_length
-
-    from sddx.evaluation.task_data import written
-    from sddx.evaluation.tasks import require_room
-    from sddx.models.load import load_tokenizer
-
-    answers = written(evaluation["tasks"], evaluation["include"], evaluation.get("max_new_tokens"))
-    require_room(answers, resolve_max_length(config, load_tokenizer(folder)))
-
-
 def _check_descriptions(evaluation: dict[str, Any], folder: Path) -> None:
     """The chat template carries what tasks say before their items. Raises UserError."""
     from sddx.data.encode import require_system_turn
@@ -161,11 +152,41 @@ def _check_descriptions(evaluation: dict[str, Any], folder: Path) -> None:
 def _check_template(folder: Path) -> None:
     """Prompts and answers can be put into the model's own chat form, and told apart in it. Raises UserError."""
     from sddx.data.encode import ending
-    from sddx.models.load import load_tokenizer, require_chat_template
+    from sddx.models.load import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
-    require_chat_template(tokenizer, folder)
-    ending(tokenizer)
+    ending(load_tokenizer(folder))
+
+
+def _check_tokens(method: dict[str, Any], folder: Path, config: Any) -> None:
+    """The model has an embedding for every token that it is given, and a row has an answer left within max_length;
+    of rows, those that are here. Raises UserError."""
+    from sddx.data.encode import require_trainable
+    from sddx.data.sources import of_hub
+    from sddx.models.load import context_of, load_tokenizer, require_embedded
+
+    tokenizer, length = load_tokenizer(folder), method["max_length"]
+    trained = bool(method["loss"]["terms"]) and not of_hub(method["dataset"])
+    rows = build(method["dataset"]).examples if trained else []
+    require_embedded(tokenizer, config, (row.prompt + row.response for row in rows))
+    if rows and tokenizer.chat_template:
+        require_trainable(tokenizer, rows, min(length, context_of(config) or length))
+
+
+def _check_room(evaluation: dict[str, Any], folder: Path, config: Any) -> None:
+    """The model's context has room for what tasks ask it to write, and their prompts beside it. Raises UserError."""
+    from lm_eval.models.utils import resolve_max_length
+
+    from sddx.evaluation.harness import require_prompts_fit
+    from sddx.evaluation.task_data import written
+    from sddx.evaluation.tasks import require_room
+    from sddx.models.load import context_of, load_tokenizer
+
+    tokenizer, longest = load_tokenizer(folder), evaluation.get("max_new_tokens")
+    answers = written(evaluation["tasks"], evaluation["include"], longest)
+    require_room(answers, resolve_max_length(config, tokenizer))
+    asked = ("tasks", "include", "chat_template", "shots", "split", "max_new_tokens")
+    if context := context_of(config):
+        require_prompts_fit(tokenizer, context, **{name: evaluation[name] for name in asked})
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:
@@ -224,6 +245,11 @@ def _check_backend(method: dict[str, Any]) -> None:
         raise UserError(f"evaluation.backend={backend} is not known. Use one of {', '.join(BACKENDS)}.")
     if backend != "vllm":
         return
+    if method["evaluation"].get("generation_config") == "model":
+        raise UserError(
+            "evaluation.generation_config=model is what lm-eval does with transformers; with vLLM it never uses "
+            "the model's own settings. Use evaluation.backend=hf or evaluation.generation_config=neutral."
+        )
     if not build(method["pruning"]).is_stock:
         raise UserError(
             "evaluation.backend=vllm loads whole blocks of the model's own kind alone. Removed branches "

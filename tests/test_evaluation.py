@@ -238,10 +238,8 @@ def test_shots_are_set_and_recorded(results, model, tokenizer, folder: Path) -> 
     assert all(a["prompt_hash"] != b["prompt_hash"] for a, b in zip(shot["samples"], bare, strict=True))
 
 
-def test_prompts_that_do_not_fit_are_counted(model, tokenizer, folder: Path, capfd) -> None:
-    """lm-eval cuts long prompts from the left; that is counted, and a quiet run prints nothing."""
-    given = {"tasks": ["answering"], "include": str(folder), "max_new_tokens": 60}
-    assert harness.evaluate(model, tokenizer, QUIET, **given)["truncated"] > 0
+def test_a_quiet_run_prints_nothing(model, tokenizer, folder: Path, capfd) -> None:
+    harness.evaluate(model, tokenizer, QUIET, tasks=["answering"], include=str(folder))
     assert capfd.readouterr() == ("", "")
 
 

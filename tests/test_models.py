@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sddx.data.encode import require_template
 from sddx.models import load
 from sddx.models.anatomy import blocks, decoder, final_norm, head
-from sddx.models.load import load_model, load_tokenizer, locate, require_chat_template
+from sddx.models.load import load_model, load_tokenizer, locate
 from sddx.models.outputs import run
 from sddx.models.student import load_student, save_student
 from sddx.records import Cut, UserError
@@ -260,10 +261,10 @@ def test_a_tokenizer_without_end_token_or_chat_template_is_refused(tmp_path):
     with pytest.raises(UserError, match="no end token"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
-        require_chat_template(tokenizer(), "some/model")
+        require_template(tokenizer())
     chatty = tokenizer()
     chatty.chat_template = "{{ messages }}"
-    require_chat_template(chatty, "some/model")
+    require_template(chatty)
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
 

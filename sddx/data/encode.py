@@ -1,8 +1,10 @@
-"""From text to token ids and labels. All masking and shifting of labels happens here and nowhere else."""
+"""From text to token ids and labels. All rendering, masking and shifting of labels happens here and nowhere else,
+so that a text is the same tokens wherever it is read: in scoring, self-data, training and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sddx.records import Batch, Example, UserError
 
+_log = logging.getLogger(__name__)
+
 IGNORED = -100
 # How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
 TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
@@ -18,6 +22,12 @@ TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
 # Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained, written and
 # judged without thinking, and the same text is rendered on every day. Other templates ignore these names.
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+ALTERED = (
+    "the chat template would change the answer (as one that drops what stands before </think> does). What is "
+    "trained is the row's own text."
+)
+SPECIAL = "prompt or answer hold special tokens of the tokenizer, which are read as such."
 
 
 @dataclass(frozen=True)
@@ -33,37 +43,96 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Ending:
-    """How the assistant's turn ends in a chat template: all text after an answer, and its end token."""
+    """How the assistant's turn ends in a chat template: all text after an answer, and its end token; and what the
+    template writes between the prompt and an answer."""
 
     text: str
     token: str
+    lead: str = ""
+
+    @property
+    def trained(self) -> str:
+        """The text after an answer up to and including its end token, which is put there where there is none."""
+        before, _, _ = self.text.partition(self.token)
+        return (before if self.token in self.text else self.text.rstrip()) + self.token
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """The tokens of each text, plain or rendered by a chat template, as the model is to read it.
+
+    What the tokenizer puts before a text, its begin token, stands there once, whether or not the template writes it
+    too: a model whose tokenizer puts one has hardly seen a text without. (lm-eval and llama.cpp do the same;
+    transformers' and vLLM's chats take the template as it is.) What the tokenizer puts after a text is left out: an
+    end token there would end the prompt before it is answered.
+    """
+    begin, _ = around(tokenizer)
+    rows = [plain_ids(tokenizer, text) for text in texts]
+    return [row if row[: len(begin)] == begin else begin + row for row in rows]
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on another one: nothing is put before it or after it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer by itself puts before a text, and what after it."""
+    bare, whole = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    places = range(len(whole) - len(bare) + 1)
+    at = next((place for place in places if whole[place : place + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a tokenizer without a chat template, and for one with several of which none is the
+    default."""
+    name, template = tokenizer.name_or_path or type(tokenizer).__name__, tokenizer.chat_template
+    if not template:
+        raise UserError(
+            f"The tokenizer has no chat template, so prompts and answers cannot be told apart. Given: {name}. "
+            "Choose an instruction-tuned model, or put a chat_template into the model folder (chat_template.jinja)."
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise UserError(
+            f"The tokenizer has several chat templates and none is named default. Given: {name} with "
+            f"{', '.join(sorted(template))}. Put the one to use into the model folder as chat_template.jinja."
+        )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None = None) -> str:
     """The chat template's text of one user turn, up to where the answer begins, or with the answer and all
-    that the template puts after it. Raises UserError for a tokenizer without a chat template, and for one that
-    does not render."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "The tokenizer has no chat template, so prompts and answers cannot be told apart. Given: "
-            f"{tokenizer.name_or_path or type(tokenizer).__name__}. Choose an instruction-tuned model, or "
-            "put a chat_template into the model folder (chat_template.jinja)."
-        )
-    turns = [("user", prompt)] if response is None else [("user", prompt), ("assistant", response)]
+    that the template puts after it. Raises UserError as `conversation` does."""
+    turns = [{"role": "user", "content": prompt}]
+    if response is not None:
+        turns.append({"role": "assistant", "content": response})
+    return conversation(tokenizer, turns)
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, unfinished: bool = False
+) -> str:
+    """The chat template's text of turns, each with `role` and `content`, up to where an answer begins unless the
+    last turn is the assistant's; where that is `unfinished`, up to the end of its content. Raises UserError as
+    `require_template` does, and where the template does not render them."""
+    require_template(tokenizer)
     try:
-        return _rendered(tokenizer, *turns)
+        return _rendered(tokenizer, turns, unfinished)
     except TemplateError as error:
         raise UserError(
-            f"The chat template does not render a user's turn: {type(error).__name__}: {error}. Use the template "
+            f"The chat template does not render {_roles(turns)}: {type(error).__name__}: {error}. Use the template "
             "that belongs to the model."
         ) from error
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str]) -> str:
-    """The text of a conversation of (role, content), up to where an answer begins unless the last turn is one."""
-    messages = [{"role": role, "content": content} for role, content in turns]
-    asked = {"tokenize": False, "add_generation_prompt": turns[-1][0] != "assistant"}
-    return str(tokenizer.apply_chat_template(messages, **asked, **TEMPLATE_SETTINGS))
+def _roles(turns: Sequence[Mapping[str, str]]) -> str:
+    return "a user's turn" if len(turns) == 1 else f"turns of {', '.join(turn['role'] for turn in turns)}"
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], unfinished: bool = False
+) -> str:
+    asked = {"add_generation_prompt": turns[-1]["role"] != "assistant", "continue_final_message": unfinished}
+    return str(tokenizer.apply_chat_template([*turns], tokenize=False, **asked, **TEMPLATE_SETTINGS))
 
 
 def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
@@ -73,7 +142,8 @@ def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]
     if not (described := ", ".join(tasks)):
         return
     try:
-        text = _rendered(tokenizer, ("system", system), ("user", "Hello"))
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        text = _rendered(tokenizer, asked)
     except TemplateError as error:
         refusal = f" ({error})"
     if system not in text:
@@ -102,17 +172,17 @@ def ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
             f"cannot be found. Given: {start!r} and {whole!r}. Use a template whose generation prompt begins "
             "the answer."
         )
-    text = whole[whole.rindex(answer) + len(answer) :]
+    lead, _, text = whole[len(start) :].rpartition(answer)
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     places = [(text.index(token), -len(token), token) for token in tokens if token in text]
     if places:
-        return Ending(text, min(places)[2])
+        return Ending(text, min(places)[2], lead)
     if tokenizer.eos_token is None:
         raise UserError(
             f"Nothing ends an answer: the chat template writes {text!r} after it and the tokenizer has no "
             "end-of-sequence token. Set eos_token in the model folder's tokenizer_config.json."
         )
-    return Ending(text, str(tokenizer.eos_token))
+    return Ending(text, str(tokenizer.eos_token), lead)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -122,24 +192,49 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int) -> Encoded | None:
-    """One example as the chat template writes it, up to and including the token that ends the answer.
+    """One example as tokens, up to and including the token that ends the answer.
 
     The prompt and what the template puts before the answer are masked; the answer and its end token are
-    labels. Tokens beyond `max_length` are cut off; None where no label is left (pitfall N: such rows are
-    counted and dropped, see `encode_all`). Raises UserError as `render` and `ending` do.
+    labels. The answer stands in the template's frame as the row has it: a template may trim the white space around
+    it, and whatever else it would change is not followed. Tokens beyond `max_length` are cut off; None
+    where no label is left (such rows are counted and dropped, see `encode_all`). Raises UserError as `render` and
+    `ending` do.
     """
-    return _encode(tokenizer, example, ending(tokenizer), max_length)
+    return _encode(tokenizer, example, ending(tokenizer), max_length)[0]
 
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, max_length: int
 ) -> tuple[list[Encoded], int]:
-    """All examples that have a label left, in order, and the number of those dropped because they have none. Raises
-    UserError as `encode` does."""
+    """All examples that have a label left, in order, and the number of those dropped because they have none. What
+    the template would have changed, and special tokens within rows, are told. Raises UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
     encoded = [_encode(tokenizer, example, end, max_length) for example in examples]
-    rows = [row for row in encoded if row is not None]
+    _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
+    rows = [row for row, _ in encoded if row is not None]
     return rows, len(examples) - len(rows)
+
+
+def _tell(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], altered: Sequence[str]) -> None:
+    """Log which rows the template would have changed, and which hold special tokens."""
+    tokens = [token for token in tokenizer.all_special_tokens if token]
+    special = [row.id for row in examples if any(token in row.prompt + row.response for token in tokens)]
+    for ids, told in ((altered, ALTERED), (special, SPECIAL)):
+        if ids:
+            _log.warning("%d of %d rows: %s The first: %s.", len(ids), len(examples), told, ids[0])
+
+
+def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int) -> None:
+    """Raises UserError where no row has a label within `max_length` tokens, and as `encode` does. Looks no further
+    than the first row that has."""
+    end, rows = ending(tokenizer), list(examples)
+    if rows and not any(_encode(tokenizer, row, end, max_length)[0] for row in rows):
+        shortest = min(len(ids) for ids in token_ids(tokenizer, (render(tokenizer, row.prompt) for row in rows)))
+        raise UserError(
+            f"No row has an answer left to train on after truncation. Given: {len(rows)} rows, whose shortest "
+            f"prompt has {shortest} tokens, and max_length={max_length}. Raise max_length above the length of the "
+            "prompts."
+        )
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -158,16 +253,17 @@ def text_batches(
     texts: Sequence[str],
     *,
     max_length: int = TEXT_LENGTH,
+    context: int | None = None,
     batch_size: int = TEXT_BATCH,
 ) -> Iterator[Batch]:
-    """Calibration texts in their order, cut at `max_length` tokens; every attended token but the first is a
-    label. A batch has at most `batch_size` texts and, of more than one text, TEXT_TOKENS padded tokens: the states
-    of all blocks are held for it.
+    """Calibration texts in their order, cut at `max_length` tokens, and at the model's `context` where that is
+    shorter; every attended token but the first is a label. A batch has at most `batch_size` texts and, of more than
+    one text, TEXT_TOKENS padded tokens: the states of all blocks are held for it.
 
-    A text gets the tokenizer's own special tokens, unless it already begins with the begin-of-sequence token
-    (a rendered conversation). Texts without a token are left out. Raises UserError where none has one.
+    Texts are encoded by `token_ids`; those without a token are left out. Raises UserError where none has one.
     """
-    rows = [row for text in texts if (row := _encode_text(tokenizer, text, max_length)).input_ids]
+    length = min(max_length, context or max_length)
+    rows = [_of_text(ids[:length]) for ids in token_ids(tokenizer, texts) if ids]
     if not rows:
         raise UserError(
             f"The calibration texts hold no token. Given: {len(texts)} texts, max_length {max_length}. "
@@ -188,20 +284,27 @@ def text_spans(lengths: Sequence[float], batch_size: int = TEXT_BATCH) -> list[t
     return spans
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int) -> Encoded | None:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int
+) -> tuple[Encoded | None, bool]:
+    """The row, and whether its answer stands there against the template."""
     prompt = render(tokenizer, example.prompt)
-    whole = render(tokenizer, example.prompt, example.response).removesuffix(end.text) + _up_to_token(end)
-    if not whole.startswith(prompt):
-        raise UserError(
-            "The chat template renders this prompt differently once it is answered, so its labels cannot be "
-            f"told. Given: example {example.id}, {example.prompt[:80]!r}. Use another template, or drop the "
-            "row."
-        )
-    prompt_ids, ids = _tokens(tokenizer, prompt), _tokens(tokenizer, whole)
+    answer, own = _answer(render(tokenizer, example.prompt, example.response), prompt, example, end)
+    turn = end.lead + answer + end.trained
+    prompt_ids, ids = token_ids(tokenizer, [prompt, prompt + turn])
     if ids[: len(prompt_ids)] != prompt_ids:
         # The tokenizer merges across the boundary; a model that answers never sees that merge.
-        ids = prompt_ids + _tokens(tokenizer, whole[len(prompt) :])
-    return _labelled(example.id, ids[:max_length], first=len(prompt_ids))
+        ids = prompt_ids + plain_ids(tokenizer, turn)
+    return _labelled(example.id, ids[:max_length], first=len(prompt_ids)), own
+
+
+def _answer(whole: str, prompt: str, example: Example, end: Ending) -> tuple[str, bool]:
+    """The answer as the template writes it into the `whole` conversation, where that is the row's but for white
+    space around it; else the row's own, and that it is."""
+    own, before = example.response.strip(), prompt + end.lead
+    written = whole.removeprefix(before).removesuffix(end.text)
+    same = whole.startswith(before) and whole.endswith(end.text) and written.strip() == own
+    return (written, False) if same else (own, True)
 
 
 def _labelled(id: str, ids: list[int], *, first: int) -> Encoded | None:
@@ -212,17 +315,5 @@ def _labelled(id: str, ids: list[int], *, first: int) -> Encoded | None:
     return Encoded(id, ids, labels, supervised) if supervised else None
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:
-    rendered = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    ids = tokenizer(text, add_special_tokens=not rendered)["input_ids"][:max_length]
+def _of_text(ids: list[int]) -> Encoded:
     return Encoded("", ids, (ids[1:] + [IGNORED])[: len(ids)], max(len(ids) - 1, 0))
-
-
-def _up_to_token(end: Ending) -> str:
-    return (
-        end.text[: end.text.find(end.token)] + end.token if end.token in end.text else end.text.rstrip() + end.token
-    )
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -23,8 +23,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sddx.data.encode import ending, padding_id, render
+from sddx.data.encode import ending, padding_id, render, token_ids
 from sddx.data.templates import leaks
+from sddx.models.generation import neutral
+from sddx.models.load import context_of
 from sddx.records import Example, Rewrite
 
 CUT_OFF = "cut off at max_new_tokens"
@@ -60,15 +62,15 @@ def write_answers(
     `top_k` likeliest tokens (0: all) and the smallest set of mass `top_p` (1: all); the choices of a row hang
     on (seed, its prompt, position) only. So neither its neighbours nor the batch size change a row, up to
     ties within the arithmetic's precision, and equal prompts get equal answers. The model's own generation
-    settings (penalties, temperature) are not used, except for its end tokens. `progress` is told the rows
+    settings (lengths, penalties, temperature) are not used, except for its end tokens. `progress` is told the rows
     done, batch by batch.
 
     An answer ends at the model's or the tokenizer's end token; one that has not ended after `max_new_tokens`,
     or whose prompt leaves no room for them in the model's context, carries a fault.
     """
     texts = [render(tokenizer, prompt) for prompt in prompts]
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    room = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    tokens = token_ids(tokenizer, texts)
+    room = context_of(model.config) or float("inf")
     fitting = [row for row in range(len(prompts)) if len(tokens[row]) + max_new_tokens <= room]
     answers = [Answer("", TOO_LONG)] * len(prompts)
     progress(len(prompts) - len(fitting))
@@ -174,15 +176,10 @@ def _continue(
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
     )
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-    )
-    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=choose)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)
+    asked = {"input_ids": ids, "attention_mask": mask, "generation_config": settings, "logits_processor": choose}
+    with neutral(model):
+        whole = model.generate(**asked)
     return whole[:, width:].tolist()
 
 

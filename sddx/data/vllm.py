@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from sddx.data import vllm_worker
-from sddx.data.encode import render
+from sddx.data.encode import render, token_ids
 from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
-from sddx.models.load import free_memory, text_config
+from sddx.models.load import context_of, free_memory, text_config
 from sddx.models.vllm import Settings, failed
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
@@ -66,8 +66,9 @@ class Writer(Settings):
         """The model's answer to each prompt, in order, by the rules of `selfdata.write_answers`: what ends an
         answer, and which carry a fault. Raises UserError where an engine fails, with the end of its log."""
         texts = [render(tokenizer, prompt) for prompt in prompts]
-        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        room = min(filter(None, (_context(folder), self.max_model_len)), default=float("inf"))
+        tokens = token_ids(tokenizer, texts)
+        context = context_of(text_config(folder))
+        room = min(filter(None, (context, self.max_model_len)), default=float("inf"))
         fitting = [row for row in range(len(prompts)) if len(tokens[row]) + self.max_new_tokens <= room]
         answers = [Answer("", TOO_LONG)] * len(prompts)
         progress(len(prompts) - len(fitting))
@@ -188,10 +189,6 @@ def _environment(writer: Writer, place: int) -> dict[str, str]:
     each, given = writer.tensor_parallel, os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = given.split(",") if given else [str(gpu) for gpu in range(each * writer.data_parallel)]
     return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen[place * each : (place + 1) * each])}
-
-
-def _context(folder: Path) -> int | None:
-    return getattr(text_config(folder), "max_position_embeddings", None)
 
 
 def _ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

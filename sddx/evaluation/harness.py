@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sddx.evaluation.statistics import expected_half_width, standard_error
 from sddx.evaluation.tasks import (
@@ -45,6 +45,10 @@ logger = logging.getLogger(__name__)
 NOT_PARSED = "[invalid]"
 # What runs the model, and the distribution whose version is recorded. Their numbers are never compared.
 BACKENDS = {"hf": "transformers", "vllm": "vllm"}
+# The tokens of a text that is only scored, beyond the context: its last is predicted and not read by transformers,
+# and vLLM must write one more.
+SPARE = {"hf": 1, "vllm": -1}
+LOOKED_AT = 16  # items of a task whose prompts are looked at before any work
 
 
 def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata: Any) -> dict[str, Any]:
@@ -144,10 +148,13 @@ def evaluate(
     chance: Mapping[str, float | None] | None = None,
     limit: int | Mapping[str, int] | None = None,
     split: Mapping[str, str] | None = None,
+    generation_config: Literal["neutral", "model"] = "neutral",
+    encoding: Literal["same", "lm_eval"] = "same",
     backend: str = "hf",
     vllm: Any = None,
 ) -> dict[str, Any]:
-    """Run lm-eval on the model where it lies (its device), and keep what every item scored.
+    """Run lm-eval on the model where it lies (its device), and keep what every item scored. The model is afterwards
+    as it was.
 
     What the model answers is added to the file `answered`, and what is there is not asked again (`answers`).
     With `backend` vllm, the model is lm-eval's own around an engine, which makes its own batches; the settings of
@@ -160,61 +167,68 @@ def evaluate(
     each), drawn with a fixed seed and in equal numbers from the parts of a group; `split`, the split of its data
     whose items are judged (not named: the task's own), of which none is an example for itself.
 
+    Answers are greedy where a task does not ask for sampling itself: of the model's own settings of generation none
+    is used but its end tokens (`generation_config` neutral). Prompts are the tokens that scoring, self-data and
+    training see (`encoding` same; sddx.data.encode). lm-eval's command line lets penalties and lengths of the model
+    change its answers, and reads what the tokenizer puts before and after a text: `generation_config` model and
+    `encoding` lm_eval do as it does, for comparison.
+
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
     "batch_size", "truncated", "backend": its name and version}. A record holds `score` (mean of the primary
     metric), `stderr`, `chance`, `n`, `metrics`, `unparsed` (share of answers in which a filter found nothing, by
     filter), `part_of` (the name in `tasks`), `settings` (all that makes two evaluations comparable) and `samples`,
-    one dict per item. `truncated` counts lm-eval's warnings that a prompt did not fit the model.
+    one dict per item; `cut` counts its requests that did not fit the model and lost their beginning, which
+    `truncated` adds up.
 
     Raises UserError for an unknown task, metric or split, data that is not there, a tokenizer without a chat
-    template or with one that drops the tasks' descriptions, or an answer that is longer than the model's context.
+    template or with one that drops the tasks' descriptions, an answer that is longer than the model's context, or a
+    task of whose requests more than half do not fit it.
     """
     from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
 
     from sddx.data.encode import TEMPLATE_SETTINGS
     from sddx.evaluation.answers import Resumed
+    from sddx.evaluation.prompts import Fitting
+    from sddx.models.generation import neutral
 
-    with _calm(runtime.quiet) as warnings, _seeded():
+    with _calm(runtime.quiet), _seeded():
         loaded, part_of = load(tasks, include, split)
         told = {"primary": primary or {}, "chance": chance or {}}
         if chat_template:
             _require_template(tokenizer, loaded["tasks"], part_of)
         configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
-        # The batch size must be given here: lm-eval ignores any other for a model that is handed over.
-        own = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
-        own |= {"chat_template_args": TEMPLATE_SETTINGS}
-        lm: Any = model if backend == "vllm" else HFLM(pretrained=model, **own)
+        lm: Any = model if backend == "vllm" else _by_transformers(model, tokenizer, batch_size, encoding)
         _require_sound(loaded["tasks"])
         require_room(_answers(loaded["tasks"]), lm.max_length)
         drawn = draw(loaded["tasks"], part_of, limit)
-        lm = Resumed(lm, answered) if answered else lm
+        lm = Fitting(Resumed(lm, answered) if answered else lm, SPARE[backend])
         if not runtime.quiet:
             _announce(_precision(loaded["tasks"], part_of, drawn))
         # `evaluate`, not `simple_evaluate`, which runs pip and git for a report of the environment each time.
-        raw = evaluator.evaluate(
-            lm,
-            loaded,
-            samples=drawn,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-        )
+        with neutral(model) if (generation_config, backend) == ("neutral", "hf") else contextlib.nullcontext():
+            raw = evaluator.evaluate(
+                lm,
+                loaded,
+                samples=drawn,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+            )
     if raw is None:
         raise RuntimeError("lm-eval gives results on the first process only")
-    if warnings:
-        logger.warning("%d prompts or batches did not fit the model's context: %s", len(warnings), warnings[0])
     shown = json.dumps([tokenizer.chat_template, TEMPLATE_SETTINGS], sort_keys=True)
     shared = {"chat_template": _digest(shown) if chat_template else None, "backend": backend}
+    shared |= {"generation_config": generation_config, "encoding": encoding}
     return {
         "tasks": {
             name: _record(task, raw, part_of[name], {**shared, "limit": given(limit, part_of[name])})
+            | {"cut": lm.cut[name]}
             for name, task in loaded["tasks"].items()
         },
         "groups": {name: _numbers(metrics) for name, metrics in raw.get("groups", {}).items()},
         "batch_size": lm.batch_size,
-        "truncated": len(warnings),
+        "truncated": lm.cut.total(),
         "backend": {"name": backend, "version": metadata.version(BACKENDS[backend])},
     }
 
@@ -225,15 +239,56 @@ def _answers(tasks: Mapping[str, Any]) -> dict[str, int]:
     return {name: new_tokens(task.get_config("generation_kwargs")) for name, task in written.items()}
 
 
-def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
-    """Raise UserError where there is no chat template, or one that drops the tasks' descriptions."""
-    from sddx.data.encode import require_system_turn
+def require_prompts_fit(
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    tasks: Sequence[str],
+    include: str | None,
+    chat_template: bool,
+    shots: int | Mapping[str, int] | None,
+    split: Mapping[str, str] | None,
+    max_new_tokens: int | None,
+) -> None:
+    """Raise UserError where `max_new_tokens` leave no room in the model's context for the first prompts of a task,
+    by the rule of `evaluate` and before any work. Costs nothing where they take less than half of it."""
+    if max_new_tokens is None or 2 * max_new_tokens < context:
+        return
+    from sddx.evaluation.prompts import Fitting, Reader
 
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, and evaluation.chat_template "
-            "is on. Add a template to the tokenizer, or set evaluation.chat_template=false."
-        )
+    with _calm(True), _seeded():
+        loaded, part_of = load(tasks, include, split)
+        written = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
+        configure(written, part_of, shots=shots, max_new_tokens=max_new_tokens, metadata={})
+        reader = Fitting(Reader(tokenizer, context), SPARE["hf"])
+        rendered = reader.apply_chat_template if chat_template else None
+        asked = {"apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
+        for task in written.values():
+            task.build_all_requests(limit=LOOKED_AT, chat_template=rendered, **asked)
+        reader.generate_until([instance for task in written.values() for instance in task.instances])
+
+
+def _by_transformers(model: Any, tokenizer: Any, batch_size: int, encoding: str) -> LM:
+    """lm-eval's model around one of transformers. The batch size must be given here: lm-eval ignores any other for
+    a model that is handed over."""
+    from lm_eval.models.huggingface import HFLM
+
+    from sddx.data.encode import TEMPLATE_SETTINGS
+    from sddx.evaluation.prompts import SameTokensHFLM
+
+    reads = SameTokensHFLM if encoding == "same" else HFLM
+    how: dict[str, Any] = {"softmax_dtype": "float32", "chat_template_args": TEMPLATE_SETTINGS}
+    return reads(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **how)
+
+
+def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
+    """Raise UserError where no chat template can be used, or one drops the tasks' descriptions."""
+    from sddx.data.encode import require_system_turn, require_template
+
+    try:
+        require_template(tokenizer)
+    except UserError as error:
+        raise UserError(f"{error} Or set evaluation.chat_template=false.") from error
     described = [part_of[name] for name, task in tasks.items() if task.get_config("description")]
     require_system_turn(tokenizer, dict.fromkeys(described))
 
@@ -251,21 +306,9 @@ def _announce(line: str) -> None:
     logger.info(line)
 
 
-class _Truncations(logging.Handler):
-    """Keeps lm-eval's warnings that a prompt was cut, and drops all other messages."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "runcat" in record.getMessage():
-            self.messages.append(record.getMessage())
-
-
 @contextlib.contextmanager
-def _calm(quiet: bool) -> Iterator[list[str]]:
-    """Hold back lm-eval's chatter; yields the list that its warnings about truncated prompts are added to.
+def _calm(quiet: bool) -> Iterator[None]:
+    """Hold back lm-eval's chatter. Its warnings of prompts that were cut are told by `Fitting`, as a count.
 
     Its bars for building contexts carry no name and last no time, as does that for looking up known answers, so
     only those for requests are shown.
@@ -273,22 +316,19 @@ def _calm(quiet: bool) -> Iterator[list[str]]:
     import lm_eval.api.model
     import lm_eval.api.task
 
-    handler = _Truncations()
     parent = logging.getLogger("lm_eval")
-    level, propagate, handlers = parent.level, parent.propagate, parent.handlers
     bars = lm_eval.api.task.tqdm, lm_eval.api.model.tqdm
-    parent.setLevel(logging.WARNING)
-    parent.propagate, parent.handlers = False, [handler]
+    propagate, handlers = parent.propagate, parent.handlers
+    parent.propagate, parent.handlers = False, [logging.NullHandler()]
     lm_eval.api.task.tqdm = lambda items, total: items  # type: ignore[assignment]
     lm_eval.api.model.tqdm = lambda items, desc, **how: (  # type: ignore[assignment]
         bars[1](items, desc=desc, **how) if how else items
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-            yield handler.messages
+            yield
     finally:
         lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = bars
-        parent.setLevel(level)
         parent.propagate, parent.handlers = propagate, handlers
 
 

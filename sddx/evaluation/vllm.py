@@ -105,6 +105,7 @@ class Engine(Settings):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": self.max_model_len,
             "batch_size": "auto",
+            "generation_config": "vllm",  # nothing of the model's own settings but its end tokens
             "chat_template_args": TEMPLATE_SETTINGS,
             "enable_thinking": TEMPLATE_SETTINGS["enable_thinking"],  # lm-eval 0.4.13 forgets the one among them
         }

@@ -24,10 +24,15 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.models.vllm_causallms import VLLM
 
     from sddx.evaluation.harness import evaluate
+    from sddx.evaluation.prompts import SameTokens
     from sddx.records import UserError
     from sddx.runtime import Runtime
 
-    lm = VLLM(**request["model"])
+    class SameTokensVLLM(SameTokens, VLLM):
+        pass
+
+    reads = SameTokensVLLM if request["evaluation"].get("encoding", "same") == "same" else VLLM
+    lm = reads(**request["model"])
     try:
         answered = Path(request["answered"])
         return {"results": evaluate(lm, lm.tokenizer, Runtime(), answered, **request["evaluation"])}

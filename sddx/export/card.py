@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 import sddx
+from sddx.export.command import lm_eval
+from sddx.export.proof import evaluation_of
 from sddx.models.recovered import Recovered
 from sddx.report import table
 
@@ -59,7 +61,7 @@ def text(run: Recovered, proof: dict[str, Any]) -> str:
         "## Scores",
         table.markdown(run.summary).rstrip(),
         "## Loading it",
-        _loading(proof),
+        _loading(run, proof),
         "## Proof",
         _proven(proof),
     ]
@@ -122,7 +124,7 @@ def parameters(summary: dict[str, Any]) -> int:
     return sizes.get("patched", sizes["pruned"])
 
 
-def _loading(proof: dict[str, Any]) -> str:
+def _loading(run: Recovered, proof: dict[str, Any]) -> str:
     runtimes = "\n".join(f"- {name}: {said}" for name, said in proof["formats"]["runtimes"].items())
     if proof["adapter"] == "apart":
         code = (
@@ -139,8 +141,9 @@ def _loading(proof: dict[str, Any]) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")'
     )
-    shell = "lm_eval --model hf --model_args pretrained=."
-    return f"```python\n{code}\n```\n\n```bash\n{shell}\n```\n\nOther runtimes:\n\n{runtimes}"
+    shell, unlike = lm_eval(run.base, evaluation_of(run) or {})
+    parts = [f"```python\n{code}\n```", f"```bash\n{shell}\n```", *unlike, "Other runtimes:", runtimes]
+    return "\n\n".join(parts)
 
 
 def _proven(proof: dict[str, Any]) -> str:

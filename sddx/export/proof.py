@@ -118,16 +118,22 @@ def flipped_items(run: Recovered, model: Any, device: str) -> dict[str, dict[str
     }
 
 
-def _settings(run: Recovered) -> dict[str, Any]:
-    """The `evaluation` node of the run."""
+def evaluation_of(run: Recovered) -> dict[str, Any] | None:
+    """The `evaluation` node of the run; None where the store no longer has its results."""
     place = run.artifact(f"evaluate_{run.judged}")
     fields = manifest.read(place) if place else None
-    if fields is None or not (run.folder / "samples.json").is_file():
+    return fields["spec"]["evaluation"] if fields else None
+
+
+def _settings(run: Recovered) -> dict[str, Any]:
+    """The `evaluation` node of a run that can be repeated. Raises UserError where it cannot."""
+    evaluation = evaluation_of(run)
+    if evaluation is None or not (run.folder / "samples.json").is_file():
         raise UserError(
             "check=eval repeats the run's evaluation, which is no longer in its store, or samples.json is not "
             "beside its summary. Run the same command again, or leave check=eval out."
         )
-    return fields["spec"]["evaluation"]
+    return evaluation
 
 
 def told(proof: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sddx.hub import asking
@@ -29,6 +30,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# What configs call the longest text, in lm-eval's order, then MPT's name.
+CONTEXT = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
 # What decides what a model computes: weights, settings, tokenizer, chat template.
 RUNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -164,6 +167,9 @@ def load_model(
         tried = f"attention={attention!r}, dtype={dtype!r}"
         raise UserError(f"{folder} does not load with {tried}: {error}") from error
     _require_all_weights(report, folder)
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in pairs):
+        raise _contradiction(folder)
     decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
     return (model if packed else model.to(device)).eval()
 
@@ -257,6 +263,53 @@ def _require_all_weights(report: dict[str, Any], folder: Path) -> None:
             )
 
 
+def _contradiction(folder: Path) -> UserError:
+    return UserError(
+        f"config.json in {folder} says tie_word_embeddings, that head and embeddings are one, and the file holds a "
+        "head of its own with other values. Readers take one or the other. Set tie_word_embeddings to false for "
+        "the file's head, or remove that head from the file."
+    )
+
+
+def require_one_head(folder: Path, skeleton: Any) -> None:
+    """Raises UserError where a model's config says that weights are one and its file holds two that differ: which
+    one counts would hang on who reads it. `skeleton` is the model on the meta device. The weights are read only
+    where both are in the file."""
+    for one, other in skeleton.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if (first := _in_file(folder, one)) is None or (second := _in_file(folder, other)) is None:
+            continue
+        if not torch.equal(first, second):
+            raise _contradiction(folder)
+
+
+def _in_file(folder: Path, name: str) -> torch.Tensor | None:
+    """A weight of a model's safetensors, or None."""
+    index = folder / "model.safetensors.index.json"
+    shard = json.loads(index.read_text())["weight_map"].get(name) if index.is_file() else "model.safetensors"
+    if shard is None:
+        return None
+    with safe_open(folder / shard, framework="pt") as weights:
+        return weights.get_tensor(name) if name in weights.keys() else None  # noqa: SIM118
+
+
+def require_embedded(tokenizer: Any, config: Any, texts: Iterable[str] = ()) -> None:
+    """Raises UserError where a token that the tokenizer puts in by itself, or that the chat template or one of the
+    `texts` names, has no row in the model's embeddings."""
+    size, added = config.get_text_config().vocab_size, tokenizer.get_added_vocab()
+    beyond = {token: number for token, number in added.items() if number >= size}
+    if not beyond:
+        return
+    named = [getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+    read = [str(tokenizer.chat_template or ""), *texts]
+    used = [token for token in beyond if token in named or any(token in text for text in read)]
+    if used:
+        raise UserError(
+            f"The model has {size} embeddings, and its tokenizer has tokens beyond them that are read: "
+            f"{', '.join(f'{token} ({beyond[token]})' for token in used)}. Resize the model's embeddings and train "
+            "it on them, or remove these tokens from the tokenizer."
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder. The end token pads where no pad token is set; the side is the caller's."""
     try:
@@ -278,10 +331,8 @@ def text_config(folder: Path) -> Any:
         raise UserError(f"config.json in {folder} cannot be read: {error}") from error
 
 
-def require_chat_template(tokenizer: Any, path: str | Path) -> None:
-    """Raises UserError where prompts cannot be put into the model's own chat form."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {path} has no chat template. Use the instruction-tuned version of the model, "
-            f"or put a chat_template.jinja into its folder."
-        )
+def context_of(config: Any) -> int | None:
+    """The tokens that a model was made for at most; None where its config does not say."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in CONTEXT)
+    return next((length for length in found if isinstance(length, int) and length > 0), None)

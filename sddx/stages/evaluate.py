@@ -14,7 +14,7 @@ from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
 from sddx.models.anatomy import is_adapted
-from sddx.models.load import free_memory, frozen_model, load_tokenizer
+from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer
 from sddx.models.plain import write_apart, write_merged
 from sddx.models.student import Student, load_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
@@ -75,7 +75,7 @@ def _results(
     tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
-    batches = list(text_batches(tokenizer, build(text)))
+    batches = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
     results["text"] = {

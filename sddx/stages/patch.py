@@ -10,7 +10,7 @@ from typing import Any
 from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.models.anatomy import blocks
-from sddx.models.load import free_memory, frozen_model, load_model, load_tokenizer
+from sddx.models.load import context_of, free_memory, frozen_model, load_model, load_tokenizer
 from sddx.models.student import prune as pruned
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import sharded
@@ -67,7 +67,7 @@ def _fitted(
     """Writes the patches and returns what they leave unexplained."""
     tokenizer = load_tokenizer(folder)
     teacher = frozen_model(folder, **how, device=runtime.device)
-    batches = list(text_batches(tokenizer, build(calibration)))
+    batches = list(text_batches(tokenizer, build(calibration), context=context_of(teacher.config)))
 
     def block(place: int) -> Any:
         """One that may be trained; out of shards none can be copied."""

@@ -13,7 +13,7 @@ from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.data.vllm import engines
 from sddx.models.anatomy import is_adapted
-from sddx.models.load import free_memory, load_model, load_tokenizer
+from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
 from sddx.models.student import has_twins, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.parallel.distributed import is_joined, rank
@@ -66,9 +66,10 @@ def train(
     objective = build(loss)
     tokenizer = load_tokenizer(model.path)
     examples = _examples(shards, selfdata)
-    rows, dropped = encode_all(tokenizer, examples, max_length=max_length)
-    _require_rows(rows, examples, max_length)
-    held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=max_length)
+    length = min(max_length, context_of(text_config(model.path)) or max_length)
+    rows, dropped = encode_all(tokenizer, examples, max_length=length)
+    _require_rows(rows, examples, length)
+    held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=length)
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)

@@ -1,0 +1,145 @@
+"""How the models of lm-eval read their prompts: as the same tokens that scoring, self-data and training see.
+
+Behaviour that is relied on was read in lm-eval 0.4.13.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from sddx.data.encode import conversation, padding_id, plain_ids, token_ids
+from sddx.records import UserError
+
+_log = logging.getLogger(__name__)
+BEFORE = 8  # tokens that a tokenizer puts before a text, with room to spare
+
+
+class SameTokens:
+    """Goes before a model class of lm-eval and renders and encodes by `sddx.data.encode`, in place of lm-eval's own
+    rules: these also put what the tokenizer appends to a text between a prompt and its answer."""
+
+    tokenizer: Any
+    prefix_token_id: int
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return conversation(self.tokenizer, chat_history, unfinished=not add_generation_prompt)
+
+    def tok_encode(
+        self,
+        string: Any,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **unused: Any,
+    ) -> Any:
+        """The tokens of a text, or of each of several; no begin token where `add_special_tokens` is False."""
+        texts = [string] if isinstance(string, str) else list(string)
+        if add_special_tokens is False:
+            rows = [plain_ids(self.tokenizer, text) for text in texts]
+        else:
+            rows = token_ids(self.tokenizer, texts)
+        rows = [row[-left_truncate_len:] for row in rows] if left_truncate_len else rows
+        return rows[0] if isinstance(string, str) else rows
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Both as the tokens of the whole, parted where the context alone has others. White space at the end of the
+        context goes to the continuation, which is lm-eval's rule."""
+        bare = context.rstrip()
+        alone, whole = self.tok_encode([bare, context + continuation])
+        pairs = enumerate(zip(alone, whole, strict=False))
+        at = next((place for place, (a, b) in pairs if a != b), min(len(alone), len(whole)))
+        return whole[:at] or [self.prefix_token_id], whole[at:]
+
+
+class SameTokensHFLM(SameTokens, HFLM):
+    """lm-eval's model around one of transformers, which it leaves as it is."""
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [batch, time] of prompts, padded on the left."""
+        rows = self.tok_encode(strings, left_truncate_len=left_truncate_len)
+        width, pad = max(map(len, rows)), padding_id(self.tokenizer)
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
+
+
+class Reader(SameTokens):
+    """Reads prompts for a model of this context, and answers none."""
+
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, context
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        return []
+
+
+class Fitting:
+    """A model of lm-eval that looks at all prompts before it answers the first. lm-eval cuts one that does not fit
+    the context beside its answer on the left, where the question and its examples begin; how many requests of each
+    task, is in `cut`. `spare`: the tokens that a text which is only scored may have beyond the context."""
+
+    def __init__(self, lm: Any, spare: int) -> None:
+        self.lm, self.spare = lm, spare
+        self.cut: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lm, name)
+
+    def loglikelihood(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+        room = self.lm.max_length + self.spare
+        self._look((each, "".join(each.args), room) for each in requests)
+        return self.lm.loglikelihood(requests, **how)
+
+    def generate_until(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+        rooms = (self.lm.max_length - answer_length(each.args[1]) for each in requests)
+        self._look((each, each.args[0], room) for each, room in zip(requests, rooms, strict=True))
+        return self.lm.generate_until(requests, **how)
+
+    def _look(self, asked: Iterable[tuple[Instance, str, int]]) -> None:
+        """Count the requests whose text has more tokens than there is room for. Raises UserError as `require_fit`
+        does."""
+        total, cut = Counter[str](), Counter[str]()
+        for request, text, room in asked:
+            total[str(request.task_name)] += 1
+            # A token but those before the text is a byte at least, and most texts have room for their bytes.
+            if len(text.encode()) + BEFORE > room and len(self.lm.tok_encode(text)) > room:
+                cut[str(request.task_name)] += 1
+        require_fit(cut, total, self.lm.max_length)
+        self.cut += cut
+        for task, count in cut.items():
+            told = "%s: %d of %d requests do not fit the model's context of %d tokens, and lose their beginning."
+            _log.warning(told, task, count, total[task], self.lm.max_length)
+
+
+def answer_length(settings: Mapping[str, Any]) -> int:
+    """The most tokens that an answer may have, by a task's settings of generation."""
+    return int(normalize_gen_kwargs(dict(settings))["max_gen_toks"])
+
+
+def require_fit(cut: Mapping[str, int], total: Mapping[str, int], context: int) -> None:
+    """Raises UserError for tasks of whose requests more than half would be cut: what is judged then is another
+    task."""
+    wrong = [
+        f"The task {task!r} does not fit the model: {count} of {total[task]} requests are longer than its context "
+        f"of {context} tokens, answer included, and would lose their beginning. Ask for fewer tokens in an answer "
+        "(evaluation.max_new_tokens) or fewer examples (evaluation.shots)."
+        for task, count in cut.items()
+        if 2 * count > total[task]
+    ]
+    if wrong:
+        raise UserError(*wrong)
