@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from sddx.arguments import near
 from sddx.config import CONF, flatten
+from sddx.printing import print_anywhere
 from sddx.records import UserError
 
 ALL = "All settings: --cfg job."
@@ -35,6 +36,7 @@ def mistakes_told() -> Iterator[None]:
 def command(main: Callable[[], None], root: str = "train") -> None:
     """Run a Hydra entry point, whose settings are those of the file `root`; what Hydra refuses of the command line
     is told as every other mistake is."""
+    print_anywhere()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the program itself, in its own words
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_setting)  # which Hydra wants side by side, in their order
     with mistakes_told():

@@ -57,7 +57,7 @@ def track(
     one `group` stand together; a sweep gives its cells one. `mode` offline (nothing leaves the machine until
     `wandb sync`), online, or disabled (CSV alone).
     """
-    with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
+    with (folder / "metrics.csv").open("w", newline="", buffering=1, encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["step", "name", "value"])
         run = None

@@ -31,6 +31,7 @@ from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, Taught, conclude
+from sddx.run_folder import claimed
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
@@ -155,7 +156,7 @@ def teach(
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
     rows = [store.source("rows", path) for path in examples]
     if style != "reference":
-        total = sum(len(path.read_text().splitlines()) for path in examples)
+        total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in examples)
         asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
         bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with runtime.counting(total, **bar) as watched:
@@ -320,7 +321,8 @@ def main(cfg: DictConfig) -> None:
             tell([look(config)], [config])
         else:
             afford(config)
-            print(run(config, Path(HydraConfig.get().runtime.output_dir)))
+            with claimed(Path(HydraConfig.get().runtime.output_dir), config) as folder:
+                print(run(config, folder))
 
 
 register()

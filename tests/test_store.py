@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from stored import FIELDS
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
@@ -463,7 +464,7 @@ def test_large_files_are_trusted_by_size_and_time_but_not_by_verify(
     """A large file with its size and time is not read on a hit; a small one is; a full check reads all."""
     path = tmp_path / "weights"
     path.write_bytes(b"a" * 100)
-    manifest.write(tmp_path, {})
+    manifest.write(tmp_path, FIELDS)
     fields = manifest.read(tmp_path)
     time_of_change = path.stat().st_mtime_ns
     path.write_bytes(b"b" * 100)

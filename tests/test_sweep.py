@@ -18,6 +18,7 @@ from composing import SWEPT, numbers, swept
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
+from stored import artifact
 
 import sddx.train
 from sddx.records import Interrupted
@@ -241,9 +242,7 @@ def test_every_cells_durations_are_looked_up(tmp_path: Path, capsys) -> None:
     plans = [Plan(tmp_path), Plan(tmp_path)]
     for plan, stage in zip(plans, ("score", "distill"), strict=True):
         plan.steps.append(Step(stage, stage, False, (stage, 1)))
-        (tmp_path / stage / "s" / "k").mkdir(parents=True)
-        made = {"files": {}, "inputs": [], "spec": {}, "seconds": 30}
-        (tmp_path / stage / "s" / "k" / "manifest.json").write_text(json.dumps(made))
+        artifact(tmp_path, stage)
     describe(plans)
     assert "To build: 1 score, 1 distill; about 60 s.\n" in capsys.readouterr().out
 

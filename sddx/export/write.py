@@ -55,8 +55,8 @@ def export(
         found["formats"] = inspect_model(model_folder(folder, adapter))
         if evaluated:
             found["evaluation"] = proof.flipped_items(run, model, device)
-        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n")
+        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card.text(run, found), encoding="utf-8")
     return found
 

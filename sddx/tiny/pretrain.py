@@ -235,7 +235,7 @@ def save(model: Any, tokenizer: Any, out: Path, cfg: DictConfig, digest: str) ->
     tokenizer.save_pretrained(partial)
     results = build(cfg.evaluation)(load_model(partial), load_tokenizer(partial), Runtime())
     scores = {task: 100 * record["score"] for task, record in results["tasks"].items()}
-    (partial / "README.md").write_text(card(model, scores, cfg, digest))
+    (partial / "README.md").write_text(card(model, scores, cfg, digest), encoding="utf-8")
     os.rename(partial, out)
     return scores
 
