@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
+from sddx.mistakes import require_none, told
 from sddx.records import Units, UserError
+from sddx.tracking import require as require_tracked
 
 
-def precheck(method: dict[str, Any], *, download: bool) -> None:
-    """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
-    where the model is on this machine, with what is to be done to it; a model is downloaded only where that is
-    asked for and the settings are right."""
+def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool) -> None:
+    """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
+    with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
+    downloaded only where that is asked for and the settings are right."""
     from sddx.models.load import is_here, locate
 
     path, revision = method["model"]["path"], method["model"]["revision"]
-    wrong = _told(_of_settings(method))
+    wrong = told([*_of_settings(method), lambda: require_tracked(wandb)])
     if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
-        wrong += _told([lambda: found.append(locate(path, revision=revision)[0])])
-        wrong += [mistake for folder in found for mistake in _told(_of_model(method, folder))]
-    if wrong:
-        raise UserError(*dict.fromkeys(wrong))
-
-
-def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
-    """The mistakes that these checks raise, in their order."""
-    wrong: list[str] = []
-    for each in checks:
-        try:
-            each()
-        except UserError as error:
-            wrong.extend(error.args)
-    return wrong
+        wrong += told([lambda: found.append(locate(path, revision=revision)[0])])
+        wrong += [mistake for folder in found for mistake in told(_of_model(method, folder))]
+    require_none(wrong)
 
 
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:

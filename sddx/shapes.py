@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,6 @@ def read_json(path: Path, form: type[BaseModel]) -> Any:
         form.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} is damaged, or of another version{where and f' ({where})'}: {first['msg']}."
-        ) from None
+        where, wrong = ".".join(map(str, first["loc"])), re.sub(r" or instance of \w+", "", first["msg"])
+        raise UserError(f"{path} is damaged, or of another version: {where and where + ': '}{wrong}.") from None
     return content

@@ -31,7 +31,7 @@ from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, Taught, conclude
-from sddx.run_folder import claimed
+from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
@@ -223,7 +223,7 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
-    precheck(method(config), download=download and not config["dry_run"])
+    precheck(method(config), config["wandb"], download=download and not config["dry_run"])
 
 
 def look(config: dict[str, Any]) -> Plan:
@@ -273,7 +273,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     device = find_device(config["device"])
     check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(config), folder / CONFIG)
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
         sharded = config["trainer"].get("strategy") == "fsdp"
@@ -287,7 +287,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(found, report, folder, about)
         tracker.summarise(flatten(summary))
-    return folder / "summary.json"
+    return folder / SUMMARY
 
 
 @contextmanager

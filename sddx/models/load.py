@@ -178,11 +178,22 @@ def find_device(wanted: str) -> str:
         device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type != "cuda":
+        _require_working(device)
+    elif (device.index or 0) >= count:
         raise UserError(
             f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
         )
     return wanted
+
+
+def _require_working(device: torch.device) -> None:
+    """Raises UserError for a device that torch knows by name and that holds no numbers here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device} does not work here: {reason} Use device=auto, cpu or cuda.") from None
 
 
 def four_bit(*, type: str, double: bool, compute: str) -> Any:

@@ -37,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _days(text: str) -> float:
-    """A number of days. Raises ValueError, which argparse tells, below 0 and for what is no number."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError(text)
-    return float(text)
+    """A number of days, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of days. Give 30, for example.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _seconds(text: str) -> float:
-    """A time to wait. Raises ValueError, which argparse tells, for 0 and below and for what is no number."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError(text)
-    return float(text)
+    """A time to wait, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 5, for example.")
 
 
 def newest(root: Path) -> Path:
