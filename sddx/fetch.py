@@ -19,12 +19,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
-from sddx.train import recover
+from sddx.train import bind
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _bytes(count: int) -> str:
 
 def verify(config: dict[str, Any]) -> None:
     """Raises UserError for keys and targets that are wrong; the model need not be here."""
-    check(config, recover, also=SURROUNDINGS)
+    bind(config)
 
 
 def tell(asked: Sequence[list[Wanted]], _: Sequence[dict[str, Any]]) -> None:

@@ -9,17 +9,22 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from sddx.config import CONF, SURROUNDINGS, check, register, resolve
+from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
+from sddx.estimate.texts import items_of
 from sddx.sweep import launcher, sweeper
-from sddx.train import recover
+from sddx.train import bind
 
 
 def verify(config: dict[str, Any]) -> None:
-    """Raises UserError for keys and targets that are wrong; the model need not be here."""
-    check(config, recover, also=SURROUNDINGS)
+    """Raises UserError for keys, targets and names that are wrong; the model need not be here."""
+    from sddx.evaluation.tasks import check_tasks
+
+    bind(config)
+    evaluation = config["evaluation"]  # that lm-eval has the usual tasks need not be looked up, which takes seconds
+    check_tasks([task for task in evaluation["tasks"] if items_of(str(task)) is None], evaluation["include"])
 
 
 def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> None:

@@ -215,14 +215,19 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     return files + [Artifact("files", digest(found), OWN_TASKS) for found in commits]
 
 
-def verify(config: dict[str, Any], *, download: bool = True) -> None:
-    """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
-    dry_run, with what can be told of a model that is not here."""
+def bind(config: dict[str, Any]) -> None:
+    """Raises UserError for keys and targets that are wrong, and for stages that there are not."""
     check(config, recover, also=SURROUNDINGS)
     if config["stages"] not in (None, ["score"]):
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
+
+
+def verify(config: dict[str, Any], *, download: bool = True) -> None:
+    """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
+    dry_run, with what can be told of a model that is not here."""
+    bind(config)
     precheck(method(config), config["wandb"], download=download and not config["dry_run"])
 
 

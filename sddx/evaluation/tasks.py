@@ -45,6 +45,8 @@ def check_tasks(
     only those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as
     every task is in a folder; otherwise lm-eval's index is read (5 s).
     """
+    if unnamed := [task for task in tasks if not isinstance(task, str)]:
+        raise UserError(f"tasks={list(tasks)}: {unnamed[0]} is no name of a task.")
     doubled = sorted({task for task in tasks if list(tasks).count(task) > 1})
     if doubled:
         raise UserError(f"tasks={list(tasks)} names {', '.join(doubled)} more than once.")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -285,7 +285,7 @@ def text_config(folder: Path) -> Any:
     """The config of a model's decoder, read without its weights. Raises UserError where it cannot be."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"config.json in {folder} cannot be read: {error}") from error
 
 
