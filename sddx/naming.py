@@ -22,4 +22,4 @@ def shortened(text: str, most: int) -> str:
 def file_name(text: str) -> str:
     """The name of one file or folder that a text gives: without separators and signs that no screen shows, not too
     long, and never the folder itself or the one above it."""
-    return shortened(re.sub(r"[/\\\x00-\x1f\x7f]|^\.{0,2}$", "_", text), MOST)
+    return shortened(re.sub(r"[/\\\x00-\x1f\x7f\ud800-\udfff]|^\.{0,2}$", "_", text), MOST)

@@ -129,8 +129,8 @@ def test_the_recipe_makes_a_model_with_its_card(tmp_path) -> None:
         ),
         (["threads=-1", "decay=0", "tokens_per_step=0"], ["threads=-1", "decay=0", "tokens_per_step=0"]),
         (
-            ["prompt_weight=-1", "warmup=.nan", "evaluation.tasks=[tiny_fact]"],
-            ["prompt_weight", "warmup", "tiny_facts"],
+            ["prompt_weight=-1", "decay=2", "evaluation.tasks=[tiny_fact]"],
+            ["prompt_weight", "decay=2", "tiny_facts"],
         ),
         (["model.hidden_size=127"], ["hidden_size=127 is no even multiple"]),
         (["model.num_hidden_layers=0", "seed=-1"], ["num_hidden_layers=0 must be above 0", "seed=-1"]),
