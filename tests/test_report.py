@@ -430,6 +430,42 @@ def test_selection_items_are_never_reported_without_a_word() -> None:
     assert "selection" not in table.markdown(run() | {"standard_errors": {}})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"blocks": None}, {"cut": "0"}, {"seconds": None}, {"choices": "tiny"}, {"choices": {}}, {"scores": {}}],
+)
+def test_a_damaged_summary_is_named_and_left_out(
+    change: dict, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It costs the report of no other run."""
+    for name, found in (("good", run()), ("damaged", run() | change)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(found))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "1 runs: " in capsys.readouterr().out
+    assert f"{tmp_path / 'damaged/summary.json'} is damaged" in caplog.text and next(iter(change)) in caplog.text
+
+
+def test_artifacts_that_are_damaged_are_not_shown(tmp_path: Path) -> None:
+    """A report draws what is whole: scores and answers of which a file is gone are left out."""
+    files = {
+        "rewrites.jsonl": '{"reason": "", "id": "a"}\n',
+        "scores.json": '{"pruning": {"mean": [[0, 1], [1, 0]]}}',
+    }
+    found = run() | {
+        "store": str(tmp_path),
+        "artifacts": {"distill": ["key"], "score": "key"},
+        "blocks": 1,
+        "cut": [],
+    }
+    places = [artifact(tmp_path, stage, "key", {name: files[name]}) / name for stage, name in
+              (("distill", "rewrites.jsonl"), ("score", "scores.json"))]  # fmt: skip
+    assert page.examples([found]) and heat_maps([found]).figures
+    for place in places:
+        place.unlink()
+    assert not page.examples([found]) and not heat_maps([found]).figures
+
+
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no finished run" in capsys.readouterr().err and not (tmp_path / "out").exists()
