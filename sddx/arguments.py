@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from sddx.printing import print_anywhere
 from sddx.records import UserError
 
 REQUIRED = ""  # the default of a setting that must be given
@@ -18,6 +19,7 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
 
     @wraps(main)
     def told(*given: Any) -> int:
+        print_anywhere()
         try:
             return main(*given)
         except UserError as error:

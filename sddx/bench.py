@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from sddx.arguments import REQUIRED, exit_status, number, plain_arguments
+from sddx.config import writable_folder
 from sddx.models.anatomy import decoder, is_adapted
 from sddx.models.load import find_device, load_model
 from sddx.models.recovered import find_run
@@ -111,14 +112,21 @@ def race(
             raise UserError(f"new={new} fills all {room} positions of the model. Give fewer: some must be read.")
         ids = _prompt(models["unpruned"], batch, min(context, room - new))
         runs = _pairs(models, ids, new, repeats)
-    except torch.cuda.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
         raise UserError(
-            f"both models are held at once, and the GPU has no room for them (or for the cache): {error} Give a "
-            "smaller batch or context, or device=cpu."
+            f"both models are held at once, and memory has no room for them (or for the cache): {error} Give a "
+            "smaller batch or context, or another device."
         ) from error
     work = {"batch": batch, "context": ids.shape[1], "asked_context": context, "new": new, "repeats": repeats}
     sizes = {name: _size(model) for name, model in models.items()}
     return {**work, **_where(ids.device, models), **_summarised(sizes, runs), "runs": runs}
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a device or the computer has no memory left, which torch has three ways to say."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _room(model: Any) -> int:
@@ -223,6 +231,7 @@ def bench(
     """`race` between the models of a run (its `summary.json`); returns the path of the `bench.json` written beside
     it, and its content. The recovered model's adapter is merged. Raises UserError as `find_run` and `race` do."""
     run = find_run(path)
+    writable_folder(run.folder, "run")
     disable_progress_bar()
 
     def recovered() -> Any:

@@ -7,13 +7,11 @@ model scored, with its interval, McNemar's exact p (Holm over the tasks) and the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +19,7 @@ from rich.table import Table
 from sddx.arguments import exit_status
 from sddx.evaluation.statistics import binary, flips, holm, mcnemar, paired_difference, task_weights
 from sddx.records import UserError
+from sddx.run_folder import CONFIG, SAMPLES, read_config, read_samples
 
 Samples = Mapping[str, Mapping[str, Any]]
 
@@ -29,20 +28,17 @@ def run_folder(path: str) -> Path:
     """The run folder that a path means. Raises UserError where it holds no `samples.json`."""
     folder = Path(path).expanduser()
     folder = folder.parent if folder.name == "summary.json" else folder
-    if not (folder / "samples.json").is_file():
+    if not (folder / SAMPLES).is_file():
         raise UserError(
-            f"{path} is no finished run: {folder / 'samples.json'} does not exist. "
+            f"{path} is no finished run: {folder / SAMPLES} does not exist. "
             "Give the run folder that the last line of sddx.train names, or its summary.json."
         )
     return folder
 
 
 def load_samples(folder: Path, model: str) -> Samples:
-    """Scores, item hashes and settings by task of one model of a run (`samples.json`)."""
-    try:
-        models = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'samples.json'} is damaged ({error}). Run the run's command again.") from None
+    """Scores, item hashes and settings by task of one model of a run (`samples.json`). Raises UserError."""
+    models = read_samples(folder)
     if model not in models:
         raise UserError(f"{folder} has no scores of the {model} model; it has {', '.join(models)}.")
     return models[model]
@@ -133,8 +129,7 @@ def _points(interval: Any) -> tuple[str, str]:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return flat(yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    return flat(read_config(folder)) if (folder / CONFIG).is_file() else {}
 
 
 @exit_status

@@ -108,15 +108,15 @@ def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, An
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
-    """Bind the root to `schema`, the keys that are `also` there to `surroundings`, and every `_target_` to its
-    signature, without calling anything.
+    """Bind the root to `schema`, keys that are `also` there, where any are, to `surroundings`, and every `_target_`
+    to its signature, without calling anything.
 
     Raises one UserError that lists every unknown, missing or misspelt key, every target that cannot be imported,
     and every value that is out of its range or not of its type.
     """
     method = {key: value for key, value in config.items() if key not in also}
     beside = {key: value for key, value in config.items() if key in also}
-    problems = [*bound("", method, schema), *bound("", beside, surroundings)]
+    problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
     problems += [found for key in config if key != "choices" for found in _walk(key, config[key])]
     raise_for(problems)
 

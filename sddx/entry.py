@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sddx.arguments import near
 from sddx.config import CONF, flatten, unresolved
 from sddx.errors import UserError
+from sddx.printing import print_anywhere
 
 PACKAGE = Path(__file__).parent
 COMPOSE = ("entry.py", "sweeper.py")  # of our files, those that pass the command line on to Hydra
@@ -47,6 +48,7 @@ def mistakes_told() -> Iterator[None]:
 def command(main: Callable[[], None], root: str = "train") -> None:
     """Run a Hydra entry point, whose settings are those of the file `root`; what is refused before its body begins
     is told as every other mistake is."""
+    print_anywhere()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends the program itself, in its own words
     sys.argv[1:] = sorted(sys.argv[1:], key=_is_setting)  # which Hydra wants side by side, in their order
     with mistakes_told(), composing(root):

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build, made
 from sddx.config import bound, raise_for
+from sddx.mistakes import require_none, told
 from sddx.records import Units, UserError
+from sddx.tracking import require as require_tracked
 
 
-def precheck(method: dict[str, Any], *, download: bool) -> None:
-    """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
-    where the model is on this machine, with what is to be done to it; a model is downloaded only where that is
-    asked for and the settings are right."""
+def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool) -> None:
+    """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
+    with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
+    downloaded only where that is asked for and the settings are right."""
     from sddx.models.load import is_here, locate
 
     path, revision = method["model"]["path"], method["model"]["revision"]
-    wrong = _told(_of_settings(method))
+    wrong = told([*_of_settings(method), lambda: require_tracked(wandb)])
     if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
-        wrong += _told([lambda: found.append(locate(path, revision=revision)[0])])
-        wrong += [mistake for folder in found for mistake in _told(_of_model(method, folder))]
-    if wrong:
-        raise UserError(*dict.fromkeys(wrong))
+        wrong += told([lambda: found.append(locate(path, revision=revision)[0])])
+        wrong += [mistake for folder in found for mistake in told(_of_model(method, folder))]
+    require_none(wrong)
 
 
 def check_names(config: dict[str, Any]) -> None:
@@ -37,19 +38,7 @@ def check_names(config: dict[str, Any]) -> None:
     evaluation = config["evaluation"]
     given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split")}
     check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
-    if wrong := _told([check_evaluated, lambda: _check_trained(config)]):
-        raise UserError(*dict.fromkeys(wrong))
-
-
-def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
-    """The mistakes that these checks raise, in their order."""
-    wrong: list[str] = []
-    for each in checks:
-        try:
-            each()
-        except UserError as error:
-            wrong.extend(error.args)
-    return wrong
+    require_none(told([check_evaluated, lambda: _check_trained(config)]))
 
 
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
@@ -95,7 +84,7 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     config = text_config(folder)
     bare = partial(skeleton, config, method["model"]["dtype"])
     checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
-    if tasks_exist := not _told([lambda: check_names(method)]):
+    if tasks_exist := not told([lambda: check_names(method)]):
         checks.append(lambda: _check_room(method["evaluation"], folder, config))
     if config.tie_word_embeddings:
         checks.append(lambda: require_one_head(folder, bare()))
@@ -173,7 +162,7 @@ def _check_tokens(method: dict[str, Any], folder: Path, config: Any) -> None:
 
 
 def _check_room(evaluation: dict[str, Any], folder: Path, config: Any) -> None:
-    """The model's context has room for what tasks ask it to write, and their prompts beside it. Raises UserError."""
+    """The context has room for what tasks ask the model to write, and their prompts beside it. Raises UserError."""
     from lm_eval.models.utils import resolve_max_length
 
     from sddx.evaluation.harness import require_prompts_fit

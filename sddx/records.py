@@ -121,11 +121,11 @@ class Cut:
         return f"{len(self.kept)}L" + (f"-{lost}" if lost else "")
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)) + "\n")
+        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Cut:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(fields.get(name, ())) for name in ("kept", "no_attention", "no_feedforward")}
         return cls(total=fields["total"], **lists)
 

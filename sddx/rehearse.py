@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sddx.records import UserError
 from sddx.store import default_root
 from sddx.store.digest import digest
 
 TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
 CONTEXT = 2048  # tokens, where the model itself has more
+HEADS = 4
 
 
 def small(
@@ -23,6 +25,8 @@ def small(
 
     Under `rehearse` stands what was replaced, one line each; all else is left as it is.
     """
+    if width % (2 * HEADS):
+        raise UserError(f"rehearse.width={width} is no multiple of {2 * HEADS}: {HEADS} heads share it, in pairs.")
     store = Path(config["store"] or default_root()).expanduser()
     folder = _random_model(config["model"], width, store / "rehearsals")
     dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
@@ -96,10 +100,10 @@ def _narrow(model: dict[str, Any], width: int) -> Any:
     from sddx.models.load import load_tokenizer
 
     config, tokenizer = shape_of(model), load_tokenizer(_tiny())
-    heads, groups = 4, config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+    groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
     settings = {
         "hidden_size": width, "intermediate_size": 2 * width, "vocab_size": len(tokenizer),
-        "num_attention_heads": heads, "head_dim": width // heads, "num_key_value_heads": max(heads // groups, 1),
+        "num_attention_heads": HEADS, "head_dim": width // HEADS, "num_key_value_heads": max(HEADS // groups, 1),
         "max_position_embeddings": min(config.max_position_embeddings, CONTEXT),
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

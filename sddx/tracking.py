@@ -6,9 +6,13 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from sddx.records import UserError
 from sddx.store.digest import digest
 
 
@@ -55,9 +59,9 @@ def track(
 
     `identity` is the W&B id, derived from what was configured, so that a repeated run is the same run. Runs of
     one `group` stand together; a sweep gives its cells one. `mode` offline (nothing leaves the machine until
-    `wandb sync`), online, or disabled (CSV alone).
+    `wandb sync`), online, or disabled (CSV alone). Tags may be numbers.
     """
-    with (folder / "metrics.csv").open("w", newline="", buffering=1) as file:
+    with (folder / "metrics.csv").open("w", newline="", buffering=1, encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["step", "name", "value"])
         run = None
@@ -66,7 +70,7 @@ def track(
                 project=project,
                 entity=entity,
                 group=group,
-                tags=list(tags),
+                tags=_texts(tags),
                 mode=mode,
                 id=identity,
                 name=name,
@@ -81,6 +85,48 @@ def track(
             raise
         if run is not None:
             run.finish(exit_code=0)
+
+
+def require(node: Mapping[str, Any]) -> None:
+    """Raises UserError, before any work, where W&B would refuse the settings of the group `wandb`, or where it is
+    online and knows no login. Of a tracker that is the user's own nothing is known."""
+    if node["_target_"] != f"{__name__}.{track.__name__}" or node["mode"] == "disabled":
+        return
+    import wandb
+
+    given = {"project": node["project"], "entity": node["entity"], "run_group": node["group"]}
+    try:
+        wandb.Settings(**given, run_tags=_texts(node["tags"]))
+    except ValidationError as error:
+        raise UserError(f"W&B refuses the settings of wandb: {error.errors()[0]['msg']}.") from None
+    except wandb.errors.Error as error:
+        raise UserError(f"W&B refuses the settings of wandb: {error}.") from None
+    if node["mode"] == "online":
+        require_login()
+
+
+def require_login() -> None:
+    """Raises UserError where W&B knows no login on this machine."""
+    if reason := _no_login():
+        raise UserError(
+            f"W&B has no login here: {reason}. Run `wandb login`, or set WANDB_API_KEY; wandb.mode=offline needs "
+            "none, and `wandb sync` uploads it later."
+        )
+
+
+@cache
+def _no_login() -> str | None:
+    """Why W&B cannot be logged in to; None where it can. Nobody is asked for a key."""
+    import wandb
+
+    try:
+        return None if wandb.login(prompt=False, verify=False) else "no API key is configured"
+    except wandb.errors.Error as error:
+        return str(error).rstrip(".")
+
+
+def _texts(tags: Sequence[Any]) -> list[str]:
+    return [str(tag) for tag in tags]
 
 
 def _start(**settings: Any) -> Any:

@@ -31,6 +31,7 @@ from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, Taught, conclude
+from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
@@ -155,7 +156,7 @@ def teach(
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
     rows = [store.source("rows", path) for path in examples]
     if style != "reference":
-        total = sum(len(path.read_text().splitlines()) for path in examples)
+        total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in examples)
         asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
         bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with runtime.counting(total, **bar) as watched:
@@ -218,7 +219,7 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
     dry_run, with what can be told of a model that is not here."""
     check_settings(config)
-    precheck(method(config), download=download and not config["dry_run"])
+    precheck(method(config), config["wandb"], download=download and not config["dry_run"])
 
 
 def check_settings(config: dict[str, Any]) -> None:
@@ -280,7 +281,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     device = find_device(config["device"])
     check_hardware(config, device)
     writable_folder(folder, "hydra.run.dir")
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(config), folder / CONFIG)
     store = Store(Path(config["store"] or default_root()), config["accept"])
     with _tracker(config, store, folder) as tracker:
         sharded = config["trainer"].get("strategy") == "fsdp"
@@ -294,7 +295,7 @@ def run(config: dict[str, Any], folder: Path) -> Path:
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(found, report, folder, about)
         tracker.summarise(flatten(summary))
-    return folder / "summary.json"
+    return folder / SUMMARY
 
 
 @contextmanager
@@ -328,7 +329,8 @@ def main(cfg: DictConfig) -> None:
             tell([look(config)], [config])
         else:
             afford(config)
-            print(run(config, Path(HydraConfig.get().runtime.output_dir)))
+            with claimed(Path(HydraConfig.get().runtime.output_dir), config) as folder:
+                print(run(config, folder))
 
 
 register()

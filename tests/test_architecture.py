@@ -11,10 +11,10 @@ import sddx
 
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
-    {"records", "runtime"},
+    {"records", "runtime", "shapes", "naming", "printing", "mistakes"},
     {
-        "arguments", "build", "store", "ranges", "config", "entry", "hub", "tracking", "parallel", "surgery.choose",
-        "importance.metrics", "training.losses",
+        "arguments", "build", "store", "ranges", "config", "run_folder", "entry", "hub", "tracking", "parallel",
+        "surgery.choose", "importance.metrics", "training.losses",
     },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},
@@ -58,3 +58,25 @@ def test_reports_need_no_torch() -> None:
     """Tables are drawn on a machine that has no torch, so no module of the room may import it."""
     for path in (ROOT / "report").glob("*.py"):
         assert "import torch" not in path.read_text() and "from torch" not in path.read_text()
+
+
+TEXT = ("read_text", "write_text", "open", "fdopen", "FileHandler")
+
+
+def without_encoding(path: Path) -> list[int]:
+    """The lines on which a file opens a text whose encoding is left to the machine."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    named = [(getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
+    return [
+        call.lineno
+        for name, call in named
+        if name in TEXT
+        and not any(given.arg == "encoding" for given in call.keywords)
+        and not any(isinstance(given, ast.Constant) and "b" in str(given.value) for given in call.args[:2])
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_every_text_is_read_and_written_in_utf8(path: Path) -> None:
+    """Else a locale decides what a file holds, and whether it can be written at all."""
+    assert not without_encoding(path)

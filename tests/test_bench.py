@@ -93,6 +93,32 @@ def test_a_runs_models_are_measured_beside_its_summary(summary: Path, capsys: py
     assert not list(summary.parent.glob(".bench*"))
 
 
+def test_where_the_numbers_cannot_be_kept_none_is_measured(
+    summary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(folder: Path, setting: str) -> None:
+        assert folder == summary.parent
+        raise UserError(f"{folder} cannot be written")
+
+    monkeypatch.setattr(bench, "writable_folder", refuse)
+    monkeypatch.setattr(bench, "race", lambda *given, **work: pytest.fail("measured"))
+    assert bench.main([f"run={summary}"]) == 2 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("full"), RuntimeError("can't allocate memory")]
+)
+def test_models_that_memory_does_not_hold_are_told(error: Exception) -> None:
+    def make() -> None:
+        raise error
+
+    with pytest.raises(UserError, match="memory has no room"):
+        bench.race(make, make)
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        bench.race(make, make)
+
+
 def test_mistakes_are_told(summary: Path, capsys: pytest.CaptureFixture) -> None:
     for given, said in (
         ([f"run={summary}", "batch=many"], "batch=many"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -109,6 +110,39 @@ def test_as_a_program_a_command_checks_as_much(tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, "-m", "sddx.train", *given], capture_output=True, text=True)
     assert told.returncode == 2 and "3 mistake(s)" in told.stderr
     assert all(name in told.stderr for name in ("seed='a'", "validation=-5", "max_length='abc'"))
+
+
+def ascii_only(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
+    """What goes from now on to a standard output that carries ASCII alone."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    return written
+
+
+def test_what_a_composed_command_prints_arrives_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    monkeypatch.setattr(sys, "argv", ["sddx"])
+    written = ascii_only(monkeypatch)
+    command(lambda: print("99.0 \u00b1 0.6"))
+    assert written.getvalue() == b"99.0 \\xb1 0.6\n"
+
+
+def test_what_any_other_command_prints_arrives_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = ascii_only(monkeypatch)
+    (tmp_path / "\u00e4").mkdir()
+    assert import_module("sddx.store.__main__").main(["--store", str(tmp_path / "\u00e4"), "ls"]) == 0
+    assert b"\\xe4" in written.getvalue()
+
+
+def test_plans_refuse_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    plan = import_module("sddx.plan").main
+    for given, said in (
+        ("evaluation.tasks=[tiny_fact]", "There is no evaluation task 'tiny_fact'"),
+        ("evaluation.tasks=[3]", "3 is no name of a task"),
+        ("stages=[train]", "stages=['train'] is not known"),
+    ):
+        assert run(plan, monkeypatch, given, f"hydra.run.dir={tmp_path}") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_only_a_store_is_looked_into_and_days_are_a_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -93,6 +93,16 @@ def test_command_line(tmp_path: Path, samples: dict, capsys: pytest.CaptureFixtu
     assert "no finished run" in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_told_by_its_name(tmp_path: Path, samples: dict, capsys: pytest.CaptureFixture) -> None:
+    first = written(tmp_path / "a", samples, "seed: 0\n")
+    for name, text in (("config.yaml", "a: ["), ("samples.json", "null")):
+        second = written(tmp_path / name, samples, "seed: 0\n")
+        (second / name).write_text(text)
+        for given in ([first, second], [second, first]):
+            assert compare.main(list(map(str, given))) == 2
+            assert f"{second / name} is damaged" in capsys.readouterr().err
+
+
 def test_help_is_printed(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:
         compare.main(["--help"])

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sddx.config import CONF
+from sddx.config import CONF, resolve
 from sddx.models.load import load_model
 from sddx.records import UserError
 from sddx.tiny.corpus import documents
-from sddx.tiny.pretrain import Corpus, Row, backward, main, new_model, orthogonal, pack, rate_at
+from sddx.tiny.pretrain import (
+    Corpus,
+    Row,
+    backward,
+    new_model,
+    orthogonal,
+    pack,
+    pretrain,
+    rate_at,
+    require_positions,
+)
+from sddx.tiny.recipe import recipe
 from sddx.tiny.vocabulary import build_tokenizer
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -87,17 +99,63 @@ def test_a_new_model_is_a_function_of_the_seed(tokenizer) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def configured(out: Path, *given: str) -> dict:
+    """The settings of a recipe of seconds."""
+    small = [f"out={out}", "documents=40", "evaluation.tasks=[tiny_facts,tiny_myths]", "evaluation.limit=8"]
+    more = [f"threads={torch.get_num_threads()}", "model.num_hidden_layers=2", *given]
+    with initialize_config_dir(str(CONF), version_base=None):
+        return resolve(compose("pretrain", overrides=[*small, *more]))
+
+
 def test_the_recipe_makes_a_model_with_its_card(tmp_path) -> None:
     """Settings, documents, steps, evaluation, card; and what is there already is not overwritten."""
     out = tmp_path / "model"
-    small = [f"out={out}", "documents=40", "evaluation.tasks=[tiny_facts,tiny_myths]", "evaluation.limit=8"]
-    threads = torch.get_num_threads()
-    with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("pretrain", overrides=[*small, f"threads={threads}", "model.num_hidden_layers=2"])
-    main(cfg)
+    config = configured(out)
+    pretrain(recipe(config))
     stated = dict(line[2:].split(": ") for line in (out / "README.md").read_text().splitlines() if line[:2] == "- ")
     facts, myths = float(stated["tiny_facts"]), float(stated["tiny_myths"])
     assert float(stated["average"]) == pytest.approx((facts + myths) / 2, abs=0.11)
     assert stated["documents"] == "40" and load_model(out).config.num_hidden_layers == 2
     with pytest.raises(UserError, match="exists already"):
-        main(cfg)
+        recipe(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["documents=abc", "precision=float8", "seed=null"],
+            ["documents='abc'", "precision='float8'", "seed=null"],
+        ),
+        (["threads=-1", "decay=0", "tokens_per_step=0"], ["threads=-1", "decay=0", "tokens_per_step=0"]),
+        (
+            ["prompt_weight=-1", "decay=2", "evaluation.tasks=[tiny_fact]"],
+            ["prompt_weight", "decay=2", "tiny_facts"],
+        ),
+        (["model.hidden_size=127"], ["hidden_size=127 is no even multiple"]),
+        (["model.num_hidden_layers=0", "seed=-1"], ["num_hidden_layers=0 must be above 0", "seed=-1"]),
+        (["model.num_attention_heads=3"], ["num_attention_heads=3 is no multiple of num_key_value_heads=2"]),
+        (["~out"], ["out has no value"]),
+    ],
+)
+def test_all_that_is_wrong_with_a_recipe_is_told_before_work(tmp_path, given: list[str], said: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe(configured(tmp_path / "model", *given))
+    assert all(part in str(caught.value) for part in said)
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_rest(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        recipe(configured(tmp_path / "file" / "model", "threads=abc"))
+    assert "cannot be written" in str(caught.value) and "threads='abc'" in str(caught.value)
+
+
+def test_documents_must_fit_the_positions(tokenizer) -> None:
+    corpus = Corpus(tokenizer, total=40, tokens=400, seed=0)
+    longest = max(len(row.ids) for row in corpus.rows())
+    require_positions(corpus, longest)
+    with pytest.raises(UserError, match=f"documents have {longest} tokens"):
+        require_positions(corpus, longest - 1)
+    read = list(Corpus(tokenizer, total=40, tokens=400, seed=0).rows())
+    assert [row for step in corpus for row in step] == read  # looking read nothing away

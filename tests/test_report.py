@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import sem, t, ttest_rel
+from stored import artifact
 from wandb_file import history, records
 
 from sddx.report import __main__ as report
@@ -42,6 +43,11 @@ def run(loss: str = "sft", seed: int = 0, removed: int = 3, gain: float = 0.0, *
         "peak_memory": {"train": 2**30}, "parameters": {"unpruned": 100, "pruned": 75}, "artifacts": {},
         "cut": [0, 1], "blocks": 4, "store": "nowhere",
     }  # fmt: skip
+
+
+def items_of(scores: list[float], task: str) -> dict:
+    """What a samples.json says of the items of one task."""
+    return {"scores": scores, "hashes": [*map(str, range(len(scores)))], "settings": {}, "part_of": task}
 
 
 def rows_of(found: dict) -> dict[str, list]:
@@ -162,7 +168,7 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
     runs = []
     for name, (a, b) in wrong.items():
         items = {"held": [0.0] * a + [1.0] * (20 - a), "other": [0.0] * b + [1.0] * (20 - b)}
-        scores = {task: {"scores": values, "hashes": [*map(str, range(20))]} for task, values in items.items()}
+        scores = {task: items_of(values, task) for task, values in items.items()}
         (tmp_path / name).mkdir()
         (tmp_path / name / "samples.json").write_text(json.dumps({"pruned": scores, "recovered": scores}))
         runs.append(run(patch=name) | {"folder": str(tmp_path / name)})
@@ -184,7 +190,7 @@ def test_variants_differ_on_the_same_items(tmp_path: Path) -> None:
 def judged(folder: Path, pruned: int, recovered: int, **choices: object) -> dict:
     """A run whose models had so many of 20 items right."""
     models = {
-        model: {"held": {"scores": [1.0] * right + [0.0] * (20 - right), "hashes": [*map(str, range(20))]}}
+        model: {"held": items_of([1.0] * right + [0.0] * (20 - right), "held")}
         for model, right in (("pruned", pruned), ("recovered", recovered))
     }
     folder.mkdir()
@@ -214,10 +220,7 @@ def test_draws_count_once_each_whatever_their_seeds(tmp_path: Path, seeds: int) 
 def test_a_cut_of_every_block_is_ringed(tmp_path: Path) -> None:
     """No block is kept, so that the blocks' number is not to be read off those that are."""
     distances = [[abs(a - b) / 4 for a in range(5)] for b in range(5)]
-    place = tmp_path / "score/a/key"
-    place.mkdir(parents=True)
-    (place / "manifest.json").write_text("{}")
-    (place / "scores.json").write_text(json.dumps({"pruning": {"mean": distances}}))
+    artifact(tmp_path, "score", "key", {"scores.json": json.dumps({"pruning": {"mean": distances}})})
     everything = run() | {"artifacts": {"score": "key"}, "cut": [], "store": str(tmp_path)}
     assert len(heat_maps([everything]).figures) == 1
 
@@ -294,7 +297,7 @@ def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.Captu
     for number, found in enumerate(grid()):
         (tmp_path / f"sweep/{number}").mkdir(parents=True)
         (tmp_path / f"sweep/{number}/summary.json").write_text(json.dumps(found))
-    cells.write(tmp_path / "sweep/99", number=99, name="s9", state="failed", reason="no room")
+    cells.write(tmp_path / "sweep/99", number=99, name="s9", launcher="basic", state="failed", reason="no room")
     assert report.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
     rows = list(csv.DictReader((tmp_path / "out/report.csv").open()))
     assert len(rows) == 12 and {row["removed"] for row in rows} == {"2", "3"}
@@ -425,6 +428,42 @@ def test_selection_items_are_never_reported_without_a_word() -> None:
     )
     assert "selection" not in page.html(page.contents([run()], []))
     assert "selection" not in table.markdown(run() | {"standard_errors": {}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"blocks": None}, {"cut": "0"}, {"seconds": None}, {"choices": "tiny"}, {"choices": {}}, {"scores": {}}],
+)
+def test_a_damaged_summary_is_named_and_left_out(
+    change: dict, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It costs the report of no other run."""
+    for name, found in (("good", run()), ("damaged", run() | change)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(found))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "1 runs: " in capsys.readouterr().out
+    assert f"{tmp_path / 'damaged/summary.json'} is damaged" in caplog.text and next(iter(change)) in caplog.text
+
+
+def test_artifacts_that_are_damaged_are_not_shown(tmp_path: Path) -> None:
+    """A report draws what is whole: scores and answers of which a file is gone are left out."""
+    files = {
+        "rewrites.jsonl": '{"reason": "", "id": "a"}\n',
+        "scores.json": '{"pruning": {"mean": [[0, 1], [1, 0]]}}',
+    }
+    found = run() | {
+        "store": str(tmp_path),
+        "artifacts": {"distill": ["key"], "score": "key"},
+        "blocks": 1,
+        "cut": [],
+    }
+    places = [artifact(tmp_path, stage, "key", {name: files[name]}) / name for stage, name in
+              (("distill", "rewrites.jsonl"), ("score", "scores.json"))]  # fmt: skip
+    assert page.examples([found]) and heat_maps([found]).figures
+    for place in places:
+        place.unlink()
+    assert not page.examples([found]) and not heat_maps([found]).figures
 
 
 def test_nothing_to_report_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from stored import FIELDS
 
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
@@ -576,7 +577,7 @@ def test_large_files_are_trusted_by_size_and_time_but_not_by_verify(
     """A large file with its size and time is not read on a hit; a small one is; a full check reads all."""
     path = tmp_path / "weights"
     path.write_bytes(b"a" * 100)
-    manifest.write(tmp_path, {})
+    manifest.write(tmp_path, FIELDS)
     fields = manifest.read(tmp_path)
     time_of_change = path.stat().st_mtime_ns
     path.write_bytes(b"b" * 100)
@@ -754,6 +755,62 @@ def test_gc_takes_leftovers_and_what_is_old(lab: Laboratory, capsys: pytest.Capt
     assert "unfinished, 2.0 KiB" in capsys.readouterr().out
     assert main(["--store", str(store.root), "gc", "--older-than", "7"]) == 0
     assert kept.path.exists() and not old.path.exists()
+
+
+def unreadable(artifact: Artifact) -> None:
+    """What the file system refuses to read, for root too: a folder where the manifest was."""
+    path = artifact.path / "manifest.json"
+    path.rename(path.with_suffix(".kept"))
+    path.mkdir()
+
+
+def of_another_version(artifact: Artifact) -> None:
+    path = artifact.path / "manifest.json"
+    path.write_text(json.dumps({"format": 99, "files": json.loads(path.read_text())["files"]}))
+
+
+@pytest.mark.parametrize("harm", [unreadable, of_another_version])
+def test_what_may_be_sound_is_never_deleted(harm, lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by gc nor by a build of the same, and it is named; the others are listed."""
+    store = lab.store()
+    healthy, other = (store.build(lab.stages.measure, runtime=Runtime(), value=value) for value in (1, 2))
+    harm(healthy)
+    manifest_there = str(healthy.path / "manifest.json")
+    for asked, status in (("gc", 0), ("ls", 0), ("verify", 1)):
+        assert main(["--store", str(store.root), asked]) == status
+        assert manifest_there in capsys.readouterr().out
+    with pytest.raises(UserError, match="remove .* to build it again"):
+        store.build(lab.stages.measure, runtime=Runtime(), value=1)
+    assert (healthy.path / "result.txt").read_text() == "21" and other.path.exists()
+    assert main(["--store", str(store.root), "ls"]) == 0
+    assert "1 artifacts" in capsys.readouterr().out
+
+
+def test_a_disk_that_fails_costs_no_artifact(
+    lab: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error in reading a file's bytes says nothing of the file."""
+    store = lab.store()
+    artifact = store.build(lab.stages.measure, runtime=Runtime(), value=1)
+
+    def fail(path: Path, *given: object) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(manifest, "checksum", fail)
+    assert main(["--store", str(store.root), "gc"]) == 0
+    assert "Input/output error" in capsys.readouterr().out and artifact.path.exists()
+
+
+def test_gc_touches_nothing_that_a_store_did_not_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given the wrong folder by mistake, and one with links that lead to themselves."""
+    work = tmp_path / "papers" / "2026" / "pruning" / "draft.tex"
+    work.parent.mkdir(parents=True)
+    work.touch()
+    for place in (tmp_path / "loop", tmp_path / "papers" / "loop"):
+        place.symlink_to(place)
+    for asked in ("gc", "ls", "verify"):
+        assert main(["--store", str(tmp_path), asked]) == 0
+    assert work.exists() and "0 artifacts" in capsys.readouterr().out
 
 
 def test_gc_leaves_what_is_being_built(lab: Laboratory) -> None:

@@ -16,11 +16,16 @@ import pytest
 import torch
 from composing import SWEPT, numbers, swept
 from filelock import FileLock
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
+from stored import artifact
 
 import sddx.train
-from sddx.records import Interrupted
+from sddx.config import CONF, register
+from sddx.records import Interrupted, UserError
+from sddx.report.page import failed
 from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command
 from sddx.sweep import __main__ as look
@@ -202,6 +207,100 @@ def test_two_cells_of_one_name_are_refused(sweep, capsys) -> None:
     assert status == 2 and "one name: same" in capsys.readouterr().err
 
 
+def loaded(given: list[str]) -> DictConfig:
+    """Hydra's configuration of one cell, as its launcher composes it."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=given, return_hydra_config=True)
+
+
+def test_every_cell_has_a_folder_of_its_own_in_the_sweep(tmp_path: Path) -> None:
+    """Whatever its name, which may be longer than a file's, or lead elsewhere."""
+    where = (f"hydra.sweep.dir={tmp_path}", "dataset=jsonl", "dataset.prompt=a", "dataset.response=b")
+    long = [f"dataset.path={'/a' * 200}/{name}" for name in ("one.jsonl", "two.jsonl")]
+    away = ["run.name=../../x1", "run.name=../../x2"]
+    for varied in (long, [f"{setting} dataset.path=x".split() for setting in away]):
+        given = [[*where, *([setting] if isinstance(setting, str) else setting)] for setting in varied]
+        found = cells.compose(loaded, given, 0)
+        assert len({cell.folder for cell in found}) == len({cell.name for cell in found}) == 2
+        for cell in found:
+            cell.folder.mkdir()
+            assert cell.folder.parent == tmp_path and cell.folder.resolve().parent == tmp_path.resolve()
+            assert len(cell.config["wandb"]["group"]) <= 120
+    assert [cell.name[-12:] for cell in cells.compose(loaded, [[*where, path] for path in long], 0)] == [
+        "/one.jsonl".replace("/", "_").rjust(12, "a"),
+        "/two.jsonl".replace("/", "_").rjust(12, "a"),
+    ]
+
+
+def test_two_cells_in_one_folder_are_refused(sweep, capsys) -> None:
+    status, folders = sweep("--multirun", "seed=0,1", "hydra.sweep.subdir=same")
+    assert status == 2 and not folders and "one folder: same" in capsys.readouterr().err
+
+
+def test_a_sweep_never_overwrites_what_another_found(tmp_path: Path) -> None:
+    """Cells of other settings under the same names, finished or at work; the same sweep goes on."""
+
+    def cell(**settings: object) -> SimpleNamespace:
+        return SimpleNamespace(folder=tmp_path / "0-s0", config={"seed": 0, "stages": None} | settings)
+
+    (tmp_path / "0-s0").mkdir()
+    OmegaConf.save(OmegaConf.create(cell().config), tmp_path / "0-s0" / cells.CONFIG)
+    cells.require_vacant([cell(loss="sdd")])  # nothing was found there yet
+    with cells.running(tmp_path / "0-s0"):
+        cells.require_vacant([cell()])
+        with pytest.raises(UserError, match="0-s0 there are runs of other settings"):
+            cells.require_vacant([cell(loss="sdd")])
+    (tmp_path / "0-s0" / "summary.json").touch()
+    cells.require_vacant([cell()])
+    with pytest.raises(UserError, match="Give another folder with hydra.sweep.dir"):
+        cells.require_vacant([cell(loss="sdd")])
+
+
+DAMAGED = {
+    "cut short": b'{"number": 1, "na',
+    "empty": b"",
+    "no text": b"\xa9\xff",
+    "a list": b"[]",
+    "without its number": b'{"name": "s0", "launcher": "basic", "state": "done"}',
+    "a number for its reason": b'{"number": 0, "name": "s0", "launcher": "basic", "state": "failed", "reason": 3}',
+    "a text for its seconds": b'{"number": 0, "name": "s0", "launcher": "basic", "state": "done", "seconds": "x"}',
+    "a state that is none": b'{"number": 0, "name": "s0", "launcher": "basic", "state": "fine"}',
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_record_is_named_and_the_other_cells_are_shown(kind: str, tmp_path: Path, capsys) -> None:
+    about = {"overrides": [], "launcher": "basic", "state": "done", "seconds": 75.0}
+    cells.write(tmp_path / "1", number=1, name="s1", **about)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / cells.RECORD).write_bytes(DAMAGED[kind])
+    assert look.main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "s1  done" in printed and "1 cells: 1 done" in printed
+    assert f"left out: {tmp_path / '0' / cells.RECORD} is damaged" in printed
+    assert [(name, state) for name, state, _ in failed([tmp_path])] == [("0", "unknown")]
+    (tmp_path / "1" / cells.RECORD).unlink()
+    assert look.main(["status", str(tmp_path)]) == 2 and "is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_progress_is_none(tmp_path: Path, capsys) -> None:
+    cells.write(tmp_path / "0", number=0, name="s0", overrides=[], launcher="basic", state="waiting")
+    with cells.running(tmp_path / "0"):
+        (tmp_path / "0" / cells.PROGRESS).write_text('{"what": "training", "done": "x"}')
+        assert look.main(["status", str(tmp_path)]) == 0
+    assert "so far\n" in capsys.readouterr().out
+
+
+def test_watching_takes_a_time_wherever_it_stands(tmp_path: Path, capsys) -> None:
+    cells.write(tmp_path / "0", number=0, name="s0", overrides=[], launcher="basic", state="done")
+    assert look.main(["watch", "--every", "2", str(tmp_path)]) == 0
+    for every in ("-1", "0", "nan", "inf", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            look.main(["watch", str(tmp_path), f"--every={every}"])
+        assert f"{every} is no number of seconds above 0" in capsys.readouterr().err
+
+
 def test_dry_run_says_what_would_be_built_and_builds_nothing(sweep, tmp_path, capsys) -> None:
     status, folders = sweep("--multirun", "seed=0,1", "dry_run=true")
     printed = capsys.readouterr().out
@@ -241,9 +340,7 @@ def test_every_cells_durations_are_looked_up(tmp_path: Path, capsys) -> None:
     plans = [Plan(tmp_path), Plan(tmp_path)]
     for plan, stage in zip(plans, ("score", "distill"), strict=True):
         plan.steps.append(Step(stage, stage, False, (stage, 1)))
-        (tmp_path / stage / "s" / "k").mkdir(parents=True)
-        made = {"files": {}, "inputs": [], "spec": {}, "seconds": 30}
-        (tmp_path / stage / "s" / "k" / "manifest.json").write_text(json.dumps(made))
+        artifact(tmp_path, stage)
     describe(plans)
     assert "To build: 1 score, 1 distill; about 60 s.\n" in capsys.readouterr().out
 

@@ -35,6 +35,6 @@ def _answer(answers: TextIO, fields: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     # vLLM prints where it likes: what it says goes to the error output, and the answers to where output was.
-    channel = os.fdopen(os.dup(1), "w")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, channel)

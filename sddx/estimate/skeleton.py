@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def shape_of(model: dict[str, Any]) -> Any:
         return text_config(locate(model["path"], revision=model["revision"])[0])
     try:
         return AutoConfig.for_model(**stated).get_text_config()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"model.dimensions are none of a model that transformers knows: {error}. Given: {stated}. Copy them "
             "from the model's config.json."

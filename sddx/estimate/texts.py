@@ -119,7 +119,7 @@ def items_of(task: str) -> Items | None:
     file = OWN_TASKS / f"{skill}.{split}.jsonl"
     if task == name or not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     answers = [row.get("choices", [row["answer"]]) for row in rows]
     texts = [row["question"] + answer for row, given in zip(rows, answers, strict=True) for answer in given]
     characters = sum(map(len, texts)) / len(texts)

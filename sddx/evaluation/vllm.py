@@ -85,11 +85,11 @@ class Engine(Settings):
         logger.info("vLLM judges the model. Its log: %s", log.name)
         with log, tempfile.TemporaryDirectory() as name:
             asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
-            asked.write_text(json.dumps(request))
+            asked.write_text(json.dumps(request), encoding="utf-8")
             command = [self.python or sys.executable, "-P", vllm_worker.__file__, str(asked), str(answer)]
             if status := _watched(command, log, quiet):
                 raise failed(status, log.name)
-            told = json.loads(answer.read_text())
+            told = json.loads(answer.read_text(encoding="utf-8"))
         Path(log.name).unlink()
         return told
 
@@ -113,7 +113,7 @@ class Engine(Settings):
 
 def _room(adapter: Path) -> int:
     """The least rank that vLLM makes room for and that the adapter fits in."""
-    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     return next(room for room in RANKS if room >= rank)
 
 
@@ -124,7 +124,7 @@ def _watched(command: list[str], log: Any, quiet: bool) -> int:
     env = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}  # its own talk would hide the progress
     streams: Any = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
     with (
-        open(log.name, errors="replace", newline="") as said,
+        open(log.name, errors="replace", newline="", encoding="utf-8") as said,
         subprocess.Popen(command, **streams, env=env, start_new_session=True) as worker,
     ):
         while True:

@@ -67,4 +67,4 @@ if __name__ == "__main__":  # vLLM's own processes read this file too
     end_with_parent()
     use_this_sddx()
     _request, _answer = map(Path, sys.argv[1:])
-    _answer.write_text(json.dumps(judge(json.loads(_request.read_text()))))
+    _answer.write_text(json.dumps(judge(json.loads(_request.read_text(encoding="utf-8")))), encoding="utf-8")

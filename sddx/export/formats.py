@@ -34,7 +34,9 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     names, depth = _tensor_names(folder), config.num_hidden_layers
-    architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [None])[0]
+    architecture = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
+    )[0]
     numbers = _block_numbers(names, FAMILIES.get(config.model_type, Family()))
     tied = bool(config.tie_word_embeddings)
     lists = {name: len(value) for name, value in vars(config).items() if name.endswith("layer_types") and value}

@@ -55,8 +55,8 @@ def export(
         found["formats"] = inspect_model(model_folder(folder, adapter))
         if evaluated:
             found["evaluation"] = proof.flipped_items(run, model, device)
-        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n")
+        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card.text(run, found), encoding="utf-8")
     return found
 
@@ -78,8 +78,7 @@ def load_exported(folder: Path, adapter: str, how: dict[str, str]) -> Any:
 
 def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | None) -> None:
     """Raises UserError for all that can be known before a model is loaded."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} exists and is not empty. Give another folder: to=..., nothing is overwritten.")
+    _require_empty(to)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
     if adapter == "apart" and not (run.trained and (run.trained / ADAPTER).is_file()):
@@ -92,6 +91,15 @@ def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | Non
             f"the base model in {run.base} is not the one that the run used: its files were changed. Put them "
             "back, or run again."
         )
+
+
+def _require_empty(to: Path) -> None:
+    try:
+        taken = to.exists() and (not to.is_dir() or any(to.iterdir()))
+    except OSError as error:
+        raise UserError(f"{to} cannot be used ({error.strerror}). Give another folder: to=...") from None
+    if taken:
+        raise UserError(f"{to} exists and is not empty. Give another folder: to=..., nothing is overwritten.")
 
 
 def _require_room(run: Recovered, to: Path, dtype: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -124,7 +124,7 @@ def _has_weights(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return all((folder / name).is_file() for name in ("config.json", *shards))
 
 
@@ -184,11 +184,22 @@ def find_device(wanted: str) -> str:
         device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if device.type != "cuda":
+        _require_working(device)
+    elif (device.index or 0) >= count:
         raise UserError(
             f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
         )
     return wanted
+
+
+def _require_working(device: torch.device) -> None:
+    """Raises UserError for a device that torch knows by name and that holds no numbers here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={device} does not work here: {reason} Use device=auto, cpu or cuda.") from None
 
 
 def four_bit(*, type: str, double: bool, compute: str) -> Any:
@@ -327,7 +338,7 @@ def text_config(folder: Path) -> Any:
     """The config of a model's decoder, read without its weights. Raises UserError where it cannot be."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"config.json in {folder} cannot be read: {error}") from error
 
 

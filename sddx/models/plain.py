@@ -44,9 +44,9 @@ def write_apart(model: Any, base: Path, trained: Path, folder: Path, *, place: P
     adapter = folder / "adapter"
     adapter.mkdir()
     shutil.copyfile(trained / ADAPTER, adapter / ADAPTER)
-    config = json.loads((trained / "adapter_config.json").read_text())
+    config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": str((place or folder) / "base"), "revision": None}
-    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_merged(model.unload(), base, folder / "base")
 
 
@@ -63,7 +63,7 @@ def own_config(base: Path, folder: Path) -> None:
     them and take a default without a word. Where the result is not read as what was saved, that stays.
     """
     path, old, new = folder / "config.json", _settings(base), _settings(folder)
-    kept, saved = (json.loads((place / "config.json").read_text()) for place in (base, folder))
+    kept, saved = (json.loads((place / "config.json").read_text(encoding="utf-8")) for place in (base, folder))
     changed = {name: value for name, value in new.items() if name not in old or old[name] != value}
     dtype = changed.pop("dtype", new.get("dtype"))
     kept |= changed | {"torch_dtype" if "torch_dtype" in kept else "dtype": dtype}
@@ -74,7 +74,7 @@ def own_config(base: Path, folder: Path) -> None:
 
 def _write_config(path: Path, fields: dict[str, Any]) -> None:
     fields.pop("auto_map", None)  # names code that is not exported
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sddx.models.student import Student, load_student
 from sddx.records import Cut, UserError
+from sddx.run_folder import SUMMARY, Kept, read_summary
 from sddx.store import manifest
 
 
@@ -56,21 +56,20 @@ def find_run(path: str | Path) -> Recovered:
     Raises UserError where there is none, and where the store that the run wrote to, or the base model, is gone.
     """
     file = Path(path).expanduser()
-    file = file / "summary.json" if file.is_dir() else file
+    file = file / SUMMARY if file.is_dir() else file
     try:
-        fields = json.loads(file.read_text())
-        keys, base, store = fields["artifacts"], Path(fields["model_path"]), Path(fields["store"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fields = read_summary(file, Kept)
+    except UserError as error:
         raise UserError(
-            f"{file} is no run's summary ({type(error).__name__}: {error}). Give the summary.json that the last "
-            "line of sddx.train names, or its folder."
-        ) from error
+            f"{error} Give the summary.json that the last line of sddx.train names, or its folder."
+        ) from None
+    keys, base, store = fields["artifacts"], Path(fields["model_path"]), Path(fields["store"])
     found: dict[str, Path] = {}
     for stage in (stage for stage in ("prune", "patch", "train") if stage in keys):
         place = manifest.find(store, stage, keys[stage])
         if place is None or not base.is_dir():
             gone = base if place else f"{stage} {keys[stage]} in the store {store}"
-            raise UserError(f"{gone} is gone. Run the same command again to rebuild it.")
+            raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
         found[stage] = place
     cut = Cut.load(found["prune"] / "cut.json")
     return Recovered(file.parent, fields, base, cut, found.get("train"), found.get("patch"))

@@ -42,7 +42,7 @@ def save_student(model: Any, folder: Path, *, cut: Cut, base: str, attached: Att
     if attached:
         junction.keep(attached, folder)
     cut.save(folder / "cut.json")
-    (folder / "base.json").write_text(json.dumps({"base": base}) + "\n")
+    (folder / "base.json").write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
 
 
 def is_stock(cut: Cut) -> bool:
@@ -141,7 +141,7 @@ def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:
     """The guard: same cut and same base, or no student."""
     try:
         stored_cut = Cut.load(folder / "cut.json")
-        stored_base = json.loads((folder / "base.json").read_text())["base"]
+        stored_base = json.loads((folder / "base.json").read_text(encoding="utf-8"))["base"]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{folder} does not say which cut and base model it belongs to ({error}). Only students that "

@@ -69,5 +69,5 @@ def _versions(python: str, packages: Sequence[str], group: str) -> dict[str, str
 
 def failed(status: int, log: str) -> UserError:
     """What to raise for a process of vLLM that ended, with the end of its log."""
-    end = "\n".join(Path(log).read_text(errors="replace").splitlines()[-8:])
+    end = "\n".join(Path(log).read_text(errors="replace", encoding="utf-8").splitlines()[-8:])
     return UserError(f"vLLM ended with status {status}. The end of its log, {log}:\n{end}")

@@ -12,6 +12,7 @@ from sddx.records import UserError
 from sddx.report import page
 from sddx.report.publish import publish, to_wandb
 from sddx.store import default_root
+from sddx.tracking import require_login
 
 
 @exit_status
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
         raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
     writable_folder(given.out, "--out")
+    if given.wandb == "online":
+        require_login()
     found = publish(runs, page.failed(given.folders), given.out)
     if given.wandb:
         settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}

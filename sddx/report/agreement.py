@@ -86,7 +86,7 @@ def _numbered(rows: list[list[str]]) -> list[list[str]]:
 def show_agreement(scored: Artifact, pruning: Mapping[str, Any], folder: Path) -> Path:
     """Print how far the metrics of a score stage agree; write tables and figures into the folder. Returns
     `agreement.md`."""
-    scores = json.loads((scored.path / "scores.json").read_text())
+    scores = json.loads((scored.path / "scores.json").read_text(encoding="utf-8"))
     count = len(per_unit(next(iter(scores.values()))["mean"]))
     granularity = pruning.get("units", "blocks")
     units = Units(granularity, count // 2 if granularity == "sublayers" else count)

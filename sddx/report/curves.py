@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
+from sddx.records import UserError
 from sddx.report.extraction import Key, Reading, named, readings
+from sddx.run_folder import read_samples
 
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
@@ -430,8 +432,8 @@ def _over_pairs(pairs: Sequence[Pair], model: str) -> Interval | None:
 
 
 def _samples(run: Run, model: str) -> dict[str, dict[str, Any]]:
-    """Every item's score and hash by task, from the file beside the run's summary."""
-    path = Path(run.get("folder", "")) / "samples.json"
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text()).get(model, {})
+    """Every item's score and hash by task, from the file beside the run's summary; empty where it has none that can
+    be read."""
+    with suppress(UserError):
+        return read_samples(Path(run.get("folder", ""))).get(model, {})
+    return {}

@@ -35,7 +35,7 @@ def _all(summary: Mapping[str, Any], model: str) -> dict[Key, Reading]:
     for part, metrics in summary["metrics"][model].items():
         unparsed = summary.get("unparsed", {}).get(model, {}).get(part, {})
         for metric, score in metrics.items():
-            key = summary["part_of"][part], metric
+            key = summary.get("part_of", {}).get(part, part), metric
             scores.setdefault(key, []).append(score)
             if (share := unparsed.get(metric.partition(",")[2])) is not None:
                 shares.setdefault(key, []).append(share)

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from sddx.evaluation.statistics import Interval
+from sddx.records import UserError
 from sddx.report import figures
 from sddx.report.curves import (
     Difference,
@@ -35,6 +36,7 @@ from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
+from sddx.run_folder import read_summary
 from sddx.store.manifest import find
 from sddx.sweep import cells
 
@@ -83,18 +85,23 @@ def _summary(path: Path) -> Run | None:
     """A run's summary; None, with a warning, for a file that is none: one that is damaged must not cost the
     report of the others."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return run | {"folder": str(path.parent), "choices": run["choices"], "artifacts": run["artifacts"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is left out: no run's summary (%s: %s)", path, type(error).__name__, error)
+        return {"store": ""} | read_summary(path) | {"folder": str(path.parent)}
+    except UserError as error:
+        log.warning("left out: %s", error)
         return None
 
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
     """(name, state, reason) of every cell below these folders that began and is not done."""
-    paths = sorted(path for folder in folders for path in folder.rglob(cells.RECORD))
-    found = [(cells.read(path.parent), cells.state(path.parent)) for path in paths]
-    return [(r["name"], state, r.get("reason", "")) for r, state in found if state not in ("done", "waiting")]
+    found = []
+    for path in sorted(path for folder in folders for path in folder.rglob(cells.RECORD)):
+        try:
+            cell = cells.look(path.parent)
+        except UserError as error:
+            cell = {"name": path.parent.name, "state": "unknown", "reason": str(error)}
+        if cell["state"] not in ("done", "waiting"):
+            found.append((cell["name"], cell["state"], cell.get("reason", "")))
+    return found
 
 
 def arm_table(runs: Sequence[Run]) -> Table:
@@ -246,7 +253,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
     rows = []
     for where, arm, group in arms(runs):
         spent = [[run["seconds"][stage] for run in group if stage in run["seconds"]] for stage in stages]
-        peak = max(memory for run in group for memory in run["peak_memory"].values())
+        peak = max((memory for run in group for memory in run["peak_memory"].values()), default=0)
         parameters = f"{group[0]['parameters']['pruned']:,} of {group[0]['parameters']['unpruned']:,}"
         rows.append(
             [where, arm, *(f"{mean(s):.1f}" if s else "-" for s in spent), f"{peak / 2**30:.2f}", parameters]
@@ -278,7 +285,11 @@ def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
     for run in runs:
         keys = run["artifacts"].get("distill") or []
         places = [place for key in keys if (place := find(Path(run["store"]), "distill", key))]
-        rows = [json.loads(line) for at in places for line in (at / "rewrites.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for at in places
+            for line in (at / "rewrites.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         if rows:
             kinds = [[row for row in rows if not row["reason"]], [row for row in rows if row["reason"]]]
             return [row for kind in kinds for row in kind[:shown]]

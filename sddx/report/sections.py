@@ -68,7 +68,7 @@ def heat_maps(runs: Sequence[Run]) -> Section:
 def _scores(run: Run) -> dict[str, Any]:
     """What a run's cut was chosen by; empty where the store has it no more."""
     place = find(Path(run["store"]), "score", run["artifacts"]["score"])
-    return json.loads((place / "scores.json").read_text()).get("pruning", {}) if place else {}
+    return json.loads((place / "scores.json").read_text(encoding="utf-8")).get("pruning", {}) if place else {}
 
 
 def _removed(run: Run) -> tuple[int, ...]:

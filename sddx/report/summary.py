@@ -80,7 +80,7 @@ def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]
     """Write the run's results into its folder, print them, and return the summary: `about` the run (its name,
     its store) and what its report says. The last line printed names the file."""
     summary = {**about, **_read(report, "summary.json")}
-    write(folder / "samples.json", (report.path / "samples.json").read_text())
+    write(folder / "samples.json", (report.path / "samples.json").read_text(encoding="utf-8"))
     write(folder / "table.md", table.markdown(summary))
     write(folder / "summary.json", summary)
     console = Console(width=max(100, Console().width))  # narrower, numbers are cut off

@@ -7,12 +7,17 @@ draw those. Needs the library wandb-workspaces and a login: pip install 'sddx[wo
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sddx.arguments import exit_status
+from sddx.records import UserError
 from sddx.report.curves import AXES, KEPT, MEASURES
+from sddx.tracking import require_login
 
+NAME = re.compile(r"[^/\\#?%:]+")
 LOGARITHMIC = ("size", "rank", "learning_rate")
 
 
@@ -45,18 +50,22 @@ def workspace(entity: str, project: str, tasks: Sequence[str] = ()) -> Any:
     return ws.Workspace(entity=entity, project=project, name="sddx: recovery", sections=shown)
 
 
+@exit_status
 def main(arguments: list[str] | None = None) -> int:
-    """Saves the dashboard and prints its address; returns the exit status."""
+    """Saves the dashboard and prints its address; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m sddx.report.workspace", description="Make the W&B dashboard.")
     parser.add_argument("--entity", required=True, help="the W&B user or team")
     parser.add_argument("--project", default="sddx", help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="*", default=[], help="tasks to draw one by one, such as gsm8k")
     given = parser.parse_args(arguments)
+    names = {"--entity": given.entity, "--project": given.project}
+    if wrong := [f"{name} {value!r}" for name, value in names.items() if not NAME.fullmatch(value)]:
+        raise UserError(f"W&B has no such names: {', '.join(wrong)}. Give those that its address bar shows.")
+    require_login()
     try:
         made = workspace(given.entity, given.project, given.tasks)
     except ImportError:
-        print("This needs wandb-workspaces: pip install 'sddx[workspace]'", file=sys.stderr)
-        return 2
+        raise UserError("This needs wandb-workspaces: pip install 'sddx[workspace]'.") from None
     made.save()
     print(made.url)
     return 0

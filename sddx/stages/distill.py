@@ -52,7 +52,7 @@ def distill(
         about = {"backend": "transformers", "version": transformers.__version__}
         how = {"dtype": dtype, "attention": attention}
         answers = _answers(model.path, prompts, generation, how, runtime=runtime)
-    (out / "generation.json").write_text(json.dumps(about) + "\n")
+    (out / "generation.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
     runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})

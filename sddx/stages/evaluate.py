@@ -53,7 +53,7 @@ def evaluate(
     if evaluation.get("backend") == "vllm":
         apart = _by_vllm(out, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
     results = _results(out, model, given, evaluation, text, how, apart, runtime=runtime)
-    (out / "results.json").write_text(json.dumps(results) + "\n")
+    (out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
     runtime.log({"evaluate/perplexity": results["text"]["perplexity"]})

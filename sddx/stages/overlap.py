@@ -36,5 +36,7 @@ def overlap(
     counts = {task: {"items": len(items), "overlapping": hits.count(task)} for task, items in texts.items()}
     shares = {task: count["overlapping"] / max(count["items"], 1) for task, count in counts.items()}
     found = {task: {**count, "share": shares[task]} for task, count in counts.items()}
-    (out / "overlap.json").write_text(json.dumps({"words": WORDS, "tasks": found}, indent=1) + "\n")
+    (out / "overlap.json").write_text(
+        json.dumps({"words": WORDS, "tasks": found}, indent=1) + "\n", encoding="utf-8"
+    )
     runtime.log({f"overlap/{task}": share for task, share in shares.items()})

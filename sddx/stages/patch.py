@@ -48,8 +48,8 @@ def patch(
     for weight in attached.values():
         weight.requires_grad_(patch["trained"])
     write_proof(out, student, model, what, out, attached, how)
-    (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n")
-    (out / "fit.json").write_text(json.dumps(unexplained) + "\n")
+    (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n", encoding="utf-8")
+    (out / "fit.json").write_text(json.dumps(unexplained) + "\n", encoding="utf-8")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})
 
 

@@ -29,5 +29,7 @@ def prepare(out: Path, *files: Artifact, runtime: Runtime, dataset: dict[str, An
         )
     write_rows(held_out, out / "validation.jsonl")
     write_shards(training, out / "shards")
-    (out / "dataset.json").write_text(json.dumps({"trains": made.trains, "rows": len(training)}) + "\n")
+    (out / "dataset.json").write_text(
+        json.dumps({"trains": made.trains, "rows": len(training)}) + "\n", encoding="utf-8"
+    )
     runtime.log({"prepare/rows": len(training), "prepare/held_out": len(held_out)})

@@ -35,7 +35,7 @@ def prune(
 
     Raises UserError where more is to go than there is, UnsoundModel where a check fails.
     """
-    found = json.loads((scores[0].path / "scores.json").read_text())["pruning"] if scores else None
+    found = json.loads((scores[0].path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
     # takes its time in the computer's memory, beside the processes that hold them.
     how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
@@ -50,7 +50,7 @@ def prune(
 
     write_proof(out, student, model, cut, None, {}, how)
     cut.save(out / "cut.json")
-    (out / "size.json").write_text(json.dumps(size) + "\n")
+    (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
     names = ("removed", "without_attention", "without_feedforward")
     row = {f"prune/{name}": count for name, count in zip(names, lost, strict=True)}
@@ -73,4 +73,4 @@ def write_proof(
     weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
     vocabulary = student.config.get_text_config().vocab_size
     proof = prove(student, vocabulary=vocabulary, again=again if weights < LARGEST_RELOAD else None)
-    (out / "proof.json").write_text(json.dumps(proof) + "\n")
+    (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def score(
     its means over parts of them. Metrics of hidden states share one pass."""
     how = {"dtype": dtype, "attention": attention}
     scores = _scores(model.path, metrics, units, calibration, how, runtime=runtime)
-    (out / "scores.json").write_text(json.dumps(scores) + "\n")
+    (out / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
     runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
 
 

@@ -94,7 +94,7 @@ def train(
             if weight.requires_grad:  # shards were put together in a new one
                 attached[gap] = student.get_parameter(names[id(weight)])
         save_student(student, out, cut=cut, base=model.key, attached=attached)
-        (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n")
+        (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n", encoding="utf-8")
 
 
 def _require_rows(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:

@@ -112,8 +112,7 @@ class Store:
         """The artifacts that differ from the recipe in their sources alone, newest first."""
         folders = [path for path in self._folder(recipe).glob("*") if not path.suffix]
         others = [path for path in folders if path.name != recipe.key]
-        complete = [(path, fields) for path in others if (fields := manifest.read(path))]
-        return sorted(complete, key=lambda pair: pair[1]["created"], reverse=True)
+        return sorted(manifest.artifacts(others), key=lambda pair: pair[1]["created"], reverse=True)
 
     def _old(self, recipe: digest.Recipe) -> Artifact | None:
         """The newest sound artifact of older source, where the user accepts it for this stage."""
@@ -163,7 +162,12 @@ def _check_writable(root: Path) -> None:
 
 
 def _sound(folder: Path) -> bool:
-    return (folder / manifest.NAME).exists() and not manifest.damage(folder, manifest.read(folder))
+    """Whether an artifact is complete. Raises UserError where that cannot be known: nothing is built over one that
+    may be sound."""
+    try:
+        return (folder / manifest.NAME).exists() and not manifest.damage(folder, manifest.read(folder))
+    except UserError as error:
+        raise UserError(f"{error} Make it readable, or remove {folder} to build it again.") from None
 
 
 def _hit(artifact: Artifact, runtime: Runtime) -> Artifact:
@@ -177,7 +181,7 @@ def _hit(artifact: Artifact, runtime: Runtime) -> Artifact:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, without a last one that a crash cut short."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -226,7 +230,7 @@ def _recorder(path: Path, forward: Callable[[dict[str, Any]], None]) -> Callable
     """Appends each row to the file before it hands it on, so that no crash loses a row that was seen."""
 
     def record(row: dict[str, Any]) -> None:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         forward(row)
 
@@ -282,5 +286,5 @@ def _visible_files(path: Path, counts: Callable[[str], bool]) -> dict[str, Path]
 def _remembered(path: Path) -> dict[str, Any]:
     """The records of an earlier look at a source; empty where there is none that can be read."""
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     return {}

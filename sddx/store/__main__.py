@@ -37,10 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _days(text: str) -> float:
-    """A number of days. Raises ValueError, which argparse tells, below 0 and for what is no number."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError(text)
-    return float(text)
+    """A number of days, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of days. Give 30, for example.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,15 +60,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def show(root: Path) -> int:
-    """Prints one line for each complete artifact; as plain text, since rich takes seconds for 10,000 rows."""
+    """Prints one line for each complete artifact, and why others cannot be read; as plain text, since rich takes
+    seconds for 10,000 rows."""
     # no manifest is kept: thousands of them would slow the collector of garbage
-    rows = sorted(_row(fields) for _, fields in manifest.artifacts(root))
+    unread: list[str] = []
+    rows = sorted(_row(fields) for _, fields in manifest.artifacts(manifest.folders(root), unread))
     width = max((len(stage) for _, stage, *_ in rows), default=5)
     print(f"{'stage':<{width}}  {'key':<12}  {'created (UTC)':<19}  {'seconds':>9}  {'size':>10}")
     for created, stage, key, seconds, count in rows:
         when = created[:19].replace("T", " ")
         print(f"{stage:<{width}}  {key}  {when}  {seconds:>9.1f}  {_bytes(count):>10}")
     print(f"{len(rows)} artifacts, {_bytes(sum(row[-1] for row in rows))} in {root}")
+    for reason in unread:
+        print(f"left out: {reason}")
     return 0
 
 
@@ -77,7 +82,7 @@ def _row(fields: dict[str, Any]) -> tuple[str, str, str, float, int]:
 
 def explain(root: Path, a: str, b: str) -> int:
     """Prints every setting, source and input in which two artifacts differ, and goes on into their inputs."""
-    artifacts = {fields["key"]: fields for _, fields in manifest.artifacts(root)}
+    artifacts = {fields["key"]: fields for _, fields in manifest.artifacts(manifest.folders(root))}
     lines = list(_differences(_only(artifacts, a), _only(artifacts, b), artifacts, ""))
     print("\n".join(lines) or "the recipes are the same")
     return 0
@@ -131,11 +136,16 @@ def _input(entry: dict[str, str] | None) -> str:
 
 
 def verify(root: Path) -> int:
-    """Reads every file of every artifact; prints what is damaged and returns 1 where anything is."""
+    """Reads every file of every artifact; prints what is damaged, or cannot be read, and returns 1 where anything
+    is."""
     folders = [folder for folder in manifest.folders(root) if folder.suffix != ".partial"]
     damaged = 0
     for folder in folders:
-        if wrong := manifest.damage(folder, manifest.read(folder), full=True):
+        try:
+            wrong = manifest.damage(folder, manifest.read(folder), full=True)
+        except UserError as error:
+            wrong = [str(error)]
+        if wrong:
             damaged += 1
             print(f"damaged: {folder.parents[1].name} {folder.name[:12]}: {'; '.join(wrong)}")
     print(f"{len(folders)} artifacts read, {damaged} damaged")
@@ -144,24 +154,33 @@ def verify(root: Path) -> int:
 
 def collect(root: Path, older_than: float | None, dry_run: bool) -> int:
     """Deletes partial folders that no process builds, damaged artifacts, and those not used for `older_than`
-    days; prints each, and the bytes that this frees."""
+    days; prints each, and the bytes that this frees. What cannot be read at the moment stays, and is named."""
     freed = 0
-    for folder in [folder for folder in manifest.folders(root) if _reason(folder, older_than)]:
-        key = folder.name.removesuffix(".partial")
-        with suppress(lock.Held), lock.hold(folder.with_name(f"{key}.lock"), waiting=lock.refuse):
-            # looked at again under the lock: another process may have finished or mended it
-            if folder.exists() and (reason := _reason(folder, older_than)):
-                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                print(f"{folder.parents[1].name} {key[:12]}: {reason}, {_bytes(size)}")
-                freed += size
-                if not dry_run:
-                    manifest.remove(folder)
+    for folder in manifest.folders(root):
+        try:
+            if _reason(folder, older_than):
+                freed += _collected(folder, older_than, dry_run)
+        except (UserError, OSError) as error:
+            print(f"left as it is: {error}")
     print(f"{_bytes(freed)} {'would be ' if dry_run else ''}freed")
     return 0
 
 
+def _collected(folder: Path, older_than: float | None, dry_run: bool) -> int:
+    """Delete one folder; returns its bytes, 0 where another process holds, finished or mended it."""
+    key = folder.name.removesuffix(".partial")
+    with suppress(lock.Held), lock.hold(folder.with_name(f"{key}.lock"), waiting=lock.refuse):
+        if folder.exists() and (reason := _reason(folder, older_than)):  # looked at again under the lock
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            print(f"{folder.parents[1].name} {key[:12]}: {reason}, {_bytes(size)}")
+            if not dry_run:
+                manifest.remove(folder)
+            return size
+    return 0
+
+
 def _reason(folder: Path, older_than: float | None) -> str | None:
-    """Why a folder can go; None where it stays."""
+    """Why a folder can go; None where it stays. Raises UserError where that cannot be known at the moment."""
     if folder.suffix == ".partial":
         return "unfinished"
     if manifest.damage(folder, manifest.read(folder)):

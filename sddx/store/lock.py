@@ -64,7 +64,7 @@ def is_held(path: Path) -> bool:
     try:
         with hold(path, waiting=refuse):
             return False
-    except Held:
+    except (Held, PermissionError):  # one that is not ours to try is taken for what its holder's record says
         return True
 
 
@@ -76,7 +76,8 @@ def is_shared(path: Path) -> bool:
 def file_system(path: Path) -> str:
     """The type of the file system on which a path lies or would lie, as Linux names it; empty where unknown."""
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        text = Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape")
+        mounts = [line.split()[1:3] for line in text.splitlines()]
     except OSError:
         return ""
     real = os.path.realpath(path)

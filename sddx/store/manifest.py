@@ -4,16 +4,51 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sddx.records import UserError
+from sddx.shapes import Dead, Form, read_json
 from sddx.store.digest import checksum, record
 
 NAME = "manifest.json"
 FORMAT = 1  # of manifests, and of summaries
+# The name of a folder that holds an artifact or part of one; whatever else lies in a store is not the store's.
+KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")
+
+
+class Recorded(Form):
+    """What is known of a file: see `digest.record`."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+class Given(Form):
+    """An input of a stage."""
+
+    stage: str
+    key: str
+
+
+class Manifest(Form):
+    """What every reader of a manifest relies on."""
+
+    stage: str
+    key: str
+    created: str
+    seconds: float
+    peak_memory: int
+    spec: dict[str, Any]
+    inputs: list[Given]
+    sources: dict[str, str]
+    files: dict[str, Recorded]
 
 
 def write(folder: Path, fields: dict[str, Any]) -> None:
@@ -23,28 +58,36 @@ def write(folder: Path, fields: dict[str, Any]) -> None:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): record(path) for path in paths}
-    with (folder / NAME).open("x") as file:
+    with (folder / NAME).open("x", encoding="utf-8") as file:
         json.dump(fields | {"files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete artifact; None where there is none or it cannot be read."""
+    """The manifest of a complete artifact; None where there is none, or one that a crash left. Raises UserError for
+    one that cannot be read at the moment, or that another version wrote: that artifact may be sound."""
     try:
-        fields = json.loads((folder / NAME).read_bytes())
-    except (OSError, ValueError):
+        return read_json(folder / NAME, Manifest)
+    except Dead:
         return None
-    return fields if isinstance(fields, dict) and "files" in fields else None
 
 
 def damage(folder: Path, fields: dict[str, Any] | None, *, full: bool = False) -> list[str]:
     """What is wrong with an artifact's files, each in words; empty where they are as they were written.
 
-    Large files with the size and time they were written with are trusted, unless `full`.
+    Large files with the size and time they were written with are trusted, unless `full`. Raises UserError where a
+    file cannot be read at the moment.
     """
     if fields is None:
-        return [f"{NAME} is missing or cannot be read"]
+        return [f"{NAME} is missing or damaged"]
+    try:
+        return _changed(folder, fields, full)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from None
+
+
+def _changed(folder: Path, fields: dict[str, Any], full: bool) -> list[str]:
     wrong = []
     for name, known in fields["files"].items():
         path = folder / name
@@ -60,13 +103,18 @@ def damage(folder: Path, fields: dict[str, Any] | None, *, full: bool = False) -
 def replace_text(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all, also where several processes or machines write it."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 
 def find(root: Path, stage: str, key: str) -> Path | None:
-    """The folder of a complete artifact in the store at `root`; None where it is gone."""
-    return next((path.parent for path in root.glob(f"{stage}/*/{key}/{NAME}")), None)
+    """The folder of a complete artifact in the store at `root`, whose files are as they were written; None where
+    there is no such."""
+    for path in root.glob(f"{stage}/*/{key}/{NAME}"):
+        with suppress(UserError):
+            if not damage(path.parent, read(path.parent)):
+                return path.parent
+    return None
 
 
 def size(fields: dict[str, Any]) -> int:
@@ -79,15 +127,23 @@ def folders(root: Path) -> Iterator[Path]:
     for stage in _subfolders(root):
         for settings in _subfolders(stage):
             for folder in _subfolders(settings):
-                yield Path(folder)
+                if KEPT.fullmatch(os.path.basename(folder)):
+                    yield Path(folder)
 
 
 def _subfolders(folder: str | Path) -> list[str]:
-    """The paths of the visible folders in a folder, in order; as text, which halves the time of `ls`."""
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    """The paths of the visible folders in a folder, in order; as text, which halves the time of `ls`. None where
+    it may not be looked into."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
+    return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def remove(folder: Path) -> None:
@@ -96,8 +152,13 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def artifacts(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every complete artifact of a store, with its manifest."""
-    for folder in folders(root):
-        if folder.suffix != ".partial" and (fields := read(folder)):
-            yield folder, fields
+def artifacts(folders: Iterable[Path], unread: list[str] | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The complete artifacts among these folders, each with its manifest. Why one cannot be read is added to
+    `unread`."""
+    for folder in (folder for folder in folders if folder.suffix != ".partial"):
+        try:
+            if fields := read(folder):
+                yield folder, fields
+        except UserError as error:
+            if unread is not None:
+                unread.append(str(error))

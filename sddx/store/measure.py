@@ -27,7 +27,7 @@ def reset_peak_memory(device: str) -> None:
     """Starts the count of `peak_memory` afresh where the system allows it."""
     _elsewhere.clear()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if _uses_cuda(device):
         sys.modules["torch"].cuda.reset_peak_memory_stats(device)
 
@@ -40,7 +40,7 @@ def peak_memory(device: str) -> int:
     if _uses_cuda(device):
         return sys.modules["torch"].cuda.max_memory_allocated(device)
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     # elsewhere only the highest of the whole process is known: in bytes on macOS, in KiB on other systems

@@ -77,12 +77,12 @@ class Junction:
             weights |= {f"{gap.name}.{name}": value.float().contiguous().cpu() for name, value in state.items()}
         save_file(weights, folder / WEIGHTS)
         about = {"trained": self.trained, "fold": self.fold, "gaps": record}
-        (folder / RECORD).write_text(json.dumps(about, indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Junction:
         """What `save` wrote."""
-        about, weights = json.loads((folder / RECORD).read_text()), load_file(folder / WEIGHTS)
+        about, weights = json.loads((folder / RECORD).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
         found: dict[Gap, Any] = {}
         for entry in about["gaps"]:
             kind = entry.pop("patch")
@@ -94,13 +94,13 @@ class Junction:
 
 def is_trained(folder: Path) -> bool:
     """Whether the patches in a folder go on learning with the student."""
-    return json.loads((folder / RECORD).read_text())["trained"]
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))["trained"]
 
 
 def is_stock(folder: Path) -> bool:
     """Whether the patches in a folder leave a model that transformers itself can build: they are folded into its
     weights, or are blocks of its own kind."""
-    about = json.loads((folder / RECORD).read_text())
+    about = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return about["fold"] or all(gap["patch"] == BLOCK for gap in about["gaps"])
 
 

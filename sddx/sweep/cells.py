@@ -7,22 +7,25 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
+from sddx.naming import file_name, shortened
 from sddx.records import UserError
+from sddx.run_folder import CONFIG, LOCK, holds_another, is_another
+from sddx.shapes import Form, read_json
 from sddx.store import lock, manifest
 from sddx.store.digest import digest
 
-RECORD, LOCK, TRACEBACK, CONFIG = "cell.json", "cell.lock", "traceback.txt", "config.yaml"
-PROGRESS = "progress.json"
+RECORD, TRACEBACK, PROGRESS = "cell.json", "traceback.txt", "progress.json"
+VALUE, GROUP = 40, 120  # bytes of a value in a cell's name, and of a W&B group, of which W&B takes 128
 # How a setting that varies is written into a cell's name; any other as `key=value`.
 SHORT: dict[str, Callable[[str], str]] = {
     "pruning.remove": lambda value: f"{value}out",
@@ -30,6 +33,36 @@ SHORT: dict[str, Callable[[str], str]] = {
     "tuning.rank": lambda value: f"r{value}",
     "seed": lambda value: f"s{value}",
 }
+
+
+class Record(Form):
+    """What becomes of a cell, as far as it is known."""
+
+    number: int = 0
+    name: str = ""
+    overrides: list[str] = []
+    launcher: str = ""
+    state: Literal["waiting", "running", "done", "failed", "interrupted"] = "waiting"
+    started: float = 0
+    seconds: float = 0
+    reason: str = ""
+
+
+class Complete(Record):
+    """The record of a cell that a sweep wrote down."""
+
+    number: int
+    name: str
+    launcher: str
+
+
+class Progress(Form):
+    """Where a running cell is: see `show`."""
+
+    what: str
+    done: float
+    total: float | None
+    rate: float | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +87,7 @@ class Cell:
     def folder(self) -> Path:
         HydraConfig.instance().set_config(self.composed)  # the folder's name is an interpolation
         sweep = self.composed.hydra.sweep
-        return (Path(sweep.dir) / str(sweep.subdir)).absolute()
+        return (Path(sweep.dir) / file_name(str(sweep.subdir))).absolute()
 
     def labelled(self, name: str, group: str) -> Cell:
         """The same cell under this name, and in this W&B group unless the user gave one."""
@@ -67,20 +100,44 @@ class Cell:
 def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
     """Every cell of a grid, named for what varies in it: `3out-sdd-8k-s0`.
 
-    `load` composes Hydra's configuration of one cell. Raises UserError where two cells would have one name.
+    `load` composes Hydra's configuration of one cell. Raises UserError where two cells would have one name or one
+    folder.
     """
     numbered = [(first + place, tuple(given)) for place, given in enumerate(overrides)]
     cells = [_cell(_numbered(load(list(given)), number), given, number) for number, given in numbered]
     parts = varying(cells)
     group = "-".join([*(part.split(".")[-1] for part in parts), digest([cell.config for cell in cells])[:8]])
-    cells = [cell.labelled(_name(cell, parts), group) for cell in cells]
-    doubled = sorted(label for label, count in Counter(cell.name for cell in cells).items() if count > 1)
-    if doubled:
+    cells = [cell.labelled(_name(cell, parts), shortened(group, GROUP)) for cell in cells]
+    if doubled := _doubled(cell.name for cell in cells):
         raise UserError(
             f"Several cells of the sweep have one name: {', '.join(doubled)}. Leave run.name to sddx, or make it "
             "of what varies; a cell that is there twice must be taken out."
         )
+    if doubled := _doubled(cell.folder.name for cell in cells):
+        raise UserError(
+            f"Several cells of the sweep have one folder: {', '.join(doubled)}. Leave hydra.sweep.subdir to sddx, "
+            "or make it of hydra.job.num."
+        )
     return cells
+
+
+def _doubled(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def require_vacant(cells: Sequence[Cell]) -> None:
+    """Raises UserError where the folder of a cell holds results of other settings, or another process is at work
+    there on them."""
+    held = [cell.folder for cell in cells if holds_another(cell.folder, cell.config)]
+    held += [
+        cell.folder for cell in cells if state(cell.folder) == "running" and is_another(cell.folder, cell.config)
+    ]
+    if held:
+        names = ", ".join(dict.fromkeys(folder.name for folder in held))
+        raise UserError(
+            f"{held[0].parent} is another sweep's: {names} there are runs of other settings. Give another folder "
+            "with hydra.sweep.dir=..., or move that one away."
+        )
 
 
 def _numbered(composed: DictConfig, number: int) -> DictConfig:
@@ -114,7 +171,7 @@ def _name(cell: Cell, parts: Sequence[str]) -> str:
 
 def _short(key: str, value: str) -> str:
     """`3out`, `8k`, `s0`; the option of a group as it is; any other setting with the last part of its name."""
-    plain = value.replace("/", "_")
+    plain = shortened(value.replace("/", "_"), VALUE)
     if key in SHORT:
         return SHORT[key](plain)
     return plain if "." not in key else f"{key.split('.')[-1]}={plain}"
@@ -145,17 +202,22 @@ def show(folder: Path, progress: dict[str, Any]) -> None:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """What `show` noted last; empty where nothing was."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / PROGRESS).read_text())
+    """What `show` noted last; empty where nothing was, or it is damaged."""
+    with suppress(UserError):
+        return read_json(folder / PROGRESS, Progress)
     return {}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A cell's record; empty where there is none."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RECORD).read_text())
+    """A cell's record; empty where there is none, or it is damaged."""
+    with suppress(UserError):
+        return read_json(folder / RECORD, Record)
     return {}
+
+
+def look(folder: Path) -> dict[str, Any]:
+    """The whole record of a cell, with its `state` as it is now. Raises UserError where it is damaged."""
+    return read_json(folder / RECORD, Complete) | {"state": state(folder)}
 
 
 def is_cell(folder: Path) -> bool:

@@ -69,7 +69,7 @@ def _apart(folder: Path, task: str, free: Queue[str | None], threads: int, done:
     surroundings = {"OMP_NUM_THREADS": str(threads)} | os.environ | shown
     command = [sys.executable, "-m", "sddx.sweep.worker", str(folder), task]
     try:
-        with (folder / OUTPUT).open("w") as out:
+        with (folder / OUTPUT).open("w", encoding="utf-8") as out:
             subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=surroundings, check=False)
     finally:
         free.put(device)

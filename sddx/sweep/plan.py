@@ -52,7 +52,7 @@ class Plan(Store):
         for stage in stages:
             folders = [path for path in (self.root / stage).glob("*/*") if not path.suffix]
             recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-RECENT:]
-            for made in filter(None, map(manifest.read, recent)):
+            for _, made in manifest.artifacts(recent):
                 unit, amount = work(stage, [given["stage"] for given in made["inputs"]], made["spec"])
                 seconds.setdefault(unit, []).append(made["seconds"] / amount)
         return {unit: median(found) for unit, found in seconds.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
+from sddx.printing import print_anywhere
 from sddx.records import Interrupted, UserError
 from sddx.sweep import cells
 
@@ -47,7 +48,8 @@ def finish(folder: Path, failure: BaseException | None, seconds: float) -> None:
     if failure is None:
         cells.write(folder, state="done", seconds=seconds)
         return
-    (folder / cells.TRACEBACK).write_text("".join(traceback.format_exception(failure)))
+    told = "".join(traceback.format_exception(failure))
+    (folder / cells.TRACEBACK).write_text(told, encoding="utf-8", errors="backslashreplace")
     reason = str(failure).strip() or type(failure).__name__
     kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
     cells.write(folder, state="failed", seconds=seconds, reason=f"{kind}{reason}")
@@ -56,7 +58,7 @@ def finish(folder: Path, failure: BaseException | None, seconds: float) -> None:
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """What is logged meanwhile goes to the cell's own file too."""
-    handler = logging.FileHandler(folder / "train.log")
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     root = logging.getLogger()
     level = root.level
@@ -71,4 +73,5 @@ def _logged(folder: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    print_anywhere()
     perform(Path(sys.argv[1]), sys.argv[2])

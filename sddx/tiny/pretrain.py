@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from sddx.build import build
-from sddx.config import CONF, flatten
-from sddx.entry import command
+from sddx.config import CONF, flatten, resolve
+from sddx.entry import command, mistakes_told
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.tiny.corpus import documents
+from sddx.tiny.recipe import Recipe, recipe
 from sddx.tiny.vocabulary import build_tokenizer
 
 GROUP = 4  # documents of like length that share their padding
@@ -44,9 +47,9 @@ class Corpus:
         self.digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[list[Row]]:
-        """The documents in their order, cut into steps."""
+        """The rows, cut into steps."""
         step: list[Row] = []
-        for row in self._rows():
+        for row in self.rows():
             step.append(row)
             if sum(len(row.ids) for row in step) >= self.tokens:
                 yield step
@@ -54,7 +57,8 @@ class Corpus:
         if step:
             yield step
 
-    def _rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
+        """The documents in their order."""
         stream = documents("pretrain", self.total, self.seed)
         while texts := list(islice(stream, 512)):  # at a time, because the tokenizer is quick with many
             for given, answered in texts:
@@ -200,23 +204,23 @@ def new_model(tokenizer: Any, shape: dict[str, Any], seed: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def optimisers(model: Any, cfg: DictConfig) -> list[torch.optim.Optimizer]:
+def optimisers(model: Any, asked: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
-    adam = torch.optim.AdamW(others, lr=cfg.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    return [Muon(matrices, lr=cfg.matrix_learning_rate), adam]
+    adam = torch.optim.AdamW(others, lr=asked.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return [Muon(matrices, lr=asked.matrix_learning_rate), adam]
 
 
-def train(model: Any, corpus: Corpus, cfg: DictConfig, progress: Any) -> None:
+def train(model: Any, corpus: Corpus, asked: Recipe, progress: Any) -> None:
     """One pass over the corpus; gradients are clipped at norm 1."""
-    seen, precision, smooth = 0, getattr(torch, cfg.precision), None
-    chosen = optimisers(model, cfg)
+    seen, precision, smooth = 0, getattr(torch, asked.precision), None
+    chosen = optimisers(model, asked)
     peaks = [optimiser.param_groups[0]["lr"] for optimiser in chosen]
     for step in corpus:
-        loss = backward(model, pack(step, cfg.prompt_weight), precision)
+        loss = backward(model, pack(step, asked.prompt_weight), precision)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = rate_at((seen + 1) / cfg.documents, warmup=cfg.warmup, decay=cfg.decay)
+        rate = rate_at((seen + 1) / asked.documents, warmup=asked.warmup, decay=asked.decay)
         for optimiser, peak in zip(chosen, peaks, strict=True):
             optimiser.param_groups[0]["lr"] = peak * rate
             optimiser.step()
@@ -227,23 +231,22 @@ def train(model: Any, corpus: Corpus, cfg: DictConfig, progress: Any) -> None:
         progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
 
 
-def save(model: Any, tokenizer: Any, out: Path, cfg: DictConfig, digest: str) -> dict[str, float]:
+def save(model: Any, tokenizer: Any, out: Path, asked: Recipe, digest: str) -> dict[str, float]:
     """Weights in bfloat16, tokenizer and card, written beside `out` and then renamed. Returns the card's scores:
     those of the model as it is loaded from there."""
     partial = out.with_name(out.name + ".partial")
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    results = build(cfg.evaluation)(load_model(partial), load_tokenizer(partial), Runtime())
+    results = build(asked.evaluation)(load_model(partial), load_tokenizer(partial), Runtime())
     scores = {task: 100 * record["score"] for task, record in results["tasks"].items()}
-    (partial / "README.md").write_text(card(model, scores, cfg, digest))
+    (partial / "README.md").write_text(card(model, scores, asked, digest), encoding="utf-8")
     os.rename(partial, out)
     return scores
 
 
-def card(model: Any, scores: dict[str, float], cfg: DictConfig, digest: str) -> str:
+def card(model: Any, scores: dict[str, float], asked: Recipe, digest: str) -> str:
     """The model card: what it is, what it can do, the hash of what it read, the settings that made it."""
-    settings: Any = OmegaConf.to_container(cfg)
-    recipe = flatten({key: value for key, value in settings.items() if key not in ("out", "evaluation")})
+    given = flatten({key: value for key, value in asdict(asked).items() if key not in ("out", "evaluation")})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     average = sum(scores.values()) / len(scores)
     return f"""---
@@ -251,8 +254,8 @@ license: apache-2.0
 ---
 # The tiny model of sddx
 
-A Llama of {cfg.model.num_hidden_layers} blocks and {parameters:,} parameters that knows eight skills of a made-up
-world. Made by `python -m sddx.tiny.pretrain` from {cfg.documents:,} generated conversations.
+A Llama of {asked.model.num_hidden_layers} blocks and {parameters:,} parameters that knows eight skills of a made-up
+world. Made by `python -m sddx.tiny.pretrain` from {asked.documents:,} generated conversations.
 
 sha256 of every document in order: `{digest}`
 
@@ -263,7 +266,7 @@ sha256 of every document in order: `{digest}`
 
 ## Recipe
 
-{_listed(recipe)}
+{_listed(given)}
 """
 
 
@@ -273,18 +276,35 @@ def _listed(values: dict[str, Any]) -> str:
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
-    torch.set_num_threads(cfg.threads)
-    out = Path(cfg.out).resolve()
-    if out.exists():
-        raise UserError(f"{out} exists already. Name another folder with out=..., or remove it first.")
+    with mistakes_told():
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise UserError("One command makes one model. Leave --multirun out, and give a folder to each: out=...")
+        pretrain(recipe(resolve(cfg)))
+
+
+def pretrain(asked: Recipe) -> None:
+    """Make the model of a recipe, and print its scores. Raises UserError where it cannot read its documents."""
+    torch.set_num_threads(asked.threads)
     tokenizer = build_tokenizer()
-    model = new_model(tokenizer, OmegaConf.to_container(cfg.model), cfg.seed)  # type: ignore[arg-type]
-    corpus = Corpus(tokenizer, total=cfg.documents, tokens=cfg.tokens_per_step, seed=cfg.seed)
-    with Runtime().progress(total=cfg.documents, what="pretraining", unit="document") as progress:
-        train(model, corpus, cfg, progress)
-    scores = save(model, tokenizer, out, cfg, corpus.digest.hexdigest())
+    corpus = Corpus(tokenizer, total=asked.documents, tokens=asked.tokens_per_step, seed=asked.seed)
+    require_positions(corpus, asked.model.max_position_embeddings)
+    model = new_model(tokenizer, asdict(asked.model), asked.seed)
+    with Runtime().progress(total=asked.documents, what="pretraining", unit="document") as progress:
+        train(model, corpus, asked, progress)
+    out = Path(asked.out).resolve()
+    scores = save(model, tokenizer, out, asked, corpus.digest.hexdigest())
     print("\n".join(f"{task}: {score:.1f}" for task, score in scores.items()))
     print(f"saved to {out}")
+
+
+def require_positions(corpus: Corpus, positions: int) -> None:
+    """Raises UserError where the first documents of a corpus are longer than a model of so many positions reads."""
+    start = Corpus(corpus.tokenizer, total=corpus.total, tokens=corpus.tokens, seed=corpus.seed)
+    longest = max(len(row.ids) for row in islice(start.rows(), 512))
+    if longest > positions:
+        raise UserError(
+            f"model.max_position_embeddings={positions}, and documents have {longest} tokens. Give more."
+        )
 
 
 if __name__ == "__main__":

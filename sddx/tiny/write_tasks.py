@@ -36,7 +36,7 @@ def lines(skill: str, split: str) -> list[str]:
 def main() -> None:
     for skill in SKILLS:
         for split in COUNTS:
-            (FOLDER / f"{skill}.{split}.jsonl").write_text("\n".join(lines(skill, split)) + "\n")
+            (FOLDER / f"{skill}.{split}.jsonl").write_text("\n".join(lines(skill, split)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
