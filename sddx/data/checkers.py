@@ -46,7 +46,7 @@ _CONCLUSION = re.compile(
 )
 # Where a text turns to its reader, and sentences that speak of the solution.
 _CLOSING = re.compile(
-    r"\b(?:hope (?:this|that|it)|let me know|feel free|if you (?:need|want|would|have (?:any|more|other|further)))\b",
+    r"\b(?:hope (?:this|that|it)|let me know|feel free|if you (?:need|want|would|have (?:any|more|other)))\b",
     re.IGNORECASE,
 )
 _ASIDE = re.compile(
