@@ -42,7 +42,7 @@ def _told(checks: Sequence[Callable[[], Any]]) -> list[str]:
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     """The evaluation tasks exist and their data is there, rows and texts can be had, what writes answers and what
     judges models is installed, the devices can share the training, weights can be held as they are asked to be."""
-    from sddx.data.sources import require_rows
+    from sddx.data.check import require_rows, require_texts
     from sddx.data.templates import rewriting_prompt
 
     checks: list[Callable[[], Any]] = [
@@ -51,8 +51,9 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
         lambda: _check_training(method),
         lambda: _check_quantization(method),
     ]
-    read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
-    checks += [partial(require_rows, method[name]) for name in read]
+    checks += [partial(require_texts, name, method[name]) for name in ("calibration", "text")]
+    if method["loss"]["terms"]:
+        checks.append(lambda: require_rows(method["dataset"], method["validation"]))
     if method["loss"]["data"] == "self":
         checks.append(lambda: rewriting_prompt(method["dataset"]["rewrite"], "", ""))
     if method["loss"]["data"] != "reference":
@@ -74,6 +75,8 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
         checks.append(lambda: _check_template(folder))
     if method["evaluation"]["chat_template"]:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
+    if method["loss"]["terms"]:
+        checks.append(lambda: _check_answers(method, folder))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
         bare = partial(skeleton, config, method["model"]["dtype"])
         checks.append(lambda: require_targets(bare(), method["tuning"]["targets"]))
@@ -114,6 +117,14 @@ def _check_template(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     require_chat_template(tokenizer, folder)
     ending(tokenizer)
+
+
+def _check_answers(method: dict[str, Any], folder: Path) -> None:
+    """The model's tokenizer leaves of some rows an answer to train on. Raises UserError."""
+    from sddx.data.check import require_trainable
+    from sddx.models.load import load_tokenizer
+
+    require_trainable(method["dataset"], method["validation"], load_tokenizer(folder), method["max_length"])
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

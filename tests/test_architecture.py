@@ -11,7 +11,7 @@ import sddx
 
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
-    {"records", "runtime"},
+    {"records", "runtime", "lines"},
     {
         "arguments", "build", "store", "ranges", "config", "entry", "hub", "tracking", "parallel", "surgery.choose",
         "importance.metrics", "training.losses",

@@ -33,7 +33,8 @@ from sddx.data.encode import (
 )
 from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
-from sddx.data.sources import hub, hub_texts, jsonl, pinned, read_table, texts
+from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
+from sddx.data.tables import read_table
 from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
 from sddx.records import Dataset, Example, UserError
 
@@ -338,7 +339,7 @@ def test_templates_fill_what_a_row_has(tmp_path: Path) -> None:
     prompts = {e.prompt for e in load(path, prompt="{q} {n} {c[0]} {{}}").examples}
     assert prompts == {"x 0 u {}", "x  w {}"}
     assert [e.response for e in load(path, response="o.p").examples] == ["z"]
-    with pytest.raises(UserError, match="does not fit every row"):
+    with pytest.raises(UserError, match="row 2: does not fit the template"):
         load(path, prompt="{c[1]}")
 
 
@@ -357,7 +358,7 @@ def test_repeated_rows_have_ids_of_their_own(tmp_path: Path) -> None:
         ("", {}, "is empty"),
         ("[]", {}, "is empty"),
         ('{"q": "x"', {}, "neither JSON lines"),
-        ("3\n", {}, "Row 1"),
+        ("3\n", {}, "row 1: no object"),
         ('{"question": "x", "a": "y"}', {"prompt": "quesion"}, "Near names: question"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q} {inptu}"}, "no column 'inptu'.*Columns: a, q"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q"}, "malformed"),
@@ -377,7 +378,7 @@ def test_a_missing_file_and_an_unreachable_hub_say_so(tmp_path: Path, monkeypatc
     """A path that is no file, and a hub that cannot be reached, are user errors that name what was tried."""
     import datasets
 
-    with pytest.raises(UserError, match="no dataset file"):
+    with pytest.raises(UserError, match="is not there"):
         load(str(tmp_path / "none.jsonl"))
     row = {"prompt": "question", "response": "answer", "size": 2, "seed": 0, "check": checkers.none}
     row |= {"name": "owner/rows", "subset": None, "split": "train", "revision": None, "rewrite": "math"}
