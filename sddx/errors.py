@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -21,3 +23,20 @@ class Interrupted(SystemExit):
 
     def __init__(self, status: int = 128 + signal.SIGTERM) -> None:
         super().__init__(status)
+
+
+def told(checks: Sequence[Callable[[], Any]]) -> list[str]:
+    """The mistakes that these checks raise, in their order."""
+    wrong: list[str] = []
+    for each in checks:
+        try:
+            each()
+        except UserError as error:
+            wrong.extend(error.args)
+    return wrong
+
+
+def require_none(wrong: Sequence[str]) -> None:
+    """Raises one UserError with these mistakes, each named once, where there are any."""
+    if wrong:
+        raise UserError(*dict.fromkeys(wrong))

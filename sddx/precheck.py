@@ -10,7 +10,7 @@ from typing import Any
 
 from sddx.build import build, made
 from sddx.config import bound, raise_for
-from sddx.mistakes import require_none, told
+from sddx.errors import require_none, told
 from sddx.records import Units, UserError
 from sddx.tracking import require as require_tracked
 
@@ -44,8 +44,7 @@ def check_names(config: dict[str, Any]) -> None:
 def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
     """The evaluation tasks exist and their data is there, rows and texts can be had, what writes answers and what
     judges models is installed, the devices can share the training, weights can be held as they are asked to be."""
-    from sddx.data.checkers import require_checker
-    from sddx.data.sources import require_rows
+    from sddx.data.check import require_rows, require_texts
     from sddx.data.templates import rewriting_prompt
     from sddx.importance.score import require_metric
 
@@ -57,14 +56,12 @@ def _of_settings(method: dict[str, Any]) -> list[Callable[[], Any]]:
         lambda: _check_training(method),
         lambda: _check_quantization(method),
     ]
-    if method["loss"]["data"] != "reference":
-        checks.append(lambda: require_checker(build(method["dataset"]["check"])))
     metric = method["pruning"].get("metric")
     if metric is not None:
         checks.append(lambda: require_metric("pruning.metric", build(metric)))
-    read = ["calibration", "text", *(["dataset"] if method["loss"]["terms"] else [])]
-    checks += [partial(require_rows, method[name]) for name in read]
+    checks += [partial(require_texts, name, method[name]) for name in ("calibration", "text")]
     if method["loss"]["terms"]:
+        checks.append(lambda: require_rows(method["dataset"], method["validation"]))
         checks.append(lambda: _check_trained(method))
     if method["loss"]["data"] == "self":
         checks.append(lambda: rewriting_prompt(method["dataset"]["rewrite"], "", ""))
@@ -147,18 +144,18 @@ def _check_template(folder: Path) -> None:
 
 
 def _check_tokens(method: dict[str, Any], folder: Path, config: Any) -> None:
-    """The model has an embedding for every token that it is given, and a row has an answer left within max_length;
-    of rows, those that are here. Raises UserError."""
-    from sddx.data.encode import require_trainable
-    from sddx.data.sources import of_hub
+    """The model has an embedding for every token that it is given, and a row has an answer left within max_length
+    and the context; of rows, those that are here. Raises UserError."""
+    from sddx.data.check import examples_here, require_trainable
     from sddx.models.load import context_of, load_tokenizer, require_embedded
 
     tokenizer, length = load_tokenizer(folder), method["max_length"]
-    trained = bool(method["loss"]["terms"]) and not of_hub(method["dataset"])
-    rows = build(method["dataset"]).examples if trained else []
-    require_embedded(tokenizer, config, (row.prompt + row.response for row in rows))
-    if rows and tokenizer.chat_template:
-        require_trainable(tokenizer, rows, min(length, context_of(config) or length))
+    held_out, training = (
+        examples_here(method["dataset"], method["validation"]) if method["loss"]["terms"] else ([], [])
+    )
+    require_embedded(tokenizer, config, (row.prompt + row.response for row in (*held_out, *training)))
+    if training and tokenizer.chat_template:
+        require_trainable(tokenizer, held_out, training, min(length, context_of(config) or length))
 
 
 def _check_room(evaluation: dict[str, Any], folder: Path, config: Any) -> None:

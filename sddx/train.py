@@ -26,6 +26,7 @@ from sddx.config import (
     writable_folder,
 )
 from sddx.entry import command, mistakes_told, require_one_run
+from sddx.lines import lines
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact, UserError
 from sddx.rehearse import announce
@@ -156,7 +157,7 @@ def teach(
     examples = [data.path / "validation.jsonl", *sorted((data.path / "shards").iterdir())]
     rows = [store.source("rows", path) for path in examples]
     if style != "reference":
-        total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in examples)
+        total = sum(len(lines(path)) for path in examples)
         asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
         bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with runtime.counting(total, **bar) as watched:

@@ -11,7 +11,7 @@ import sddx
 
 ROOT = Path(sddx.__file__).parent
 LEVELS = [
-    {"records", "runtime", "shapes", "naming", "printing", "mistakes"},
+    {"errors", "records", "runtime", "lines", "shapes", "naming", "printing"},
     {
         "arguments", "build", "store", "ranges", "config", "run_folder", "entry", "hub", "tracking", "parallel",
         "surgery.choose", "importance.metrics", "training.losses",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from fractions import Fraction
@@ -32,7 +33,8 @@ from sddx.data.encode import (
 )
 from sddx.data.overlap import overlapping
 from sddx.data.shards import cut, read_examples, write_shards
-from sddx.data.sources import hub, hub_texts, jsonl, pinned, read_table, texts
+from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
+from sddx.data.tables import read_table
 from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
 from sddx.records import Dataset, Example, UserError
 
@@ -159,10 +161,39 @@ def test_two_unreadable_answers_do_not_agree() -> None:
         ("She has 9.", 9),
         ("nothing", None),
         (r"\boxed{}", None),
+        ("#### 18 (since 3 x 6)", 18),
+        ("#### $18 = 5 + 13$, as 2 of us found", 18),
+        ("#### **1,200**. I hope this helps, 2 things", 1200),
+        ("#### 18\n\nQuestion: and with 2 more?\n#### 20", 18),
+        ("#### 1. Add 3\n#### 2. Subtract 4\nThe answer is 7.", 7),
+        ("#### Step 1: add 3\nThe answer is 7.", 7),
+        (r"\boxed{9 \times 2 = 18}", 18),
+        (r"\boxed{18 \text{ apples} = 5 + 13}", 18),
+        (r"\boxed{\$-10}", -10),
+        (r"\boxed{-\$10}", -10),
+        (r"\boxed{\$10 + \$8 = \$18}", 18),
+        ("The answer is 18 = 5 + 13", 18),
+        (r"The final answer is $\boxed{72}$. I hope it is correct.", 72),
+        ("The answer is 3 or 4.", None),
+        ("The answer is 3 hours and 15 minutes.", None),
+        ("The answer is 5 + 13.", None),
+        ("The answer is 12. Wait, no: the answer is 14.", 14),
+        ("So the answer is 12. Actually, that is wrong; it should be 14.", 14),
+        (r"\boxed{12}. Hmm, that's not right. \boxed{14}", 14),
+        ("#### 12\nWait, I made a mistake.\n#### 14", 14),
+        ("The answer is 12. Oh, that was wrong, since 2 are left.", None),
+        ("Wait, there are 3. So the answer is 5.", 5),
+        ("48 + 24 = <<48+24=72>>72 clips. I hope this helps! There are 2 other ways to see it.", 72),
+        ("48 + 24 = 72. So she sold 72 clips in 2 months.", 72),
+        ("She has 3 nets of 4. Therefore she has 12. Note that 1 of them leaks.", 12),
+        ("5 times 24 equals 120. Let me know if you have 3 more questions.", 120),
+        ("48 + 24 = 72. Page 5 has another.", None),
+        ("Tom had 3. He bought 4. Now he has 7.", None),
     ],
 )
 def test_an_answer_is_what_the_text_commits_itself_to(text: str, answer: str | int | None) -> None:
-    """GSM8K's mark, then the last box, then what is stated last, then the last number."""
+    """GSM8K's first mark, then the last box, then what is stated last, then what is computed or concluded; not what
+    is taken back; and none where it cannot be told which number is meant."""
     assert checkers.final_answer(text) == (None if answer is None else Fraction(answer))
 
 
@@ -179,6 +210,10 @@ def test_an_answer_is_what_the_text_commits_itself_to(text: str, answer: str | i
         ("It is 72 in all.", r"\boxed{72 \text{ km}}", True),
         (r"\boxed{0.75}", r"\boxed{\frac{3}{4}}", True),
         (r"\boxed{3, 4}", "#### 4", False),
+        (r"\boxed{x = 3, y = 4}", "#### 4", False),
+        (r"\boxed{x = 3 \text{ or } x = -3}", "#### -3", False),
+        (r"\boxed{x \geq 3}", "#### 3", False),
+        (r"\boxed{5 = x}", r"\boxed{7 = x}", False),
         (r"\boxed{}", r"\boxed{}", False),
         ("no idea", "not known", False),
     ],
@@ -304,7 +339,7 @@ def test_templates_fill_what_a_row_has(tmp_path: Path) -> None:
     prompts = {e.prompt for e in load(path, prompt="{q} {n} {c[0]} {{}}").examples}
     assert prompts == {"x 0 u {}", "x  w {}"}
     assert [e.response for e in load(path, response="o.p").examples] == ["z"]
-    with pytest.raises(UserError, match="does not fit every row"):
+    with pytest.raises(UserError, match="row 2: does not fit the template"):
         load(path, prompt="{c[1]}")
 
 
@@ -323,7 +358,7 @@ def test_repeated_rows_have_ids_of_their_own(tmp_path: Path) -> None:
         ("", {}, "is empty"),
         ("[]", {}, "is empty"),
         ('{"q": "x"', {}, "neither JSON lines"),
-        ("3\n", {}, "Row 1"),
+        ("3\n", {}, "row 1: no object"),
         ('{"question": "x", "a": "y"}', {"prompt": "quesion"}, "Near names: question"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q} {inptu}"}, "no column 'inptu'.*Columns: a, q"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q"}, "malformed"),
@@ -343,7 +378,7 @@ def test_a_missing_file_and_an_unreachable_hub_say_so(tmp_path: Path, monkeypatc
     """A path that is no file, and a hub that cannot be reached, are user errors that name what was tried."""
     import datasets
 
-    with pytest.raises(UserError, match="no dataset file"):
+    with pytest.raises(UserError, match="is not there"):
         load(str(tmp_path / "none.jsonl"))
     row = {"prompt": "question", "response": "answer", "size": 2, "seed": 0, "check": checkers.none}
     row |= {"name": "owner/rows", "subset": None, "split": "train", "revision": None, "rewrite": "math"}
@@ -557,6 +592,44 @@ def test_every_real_gsm8k_answer_is_read(name: str, rows: int) -> None:
             assert checkers.math_answer(form.format(marked), example.response)
         wrong = f"The answer is {Fraction(marked) + 1}. I hope this helps, {marked} times."
         assert not checkers.math_answer(wrong, example.response)
+
+
+AFTERWARDS = (
+    "I hope this helps! There are {} other ways to see it.",
+    "Let me know if you have any more questions, I can show {} more.",
+    "Note that this took {} steps.",
+)
+FORMS = {
+    "marked": (lambda body, number: f"{body}\n#### {number}", 1.0),
+    "stated": (lambda body, number: f"{body}\nThe answer is {number}.", 1.0),
+    "boxed": (lambda body, number: f"{body}\nSo it is \\boxed{{{number}}}.", 1.0),
+    "solution alone": (lambda body, number: body, 0.98),
+    "last sentence alone": (lambda body, number: re.split(r"(?<=[.!?])\s+|\n+", body)[-1], 0.99),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_follows_a_real_answer_is_no_answer(form: str) -> None:
+    """Of GSM8K's own solutions that end in their answer, in five forms and followed by sentences with other
+    numbers, nearly all are accepted; none where another problem's solution is followed by the right number."""
+    written, least = FORMS[form]
+    examples = load(real_file("gsm8k_train.jsonl"), prompt="question", response="answer", size=500).examples
+    accepted = rejected = wrong = 0
+    for place, example in enumerate(examples):
+        expected = checkers.final_number(example.response)
+        body, number = re.sub(r"<<.*?>>", "", example.response).split("\n#### ")
+        if checkers.final_number(text := written(body, number)) != expected:
+            continue
+        text = text if text[-1] in ".!?" else f"{text}."
+        other = next(number for number in (2, 3) if number != expected)
+        for after in AFTERWARDS:
+            agrees = checkers.math_answer(f"{text} {after.format(other)}", example.response)
+            accepted, rejected = accepted + agrees, rejected + (not agrees)
+            strange = examples[place - 1].response
+            if checkers.final_number(strange) != expected:
+                wrong += checkers.math_answer(f"{text} {after.format(checkers.final_number(strange))}", strange)
+    assert accepted + rejected > 1350 and accepted / (accepted + rejected) >= least
+    assert wrong / (accepted + rejected) <= (0 if least == 1 else 0.001)
 
 
 def test_real_instruction_data_is_read() -> None:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from sddx.build import tried
 from sddx.errors import UserError
 
 _NUMBER = re.compile(
@@ -25,14 +24,42 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _LONGEST_NUMBER = 100
-# What follows "the answer is", up to the end of the sentence or to where it begins to explain the answer.
+# Where what is said ends, or begins to be explained.
+_END = r"(?=[.!?;](?:\s|$)|,\s|\s\(|\s(?:because|since|as|which|so)\b|\n|$)"
+_MARK = re.compile(rf"####[*_ ]*([^\n]+?){_END}")  # GSM8K's
 _STATEMENT = re.compile(
-    r"\banswer\b(?:[*_ ]*[:=]|[^.?!:\n\d]{0,60}?\b(?:is|would be)\b:?)\s*([^\n]+?)"
-    r"(?=[.!?;](?:\s|$)|,\s|\s\(|\s(?:because|since|as|which|so)\b|\n|$)",
+    r"(?:\banswer\b(?:[*_ ]*[:=]|[^.?!:\n\d]{0,60}?\b(?:is|was|would be|should be|should have been)\b:?)"
+    rf"|\b(?:it|this|that)\s+should (?:be|have been)\b:?)\s*([^\n]+?){_END}",
     re.IGNORECASE,
 )
+# Where a text takes back what it said before.
+_RETRACTION = re.compile(
+    r"\b(?:wait|actually|correction|oops|hold on|scratch that|my mistake)\b(?=\W*(?:[,.:;!—–-]|$))"
+    r"|\b(?:made|is|was) an? (?:\w+ )?(?:mistake|error)\b"
+    r"|(?:\b(?:is|was)|['’]s) (?:\w+ )?(?:wrong|incorrect)\b|(?:n['’]t|\bnot) (?:\w+ )?(?:right|correct)\b",
+    re.IGNORECASE,
+)
+_CONCLUSION = re.compile(
+    r"\W*(?:so|therefore|thus|hence|consequently|finally|altogether|overall|in (?:total|all|conclusion)"
+    r"|(?:this|that|which) means)\b",
+    re.IGNORECASE,
+)
+# Where a text turns to its reader, and sentences that speak of the solution.
+_CLOSING = re.compile(
+    r"\b(?:hope (?:this|that|it)|let me know|feel free|if you (?:need|want|would|have (?:any|more|other)))\b",
+    re.IGNORECASE,
+)
+_ASIDE = re.compile(
+    r"\b(?:note|remember|check(?:ed|ing)?|verif\w+|steps?|ways?|methods?|approach(?:es)?|questions?|problems?"
+    r"|solutions?|explanations?|examples?|exercises?)\b",
+    re.IGNORECASE,
+)
+# After a number: it is a part of a formula, a range or a list, and no answer.
+_JOINED = r"(?:[-−–+*/×÷^x]|\\(?:times|cdot|div)\b|(?:of|times|plus|minus)\b|(?:[^\W\d_]+\s+)?(?:or|and|to)\b)"
+_GOES_ON = re.compile(rf"\s*{_JOINED}\s*[-−$€£(]*\.?\d", re.IGNORECASE)
 _INLINE = re.compile(r"\W*?(?:\$|\\\()(.+?)(?:\$|\\\))\W*")
 _TEXT = r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"
+_EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|\bequals\b")
 _UNIT = re.compile(rf"\s*(?:[^\W\d_]{{2,}}(?:[ /][^\W\d_]+)*\d?|\\?%|[°$€£]|{_TEXT})?\s*")
 _STATED = r"[\s:=*\"'(\[]*"
 _LETTERS = (
@@ -93,20 +120,70 @@ def math_answer(answer: str, reference: str) -> bool:
 
 
 def final_answer(text: str) -> Fraction | str | None:
-    """The answer that a text commits itself to: the number after GSM8K's last `####`; else what is in its last
-    `\\boxed{}`; else what it last states ("the answer is 72"); else its last number.
+    """The answer that a text commits itself to: the number after GSM8K's first `####`, as GSM8K's own evaluation
+    and lm-eval read it; else what is in its last `\\boxed{}`; else what it last states ("the answer is 72"); else
+    what its last sentence computes or concludes ("48 + 24 = 72", "So she sold 72"), or repeats of what was
+    computed; else the last number of a text of which one sentence alone has numbers.
 
-    A stated answer comes before the last number because chat models go on after it ("The answer is 72. I hope
-    this helps, 2 things to note ..."), where SDFT's rule (`last_number`) reads 2. "The answer is 3 + 4 = 7" states
-    7. A box, or a statement that is a formula between dollars, gives a number where it holds nothing else but a
-    unit, or else an expression, as text without spaces and in one spelling. None where nothing can be read.
+    Chat models go on after their answer ("The answer is 72. I hope this helps, 2 things to note ..."), where
+    SDFT's rule (`last_number`) reads 2: sentences about the solution are passed over. What a text takes back
+    ("Wait, that is wrong") counts no more, and what it says afterwards only where that is marked, boxed or stated.
+    Of an equation the side that is a number answers ("3 + 4 = 7", "18 = 5 + 13"). A box, or a statement that is a
+    formula between dollars, gives a number where it holds nothing else but a unit, or else an expression, as text
+    without spaces and in one spelling. None where nothing can be read, and where it cannot be told which number is
+    meant.
     """
-    if "####" in text:
-        return final_number(text)
-    if (inside := _boxed(text)) is not None:
-        return _formula(inside)
+    *taken_back, last = _RETRACTION.split(text)
+    answer = _committed(last)
+    if answer is None and all(_committed(piece) is None for piece in taken_back):
+        return _concluded(text)
+    return answer
+
+
+def _committed(text: str) -> Fraction | str | None:
+    """What a text marks, boxes or states as its answer."""
+    marked = [answer for piece in _MARK.findall(text) if (answer := _stated(piece)) is not None]
+    if marked and marked[:2] != [1, 2]:  # "#### 1. Add", "#### 2. Multiply" are headings
+        return marked[0]
+    if (inside := _boxed(text)) is not None and (answer := _formula(inside)) is not None:
+        return answer
     stated = [answer for piece in _STATEMENT.findall(text) if (answer := _stated(piece)) is not None]
-    return stated[-1] if stated else final_number(text)
+    return stated[-1] if stated else None
+
+
+def _concluded(text: str) -> Fraction | None:
+    """The number that the last sentence about the matter computes, concludes with, or repeats of what was computed;
+    or its last one, where no other sentence has numbers. A calculator's `<<48/2=24>>` is no text."""
+    plain = _plain(re.sub(r"<<[^<>]*>>", "", _CLOSING.split(text, maxsplit=1)[0]))
+    sentences = [each for each in re.split(r"(?<=[.!?])\s+|\n+", plain) if re.search(r"\d", each)]
+    if not (telling := [each for each in sentences if not _is_aside(each)] or sentences):
+        return None
+    last, computed = telling[-1], [result for each in telling for result in _results(each)]
+    numbers = list(_NUMBER.finditer(last))
+    if computed and (_results(last) or computed[-1] in map(_value, numbers)):
+        return computed[-1]
+    joined = len(numbers) > 1 and _GOES_ON.match(last, numbers[-2].end())  # "3 or 4", "5 + 13"
+    alone = len(telling) == 1 or _CONCLUSION.match(last)
+    return _value(numbers[-1]) if numbers and alone and not joined else None
+
+
+def _is_aside(sentence: str) -> bool:
+    """Whether a sentence speaks of the solution or to its reader, and neither computes nor concludes."""
+    return bool(_ASIDE.search(sentence)) and not _results(sentence) and not _CONCLUSION.match(sentence)
+
+
+def _results(text: str) -> list[Fraction]:
+    """The numbers that stand alone on the right of an equals sign."""
+    sides = [_leading(side) for side in _EQUALS.split(text)[1:]]
+    return [side for side in sides if side is not None]
+
+
+def _leading(text: str) -> Fraction | None:
+    """The number that a text begins with, unless that goes on as a formula, a range or a list."""
+    found = _NUMBER.search(text)
+    if found is None or re.search(r"\w", text[: found.start()]) or _GOES_ON.match(text, found.end()):
+        return None
+    return _value(found)
 
 
 def _boxed(text: str) -> str | None:
@@ -121,23 +198,36 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(piece: str) -> Fraction | str | None:
-    """The formula, or the number at the beginning, of what is stated; of an equation its right side."""
+    """The formula, or the number at the beginning, of what is stated."""
     if formula := _INLINE.fullmatch(piece):
         return _formula(formula[1])
-    right = _plain(piece).rsplit("=", 1)[-1]
-    found = _NUMBER.search(right)
-    return _value(found) if found and not re.search(r"\w", right[: found.start()]) else None
+    return _answering(_plain(piece), _leading)
+
+
+def _answering(text: str, read: Callable[[str], Fraction | None]) -> Fraction | None:
+    """Of an equation the last side that is a number, or else the first; of any other text its number."""
+    first, *others = _EQUALS.split(text)
+    sides = (others[-1], first) if others else (first,)
+    return next((number for side in sides if (number := read(side)) is not None), None)
 
 
 def _formula(formula: str) -> Fraction | str | None:
-    """A number with at most a unit beside it; else the expression; None for an empty formula."""
+    """A number with at most a unit beside it, or an equation that has such a side; else the expression; None for an
+    empty formula. Several equations ("x = 3, y = 4") are an expression."""
     text = re.sub(rf"^{_TEXT}$", r"\1", _tidy(formula))
-    text = re.sub(r"^[A-Za-z]\s*=", "", text).strip()  # x = 3 answers with 3
-    plain = re.sub(r"^([-−]) ", r"\1", _plain(text))
+    text = re.sub(r"^[A-Za-z]\s*=(?!.*=)", "", text).strip()  # y = x^2 answers with x^2
+    several = re.search(r",(?!\d{3})|;|\\quad|\\pm|\b(?:or|and)\b", text)
+    number = _measure(text) if several else _answering(text, _measure)
+    return number if number is not None else re.sub(r"\s+", "", re.sub(_TEXT, r"\1", text)) or None
+
+
+def _measure(formula: str) -> Fraction | None:
+    """The number that a formula is, with at most a unit beside it."""
+    plain = re.sub(r"^([-−]) ", r"\1", re.sub(r"^[$€£]\s*(?=[-−])", "", _plain(formula).strip()))
     number = _NUMBER.match(plain)
-    if number and not re.search(r"\d\s*\^", text) and _UNIT.fullmatch(plain, number.end()):
+    if number and not re.search(r"\d\s*\^", formula) and _UNIT.fullmatch(plain, number.end()):
         return _value(number)
-    return re.sub(r"\s+", "", re.sub(_TEXT, r"\1", text)) or None
+    return None
 
 
 def _tidy(formula: str) -> str:
@@ -192,13 +282,6 @@ def regular_expression(answer: str, reference: str, *, pattern: str) -> bool:
 def none(answer: str, reference: str) -> bool:
     """No check: every answer passes (open instructions have no final answer to compare)."""
     return True
-
-
-def require_checker(check: Callable[[str, str], bool]) -> None:
-    """Raises UserError where a checker does not say yes or no of two texts."""
-    verdict = tried("dataset.check", check, "The answer is 1.", "The answer is 2.")
-    if not isinstance(verdict, bool):
-        raise UserError(f"dataset.check gives {verdict!r} for two texts, where true or false is needed.")
 
 
 def _plain(text: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sddx.lines import lines
 from sddx.records import Example
 
 SHARD_ROWS = 256
@@ -28,9 +29,9 @@ def cut(rows: Sequence[Record]) -> list[Sequence[Record]]:
 
 def write_rows(rows: Iterable[Any], path: Path) -> None:
     """Write dataclass rows as JSON lines. The file appears complete or not at all."""
-    lines = [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in rows]
+    written = [json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in rows]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+    temporary.write_text("".join(written), encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 
@@ -39,8 +40,7 @@ def read_rows(record: type[Record], *paths: Path) -> list[Record]:
     rows: list[Record] = []
     for path in paths:
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            rows += [record(**json.loads(line)) for line in lines if line]
+            rows += [record(**json.loads(line)) for line in lines(file)]
     return rows
 
 

@@ -1,25 +1,22 @@
 """Datasets: rows of a local file or of the hub as examples in one seeded order.
 
-`prompt` and `response` each name a column, or are a format string over columns: "{instruction}\\n{input}".
+`prompt` and `response` each name a column, or are a format string over columns: "{instruction}\\n{input}" (see
+`sddx.data.cells`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
-from sddx.build import build
+from sddx.data.cells import fill
+from sddx.data.tables import read_table
+from sddx.data.told import numbered, remark, setting
 from sddx.hub import COMMIT, commit, unpacked
 from sddx.records import Dataset, Example, UserError
-
-_log = logging.getLogger(__name__)
 
 Check = Callable[[str, str], bool]
 
@@ -38,10 +35,10 @@ def jsonl(
     """The first `size` rows (None: all), in the order of `seed`, of a local file: JSON lines, one JSON array
     of objects, or Parquet (`.parquet`).
 
-    Raises UserError for a file that is missing, empty or damaged, for a column that does not exist, where no
-    row has both a prompt and a response, and for more rows than there are.
+    Raises UserError for a file that is missing, empty or damaged, for a column that does not exist or holds what
+    is no text, where no row has both a prompt and a response, and for more rows than there are.
     """
-    examples = _examples(read_table(Path(path)), prompt, response, where=path)
+    examples = _examples(read_table(Path(path)), {"prompt": prompt, "response": response}, where=path)
     return Dataset(_head(examples, size, seed, where=path), check, rewrite, tuple(trains))
 
 
@@ -69,7 +66,7 @@ def hub(
     leaves no row.
     """
     rows = _only(only or {}, _hub_rows(name, subset, split, revision, data_files), name)
-    examples = _examples(rows, prompt, response, where=name)
+    examples = _examples(rows, {"prompt": prompt, "response": response}, where=name)
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
 
@@ -100,9 +97,11 @@ def hub_texts(
 def _texts(
     rows: Iterable[dict[str, Any]], column: str, min_characters: int, size: int | None, seed: int, where: str
 ) -> list[str]:
-    found = _examples(rows, column, column, where=where)
+    found = _examples(rows, {"column": column}, where=where)
     if not (long := [example for example in found if len(example.prompt) >= min_characters]):
-        raise UserError(f"No row of {where} has min_characters={min_characters} in {column!r}. Ask for fewer.")
+        raise UserError(
+            f"No row of {where} has {setting('min_characters')}={min_characters} in {column!r}. Ask for fewer."
+        )
     return [example.prompt for example in _head(long, size, seed, where=where)]
 
 
@@ -111,19 +110,6 @@ def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     known by its content; a node whose rows are in a local file, and any other, as it is. Raises UserError where
     the hub cannot be asked and no fetch noted the commit."""
     return {**node, "revision": commit(node["name"], node["revision"])} if of_hub(node) else dict(node)
-
-
-def require_rows(node: Mapping[str, Any]) -> None:
-    """Raises UserError where a node's rows cannot be had: the local file that holds them is missing, damaged, or
-    not what is asked for; or `pinned` does."""
-    if node.get("path") or node.get("data_files"):
-        _read_once(json.dumps(node, sort_keys=True))
-    pinned(node)
-
-
-@cache  # asked for every cell of a grid
-def _read_once(node: str) -> None:
-    build(json.loads(node))
 
 
 def of_hub(node: Mapping[str, Any]) -> bool:
@@ -194,113 +180,46 @@ def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str)
     return kept
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines, JSON array or Parquet file. Raises UserError where it is missing, damaged or
-    empty."""
-    path = path.expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"There is no dataset file {path} (looked in {path.absolute().parent}). "
-            "Mend its path (dataset.path, or data_files for rows of the hub)."
-        )
-    rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
-    if not rows:
-        raise UserError(f"The dataset file {path} is empty. Give a file with at least one row.")
-    strange = next((place for place, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
-    if strange:
-        raise UserError(
-            f"Row {strange} of {path} is no object with columns. Given: {str(rows[strange - 1])[:80]!r}. "
-            'Write each row as {"column": "text", ...}.'
-        )
-    return rows
-
-
-def _json(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8, or as Parquet.") from None
-    try:
-        if text.startswith("["):
-            return json.loads(text)
-        # Only "\n" ends a line: str.splitlines would also cut inside texts that hold other separators.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is neither JSON lines nor a JSON array: {error.msg}. Given: {error.doc[:80]!r}. "
-            "Write one JSON object a line."
-        ) from None
-
-
-def _parquet(path: Path) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines.") from None
-
-
-def _examples(rows: Iterable[dict[str, Any]], prompt: str, response: str, *, where: str) -> list[Example]:
-    """One example a row, in the order of the rows; those with an empty prompt or response are left out, with
-    a warning that counts them. An id is a digest of the content, numbered where a row repeats another."""
+def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, where: str) -> list[Example]:
+    """One example a row, in the order of the rows, by the templates of prompt and response or, of texts, of the
+    one `column` that is both. Rows with an empty one are left out; they, and rows that repeat others, are told with
+    their number. An id is a digest of the content, numbered where a row repeats another. Raises UserError as `fill`
+    does, and where no row is left."""
     rows = list(rows)
     columns = sorted({column for row in rows for column in row})
-    prompts, responses = (_fill(template, rows, columns, where) for template in (prompt, response))
-    pairs = [pair for pair in zip(prompts, responses, strict=True) if all(pair)]
-    if not pairs:
+    texts, wanted = _filled(templates, rows, columns, where), " and a ".join(templates)
+    pairs = list(zip(texts[0], texts[-1], strict=True))
+    if not any(all(pair) for pair in pairs):
+        given = ", ".join(f"{setting(name)}={template!r}" for name, template in templates.items())
         raise UserError(
-            f"No row of {where} has both a prompt and a response. Given: {len(rows)} rows, "
-            f"prompt={prompt!r}, response={response!r}. Choose columns that hold text: {', '.join(columns)}."
+            f"No row of {where} has a {wanted}. Given: {len(rows)} rows, {given}. Choose columns that hold text: "
+            f"{', '.join(columns)}."
         )
-    if len(pairs) < len(rows):
-        empty = len(rows) - len(pairs)
-        _log.warning("%s: %d of %d rows lack a prompt or a response: left out", where, empty, len(rows))
+    if empty := [number for number, pair in enumerate(pairs, 1) if not all(pair)]:
+        remark(f"{where}: {len(empty)} of {len(rows)} rows lack a {wanted}: left out ({numbered(empty)})")
     seen: dict[str, int] = {}
-    return [Example(_id(pair, seen), *pair) for pair in pairs]
-
-
-def _fill(template: str, rows: Sequence[dict[str, Any]], columns: list[str], where: str) -> list[str]:
-    """The template's text for every row, without white space around it. A column that a row lacks is empty
-    there."""
-    if template in columns:
-        return [_text(row.get(template)) for row in rows]
-    fields = _fields(template)
-    for missing in [field for field in fields if field not in columns] or ([] if fields else [template]):
-        near = get_close_matches(missing, columns, n=3)
-        raise UserError(
-            f"{where} has no column {missing!r}. Given: {template!r}. Columns: {', '.join(columns)}."
-            + (f" Near names: {', '.join(near)}." if near else "")
-            + " Set dataset.prompt and dataset.response (of texts, column) to a column or a text with {column}s."
+    examples = [Example(_id(pair, seen), *pair) for pair in pairs if all(pair)]
+    if repeats := len(examples) - len(seen):
+        remark(
+            f"{where}: {repeats} of {len(rows)} rows repeat another row: they come after all others in their order"
         )
-    try:
-        return [_text(template.format_map(dict.fromkeys(fields, "") | _filled(row))) for row in rows]
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"The template does not fit every row of {where}: {error}. Given: {template!r}. Name columns, or "
-            "parts of them that every row has."
-        ) from None
+    return examples
 
 
-def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    return {column: value for column, value in row.items() if value is not None}
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
-
-
-def _fields(template: str) -> list[str]:
-    """The columns that a format string names; `{choices[0]}` names `choices`."""
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(
-            f"The template is malformed: {error}. Given: {template!r}. Write columns as {{column}} and a "
-            "brace as {{ or }}."
-        ) from None
-    return [name.split("[")[0].split(".")[0] for name in names]
+def _filled(
+    templates: Mapping[str, str], rows: list[dict[str, Any]], columns: list[str], where: str
+) -> list[list[str]]:
+    """The texts of each template. Raises UserError with what is wrong with any."""
+    filled: list[list[str]] = []
+    wrong: list[str] = []
+    for name, template in templates.items():
+        try:
+            filled.append(fill(name, template, rows, columns, where))
+        except UserError as error:
+            wrong += error.args
+    if wrong:
+        raise UserError(*dict.fromkeys(wrong))
+    return filled
 
 
 def _id(pair: tuple[str, str], seen: dict[str, int]) -> str:
@@ -311,13 +230,14 @@ def _id(pair: tuple[str, str], seen: dict[str, int]) -> str:
 
 def _head(examples: list[Example], size: int | None, seed: int, *, where: str) -> list[Example]:
     """The first `size` examples in the order of `seed`: by a digest of seed and id, so it neither hangs on
-    Python's random numbers nor on the order of the file, and each size is the head of every larger one."""
+    Python's random numbers nor on the order of the file, and each size is the head of every larger one. Rows that
+    repeat another come last, so that those held out before them can be left out there."""
     if size is not None and not 1 <= size <= len(examples):
         raise UserError(
-            f"{where} cannot give {size} rows (size, with those that are held out for validation): it has "
-            f"{len(examples)} that are whole. Ask for no more, or for all with size=null."
+            f"{where} cannot give {size} rows ({setting('size')}, with those that are held out for validation): it "
+            f"has {len(examples)} that are whole. Ask for no more, or for all with {setting('size')}=null."
         )
-    return sorted(examples, key=lambda example: _rank(seed, example.id))[:size]
+    return sorted(examples, key=lambda example: ("-" in example.id, _rank(seed, example.id)))[:size]
 
 
 def _rank(seed: int, id: str) -> bytes:

@@ -47,13 +47,25 @@ _LEAKS = (
 )
 
 
+# LaTeX's commands that begin with n.
+_LATEX = (
+    "abla|atural|e|earrow|eg|eq|ewline|exists|geq?|i|leq?|mid|olimits|onumber|ot|otin|parallel|rightarrow|u|warrow"
+)
+
+
+def line_breaks(template: str) -> str:
+    """A template whose backslash-n, as a shell or an unquoted YAML text leaves it, are line breaks; `\\nabla` and
+    LaTeX's other commands stay, and so does what stands after another backslash."""
+    return re.sub(rf"(?<!\\)\\n(?!(?:{_LATEX})(?![A-Za-z]))", "\n", template)
+
+
 def rewriting_prompt(kind: str, prompt: str, reference: str) -> str:
     """One user turn that shows the prompt and its reference answer and asks for the model's own answer.
 
     `kind` names one of TEMPLATES, or is itself a template that holds {prompt} and {reference}.
     Raises UserError for any other kind.
     """
-    template = TEMPLATES.get(kind, kind)
+    template = TEMPLATES.get(kind, line_breaks(kind))
     if "{prompt}" not in template or "{reference}" not in template:
         near = get_close_matches(kind, TEMPLATES, n=3) or sorted(TEMPLATES)
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 from sddx.build import build
 from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
 from sddx.evaluation.tasks import OWN_TASKS
+from sddx.lines import lines
 
 CHARACTERS = 4  # a token, in English, with a vocabulary of 32,000 words or more; ours
 TURN = 20  # tokens that a chat template puts around a prompt and its answer; ours
@@ -119,7 +120,7 @@ def items_of(task: str) -> Items | None:
     file = OWN_TASKS / f"{skill}.{split}.jsonl"
     if task == name or not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines(file)]
     answers = [row.get("choices", [row["answer"]]) for row in rows]
     texts = [row["question"] + answer for row, given in zip(rows, answers, strict=True) for answer in given]
     characters = sum(map(len, texts)) / len(texts)

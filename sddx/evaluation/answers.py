@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.api.model import LM, CachingLM
 
+from sddx.lines import lines
 from sddx.parallel.distributed import agreed, rank
 
 
@@ -47,7 +48,7 @@ class Resumed(CachingLM):
 def _whole_lines(path: Path) -> dict[str, Any]:
     """The answers in a file, without a line that a crash cut short. Pairs are tuples, as lm-eval gives them."""
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in lines(path) if path.exists() else []:
         try:
             request, answer = json.loads(line)
         except ValueError:

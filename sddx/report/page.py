@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from sddx.evaluation.statistics import Interval
+from sddx.lines import lines
 from sddx.records import UserError
 from sddx.report import figures
 from sddx.report.curves import (
@@ -285,11 +286,7 @@ def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
     for run in runs:
         keys = run["artifacts"].get("distill") or []
         places = [place for key in keys if (place := find(Path(run["store"]), "distill", key))]
-        rows = [
-            json.loads(line)
-            for at in places
-            for line in (at / "rewrites.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        rows = [json.loads(line) for at in places for line in lines(at / "rewrites.jsonl")]
         if rows:
             kinds = [[row for row in rows if not row["reason"]], [row for row in rows if row["reason"]]]
             return [row for kind in kinds for row in kind[:shown]]

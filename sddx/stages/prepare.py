@@ -8,25 +8,21 @@ from typing import Any
 
 from sddx.build import build
 from sddx.data.shards import write_rows, write_shards
-from sddx.records import Artifact, Dataset, UserError
+from sddx.data.split import hold_out, with_held_out
+from sddx.records import Artifact, Dataset
 from sddx.runtime import Runtime
 
 
 def prepare(out: Path, *files: Artifact, runtime: Runtime, dataset: dict[str, Any], validation: int) -> None:
     """Writes `validation.jsonl`, `shards/*.jsonl` and `dataset.json` (what the examples train).
 
-    The first `validation` rows are held out from training; `dataset.size` counts the rows after them, so that
-    the rows of a smaller set are the first of a larger one. `files` are the local files that the dataset
-    reads, for the key's sake. Raises UserError where the dataset does, and where no row is left to train on.
+    The first `validation` rows are held out from training, with all rows that repeat them; `dataset.size` counts
+    the rows after them, so that the rows of a smaller set are the first of a larger one. `files` are the local
+    files that the dataset reads, for the key's sake. Raises UserError where the dataset does, and where no row is
+    left to train on.
     """
-    size = dataset["size"] and dataset["size"] + validation
-    made: Dataset = build({**dataset, "size": size})
-    held_out, training = made.examples[:validation], made.examples[validation:]
-    if not training:
-        raise UserError(
-            f"The dataset has {len(made.examples)} rows and validation={validation} of them are held out, so "
-            "none is left to train on. Lower validation, or give more rows."
-        )
+    made: Dataset = build(with_held_out(dataset, validation))
+    held_out, training = hold_out(made.examples, validation)
     write_rows(held_out, out / "validation.jsonl")
     write_shards(training, out / "shards")
     (out / "dataset.json").write_text(

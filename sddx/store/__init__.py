@@ -181,8 +181,8 @@ def _hit(artifact: Artifact, runtime: Runtime) -> Artifact:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, without a last one that a crash cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def _waiting(artifact: Artifact) -> Callable[[], None]:

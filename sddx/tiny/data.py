@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Literal
 
+from sddx.data.told import setting
 from sddx.records import Dataset, Example, UserError
 from sddx.tiny.corpus import STYLED, documents
 from sddx.tiny.dice import Dice
 from sddx.tiny.skills import Item, items
 
+MOST_TEXTS = 100_000  # minutes of writing; no measure needs more
 LARGEST = 8500  # up to 8,000 to train on, and the rows that are held out for the validation loss
 
 
@@ -53,5 +55,8 @@ def _example(item: Item, shift: float) -> Example:
 def conversations(
     *, split: Literal["finetune", "calibration", "selection", "report"], size: int, seed: int
 ) -> list[str]:
-    """Rendered conversations of the pretraining mixture from a split that was not trained on."""
+    """Rendered conversations of the pretraining mixture from a split that was not trained on. Raises UserError for
+    more than MOST_TEXTS."""
+    if not 1 <= size <= MOST_TEXTS:
+        raise UserError(f"{setting('size')}={size} texts were asked for. Give 1 to {MOST_TEXTS}.")
     return [given + answered for given, answered in documents(split, size, seed)]

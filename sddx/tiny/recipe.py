@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sddx.build import build
 from sddx.config import check, writable_folder
-from sddx.mistakes import require_none, told
+from sddx.errors import require_none, told
 from sddx.records import UserError
 
 

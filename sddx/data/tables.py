@@ -1,0 +1,97 @@
+"""The rows of a local file: JSON lines, one JSON array of objects, or Parquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sddx.data.told import numbered, setting
+from sddx.lines import lines
+from sddx.records import UserError
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. Raises UserError where it cannot be read, is damaged or empty, holds columns instead of
+    rows, or where a row is no object."""
+    path = path.expanduser()
+    _require_file(path)
+    try:
+        rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}. {_mend()}") from None
+    if not rows:
+        raise UserError(f"{path} is empty. Give a file with at least one row. {_mend()}")
+    if strange := [place for place, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise UserError(
+            f"{path}, {numbered(strange)}: no object with columns. Given: {str(rows[strange[0] - 1])[:80]!r}. "
+            'Write each row as {"column": "text", ...}.'
+        )
+    if len(rows) == 1 and _is_columns(rows[0]):
+        raise UserError(
+            f"{path} is one object that holds whole columns ({', '.join(rows[0])}). Write one object a row: with "
+            'pandas, to_json("rows.jsonl", orient="records", lines=True).'
+        )
+    return rows
+
+
+def _mend() -> str:
+    return f"Mend {setting('path')} (data_files for rows of the hub)."
+
+
+def _require_file(path: Path) -> None:
+    """Raises UserError where there is no file at a path, with what is there instead."""
+    try:
+        if path.is_file():
+            return
+        what = "is a folder, and one file of rows is needed" if path.is_dir() else "is no file of rows"
+        if path.is_symlink() and not path.exists():
+            what = f"is a link to {path.readlink()}, which is not there"
+        elif not path.exists():
+            what = f"is not there (looked in {path.absolute().parent})"
+    except OSError as error:  # a folder on the way may not be entered, a name may be too long
+        what = f"cannot be read: {error.strerror}"
+    raise UserError(f"{path} {what}. {_mend()}")
+
+
+def _json(path: Path) -> list[Any]:
+    """The values of a JSON array, or of each line."""
+    try:
+        given = lines(path, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        packed = " It is compressed: unpack it." if path.read_bytes()[:2] == b"\x1f\x8b" else ""
+        raise UserError(
+            f"{path} is not UTF-8 text ({error}).{packed} Save it as UTF-8, or as Parquet (.parquet). {_mend()}"
+        ) from None
+    if given and (given[0].lstrip().startswith("[") or given[0].strip() == "{"):
+        given = ["\n".join(given)]  # one value over many lines
+    values, damaged = [], []
+    for place, line in enumerate(given, 1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            damaged.append((place, f"{error}. Given: {line[:80]!r}"))
+    if damaged:
+        raise UserError(
+            f"{path} is neither JSON lines nor a JSON array: {numbered([place for place, _ in damaged])}: "
+            f"{damaged[0][1]}. Write one JSON object a line."
+        )
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+
+def _is_columns(row: dict[str, Any]) -> bool:
+    """Whether an object is a whole table, as lists or, by pandas, as objects of as many entries a column."""
+    lengths = {len(value) if isinstance(value, (list, dict)) else 0 for value in row.values()}
+    return len(row) > 1 and len(lengths) == 1 and lengths != {0}
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines. {_mend()}"
+        ) from None
