@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from statistics import mean, variance
+from statistics import mean
 
 import pytest
 import torch
@@ -144,7 +144,8 @@ def test_exact_shapley_lies_within_the_estimates_interval(value):
     found = Shapley(value=value, keep=0.0, orders=24).measure(given)
     assert found["orders"] == 24 and found["stable"] is None
     reach = t_quantile.ppf(1 - 0.05 / 8, 11)  # 95 % for all four at once, from twelve pairs
-    for expected, estimate, error in zip(truth, found["mean"], found["stderr"], strict=True):
+    orders = found["stderr_of"]["orders"]  # the texts are the same
+    for expected, estimate, error in zip(truth, found["mean"], orders, strict=True):
         assert abs(expected - estimate) <= reach * error + 1e-9
     total = float(worth[True, True, True, True] - worth[False, False, False, False])
     assert sum(found["mean"]) == pytest.approx(total, rel=1e-9) == sum(truth)
@@ -208,8 +209,14 @@ def test_random_subnetworks_are_drawn_for_each_text():
         has = [value for value, coalition in zip(worth, drawn, strict=True) if coalition[unit]]
         lacks = [value for value, coalition in zip(worth, drawn, strict=True) if not coalition[unit]]
         assert found["mean"][unit] == pytest.approx(mean(has) - mean(lacks))
-        error = math.sqrt(variance(has) / len(has) + variance(lacks) / len(lacks))
-        assert found["stderr"][unit] == pytest.approx(error)
+        shares = []  # what each text adds to the two means, less what its number of subnetworks lets expect
+        for text in range(6):
+            rows = range(5 * text, 5 * text + 5)
+            with_ = sum(worth[row] - mean(has) for row in rows if drawn[row][unit]) / len(has)
+            shares.append(
+                with_ - sum(worth[row] - mean(lacks) for row in rows if not drawn[row][unit]) / len(lacks)
+            )
+        assert found["stderr"][unit] == pytest.approx(math.sqrt(6 / 5 * sum(share**2 for share in shares)))
     with pytest.raises(UserError, match="Raise count"):
         RandomSubnetworks(value=Loss(sequences=1), count=1).measure(given)
     with pytest.raises(UserError, match="value must be Loss"):

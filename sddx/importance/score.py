@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sddx.build import tried
+from sddx.importance.uncertainty import quantile
 from sddx.models.anatomy import decoder
 from sddx.models.outputs import block_states, branch_states
 from sddx.records import Batch, Units, UserError
@@ -77,8 +78,8 @@ class Measures(Protocol):
 
 
 def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) -> dict[str, dict[str, Any]]:
-    """The summary of every metric: {"mean", "stderr" (None for a single sequence), "sequences", "subsets" (the
-    means over parts of the data)}; some add fields of their own.
+    """The summary of every metric: {"mean", "stderr" and "half_width" of the 95 % interval (None for a single
+    sequence), "sequences", "subsets" (the means over parts of the data)}; some add fields of their own.
 
     Metrics that are functions of states are taken out of one forward pass, all together. Raises UserError
     where there are no sequences, or a score is not finite.
@@ -153,17 +154,19 @@ class Sums:
         self.total, self.squares = self.total + values.sum(0), self.squares + values.square().sum(0)
 
     def summary(self) -> dict[str, Any]:
-        """Mean, standard error and means of the parts. Raises UserError where nothing was taken in."""
+        """Mean, errors and means of the parts. Raises UserError where nothing was taken in."""
         require_sequences("this metric", self.count, 1)
-        stderr = None
+        stderr = half_width = None
         if self.count > 1:
             variance = (self.squares - self.total.square() / self.count).clamp(min=0) / (self.count - 1)
-            stderr = (variance / self.count).sqrt().tolist()
+            error = (variance / self.count).sqrt()
+            stderr, half_width = error.tolist(), (quantile(self.count) * error).tolist()
         sizes = [len(range(part, self.count, SUBSETS)) for part in range(SUBSETS)]
         parts = [(total / size).tolist() for total, size in zip(self.parts, sizes, strict=True) if size]
         return {
             "mean": (self.total / self.count).tolist(),
             "stderr": stderr,
+            "half_width": half_width,
             "sequences": self.count,
             "subsets": parts if len(parts) > 1 else [],
         }
