@@ -5,6 +5,7 @@ A family is a line or a few in `FAMILIES`. Whole blocks can be found in any mode
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,15 @@ def bare(model: Any) -> Any:
     return model.get_base_model() if is_adapted(model) else model
 
 
+def twin(module: Any) -> Any:
+    """A second module of the same class that shares every parameter and submodule with the first. What it is
+    given or loses afterwards does not reach the first, which a shared teacher still runs."""
+    made = object.__new__(type(module))  # a module in shards has other ideas of being made
+    for name, value in vars(module).items():
+        vars(made)[name] = copy(value) if isinstance(value, (dict, set)) else value
+    return made
+
+
 def family(model: Any) -> Family:
     """Where this model keeps its parts."""
     return FAMILIES.get(bare(model).config.get_text_config().model_type, Family())
@@ -165,8 +175,13 @@ def final_norm(model: Any) -> nn.Module:
     return part(decoder(model), family(model).norm)
 
 
+def vocabulary(model: Any) -> int:
+    """The number of token ids that the model knows."""
+    return bare(model).config.get_text_config().vocab_size
+
+
 def head(model: Any) -> nn.Module:
-    """The projection from hidden state to vocabulary, before any softcapping of the logits."""
+    """The projection from hidden state to vocabulary, before all that the model does to its logits."""
     decoder(model)
     return bare(model).lm_head
 
