@@ -222,7 +222,7 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
-    precheck(method(config), download=download and not config["dry_run"])
+    precheck(method(config), download=download and not config["dry_run"], device=config["device"])
 
 
 def look(config: dict[str, Any]) -> Plan:

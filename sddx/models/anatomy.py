@@ -180,6 +180,8 @@ def decoder(model: Any) -> Any:
 
 def _unprunable(config: Any) -> str | None:
     """Why blocks of a model with this config cannot be taken out."""
+    if getattr(config, "is_heterogeneous", False):
+        return "settings of single blocks are told by the blocks' numbers (per_layer_config)"
     if shared := getattr(config, "num_kv_shared_layers", 0):
         return (
             f"its last {shared} blocks reuse keys and values of earlier blocks, found by counting from the end "

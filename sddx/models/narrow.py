@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,11 @@ from sddx.records import UserError
 
 HEADS = 4
 EXPERTS = 4
+# What transformers and torch raise over settings that do not go together.
+REFUSALS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, StrictDataclassError,
+    TypeError, ValueError,
+)  # fmt: skip
 # What a narrow model has of each: channels as a share of its width ..
 SHARES = {
     "hidden_size": 1, "intermediate_size": 2, "ffn_dim": 2, "word_embed_proj_dim": 1, "intermediate_size_mlp": 2,
@@ -39,8 +45,25 @@ KEY_HEADS = {
 
 def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
     """The config of a model that is `width` channels wide and knows `vocabulary` ids, with the same depth and
-    per-layer settings; `settings` are changed besides. Raises UserError where transformers takes no such config."""
+    per-layer settings; `settings` are changed besides. Raises UserError for a width that its heads cannot share,
+    and where transformers takes no such config."""
+    if width < 2 * HEADS or width % (2 * HEADS):
+        raise UserError(
+            f"a model cannot be {width} channels wide: {HEADS} heads share them, in pairs. Give a multiple of "
+            f"{2 * HEADS}."
+        )
     made = deepcopy(config)
+    try:
+        for name, value in (_small(config, width, vocabulary) | settings).items():
+            _set(made, name, value)
+        _shorten_rotation(made, made.head_dim if hasattr(made, "head_dim") else width // HEADS)
+    except REFUSALS as error:
+        raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
+    return made
+
+
+def _small(config: Any, width: int, vocabulary: int) -> dict[str, int]:
+    """The settings that make a model narrow, where it has them."""
     small = {name: max(int(width * share), 1) for name, share in SHARES.items()}
     for name, most in MOST.items():
         if isinstance(now := getattr(config, name, None), int):
@@ -54,14 +77,7 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
     for name, value in vars(config).items():
         if name.endswith("token_id") and isinstance(value, int):
             small[name] = min(value, vocabulary - 1)
-    small |= {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
-    try:
-        for name, value in (small | settings).items():
-            _set(made, name, value)
-        _shorten_rotation(made, small["head_dim"])
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
-    return made
+    return small | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -69,7 +85,7 @@ def _set(config: Any, name: str, value: Any) -> None:
     now = getattr(config, name, None)
     if isinstance(now, list) and isinstance(value, int):
         value = [value] * len(now)
-    if now is not None:
+    if now is not None or (name == "head_dim" and hasattr(config, name)):
         setattr(config, name, value)
 
 
@@ -88,5 +104,5 @@ def built(config: Any, dtype: torch.dtype, **how: Any) -> nn.Module:
         torch.manual_seed(0)
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        except REFUSALS as error:
             raise UserError(f"no {config.model_type} model is made of this config: {error}.") from error

@@ -189,9 +189,12 @@ def _round_trip(again: Callable[[], Any], ids: torch.Tensor, logits: torch.Tenso
 
 
 def _gradients(model: Any, ids: torch.Tensor, whole: Stack | None) -> dict[str, Any]:
-    """That a weight gets no gradient is the cut's fault where it gets one in the whole model."""
+    """That a weight gets no gradient is the cut's fault where it gets one in the whole model, whatever the tokens:
+    not in a router and its experts, which some tokens meet and others do not."""
     wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     lost = wanted.keys() - _reached(model, wanted, ids)
+    routed = [name for name, module in model.named_modules() if hasattr(module, "experts")]
+    lost = {name for name in lost if not any(name.startswith(f"{each}.") for each in routed)}
     if lost and whole is not None:
         pruned = stack(model)
         set_blocks(model, whole)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sddx.models.load import load_model
-from sddx.models.narrow import built, narrow
+from sddx.models.narrow import REFUSALS, built, narrow
 from sddx.models.outputs import require_own_head
 from sddx.models.student import saved_and_loaded
 from sddx.records import Cut, UserError
@@ -22,19 +22,20 @@ _mistakes: dict[tuple[str, Cut, str], str] = {}
 
 
 def try_out(config: Any, cut: Cut, attention: str) -> bool:
-    """Whether a narrow model of this config can be made. If so it was saved, loaded, cut, saved and loaded again,
-    and proven, as the model itself will be; UserError where it failed: in the head, or in what the cut leaves."""
+    """Whether a narrow model of this config can be made, and runs. If so it was saved, loaded, cut, saved and
+    loaded again, and proven, as the model itself will be. Raises UserError where it failed: in its head, or in what
+    the cut leaves."""
     asked = config.to_json_string(use_diff=False), cut, attention
     if asked not in _mistakes:
         try:
-            model = built(
-                narrow(config, width=WIDTH, vocabulary=VOCABULARY), torch.float32, attn_implementation=attention
-            )
-        except UserError:
+            small = narrow(config, width=WIDTH, vocabulary=VOCABULARY)
+            model = built(small, torch.float32, attn_implementation=attention).eval()
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        except (UserError, *REFUSALS):
             return False
         _mistakes[asked] = _mistake(model, cut, attention)
     if wrong := _mistakes[asked]:
-        raise UnsoundModel(f"tried on a narrow model with random weights of {type(config).__name__}, {wrong}")
+        raise UnsoundModel(f"A narrow {config.model_type} model with random weights was tried: {wrong}")
     return True
 
 
