@@ -14,15 +14,19 @@ from sddx.errors import require_none, told
 from sddx.records import Units, UserError
 from sddx.tracking import require as require_tracked
 
+ADAPTER = ("rank", "dropout", "targets")
 
-def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool) -> None:
+
+def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool, device: str = "auto") -> None:
     """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
     with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
-    downloaded only where that is asked for and the settings are right."""
-    from sddx.models.load import is_here, locate
+    downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
+    where the run takes place."""
+    from sddx.models.load import is_here, locate, require_known
 
     path, revision = method["model"]["path"], method["model"]["revision"]
-    wrong = told([*_of_settings(method), lambda: require_tracked(wandb)])
+    device_known: list[Callable[[], Any]] = [partial(require_known, device)]
+    wrong = told([*device_known, *_of_settings(method), lambda: require_tracked(wandb)])
     if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
         wrong += told([lambda: found.append(locate(path, revision=revision)[0])])
@@ -74,13 +78,19 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     """Something is left to train, metric and patch can be what they are asked to be, an adapter finds its layers,
     the chat template carries prompts, answers and the tasks' descriptions, another teacher fits the student."""
     from sddx.estimate.skeleton import skeleton
-    from sddx.models.load import locate, require_one_head, text_config
-    from sddx.training.objective import require_comparable
-    from sddx.training.tuning import require_targets
+    from sddx.models.load import load_tokenizer, require_loadable, require_one_head, text_config
+    from sddx.training.tuning import require_adapter
 
+    attention = method["model"]["attention"]
+    files: list[Callable[[], Any]] = [partial(load_tokenizer, folder), partial(require_loadable, folder, attention)]
+    if told(files):  # stands in the way of all else
+        return files
     config = text_config(folder)
     bare = partial(skeleton, config, method["model"]["dtype"])
-    checks: list[Callable[[], Any]] = [lambda: _check_pruning(method, config)]
+    checks: list[Callable[[], Any]] = [
+        lambda: _check_pruning(method, config),
+        lambda: _check_family(method, config, attention),
+    ]
     if tasks_exist := not told([lambda: check_names(method)]):
         checks.append(lambda: _check_room(method["evaluation"], folder, config))
     if config.tie_word_embeddings:
@@ -91,12 +101,20 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     if method["evaluation"]["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
-        checks.append(lambda: require_targets(bare(), method["tuning"]["targets"]))
+        checks.append(lambda: require_adapter(bare(), **{key: method["tuning"][key] for key in ADAPTER}))
     if method["teacher"]:
-        checks.append(
-            lambda: require_comparable(build(method["loss"]), config, text_config(locate(method["teacher"])[0]))
-        )
+        checks.append(lambda: _check_teacher(method, config))
     return checks
+
+
+def _check_teacher(method: dict[str, Any], config: Any) -> None:
+    """Another teacher loads, and can be compared with the student. Raises UserError."""
+    from sddx.models.load import locate, require_loadable, text_config
+    from sddx.training.objective import require_comparable
+
+    folder = locate(method["teacher"])[0]
+    require_comparable(build(method["loss"]), config, text_config(folder))
+    require_loadable(folder, method["model"]["attention"])
 
 
 def _check_loss(loss: dict[str, Any]) -> None:
@@ -196,6 +214,22 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
+
+
+def _check_family(method: dict[str, Any], config: Any, attention: str) -> None:
+    """Blocks can be taken out of a model of this kind: tried on a narrow one where no test has. Raises
+    UserError."""
+    from sddx.models.anatomy import FAMILIES
+    from sddx.surgery.trial import try_out
+
+    pruning, total = build(method["pruning"]), config.num_hidden_layers
+    if config.model_type in FAMILIES or pruning.units != "blocks" or not 0 < pruning.remove < total:
+        return
+    first = 1 if pruning.remove < total - 1 else 0
+    removed = range(first, first + pruning.remove)
+    if pruning.metric is None:  # the cut hangs on no score
+        removed = pruning.choose(None, total, pruning.remove)
+    try_out(config, Units("blocks", total).cut(removed), attention)
 
 
 def _check_looked_at(pruning: dict[str, Any]) -> None:

@@ -7,13 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sddx.records import UserError
 from sddx.store import default_root
 from sddx.store.digest import digest
 
 TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
-CONTEXT = 2048  # tokens, where the model itself has more
-HEADS = 4
 
 
 def small(
@@ -25,8 +22,8 @@ def small(
 
     Under `rehearse` stands what was replaced, one line each; all else is left as it is.
     """
-    if width % (2 * HEADS):
-        raise UserError(f"rehearse.width={width} is no multiple of {2 * HEADS}: {HEADS} heads share it, in pairs.")
+    from sddx.models.narrow import MOST
+
     store = Path(config["store"] or default_root()).expanduser()
     folder = _random_model(config["model"], width, store / "rehearsals")
     dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
@@ -52,7 +49,7 @@ def small(
     }  # fmt: skip
     said = [
         f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide "
-        f"and at most {CONTEXT} tokens of context",
+        f"and at most {MOST['max_position_embeddings']} tokens of context",
         f"rows: {dataset.get('name', dataset['_target_'])} by {rows} word problems of the embedded world, with the "
         "checker and the rewriting template of the experiment",
         f"held-out rows: {config['validation']} by {held_out}",
@@ -73,44 +70,25 @@ def _rows(dataset: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
-    """The folder of a random model with the embedded tokenizer, made where it is not there yet."""
-    config = _narrow(model, width)
+    """The folder of a random model with the embedded tokenizer, made where it is not there yet. Raises UserError
+    for a width that it cannot have."""
+    from sddx.estimate.skeleton import shape_of
+    from sddx.models.load import DTYPES, load_tokenizer
+    from sddx.models.narrow import built, narrow
+
+    shape, tokenizer = shape_of(model), load_tokenizer(_tiny())
+    words = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = narrow(shape, width=width, vocabulary=len(tokenizer), **words)
     folder = root / f"{config.model_type}-{digest([config.to_dict(), model['dtype']])[:12]}"
     if folder.is_dir():
         return folder
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from sddx.models.load import DTYPES, load_tokenizer
-
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as name, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model["dtype"]])
-        made.save_pretrained(Path(name) / "made")
-        load_tokenizer(_tiny()).save_pretrained(Path(name) / "made")
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        built(config, DTYPES[model["dtype"]]).save_pretrained(Path(name) / "made")
+        tokenizer.save_pretrained(Path(name) / "made")
         if not folder.exists():
             os.replace(Path(name) / "made", folder)
     return folder
-
-
-def _narrow(model: dict[str, Any], width: int) -> Any:
-    """The model's config with few channels, heads and words; depth and the kinds of its layers stay."""
-    from sddx.estimate.skeleton import shape_of
-    from sddx.models.load import load_tokenizer
-
-    config, tokenizer = shape_of(model), load_tokenizer(_tiny())
-    groups = config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
-    settings = {
-        "hidden_size": width, "intermediate_size": 2 * width, "vocab_size": len(tokenizer),
-        "num_attention_heads": HEADS, "head_dim": width // HEADS, "num_key_value_heads": max(HEADS // groups, 1),
-        "max_position_embeddings": min(config.max_position_embeddings, CONTEXT),
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return config
 
 
 def _tiny() -> Path:

@@ -220,7 +220,8 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
     dry_run, with what can be told of a model that is not here."""
     check_settings(config)
-    precheck(method(config), config["wandb"], download=download and not config["dry_run"])
+    here = download and not config["dry_run"]
+    precheck(method(config), config["wandb"], download=here, device=config["device"])
 
 
 def check_settings(config: dict[str, Any]) -> None:

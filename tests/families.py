@@ -10,6 +10,8 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -78,6 +80,9 @@ OTHERS: dict[str, Any] = {
         d_model=32, n_heads=4, n_layers=shape["num_hidden_layers"], vocab_size=VOCABULARY, max_seq_len=128,
         initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     ),
+    "granite": lambda shape: GraniteConfig(
+        **{n: v for n, v in shape.items() if n != "head_dim"}, logits_scaling=4.0, residual_multiplier=0.5
+    ),
     "mixtral": lambda shape: MixtralConfig(**shape, num_local_experts=3, num_experts_per_tok=2),
     # The third block is dense: its number is written in the config.
     "qwen3_moe": lambda shape: Qwen3MoeConfig(
@@ -86,6 +91,7 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 CLASSES: dict[str, Any] = {
+    "granite": GraniteForCausalLM,
     "phi3": Phi3ForCausalLM,
     "gpt_neox": GPTNeoXForCausalLM,
     "gpt_neox_serial": GPTNeoXForCausalLM,

@@ -10,17 +10,25 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from families import FAMILIES, adapt, build, tokens
+from families import FAMILIES, VOCABULARY, adapt, build, tokens
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sddx.data.encode import require_template
 from sddx.models import load
 from sddx.models.anatomy import blocks, decoder, final_norm, head
 from sddx.models.load import load_model, load_tokenizer, locate
-from sddx.models.outputs import run
+from sddx.models.narrow import built, narrow
+from sddx.models.outputs import head_of, require_own_head, run
 from sddx.models.student import load_student, save_student
 from sddx.records import Cut, UserError
 from sddx.surgery.remove import apply_cut
@@ -65,6 +73,88 @@ def test_run_gives_the_models_own_logits_and_states(family):
     assert len(outputs.states) == 5
     assert all(torch.equal(a, b) for a, b in zip(outputs.states, own.hidden_states[1:], strict=True))
     assert run(model, ids, mask).states == ()
+
+
+def of_type(kind: str, **settings) -> torch.nn.Module:
+    """A narrow random model of any of transformers' families, float64."""
+    config = narrow(CONFIG_MAPPING[kind]().get_text_config(), width=32, vocabulary=VOCABULARY, num_hidden_layers=3)
+    for name, value in settings.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return built(config, torch.float64, attn_implementation="eager").eval()
+
+
+# What stands between the projection and the logits of each; None where nothing does.
+HEADS = {
+    "llama": {}, "opt": {}, "mpt": {}, "gpt_neox": {}, "glm4": {}, "phi3": {},
+    "granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.06}, "cohere2": {"logit_scale": 0.06},
+    "minicpm3": {"dim_model_base": 8}, "gemma2": {"final_logit_softcapping": 0.1}, "nanochat": {},
+}  # fmt: skip
+SCALED = ("granite", "cohere", "cohere2", "minicpm3", "gemma2", "nanochat")
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_is_all_that_the_model_does_after_its_body(kind):
+    """Scaled, divided, capped: the logits and their gradients are the model's own, also for chosen rows alone."""
+    model, ids = of_type(kind, **HEADS[kind]), tokens()
+    outputs = run(model, ids, torch.ones_like(ids))
+    own = model(ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.equal(outputs.head(outputs.hidden), own)
+    torch.testing.assert_close(outputs.head(outputs.hidden[1, 3:5]), own[1, 3:5])
+    assert torch.allclose(head(model)(outputs.hidden), own) != (kind in SCALED)
+    gradients = []
+    for logits in (own, outputs.head(outputs.hidden)):
+        model.zero_grad()
+        logits.log_softmax(-1)[..., 3].sum().backward()
+        gradients.append({name: w.grad for name, w in model.named_parameters() if w.grad is not None})
+    torch.testing.assert_close(*gradients)
+    require_own_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_head_is_its_projection_bit_for_bit(dtype):
+    """Values and gradients, of rows and of batches."""
+    model = build("llama").to(dtype)
+    for shape in ((7, 32), (2, 7, 32)):
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        made = []
+        for projection in (model.lm_head, head_of(model)):
+            rows = hidden.clone().requires_grad_()
+            logits = projection(rows)
+            logits.float().log_softmax(-1)[..., 5].sum().backward()
+            made.append((logits, rows.grad, model.lm_head.weight.grad.clone()))
+            model.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+def test_an_adapter_on_a_scaled_head_is_part_of_it():
+    model = adapt(of_type("granite", logits_scaling=8.0), targets=["q_proj", "lm_head"])
+    outputs = run(model, tokens(), torch.ones(3, 12))
+    assert torch.equal(outputs.head(outputs.hidden), model(tokens(), attention_mask=torch.ones(3, 12)).logits)
+
+
+def test_the_head_makes_no_pass_through_the_body():
+    """Memory of a chunk stays that of its logits: not a block runs, whatever watches the model."""
+    model, ran = build("llama"), []
+    for module in (model, decoder(model), *blocks(model)):
+        module.register_forward_hook(lambda *_: ran.append(1))
+    head_of(model)(torch.zeros(4, 32))
+    assert not ran
+
+
+def test_a_head_that_is_not_the_models_is_told_before_any_cut(monkeypatch):
+    """Here a model that adds to its hidden states between body and head what only a whole pass knows."""
+    model = build("llama")
+    forward = type(model).forward
+
+    def shifted(self, input_ids=None, **named):
+        made = forward(self, input_ids=input_ids, **named)
+        made.logits = made.logits if input_ids is None else made.logits + 1
+        return made
+
+    monkeypatch.setattr(type(model), "forward", shifted)
+    with pytest.raises(UserError, match="head of a LlamaForCausalLM .* by up to 1.*not about the cut"):
+        require_own_head(model)
 
 
 def test_gradients_flow_through_states():

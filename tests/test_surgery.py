@@ -123,7 +123,7 @@ def test_per_layer_lists_follow_the_kept_blocks(family):
     model = build(family)
     lists = per_layer_lists(model.config)
     full = apply_cut(model, Cut.without({0, 2}, 5))
-    assert full.lists == lists and len(full.blocks) == 5
+    assert full.settings == lists and len(full.blocks) == 5
     for name, values in lists.items():
         assert getattr(model.config, name) == [values[1], values[3], values[4]]
 

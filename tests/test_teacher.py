@@ -59,6 +59,15 @@ def test_an_adapter_on_the_head_is_not_the_teachers():
     assert torch.equal(outputs.head(outputs.hidden), logits)
 
 
+def test_a_scaled_head_is_scaled_for_the_teacher_too():
+    """With an adapter on it, after the pass."""
+    student, teacher, model = school("granite", targets=["q_proj", "lm_head"])
+    outputs = teacher(batch())
+    logits = model(batch().input_ids, attention_mask=batch().attention_mask).logits
+    assert torch.equal(outputs.head(outputs.hidden), logits)
+    assert not torch.allclose(model.lm_head(outputs.hidden), logits)
+
+
 def state(student):
     """All that a teacher's pass touches."""
     config = student.get_base_model().config.to_dict()

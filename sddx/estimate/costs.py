@@ -33,6 +33,7 @@ from sddx.importance.score import Work, works
 from sddx.records import Cut, Units, UserError
 from sddx.store.digest import digest
 from sddx.surgery.junction import gaps
+from sddx.training.tuning import told
 
 TEMPLATE = 80  # tokens that a rewriting template adds; ours
 WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
@@ -146,6 +147,11 @@ class Estimate:
     def trained(self) -> int:
         """Parameters that are trained, patches apart."""
         return sum(w.numel() for w in self.student().parameters() if w.requires_grad) if self.trains else 0
+
+    @cached_property
+    def adapter(self) -> str:
+        """Which kinds of weights have an adapter and which have none."""
+        return told(self.student())
 
     def student(self) -> Any:
         """The pruned model on the meta device, as it is trained."""

@@ -229,6 +229,7 @@ def _of_a_run(estimate: Estimate) -> list[str]:
         rows = estimate.rows
         notes = [
             f"Trained parameters: {estimate.trained:,}. {notes[0]}",
+            estimate.adapter,
             f"Rows: {rows.count:,}; on average {rows.prompt:.0f} tokens a prompt, {rows.answer:.0f} a reference.",
         ]
         if estimate.assumed:

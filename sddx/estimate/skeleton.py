@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from sddx.models.anatomy import blocks, decoder, head
 from sddx.models.load import DTYPES, locate, text_config
+from sddx.models.narrow import REFUSALS
 from sddx.records import Cut, Units, UserError
 from sddx.surgery.branches import NoAttention
 from sddx.surgery.choose import last
@@ -60,7 +60,7 @@ def shape_of(model: dict[str, Any]) -> Any:
         return text_config(locate(model["path"], revision=model["revision"])[0])
     try:
         return AutoConfig.for_model(**stated).get_text_config()
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except REFUSALS as error:
         raise UserError(
             f"model.dimensions are none of a model that transformers knows: {error}. Given: {stated}. Copy them "
             "from the model's config.json."

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from sddx.evaluation.harness import evaluate, require_tasks
 from sddx.evaluation.tasks import named_in_files, no_names, task_folders
 from sddx.importance.score import Subject, Work
-from sddx.models.anatomy import blocks, branches, decoder, final_norm, head, set_blocks
-from sddx.models.outputs import first, logits_of
+from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_blocks
+from sddx.models.outputs import first, head_of
 from sddx.parallel.distributed import agreed
 from sddx.records import Batch, Units, UserError
 from sddx.surgery.branches import without
@@ -157,7 +157,7 @@ class OfLogits:
 
     def _sequences(self, subject: Subject, batch: Batch, hidden: Tensor, full: Tensor) -> Tensor:
         """The value of each sequence; NaN for one without labels."""
-        to_logits = logits_of(head(subject.model), decoder(subject.model).config)
+        to_logits = head_of(subject.model)
         labelled = (batch.labels >= 0).to(hidden.device)
         labels = batch.labels.to(hidden.device)[labelled]
         pieces = zip(*(t.split(self.chunk) for t in (hidden[labelled], full[labelled], labels)), strict=True)

@@ -5,6 +5,8 @@ A family is a line or a few in `FAMILIES`. Whole blocks can be found in any mode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +93,39 @@ FAMILIES = {
 }
 
 
+# Settings of configs that name blocks by their numbers ..
+NUMBERS = (
+    "moe_layers", "mlp_only_layers", "full_attn_idxs", "ple_layer_ids", "hybrid_layer_ids",
+    "cross_attention_layers",
+)  # fmt: skip
+# .. and by a number below which they are of a kind (of the last one of a kind, that number and 1).
+BELOW = {"first_k_dense_replace": 0, "num_dense_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1}
+
+
 @dataclass(frozen=True)
 class Stack:
-    """The blocks of a model in order, and the config lists that hold one entry for each of them."""
+    """The blocks of a model in order, and the settings of its config that hang on which blocks there are."""
 
     blocks: nn.ModuleList
-    lists: dict[str, list]
+    settings: dict[str, Any]
+
+    def only(self, kept: Sequence[int]) -> dict[str, Any]:
+        """The settings of a model of the blocks with these numbers (ascending): of a list with one entry for each
+        block theirs, of numbers those that the same blocks have now."""
+        made: dict[str, Any] = {}
+        for name, value in self.settings.items():
+            if name in BELOW:
+                end = value + BELOW[name]
+                made[name] = sum(block < end for block in kept) - BELOW[name]
+            elif _numbers_blocks(name, value, len(self.blocks)):
+                made[name] = [place for place, block in enumerate(kept) if block in value]
+            elif isinstance(value, list):
+                made[name] = [value[block] for block in kept]
+        if step := self.settings.get("decoder_sparse_step"):  # Qwen: all others are dense, as are those named
+            dense = [n for n in range(len(self.blocks)) if (n + 1) % step or n in self.settings["mlp_only_layers"]]
+            made["mlp_only_layers"] = [place for place, block in enumerate(kept) if block in dense]
+            made["decoder_sparse_step"] = 1
+        return made
 
 
 def is_adapted(model: Any) -> bool:
@@ -107,6 +136,15 @@ def is_adapted(model: Any) -> bool:
 def bare(model: Any) -> Any:
     """The causal language model inside a peft wrapper; any other model is returned as it is."""
     return model.get_base_model() if is_adapted(model) else model
+
+
+def twin(module: Any) -> Any:
+    """A second module of the same class that shares every parameter and submodule with the first. What it is
+    given or loses afterwards does not reach the first, which a shared teacher still runs."""
+    made = object.__new__(type(module))  # a module in shards has other ideas of being made
+    for name, value in vars(module).items():
+        vars(made)[name] = copy(value) if isinstance(value, (dict, set)) else value
+    return made
 
 
 def family(model: Any) -> Family:
@@ -142,6 +180,8 @@ def decoder(model: Any) -> Any:
 
 def _unprunable(config: Any) -> str | None:
     """Why blocks of a model with this config cannot be taken out."""
+    if getattr(config, "is_heterogeneous", False):
+        return "settings of single blocks are told by the blocks' numbers (per_layer_config)"
     if shared := getattr(config, "num_kv_shared_layers", 0):
         return (
             f"its last {shared} blocks reuse keys and values of earlier blocks, found by counting from the end "
@@ -165,8 +205,13 @@ def final_norm(model: Any) -> nn.Module:
     return part(decoder(model), family(model).norm)
 
 
+def vocabulary(model: Any) -> int:
+    """The number of token ids that the model knows."""
+    return bare(model).config.get_text_config().vocab_size
+
+
 def head(model: Any) -> nn.Module:
-    """The projection from hidden state to vocabulary, before any softcapping of the logits."""
+    """The projection from hidden state to vocabulary, before all that the model does to its logits."""
     decoder(model)
     return bare(model).lm_head
 
@@ -201,25 +246,41 @@ def is_parallel(model: Any) -> bool:
 def per_layer_lists(config: Any) -> dict[str, list]:
     """The config attributes that hold one entry per block (`layer_types` and its like), by name.
 
-    Known by their length; lists that say something else may have that length by chance in a small model.
+    Known by their length. A list that says something else may have that length by chance in a small model: one
+    that numbers blocks is told by its name or its numbers, any other by the proof of what is left.
     """
+    depth = config.num_hidden_layers
     return {
         name: list(value)
         for name, value in vars(config).items()
         if isinstance(value, (list, tuple))
-        and len(value) == config.num_hidden_layers
-        and name not in ("architectures", "mlp_only_layers")
+        and len(value) == depth
+        and not _numbers_blocks(name, value, depth)
+        and name != "architectures"
         and not name.endswith(("token_id", "token_ids", "tokens"))
     }
 
 
+def _numbers_blocks(name: str, value: Any, depth: int) -> bool:
+    """Whether a setting lists numbers of blocks. The numbers of all are such a list, whatever it is called."""
+    return isinstance(value, (list, tuple)) and (name in NUMBERS or list(value) == [*range(depth)])
+
+
 def stack(model: Any) -> Stack:
-    """The model's present blocks and per-layer lists, to be put back with `set_blocks`."""
-    return Stack(blocks(model), per_layer_lists(decoder(model).config))
+    """The model's present blocks and the settings that hang on them, to be put back with `set_blocks`."""
+    config = decoder(model).config
+    depth = config.num_hidden_layers
+    settings: dict[str, Any] = per_layer_lists(config)
+    for name, value in vars(config).items():
+        if _numbers_blocks(name, value, depth):
+            settings[name] = list(value)
+        elif isinstance(value, int) and name in (*BELOW, "decoder_sparse_step"):
+            settings[name] = value
+    return Stack(blocks(model), settings)
 
 
 def set_blocks(model: Any, new: Stack) -> None:
-    """Put these blocks into the model, with depth, per-layer lists and layer indices to match.
+    """Put these blocks into the model, with depth, the settings that hang on blocks, and layer indices to match.
 
     The four go together: transformers runs `layers[:num_hidden_layers]`, some families index
     `layer_types[i]`, and the cache is addressed by each module's `layer_idx`.
@@ -227,8 +288,8 @@ def set_blocks(model: Any, new: Stack) -> None:
     body = decoder(model)
     setattr(body, family(model).blocks, new.blocks)
     body.config.num_hidden_layers = len(new.blocks)
-    for name, values in new.lists.items():
-        setattr(body.config, name, list(values))
+    for name, value in new.settings.items():
+        setattr(body.config, name, copy(value))
     for index, block in enumerate(new.blocks):
         for module in block.modules():
             if "layer_idx" in vars(module):

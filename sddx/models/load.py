@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as progress
 
 from sddx.hub import asking
 from sddx.models.anatomy import bare, blocks, decoder
@@ -120,11 +121,17 @@ def decides(name: str) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether config and every safetensors shard are there: a cached snapshot may be partial."""
+    """Whether config and every safetensors shard are there: a cached snapshot may be partial. Raises UserError
+    where the index of the shards cannot be read."""
     index = folder / "model.safetensors.index.json"
     shards = ["model.safetensors"]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{index} is damaged: {type(error).__name__}: {error}. Fetch the model again."
+            ) from error
     return all((folder / name).is_file() for name in ("config.json", *shards))
 
 
@@ -144,34 +151,62 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known. Use one of {', '.join(DTYPES)}.")
+    packed: dict[str, Any] = {}
+    if quantization is not None:
+        packed = {"quantization_config": four_bit(**quantization), "device_map": {"": device}}
+    model = _read(folder, attention, dtype=DTYPES[dtype], **packed)
+    return (model if packed else model.to(device)).eval()
+
+
+def require_loadable(folder: Path, attention: str) -> None:
+    """Raises UserError as `load_model` would; everything is read but the weights' values."""
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        # In the dtype that they are in, weights stay in their files.
+        _read(folder, attention, dtype="auto", device_map="meta")
+    finally:
+        if shown:
+            progress.enable_progress_bar()
+
+
+def _read(folder: Path, attention: str, **how: Any) -> Any:
+    """The model in a folder, every weight of it accounted for, its blocks in their place."""
     if not _has_weights(folder):
         raise UserError(
             f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
             f"weights are never loaded: convert them to safetensors, or fetch the model again."
         )
-    packed: dict[str, Any] = {}
-    if quantization is not None:
-        packed = {"quantization_config": four_bit(**quantization), "device_map": {"": device}}
+    config = _config(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            **packed,
-            dtype=DTYPES[dtype],
+            **how,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        tried = f"attention={attention!r}, dtype={dtype!r}"
-        raise UserError(f"{folder} does not load with {tried}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
+        raise UserError(
+            f"{folder} does not load with model.attention={attention!r}: {_told(error)}. Check the files "
+            f"of this {config.model_type} model, or fetch it again; model.attention=eager needs no other package."
+        ) from error
     _require_all_weights(report, folder)
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
     if any(model.get_parameter(one) is not model.get_parameter(other) for one, other in pairs):
         raise _contradiction(folder)
     decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
-    return (model if packed else model.to(device)).eval()
+    return model
+
+
+def _told(error: Exception) -> str:
+    """What a library says of a mistake: its kind, and the first lines."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:400]}{'...' if len(said) > 400 else ''}".rstrip(".")
 
 
 def find_device(wanted: str) -> str:
@@ -180,16 +215,19 @@ def find_device(wanted: str) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return "cuda" if count else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
+    device = require_known(wanted)
     if device.type != "cuda":
         _require_working(device)
     elif (device.index or 0) >= count:
         raise UserError(
             f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
         )
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend has its own way of not being there
+        raise UserError(
+            f"device={wanted}, but torch cannot compute on it here: {_told(error)}. Use device=auto, cpu or cuda."
+        ) from None
     return wanted
 
 
@@ -200,6 +238,18 @@ def _require_working(device: torch.device) -> None:
     except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is a RuntimeError
         reason = str(error).splitlines()[0]
         raise UserError(f"device={device} does not work here: {reason} Use device=auto, cpu or cuda.") from None
+
+
+def require_known(wanted: str) -> Any:
+    """The torch device of that name, on whatever machine. Raises UserError where torch knows none, or none that
+    computes."""
+    try:
+        device = torch.device("cpu" if wanted == "auto" else wanted)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device={wanted} is not known. Use device=auto, cpu or cuda.") from None
+    if device.type == "meta":
+        raise UserError("device=meta holds no numbers. Use device=auto, cpu or cuda.")
+    return device
 
 
 def four_bit(*, type: str, double: bool, compute: str) -> Any:
@@ -325,8 +375,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder. The end token pads where no pad token is set; the side is the caller's."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no tokenizer loads from {folder}: {error}") from error
+    except Exception as error:  # a broken tokenizer.json raises a bare one
+        raise UserError(
+            f"no tokenizer loads from {folder}: {_told(error)}. Copy the tokenizer's files from where the model "
+            "came from, or fetch the model again."
+        ) from error
     if tokenizer.eos_token is None:
         raise UserError(f"the tokenizer in {folder} has no end token (eos_token). Set one in its config.")
     if tokenizer.pad_token is None:
@@ -336,10 +389,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 def text_config(folder: Path) -> Any:
     """The config of a model's decoder, read without its weights. Raises UserError where it cannot be."""
+    return _config(folder).get_text_config()
+
+
+def _config(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
-        raise UserError(f"config.json in {folder} cannot be read: {error}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each field has a kind of its own to be wrong in
+        raise UserError(
+            f"config.json in {folder} cannot be read: {_told(error)}. Mend it, or fetch the model again."
+        ) from error
 
 
 def context_of(config: Any) -> int | None:

@@ -8,9 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sddx.models.anatomy import blocks, branches, decoder, head, is_parallel
-from sddx.records import Outputs
+from sddx.models.anatomy import (
+    SUPPORTED,
+    bare,
+    blocks,
+    branches,
+    decoder,
+    family,
+    is_parallel,
+    twin,
+    vocabulary,
+)
+from sddx.records import Outputs, UserError
 
 
 @contextmanager
@@ -80,15 +91,61 @@ def branch_states(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]
             handle.remove()
 
 
-def logits_of(projection: nn.Module, config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The map from final hidden state [..., width] to logits [..., vocabulary], with Gemma's softcapping."""
-    cap = getattr(config, "final_logit_softcapping", None)
+def head_of(model: Any, projection: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The map from final hidden state [..., width] to logits [..., vocabulary]: all that the model's own forward
+    does after its body (scaling, softcapping, biases, an adapter on the head), by running that forward with a body
+    that hands through what it is given. Gradients flow. `projection` stands in for the module `lm_head`."""
+    whole = _passing(bare(model))
+    where = family(model).body.split(".")
+    place = whole
+    for name in where[:-1]:
+        setattr(place, name, twin(getattr(place, name)))
+        place = getattr(place, name)
+    body = _passing(getattr(place, where[-1]))
+    body.forward = lambda *_, inputs_embeds, **__: _State(last_hidden_state=inputs_embeds)
+    setattr(place, where[-1], body)
+    if projection is not None:
+        whole.lm_head = projection
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        raw = projection(hidden)
-        return raw if cap is None else torch.tanh(raw / cap) * cap
+        rows = hidden if hidden.dim() == 3 else hidden[None]
+        made = whole(inputs_embeds=rows, use_cache=False, return_dict=True).logits
+        return made if hidden.dim() == 3 else made[0]
 
     return logits
+
+
+class _State(BaseModelOutputWithPast):
+    """A final hidden state without anything else that a body may give."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _passing(module: Any) -> Any:
+    """A twin without hooks, and without a forward put over that of its class: what watches, moves or gathers the
+    module in a whole pass has no part in the head."""
+    made = twin(module)
+    vars(made).pop("forward", None)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(made)[name] = {}
+    return made
+
+
+def require_own_head(model: Any) -> None:
+    """Raises UserError where head and body, one after the other, do not give the logits of the whole model: every
+    loss would be wrong. To be asked of a model as it came, since no cut has a part in this."""
+    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None] % vocabulary(model)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        outputs = run(model, ids, torch.ones_like(ids))
+        made = outputs.head(outputs.hidden)
+    if not torch.equal(made, logits):
+        raise UserError(
+            f"the head of a {type(bare(model)).__name__} cannot be applied on its own: after the body it gives "
+            f"other logits than the whole model, by up to {(made - logits).abs().max():.3g}. The model is as it "
+            f"came, so this is not about the cut. Use one of {SUPPORTED}."
+        )
 
 
 def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, states: bool = False) -> Outputs:
@@ -96,11 +153,11 @@ def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, st
 
     `input_ids` and `attention_mask` are [batch, time]. `outputs.head(outputs.hidden)` equals the model's own
     logits exactly. With `states`, the output of every block is kept, the last one after the final norm
-    (SquareHead's convention, facts C1).
+    (SquareHead's convention, 2310.06927).
     """
     body = decoder(model)
     watched: Any = block_states(model) if states else nullcontext([])
     with watched as seen:
         hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     inner = (*seen[1:-1], hidden) if states else ()
-    return Outputs(hidden, logits_of(head(model), body.config), inner)
+    return Outputs(hidden, head_of(model), inner)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sddx.models.anatomy import Stack, blocks, decoder, head, is_adapted, set_blocks, stack
-from sddx.models.outputs import logits_of, run
+from sddx.models.anatomy import Stack, blocks, head, is_adapted, set_blocks, stack
+from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut, Outputs, UserError
 
 Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
@@ -81,7 +81,7 @@ class SharedTeacher:
             projection: Any = head(self.student)
             # An adapter on the head itself hides the frozen projection inside.
             frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
-            return replace(outputs, head=logits_of(frozen, decoder(self.student).config))
+            return replace(outputs, head=head_of(self.student, frozen))
 
 
 def _shares(student: nn.ModuleList, unpruned: nn.ModuleList, cut: Cut) -> bool:

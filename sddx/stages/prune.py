@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from sddx.build import build
-from sddx.models.anatomy import blocks
-from sddx.models.load import free_memory, load_model
+from sddx.models.anatomy import blocks, vocabulary
+from sddx.models.load import free_memory, load_model, text_config
+from sddx.models.outputs import require_own_head
 from sddx.models.student import saved_and_loaded
 from sddx.records import Artifact, Cut, Units
 from sddx.runtime import Runtime
 from sddx.surgery.junction import Attached
 from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import cache_bytes, prove
+from sddx.surgery.soundness import cache_bytes, prove, sliced_logits
+from sddx.surgery.trial import try_out
 
-LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk
+LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk where it need not
 
 
 def prune(
@@ -45,10 +47,12 @@ def prune(
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
-    apply_cut(student, cut)
+    require_own_head(student)
+    sliced = sliced_logits(student, cut, vocabulary=vocabulary(student))
+    whole = apply_cut(student, cut)
     size["pruned"] = footprint(student)
 
-    write_proof(out, student, model, cut, None, {}, how)
+    write_proof(out, student, model, cut, None, {}, how, sliced=sliced, whole=whole)
     cut.save(out / "cut.json")
     (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
@@ -63,14 +67,22 @@ def footprint(model: Any) -> dict[str, int]:
 
 
 def write_proof(
-    out: Path, student: Any, model: Artifact, cut: Cut, patch: Path | None, attached: Attached, how: dict[str, str]
+    out: Path,
+    student: Any,
+    model: Artifact,
+    cut: Cut,
+    patch: Path | None,
+    attached: Attached,
+    how: dict[str, str],
+    **known: Any,
 ) -> None:
-    """Prove a pruned, maybe patched, model and write what was found to `proof.json`."""
+    """Prove a pruned, maybe patched, model and write what was found to `proof.json`. Where its weights are too big
+    to write a copy, a narrow model under the same cut makes the way through a folder; `known`: see `prove`."""
 
     def again() -> Any:
         return saved_and_loaded(student, model.path, cut=cut, base=model.key, patch=patch, attached=attached, **how)
 
     weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    vocabulary = student.config.get_text_config().vocab_size
-    proof = prove(student, vocabulary=vocabulary, again=again if weights < LARGEST_RELOAD else None)
+    small = weights < LARGEST_RELOAD or not try_out(text_config(model.path), cut, how["attention"])
+    proof = prove(student, vocabulary=vocabulary(student), again=again if small else None, **known)
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

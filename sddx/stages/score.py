@@ -11,6 +11,7 @@ from sddx.data.encode import text_batches
 from sddx.importance.score import Subject, score_units
 from sddx.models.anatomy import blocks
 from sddx.models.load import context_of, frozen_model, load_tokenizer
+from sddx.models.outputs import require_own_head
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
@@ -47,6 +48,7 @@ def _scores(
 ) -> dict[str, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     teacher = frozen_model(folder, **how, device=runtime.device)
+    require_own_head(teacher)
     batches = list(text_batches(tokenizer, build(calibration), context=context_of(teacher.config)))
     subject = Subject(teacher, tokenizer, Units(units, len(blocks(teacher))), batches, runtime)
     return score_units(subject, {name: build(metric) for name, metric in metrics.items()})

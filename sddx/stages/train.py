@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Rewrite, UserError
 from sddx.runtime import Runtime
 from sddx.surgery.junction import is_trained
+from sddx.training.tuning import told
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -76,6 +80,9 @@ def train(
     student = load(model.path, quantization=tuning.get("quantization"))
     unpruned, attached = prune(student, cut, patch.path if patch else None)
     student = build(tuning)(student, seed)
+    what = told(student)
+    if rank() == 0:
+        log.info(what)
     for weight in attached.values():
         weight.requires_grad_(is_trained(patch.path) if patch else False)
     twins = has_twins(student, unpruned)
@@ -94,7 +101,8 @@ def train(
             if weight.requires_grad:  # shards were put together in a new one
                 attached[gap] = student.get_parameter(names[id(weight)])
         save_student(student, out, cut=cut, base=model.key, attached=attached)
-        (out / "training.json").write_text(json.dumps(found | {"dropped_rows": dropped}) + "\n", encoding="utf-8")
+        summary = found | {"dropped_rows": dropped, "trains": what}
+        (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 def _require_rows(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:

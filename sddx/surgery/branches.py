@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from sddx.models.anatomy import Branch
-
-
-def twin(module: Any) -> Any:
-    """A second module of the same class that shares every parameter and submodule with the first. What it is
-    given or loses afterwards does not reach the first, which a shared teacher still runs."""
-    made = object.__new__(type(module))  # a module in shards has other ideas of being made
-    for name, value in vars(module).items():
-        vars(made)[name] = copy(value) if isinstance(value, (dict, set)) else value
-    return made
+from sddx.models.anatomy import Branch, twin
 
 
 def without(block: Any, kind: str, branch: Branch) -> Any:

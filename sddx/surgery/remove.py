@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sddx.models.anatomy import Stack, branches, decoder, is_adapted, set_blocks, stack
+from sddx.models.anatomy import Stack, blocks, branches, decoder, is_adapted, set_blocks, stack
 from sddx.records import Cut, UserError
 from sddx.surgery.branches import without
 
@@ -15,9 +15,9 @@ from sddx.surgery.branches import without
 def apply_cut(model: Any, cut: Cut) -> Stack:
     """Edit the model in place so that only what the cut keeps is left; no weight changes.
 
-    Depth, every per-layer config list and the layer indices follow. A block that loses a branch is replaced by
-    a twin that shares the rest of its weights. Returns the model's original stack: all blocks in their order,
-    whole, and the full lists, which a shared teacher needs. Raises UserError where the cut was made for
+    Depth, the settings that list or number blocks, and the layer indices follow. A block that loses a branch is
+    replaced by a twin that shares the rest of its weights. Returns the model's original stack: all blocks in their
+    order, whole, with their settings, which a shared teacher needs. Raises UserError where the cut was made for
     another depth, ValueError for a model that already has an adapter.
     """
     if is_adapted(model):
@@ -29,17 +29,20 @@ def apply_cut(model: Any, cut: Cut) -> Stack:
             f"Choose the cut from scores of this model."
         )
     _own_config(model)
-    lists = {name: [values[block] for block in cut.kept] for name, values in full.lists.items()}
-    kept = [full.blocks[block] for block in cut.kept]
+    student = nn.ModuleList(kept_blocks(model, cut))
+    student.training = full.blocks.training
+    set_blocks(model, Stack(student, full.only(cut.kept)))
+    return full
+
+
+def kept_blocks(model: Any, cut: Cut) -> list[nn.Module]:
+    """The blocks of a whole model that the cut keeps; a twin of each that loses a branch."""
+    kept = [blocks(model)[block] for block in cut.kept]
     for kind, lost in (("attention", cut.no_attention), ("feedforward", cut.no_feedforward)):
         for block in lost:
             place = cut.kept.index(block)
             kept[place] = without(kept[place], kind, branches(model)[kind])
-    student = nn.ModuleList(kept)
-    student.training = full.blocks.training
-    set_blocks(model, Stack(student, lists))
-    _name_dense_blocks(model)
-    return full
+    return kept
 
 
 def _own_config(model: Any) -> None:
@@ -49,12 +52,3 @@ def _own_config(model: Any) -> None:
     for module in model.modules():
         if vars(module).get("config") is shared:
             module.config = own
-
-
-def _name_dense_blocks(model: Any) -> None:
-    """Qwen-MoE's config tells by their numbers which blocks have no experts; a cut moves the numbers."""
-    config = decoder(model).config
-    if hasattr(config, "mlp_only_layers"):
-        feedforward = [block.mlp for block in stack(model).blocks]
-        config.mlp_only_layers = [n for n, mlp in enumerate(feedforward) if not hasattr(mlp, "experts")]
-        config.decoder_sparse_step = 1

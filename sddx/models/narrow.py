@@ -1,0 +1,108 @@
+"""A model of the same architecture, depth and kinds of layers, but few channels, on which anything can be tried."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sddx.records import UserError
+
+HEADS = 4
+EXPERTS = 4
+# What transformers and torch raise over settings that do not go together.
+REFUSALS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, StrictDataclassError,
+    TypeError, ValueError,
+)  # fmt: skip
+# What a narrow model has of each: channels as a share of its width ..
+SHARES = {
+    "hidden_size": 1, "intermediate_size": 2, "ffn_dim": 2, "word_embed_proj_dim": 1, "intermediate_size_mlp": 2,
+    "dense_intermediate_size": 2, "moe_intermediate_size": 1 / 2, "shared_expert_intermediate_size": 1 / 2,
+    "shared_intermediate_size": 1 / 2, "moe_shared_expert_intermediate_size": 1 / 2,
+    "head_dim": 1 / HEADS, "v_head_dim": 1 / HEADS, "global_head_dim": 1 / HEADS, "swa_head_dim": 1 / HEADS,
+    "kv_channels": 1 / HEADS, "rotary_dim": 1 / HEADS, "query_pre_attn_scalar": 1 / HEADS,
+    "kv_lora_rank": 1 / 2, "q_lora_rank": 1 / 2, "qk_nope_head_dim": 1 / (2 * HEADS),
+    "qk_rope_head_dim": 1 / (2 * HEADS), "linear_key_head_dim": 1 / HEADS, "linear_value_head_dim": 1 / HEADS,
+}  # fmt: skip
+# .. or no more than so many. Heads of keys and values follow from those of queries.
+MOST = {
+    "num_attention_heads": HEADS, "swa_num_attention_heads": HEADS, "num_experts": EXPERTS,
+    "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "moe_num_experts": EXPERTS,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "max_position_embeddings": 2048,
+    "hidden_size_per_layer_input": 8, "laurel_rank": 4, "index_n_heads": 2, "index_head_dim": 8,
+}  # fmt: skip
+KEY_HEADS = {
+    "num_key_value_heads": "num_attention_heads", "num_global_key_value_heads": "num_attention_heads",
+    "swa_num_key_value_heads": "swa_num_attention_heads",
+}  # fmt: skip
+
+
+def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
+    """The config of a model that is `width` channels wide and knows `vocabulary` ids, with the same depth and
+    per-layer settings; `settings` are changed besides. Raises UserError for a width that its heads cannot share,
+    and where transformers takes no such config."""
+    if width < 2 * HEADS or width % (2 * HEADS):
+        raise UserError(
+            f"a model cannot be {width} channels wide: {HEADS} heads share them, in pairs. Give a multiple of "
+            f"{2 * HEADS}."
+        )
+    made = deepcopy(config)
+    try:
+        for name, value in (_small(config, width, vocabulary) | settings).items():
+            _set(made, name, value)
+        _shorten_rotation(made, made.head_dim if hasattr(made, "head_dim") else width // HEADS)
+    except REFUSALS as error:
+        raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
+    return made
+
+
+def _small(config: Any, width: int, vocabulary: int) -> dict[str, int]:
+    """The settings that make a model narrow, where it has them."""
+    small = {name: max(int(width * share), 1) for name, share in SHARES.items()}
+    for name, most in MOST.items():
+        if isinstance(now := getattr(config, name, None), int):
+            small[name] = min(now, most)
+    for name, queries in KEY_HEADS.items():
+        if isinstance(now := getattr(config, name, None), int) and now:
+            small[name] = max(small[queries] * now // getattr(config, queries), 1)
+    if getattr(config, "qk_rope_head_dim", None):  # latent attention turns these channels alone
+        small["head_dim"] = small["qk_rope_head_dim"]
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    for name, value in vars(config).items():
+        if name.endswith("token_id") and isinstance(value, int):
+            small[name] = min(value, vocabulary - 1)
+    return small | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    """A setting that the config has, whatever it calls it; one for each layer stays one for each."""
+    now = getattr(config, name, None)
+    if isinstance(now, list) and isinstance(value, int):
+        value = [value] * len(now)
+    if now is not None or (name == "head_dim" and hasattr(config, name)):
+        setattr(config, name, value)
+
+
+def _shorten_rotation(config: Any, head: int) -> None:
+    """Factors by which rotary frequencies are stretched are one for each pair of a head's channels."""
+    for rotation in [getattr(config, "rope_parameters", None) or {}]:
+        for name, value in rotation.items():
+            if isinstance(value, list):
+                rotation[name] = value[: head // 2]
+
+
+def built(config: Any, dtype: torch.dtype, **how: Any) -> nn.Module:
+    """The model of this config with random weights, the same ones each time. Raises UserError where transformers
+    makes none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
+        except REFUSALS as error:
+            raise UserError(f"no {config.model_type} model is made of this config: {error}.") from error
