@@ -79,7 +79,7 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     the chat template carries prompts, answers and the tasks' descriptions, another teacher fits the student."""
     from sddx.estimate.skeleton import skeleton
     from sddx.models.load import load_tokenizer, require_loadable, require_one_head, text_config
-    from sddx.training.tuning import require_adapter
+    from sddx.training.tuning import require_adapter, require_tuning
 
     attention = method["model"]["attention"]
     files: list[Callable[[], Any]] = [partial(load_tokenizer, folder), partial(require_loadable, folder, attention)]
@@ -100,6 +100,8 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
         checks.append(lambda: _check_template(folder))
     if method["evaluation"]["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(method["evaluation"], folder))
+    if method["loss"]["terms"]:
+        checks.append(lambda: require_tuning(method["tuning"], bare))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
         checks.append(lambda: require_adapter(bare(), **{key: method["tuning"][key] for key in ADAPTER}))
     if method["teacher"]:

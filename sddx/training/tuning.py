@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from sddx.build import build, tried
 from sddx.records import UserError
 
 
@@ -190,3 +193,15 @@ def told(model: nn.Module) -> str:
     """In words, what of a model is adapted and what is not."""
     adapted, left = coverage(model)
     return f"Adapter on {', '.join(adapted)}; none on {', '.join(left)}." if adapted else "All weights are trained."
+
+
+def require_tuning(node: Mapping[str, Any], model: Callable[[], nn.Module]) -> None:
+    """Raises UserError where a tuning that is not of this module does not give a model with something to train,
+    tried on one without weights."""
+    target = get_object(node["_target_"])
+    if target.__module__ == __name__:
+        return
+    with torch.device("meta"):
+        student = tried("tuning", build(node), model(), 0)
+    if not isinstance(student, nn.Module) or not any(weight.requires_grad for weight in student.parameters()):
+        raise UserError(f"tuning._target_={node['_target_']} gives no model that has something to train.")
