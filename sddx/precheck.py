@@ -197,8 +197,9 @@ def _check_room(evaluation: dict[str, Any], folder: Path, config: Any) -> None:
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:
     """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
-    from sddx.surgery.choose import Pruning, require_removable, require_rule
+    from sddx.surgery.choose import Pruning, require_removable
     from sddx.surgery.junction import require_patch
+    from sddx.surgery.trial import require_rule
     from sddx.training.objective import require_junction
 
     pruning = made(method["pruning"], Pruning, "pruning")

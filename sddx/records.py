@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one stage hands to the next: a finished, content-addressed folder (or file)."""
+    """What one stage hands to the next: a finished, content-addressed folder (or file). `reading` is a digest of
+    what else decides what is read there, and counts with the key: of a model, where its parts are found."""
 
     stage: str
     key: str
     path: Path
+    reading: str = ""
 
 
 GRANULARITIES = ("blocks", "attention", "feedforward", "sublayers")

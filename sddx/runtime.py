@@ -26,6 +26,20 @@ class _Bar(tqdm):
         return super().display(*given, **settings)
 
 
+_held: list[Callable[[], object]] = []
+
+
+def held(release: Callable[[], object]) -> None:
+    """Have `free_held` call this, which lets go of what is kept between stages."""
+    _held.append(release)
+
+
+def free_held() -> None:
+    """Let go of all that is kept between stages: a stage needs the devices."""
+    for release in _held:
+        release()
+
+
 def _ignore(row: dict[str, Any]) -> None:
     pass
 

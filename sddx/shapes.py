@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from sddx.records import UserError
 
+FORMAT = 1  # of what is written here and read later: manifests, summaries
+
 
 class Dead(UserError):
     """A file that is missing, or that no program could read."""
@@ -51,6 +53,11 @@ def read_json(path: Path, form: type[BaseModel]) -> Any:
     """The plain content of a JSON file of this form. Raises Dead and UserError as `read` does, and UserError, which
     says where, for a file of another form."""
     content = read(path, json.loads)
+    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{path} has format {content['format']}, and this version of sddx reads format {FORMAT}. Read it with "
+            "the version that wrote it."
+        )
     try:
         form.model_validate(content)
     except ValidationError as error:

@@ -76,7 +76,7 @@ def recover(
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.data.sources import pinned
-    from sddx.models.load import decides, locate
+    from sddx.models.load import locate
     from sddx.stages.evaluate import evaluate
     from sddx.stages.overlap import overlap
     from sddx.stages.patch import patch
@@ -94,7 +94,7 @@ def recover(
     make = partial(store.build, runtime=runtime)
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     folder, _ = locate(model["path"], revision=model["revision"])
-    unpruned = store.source("model", folder, decides)
+    unpruned = _model(store, "model", folder)
 
     data = []
     if loss["terms"]:  # first, since nothing is to be paid for where rows are missing
@@ -148,7 +148,7 @@ def teach(
 ) -> Taught:
     """The rows, rewritten by the unpruned model where the loss asks for self-data, and the pruned model that
     learned from them."""
-    from sddx.models.load import decides, locate
+    from sddx.models.load import locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
 
@@ -164,7 +164,7 @@ def teach(
             rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=rewriting["generation"])
             rows = [rewrite(shard, **asked, **how) for shard in rows]
 
-    teachers = [store.source("teacher", locate(teacher)[0], decides)] if teacher else []
+    teachers = [_model(store, "teacher", locate(teacher)[0])] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
     return Taught([data], rows, [student])
@@ -187,15 +187,23 @@ def _task_files(store: Store, metrics: dict[str, Any]) -> list[Artifact]:
 def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifact:
     """The scores of every unit under every metric of the group `metrics`, on the calibration texts."""
     from sddx.data.sources import pinned
-    from sddx.models.load import decides, locate
+    from sddx.models.load import locate
     from sddx.stages.score import score
 
     model, calibration = config["model"], pinned(config["calibration"])
     folder, _ = locate(model["path"], revision=model["revision"])
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     units, metrics = config["pruning"].get("units", "blocks"), config["metrics"]
-    given = [store.source("model", folder, decides), *_files(store, calibration), *_task_files(store, metrics)]
+    given = [_model(store, "model", folder), *_files(store, calibration), *_task_files(store, metrics)]
     return store.build(score, *given, runtime=runtime, metrics=metrics, units=units, calibration=calibration, **how)
+
+
+def _model(store: Store, name: str, folder: Path) -> Artifact:
+    """A model where it lies, with where its parts are found."""
+    from sddx.models.families import reading
+    from sddx.models.load import decides, text_config
+
+    return replace(store.source(name, folder, decides), reading=digest(reading(text_config(folder))))
 
 
 def _settings(node: dict[str, Any]) -> dict[str, Any]:

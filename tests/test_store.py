@@ -12,20 +12,26 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from composing import SMALL, composed
 from stored import FIELDS
+from transformers import LlamaConfig, OPTConfig
 
+from sddx.config import resolve
+from sddx.models import families
 from sddx.records import Artifact, UserError
 from sddx.runtime import Runtime
 from sddx.stages.evaluate import evaluate
 from sddx.stages.train import train
 from sddx.store import Store, default_root, digest, keep_rows, lock, manifest, sources
 from sddx.store.__main__ import main
+from sddx.train import score_all
 
 HARNESS = "sddx.evaluation.harness.evaluate"
 VALUES = ["sddx.importance.coalitions.TaskScore", "sddx.importance.coalitions.Loss"]
@@ -144,7 +150,7 @@ def test_manifest_says_how_it_was_made(lab: Laboratory) -> None:
     fields = manifest.read(base.path)
     assert fields["spec"] == {"value": 3} and fields["key"] == base.key and fields["device"] == "cpu"
     assert set(fields["sources"]) == {"lab/stages.py:measure", "lab/near.py:double", "lab/maths/deep.py:ONE"}
-    assert fields["format"] == manifest.FORMAT
+    assert fields["format"] == 1
     assert fields["peak_memory"] > 2**20 and fields["threads"] >= 1 and fields["seconds"] >= 0
     assert fields["versions"]["sddx"] and set(fields["files"]) == {"result.txt", "metrics.jsonl"}
     assert manifest.read(child.path)["inputs"] == [{"stage": "measure", "key": base.key}]
@@ -713,6 +719,46 @@ def test_why_names_what_differs(lab: Laboratory, capsys: pytest.CaptureFixture[s
     assert f"input: measure {a.key[:12]} | measure {b.key[:12]}\n  spec loss.weight: 1.0 | 2.0" in nested
     assert main(["--store", str(store.root), "why", a.key, a.key]) == 0
     assert capsys.readouterr().out == "the recipes are the same\n"
+
+
+def test_another_format_is_told_and_never_built_over(lab: Laboratory) -> None:
+    """An artifact that a later version wrote may be sound: it is named, not replaced."""
+    artifact = lab.store().build(lab.stages.measure, runtime=Runtime())
+    path = artifact.path / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2, and this version of sddx reads format 1"):
+        lab.store().build(lab.stages.measure, runtime=Runtime())
+    assert (artifact.path / "result.txt").exists() and lab.calls == 1
+
+
+def test_a_family_moves_the_keys_of_its_own_models_alone(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of families are in no source; what they say of a model is in the keys of what reads it."""
+    assert not [one for one in digest.stage_source(evaluate).definitions if "families" in one.module.file]
+    configs = [LlamaConfig(), OPTConfig()]
+    before = [families.reading(config) for config in configs]
+    monkeypatch.setitem(families.FAMILIES, "opt", families.Family(norm="another"))
+    monkeypatch.setitem(families.FAMILIES, "new", families.Family(body="decoder"))
+    after = [families.reading(config) for config in configs]
+    assert after[0] == before[0] and after[1] != before[1]
+    model = Artifact("model", "0" * 64, lab.folder)
+    keys = {digest.recipe(lab.stages.after, [replace(model, reading=each)], {}).key for each in ("", "a", "b")}
+    assert len(keys) == 3
+
+
+def test_why_says_of_a_run_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run's configuration: what is there, what is to be built, and the setting that makes it another."""
+    store = Store(tmp_path / "store")
+    with composed(*SMALL, "loss=none", f"store={store.root}") as cfg:
+        config = resolve(cfg)
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert main(["why", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "score" in said and "the store has no artifact of this stage yet" in said
+    score_all({**config, "metrics": {"pruning": config["pruning"]["metric"]}}, store, Runtime(quiet=True))
+    config["calibration"]["size"] = 31
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert main(["why", str(tmp_path)]) == 0
+    assert "  spec calibration.size: 32 | 31" in capsys.readouterr().out.splitlines()
 
 
 def test_why_refuses_an_unclear_key(lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from sddx.data.encode import render, token_ids
 from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
 from sddx.models.load import context_of, free_memory, text_config
 from sddx.models.vllm import Settings, failed
+from sddx.runtime import held
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
 
@@ -126,6 +127,9 @@ def engines(folder: Path, writer: Writer) -> list[Engine]:
     GPU is freed first."""
     free_memory()
     return [Engine(folder, writer, place) for place in range(writer.data_parallel)]
+
+
+held(lambda: engines.cache_clear())
 
 
 class Engine:

@@ -1,6 +1,6 @@
 """Where the parts of a decoder-only language model sit. Every function sees through a peft wrapper.
 
-A family is a line or a few in `FAMILIES`. Whole blocks can be found in any model that is laid out as Llama is.
+A family is a line or a few in `models.families`. Whole blocks are found in any model that is laid out as Llama is.
 """
 
 from __future__ import annotations
@@ -12,94 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from sddx.models.families import BELOW, FAMILIES, NUMBERS, SUPPORTED, Branch, Family
 from sddx.records import UserError
-
-SUPPORTED = (
-    "Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma2 and Gemma3 (text), Phi-3, GPT-NeoX, OPT (not 350m) "
-    "and MPT"
-)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One residual branch of a block, by the names of its modules there.
-
-    `core` is the module that attends or that ends the feed-forward branch; `others` are those that serve
-    nothing else; `post` is a norm between the core's output and the residual stream.
-    """
-
-    core: str
-    others: tuple[str, ...]
-    post: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps its parts: paths from the causal language model, and names in its body and block.
-
-    `last_linear` is the path in a block of the linear layer that writes the feed-forward branch's output;
-    `has_bias` says that it has a bias, `bias_setting` names a setting of the config that gives it (and its
-    neighbours in the branch) one.
-    """
-
-    body: str = "model"
-    blocks: str = "layers"
-    norm: str = "norm"
-    attention: Branch = Branch("self_attn", ("input_layernorm",))
-    feedforward: Branch = Branch("mlp", ("post_attention_layernorm",))
-    last_linear: str = "mlp.down_proj"
-    has_bias: bool = False
-    bias_setting: str | None = None
-
-    @property
-    def written(self) -> str:
-        """The path of the module whose output the feed-forward branch adds to the residual stream."""
-        return self.feedforward.post or self.last_linear
-
-
-_GEMMA = Family(
-    attention=Branch("self_attn", ("input_layernorm",), "post_attention_layernorm"),
-    feedforward=Branch("mlp", ("pre_feedforward_layernorm",), "post_feedforward_layernorm"),
-)
-FAMILIES = {
-    "llama": Family(bias_setting="mlp_bias"),
-    **dict.fromkeys(("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3"), Family()),
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gpt_neox": Family(
-        body="gpt_neox",
-        norm="final_layer_norm",
-        attention=Branch("attention", ("input_layernorm",)),
-        feedforward=Branch("mlp", ("post_attention_layernorm",)),
-        last_linear="mlp.dense_4h_to_h",
-        has_bias=True,
-    ),
-    "opt": Family(
-        body="model.decoder",
-        norm="final_layer_norm",
-        attention=Branch("self_attn", ("self_attn_layer_norm",)),
-        feedforward=Branch("fc2", ("final_layer_norm", "fc1", "activation_fn")),
-        last_linear="fc2",
-        has_bias=True,
-    ),
-    "mpt": Family(
-        body="transformer",
-        blocks="blocks",
-        norm="norm_f",
-        attention=Branch("attn", ("norm_1",)),
-        feedforward=Branch("ffn", ("norm_2",)),
-        last_linear="ffn.down_proj",
-    ),
-}
-
-
-# Settings of configs that name blocks by their numbers ..
-NUMBERS = (
-    "moe_layers", "mlp_only_layers", "full_attn_idxs", "ple_layer_ids", "hybrid_layer_ids",
-    "cross_attention_layers",
-)  # fmt: skip
-# .. and by a number below which they are of a kind (of the last one of a kind, that number and 1).
-BELOW = {"first_k_dense_replace": 0, "num_dense_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1}
 
 
 @dataclass(frozen=True)

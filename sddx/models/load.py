@@ -346,7 +346,11 @@ def require_one_head(folder: Path, skeleton: Any) -> None:
 def _in_file(folder: Path, name: str) -> torch.Tensor | None:
     """A weight of a model's safetensors, or None."""
     index = folder / "model.safetensors.index.json"
-    shard = json.loads(index.read_text())["weight_map"].get(name) if index.is_file() else "model.safetensors"
+    shard = (
+        json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name)
+        if index.is_file()
+        else "model.safetensors"
+    )
     if shard is None:
         return None
     with safe_open(folder / shard, framework="pt") as weights:

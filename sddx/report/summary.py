@@ -15,6 +15,7 @@ from sddx.evaluation.harness import compact
 from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
+from sddx.shapes import FORMAT
 from sddx.store import manifest
 
 
@@ -79,7 +80,7 @@ class Found:
 def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Write the run's results into its folder, print them, and return the summary: `about` the run (its name,
     its store) and what its report says. The last line printed names the file."""
-    summary = {**about, **_read(report, "summary.json")}
+    summary = {"format": FORMAT, **about, **_read(report, "summary.json")}
     write(folder / "samples.json", (report.path / "samples.json").read_text(encoding="utf-8"))
     write(folder / "table.md", table.markdown(summary))
     write(folder / "summary.json", summary)

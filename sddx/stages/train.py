@@ -12,7 +12,6 @@ from typing import Any
 from sddx.build import build
 from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
-from sddx.data.vllm import engines
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
 from sddx.models.student import has_twins, prune, save_student
@@ -20,7 +19,7 @@ from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Rewrite, UserError
-from sddx.runtime import Runtime
+from sddx.runtime import Runtime, free_held
 from sddx.surgery.junction import is_trained
 from sddx.training.tuning import told
 
@@ -56,7 +55,7 @@ def train(
     """
     trainer = {**trainer, **runtime.training}
     free_memory()  # what the stages before held, and vLLM's engines
-    engines.cache_clear()
+    free_held()
     strategy = trainer.get("strategy", "single")
     how: dict[str, Any] = {"dtype": dtype, "attention": attention}
     if strategy != "single" and not is_joined():

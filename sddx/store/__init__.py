@@ -252,18 +252,13 @@ def _refuse_edits(recipe: digest.Recipe, loaded: list[str]) -> None:
 def _description(recipe: digest.Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     """The manifest without its files."""
     return {
-        "format": manifest.FORMAT,
-        "stage": recipe.stage,
-        "key": recipe.key,
+        **recipe.described,
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
         "seconds": round(seconds, 3),
         "peak_memory": measure.peak_memory(runtime.device),
         "device": runtime.device,
         "threads": measure.threads(),
         "seed": recipe.spec.get("seed"),
-        "spec": recipe.spec,
-        "inputs": [{"stage": stage, "key": key} for stage, key in recipe.inputs],
-        "sources": recipe.sources,
         "versions": measure.versions(),
         "commit": measure.commit(),
     }

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from sddx.arguments import exit_status
 from sddx.records import UserError
-from sddx.store import default_root, lock, manifest
-
-ABSENT = "(absent)"
+from sddx.store import default_root, lock, manifest, why
 
 
 @exit_status
@@ -30,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "ls":
         return show(root)
     if options.command == "why":
-        return explain(root, options.a, options.b)
+        return why.of_keys(root, options.a, options.b) if options.b is not None else why.of_run(Path(options.a))
     if options.command == "verify":
         return verify(root)
     return collect(root, options.older_than, options.dry_run)
@@ -49,9 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", default=default_root(), help="its folder (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the artifacts, oldest first")
-    why = commands.add_parser("why", help="say in what the recipes of two artifacts differ")
-    why.add_argument("a", help="the first characters of a key")
-    why.add_argument("b", help="the first characters of another key")
+    asked = commands.add_parser("why", help="say why a run builds anew, or in what two artifacts differ")
+    asked.add_argument("a", help="the folder of a run; or the first characters of a key")
+    asked.add_argument("b", nargs="?", help="the first characters of another key")
     commands.add_parser("verify", help="compute all checksums again and list what is damaged")
     gc = commands.add_parser("gc", help="delete what a crash left, what is damaged and what is old")
     gc.add_argument("--older-than", type=_days, metavar="DAYS", help="also what was not used for so long")
@@ -78,61 +73,6 @@ def show(root: Path) -> int:
 
 def _row(fields: dict[str, Any]) -> tuple[str, str, str, float, int]:
     return fields["created"], fields["stage"], fields["key"][:12], fields["seconds"], manifest.size(fields)
-
-
-def explain(root: Path, a: str, b: str) -> int:
-    """Prints every setting, source and input in which two artifacts differ, and goes on into their inputs."""
-    artifacts = {fields["key"]: fields for _, fields in manifest.artifacts(manifest.folders(root))}
-    lines = list(_differences(_only(artifacts, a), _only(artifacts, b), artifacts, ""))
-    print("\n".join(lines) or "the recipes are the same")
-    return 0
-
-
-def _only(artifacts: dict[str, dict[str, Any]], prefix: str) -> dict[str, Any]:
-    keys = [key for key in artifacts if key.startswith(prefix)]
-    if len(keys) != 1:
-        found = f"{len(keys)} artifacts have a key" if keys else "no artifact has a key"
-        raise UserError(f"{found} that starts with {prefix!r}; `python -m sddx.store ls` lists the keys")
-    return artifacts[keys[0]]
-
-
-def _differences(
-    a: dict[str, Any], b: dict[str, Any], artifacts: dict[str, dict[str, Any]], indent: str
-) -> Iterator[str]:
-    """Lines `what: in a | in b`, those about the inputs' own recipes indented."""
-    if a["stage"] != b["stage"]:
-        yield f"{indent}stage: {a['stage']} | {b['stage']}"
-    for name, left, right in _unequal(_flat(a["spec"]), _flat(b["spec"])):
-        yield f"{indent}spec {name}: {left} | {right}"
-    for name, left, right in _unequal(a["sources"], b["sources"]):
-        yield f"{indent}source {name}: {left[:12]} | {right[:12]}"
-    for one, other in zip_longest(a["inputs"], b["inputs"]):
-        if one != other:
-            yield f"{indent}input: {_input(one)} | {_input(other)}"
-            below = [artifacts.get(entry["key"]) for entry in (one, other) if entry]
-            if len(below) == 2 and below[0] and below[1]:
-                yield from _differences(below[0], below[1], artifacts, indent + "  ")
-
-
-def _unequal(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
-    """Each name whose entries differ, with both."""
-    pairs = [(name, a.get(name, ABSENT), b.get(name, ABSENT)) for name in sorted(a.keys() | b.keys())]
-    return [(name, left, right) for name, left, right in pairs if left != right]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """The leaves of nested settings as JSON, by dotted name."""
-    if not isinstance(value, (dict, list)) or (name and not value):
-        return {name: json.dumps(value)}
-    leaves: dict[str, str] = {}
-    entries = value if isinstance(value, dict) else dict(enumerate(value))
-    for key, entry in entries.items():
-        leaves |= _flat(entry, f"{name}.{key}" if name else str(key))
-    return leaves
-
-
-def _input(entry: dict[str, str] | None) -> str:
-    return f"{entry['stage']} {entry['key'][:12]}" if entry else ABSENT
 
 
 def verify(root: Path) -> int:

@@ -30,6 +30,7 @@ class Recipe:
     spec: dict[str, Any]
     wired: dict[str, Any]
     inputs: tuple[tuple[str, str], ...]
+    readings: tuple[str, ...]
     source: Reached
 
     @property
@@ -39,13 +40,19 @@ class Recipe:
         return dict(sorted({**ours, **{top: sources.version(top) for top in self.source.packages}}.items()))
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        inputs = [{"stage": stage, "key": key} for stage, key in self.inputs]
+        return {"stage": self.stage, "key": self.key, "spec": self.spec, "inputs": inputs, "sources": self.sources}
+
+    @property
     def settings(self) -> str:
         """The digest of all but the source; artifacts that differ in their source alone share it."""
         return digest([self.stage, _renamed(self.spec, _name), [key for _, key in self.inputs]])
 
     @property
     def key(self) -> str:
-        return digest([self.settings, self.wired, _summed(self.source)])
+        return digest([self.settings, self.wired, self.readings, _summed(self.source)])
 
 
 def recipe(stage: Callable[..., Any], inputs: Collection[Artifact], spec: dict[str, Any]) -> Recipe:
@@ -57,8 +64,9 @@ def recipe(stage: Callable[..., Any], inputs: Collection[Artifact], spec: dict[s
     settings = {key: plain(value, key) for key, value in spec.items()}
     wired = _renamed(settings, lambda target: digest(_summed(sources.reached(target))))
     named = tuple((artifact.stage, artifact.key) for artifact in inputs)
+    readings = tuple(artifact.reading for artifact in inputs)
     every = [stage_source(stage), *map(sources.reached, _targets(settings))]
-    return Recipe(stage.__name__, settings, wired, named, sources.together(every))
+    return Recipe(stage.__name__, settings, wired, named, readings, sources.together(every))
 
 
 def stage_source(stage: Callable[..., Any]) -> Reached:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sddx.records import UserError
-from sddx.shapes import Dead, Form, read_json
+from sddx.shapes import FORMAT, Dead, Form, read_json
 from sddx.store.digest import checksum, record
 
 NAME = "manifest.json"
-FORMAT = 1  # of manifests, and of summaries
 # The name of a folder that holds an artifact or part of one; whatever else lies in a store is not the store's.
 KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")
 
@@ -59,7 +58,7 @@ def write(folder: Path, fields: dict[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): record(path) for path in paths}
     with (folder / NAME).open("x", encoding="utf-8") as file:
-        json.dump(fields | {"files": files}, file, indent=1)
+        json.dump({"format": FORMAT} | fields | {"files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,12 +3,11 @@ None where the rule needs none), the number of units, how many of them to remove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sddx.build import tried
 from sddx.errors import UserError
 from sddx.records import Units
 
@@ -124,31 +123,6 @@ def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: int)
     require_removable(count, remove)
     order = Random(seed).sample(range(count), count)
     return tuple(sorted(order[:remove]))
-
-
-def require_rule(pruning: Pruning, count: int) -> None:
-    """Raises UserError where the rule does not name `remove` of `count` units: tried without scores where there is
-    no metric, else on one score a unit and on distances between all states."""
-    tables: list[Any] = [None]
-    if pruning.metric is not None:
-        ascending = [float(number) for number in range(count + 1)]
-        tables = [{"mean": ascending[:count]}, {"mean": [ascending for _ in range(count + 1)]}]
-    refused = []
-    for table in tables:
-        try:
-            named = tried("pruning.choose", pruning.choose, table, count, pruning.remove)
-        except UserError as error:
-            refused.append(error)
-            continue
-        wanted = (
-            isinstance(named, Sequence) and set(named) <= set(range(count)) and len(set(named)) == pruning.remove
-        )
-        if not wanted:
-            refused.append(
-                UserError(f"pruning.choose gives {named!r}, and {pruning.remove} unit numbers are needed.")
-            )
-    if len(refused) == len(tables):
-        raise refused[0]
 
 
 def require_removable(count: int, remove: int, what: str = "units") -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sddx.build import tried
+from sddx.errors import UserError
 from sddx.models.load import load_model
 from sddx.models.narrow import REFUSALS, built, narrow
 from sddx.models.outputs import require_own_head
 from sddx.models.student import saved_and_loaded
-from sddx.records import Cut, UserError
+from sddx.records import Cut
+from sddx.surgery.choose import Pruning
 from sddx.surgery.remove import apply_cut
 from sddx.surgery.soundness import UnsoundModel, prove, sliced_logits
 
@@ -66,3 +70,28 @@ def _prove(made: Any, cut: Cut, attention: str) -> None:
             return saved_and_loaded(model, folder, cut=cut, base="", patch=None, attached={}, **how)
 
         prove(model, vocabulary=VOCABULARY, again=again, sliced=sliced, whole=whole)
+
+
+def require_rule(pruning: Pruning, count: int) -> None:
+    """Raises UserError where the rule does not name `remove` of `count` units: tried without scores where there is
+    no metric, else on one score a unit and on distances between all states."""
+    tables: list[Any] = [None]
+    if pruning.metric is not None:
+        ascending = [float(number) for number in range(count + 1)]
+        tables = [{"mean": ascending[:count]}, {"mean": [ascending for _ in range(count + 1)]}]
+    refused = []
+    for table in tables:
+        try:
+            named = tried("pruning.choose", pruning.choose, table, count, pruning.remove)
+        except UserError as error:
+            refused.append(error)
+            continue
+        wanted = (
+            isinstance(named, Sequence) and set(named) <= set(range(count)) and len(set(named)) == pruning.remove
+        )
+        if not wanted:
+            refused.append(
+                UserError(f"pruning.choose gives {named!r}, and {pruning.remove} unit numbers are needed.")
+            )
+    if len(refused) == len(tables):
+        raise refused[0]

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.store import Stage, Store, manifest
+from sddx.store import Stage, Store, digest, manifest
 
 RECENT = 20  # artifacts of a stage whose durations are looked at
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of one run: whether the store has it, and how much work it is, in which unit (see `work`)."""
+    """One stage of one run: whether the store has it, how much work it is, in which unit (see `work`), and what its
+    manifest says, or would say, of its recipe."""
 
     stage: str
     key: str
     present: bool
     work: tuple[str, float]
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 class Plan(Store):
@@ -37,9 +39,10 @@ class Plan(Store):
     def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
         if stage.__name__ == "prepare":
             return super().build(stage, *inputs, runtime=runtime, **spec)
-        artifact, present = self.find(stage, *inputs, **spec)
+        recipe = digest.recipe(stage, inputs, spec)
+        artifact, present = self._find(recipe)
         amount = work(stage.__name__, [made.stage for made in inputs], spec)
-        self.steps.append(Step(stage.__name__, artifact.key, present, amount))
+        self.steps.append(Step(stage.__name__, artifact.key, present, amount, recipe.described))
         return artifact
 
     def by_content(self, artifact: Artifact, file: str) -> Artifact:
