@@ -448,21 +448,13 @@ def test_a_damaged_summary_is_named_and_left_out(
 
 def test_artifacts_that_are_damaged_are_not_shown(tmp_path: Path) -> None:
     """A report draws what is whole: scores and answers of which a file is gone are left out."""
-    files = {
-        "rewrites.jsonl": '{"reason": "", "id": "a"}\n',
-        "scores.json": '{"pruning": {"mean": [[0, 1], [1, 0]]}}',
-    }
-    found = run() | {
-        "store": str(tmp_path),
-        "artifacts": {"distill": ["key"], "score": "key"},
-        "blocks": 1,
-        "cut": [],
-    }
-    places = [artifact(tmp_path, stage, "key", {name: files[name]}) / name for stage, name in
-              (("distill", "rewrites.jsonl"), ("score", "scores.json"))]  # fmt: skip
+    distances = [[abs(a - b) / 4 for a in range(5)] for b in range(5)]
+    answers = artifact(tmp_path, "distill", "key", {"rewrites.jsonl": '{"reason": "", "id": "a"}\n'})
+    scores = artifact(tmp_path, "score", "key", {"scores.json": json.dumps({"pruning": {"mean": distances}})})
+    found = run() | {"store": str(tmp_path), "artifacts": {"distill": ["key"], "score": "key"}}
     assert page.examples([found]) and heat_maps([found]).figures
-    for place in places:
-        place.unlink()
+    (answers / "rewrites.jsonl").unlink()
+    (scores / "scores.json").unlink()
     assert not page.examples([found]) and not heat_maps([found]).figures
 
 
