@@ -40,6 +40,7 @@ from sddx.models.load import (
 )
 from sddx.models.outputs import run as run_model
 from sddx.records import Example, UserError
+from sddx.report import table
 from sddx.runtime import Runtime
 from sddx.train import run
 
@@ -290,6 +291,12 @@ def test_prompts_that_do_not_fit_are_counted_or_refused(folder: Path, caplog: py
     for length in (59, 64):
         with pytest.raises(UserError, match="max_new_tokens"):
             evaluate(tiny_llama(), adding("neither"), QUIET, max_new_tokens=length, **given)
+
+
+def test_the_table_tells_how_many_requests_were_cut() -> None:
+    summary = {"scores": {}, "requests_cut": {"gsm8k": 1319, "mmlu": 7}}
+    assert dict(table.lines(summary))["requests cut to the context"] == "gsm8k 1,319, mmlu 7"
+    assert "requests cut to the context" not in dict(table.lines(summary | {"requests_cut": {}}))
 
 
 def test_choices_that_do_not_fit_are_counted_as_lm_eval_cuts_them(folder: Path) -> None:

@@ -118,6 +118,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
             for model, result in results.items()
         },
         "primary": {task: record["settings"]["primary"] for task, record in records.items()},
+        "requests_cut": {task: record["cut"] for task, record in records.items() if record.get("cut")},
         "unparsed": {
             model: {task: record["unparsed"] for task, record in result["tasks"].items() if record["unparsed"]}
             for model, result in results.items()

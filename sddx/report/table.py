@@ -72,6 +72,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
         ("words in an answer", _text(summary, "mean_length", "{:.1f}", "")),
         *_readings(summary),
+        ("requests cut to the context", _cut(summary.get("requests_cut") or {})),
         ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
         ("training", _training(summary)),
@@ -102,6 +103,10 @@ def _readings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         for key in keys
     ]
+
+
+def _cut(requests: Mapping[str, int]) -> str:
+    return ", ".join(f"{task} {count:,}" for task, count in requests.items()) or ABSENT
 
 
 def _reading(reading: Reading) -> str:
