@@ -192,8 +192,8 @@ def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, w
     if not any(all(pair) for pair in pairs):
         given = ", ".join(f"{setting(name)}={template!r}" for name, template in templates.items())
         raise UserError(
-            f"No row of {where} has a {' and a '.join(templates)}. Given: {len(rows)} rows, {given}. Choose columns "
-            f"that hold text: {', '.join(columns)}."
+            f"No row of {where} has a {' and a '.join(templates)}. Given: {len(rows)} rows, {given}. Choose "
+            f"columns that hold text: {', '.join(columns)}."
         )
     if empty := [number for number, pair in enumerate(pairs, 1) if not all(pair)]:
         lacking = f"{len(empty)} of {len(rows)} rows lack a {' or a '.join(templates)}"
