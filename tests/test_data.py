@@ -339,7 +339,7 @@ def test_templates_fill_what_a_row_has(tmp_path: Path) -> None:
     prompts = {e.prompt for e in load(path, prompt="{q} {n} {c[0]} {{}}").examples}
     assert prompts == {"x 0 u {}", "x  w {}"}
     assert [e.response for e in load(path, response="o.p").examples] == ["z"]
-    with pytest.raises(UserError, match="row 2: does not fit the template"):
+    with pytest.raises(UserError, match="row 2: does not fit prompt="):
         load(path, prompt="{c[1]}")
 
 
@@ -362,7 +362,7 @@ def test_repeated_rows_have_ids_of_their_own(tmp_path: Path) -> None:
         ('{"question": "x", "a": "y"}', {"prompt": "quesion"}, "Near names: question"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q} {inptu}"}, "no column 'inptu'.*Columns: a, q"),
         ('{"q": "x", "a": "y"}', {"prompt": "{q"}, "malformed"),
-        ('{"q": "x", "a": ""}\n{"q": "x", "a": null}', {}, "No row .* 2 rows"),
+        ('{"q": "x", "a": ""}\n{"q": "x", "a": null}', {}, "No row .* has a prompt and a response.* 2 rows"),
         ('{"q": "x", "a": "y"}', {"size": 2}, "cannot give 2 rows .* has 1"),
         ('{"q": "x", "a": "y"}', {"size": 0}, "cannot give 0 rows"),
     ],

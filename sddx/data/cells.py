@@ -40,11 +40,16 @@ def fill(name: str, template: str, rows: Sequence[Row], columns: Sequence[str], 
     _require(fields or [template], told, columns, where)
     whole = {column for column in set(fields) if _is_whole(column, rows, where)}
     write: Callable[[Row], str] = (lambda row: text_of(row.get(template))) if plain else _writer(template, fields)
+    return _written(lambda row: write(_read(row, fields, whole)), rows, where, told)
+
+
+def _written(write: Callable[[Row], str], rows: Sequence[Row], where: str, told: str) -> list[str]:
+    """Each row's text. Raises UserError with all that is wrong, each with the rows that it is wrong with."""
     texts: list[str] = []
     unfit: dict[str, list[int]] = {}
     for number, row in enumerate(rows, 1):
         try:
-            texts.append(write(_read(row, fields, whole)))
+            texts.append(write(row))
         except _NoText as error:
             unfit.setdefault(str(error), []).append(number)
         except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -187,16 +187,17 @@ def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, w
     does, and where no row is left."""
     rows = list(rows)
     columns = sorted({column for row in rows for column in row})
-    texts, wanted = _filled(templates, rows, columns, where), " and a ".join(templates)
+    texts = _filled(templates, rows, columns, where)
     pairs = list(zip(texts[0], texts[-1], strict=True))
     if not any(all(pair) for pair in pairs):
         given = ", ".join(f"{setting(name)}={template!r}" for name, template in templates.items())
         raise UserError(
-            f"No row of {where} has a {wanted}. Given: {len(rows)} rows, {given}. Choose columns that hold text: "
-            f"{', '.join(columns)}."
+            f"No row of {where} has a {' and a '.join(templates)}. Given: {len(rows)} rows, {given}. Choose "
+            f"columns that hold text: {', '.join(columns)}."
         )
     if empty := [number for number, pair in enumerate(pairs, 1) if not all(pair)]:
-        remark(f"{where}: {len(empty)} of {len(rows)} rows lack a {wanted}: left out ({numbered(empty)})")
+        lacking = f"{len(empty)} of {len(rows)} rows lack a {' or a '.join(templates)}"
+        remark(f"{where}: {lacking}: left out ({numbered(empty)})")
     seen: dict[str, int] = {}
     examples = [Example(_id(pair, seen), *pair) for pair in pairs if all(pair)]
     if repeats := len(examples) - len(seen):

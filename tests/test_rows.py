@@ -1,0 +1,308 @@
+"""Rows of users: what is trained is what a row says, all else is told or refused before any work."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from composing import SMALL, composed
+from words import word_tokenizer
+
+from sddx.config import resolve
+from sddx.data import checkers, told
+from sddx.data.check import require_rows, require_texts, require_trainable
+from sddx.data.shards import read_examples
+from sddx.data.sources import jsonl, texts
+from sddx.data.split import hold_out
+from sddx.data.tables import read_table
+from sddx.data.templates import line_breaks, rewriting_prompt
+from sddx.lines import lines
+from sddx.records import Example, UserError
+from sddx.report.page import examples as shown_examples
+from sddx.runtime import Runtime
+from sddx.stages.prepare import prepare
+from sddx.train import verify
+
+
+@pytest.fixture(autouse=True)
+def _remarks_anew() -> None:
+    told.remark.cache_clear()
+
+
+def written(path: Path, rows: list, **how) -> Path:
+    path.write_text("".join(json.dumps(row, **how) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def responses(path: Path, response: str = "a", prompt: str = "q") -> list[str]:
+    settings = {"size": None, "seed": 0, "check": checkers.none, "rewrite": "math"}
+    return [each.response for each in jsonl(path=str(path), prompt=prompt, response=response, **settings).examples]
+
+
+def node(path: Path, **changes) -> dict:
+    return {
+        "_target_": "sddx.data.sources.jsonl", "path": str(path), "prompt": "q", "response": "a", "size": None,
+        "seed": 0, "check": {"_target_": "sddx.data.checkers.none", "_partial_": True}, "rewrite": "math",
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cells", "trained", "remark"),
+    [
+        (
+            ["x", float("nan"), None],
+            {"x"},
+            "1 of 3 rows hold NaN in column 'a'.*2 of 3 rows lack a prompt or a resp",
+        ),
+        ([8.0, 9.0, None], {"8", "9"}, r"column 'a' holds whole numbers as floats \(8.0\): written as 8"),
+        ([8.0, 8.5], {"8.0", "8.5"}, None),
+        ([2.0**60, -1.5], {str(2.0**60), "-1.5"}, None),
+        ([8, True, "0.10"], {"8", "true", "0.10"}, None),
+        (["x", "x", "y", "x"], {"x", "y"}, None),
+    ],
+)
+def test_cells_are_trained_as_they_stand_or_it_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cells: list, trained: set, remark: str | None
+) -> None:
+    """NaN is missing as null is, whole numbers that pandas made floats of are whole again; texts, other numbers and
+    words of JSON stand as they are."""
+    path = written(tmp_path / "rows.jsonl", [{"q": f"what {row}?", "a": cell} for row, cell in enumerate(cells)])
+    assert set(responses(path)) == trained == set(responses(path, "{a}"))
+    said = "\n".join(caplog.messages)
+    if remark is None:
+        assert not said
+    else:
+        assert all(part in said.replace("\\", "") for part in remark.replace("\\", "").split(".*"))
+
+
+def test_tables_of_pandas_train_the_same_from_any_file(tmp_path: Path) -> None:
+    """Whole numbers with gaps, as pandas writes them into JSON lines and Parquet, are the same texts."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"q": ["x", "y", "z"], "a": [8, None, 10]})
+    table.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert set(responses(tmp_path / "rows.jsonl")) == {"8", "10"} == set(responses(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "complaint"),
+    [
+        ([{"role": "user", "content": "hi"}], "rows 2, 4: a cell is a list"),
+        ({"text": "hi"}, "rows 2, 4: a cell is an object"),
+        (float("inf"), "rows 2, 4: inf is no text"),
+        ("47. \ud83d", r"rows 2, 4: half of a surrogate pair.*47\. \\ud83d"),
+    ],
+)
+@pytest.mark.parametrize("response", ["a", "the {a}"])
+def test_what_is_no_text_is_refused_with_its_rows(tmp_path: Path, cell, complaint: str, response: str) -> None:
+    """Never trained as Python writes it."""
+    cells = ["x", cell, "y", cell]
+    path = written(tmp_path / "rows.jsonl", [{"q": f"what {row}?", "a": each} for row, each in enumerate(cells)])
+    with pytest.raises(UserError, match=complaint):
+        responses(path, response)
+
+
+def test_parts_of_a_conversation_can_be_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "seven"}]
+    path = written(tmp_path / "rows.jsonl", [{"messages": turns}])
+    assert responses(path, "{messages[1][content]}", "{messages[0][content]}") == ["seven"]
+
+
+def test_bytes_of_a_table_are_no_text(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"q": ["x"], "a": [b"y"]}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="row 1: a cell is bytes"):
+        responses(tmp_path / "rows.parquet")
+
+
+COLUMNS = [{"q": ["x", "y"], "a": ["1", "2"]}, {"q": {"0": "x", "1": "y"}, "a": {"0": "1", "1": "2"}}]
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=["lists", "pandas"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_table_of_columns_is_no_row(tmp_path: Path, columns: dict, indent: int | None) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(columns, indent=indent))
+    with pytest.raises(UserError, match=r"whole columns \(q, a\).*orient"):
+        read_table(tmp_path / "rows.json")
+
+
+def _no_permission(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    path.write_text("{}")
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+
+UNREADABLE: dict[str, tuple[Callable[..., object], str]] = {
+    "rows.jsonl": (_no_permission, "rows.jsonl cannot be read: Permission denied"),
+    "folder": (lambda path, _: path.mkdir(), "folder is a folder"),
+    "link": (lambda path, _: path.symlink_to("gone"), "is a link to gone, which is not there"),
+    "x" * 300: (lambda *_: None, "cannot be read: File name too long"),
+    "gone.jsonl": (lambda *_: None, r"gone.jsonl is not there \(looked in"),
+    "empty.jsonl": (lambda path, _: path.write_text(""), "is empty"),
+    "blank.jsonl": (lambda path, _: path.write_text("\n \n"), "is empty"),
+    "latin.jsonl": (lambda path, _: path.write_bytes('{"q": "é"}'.encode("latin-1")), "is not UTF-8"),
+    "wide.jsonl": (lambda path, _: path.write_text('{"q": "x"}', "utf-16"), "is not UTF-8"),
+    "rows.jsonl.gz": (lambda path, _: path.write_bytes(gzip.compress(b'{"q": "x"}')[:-4]), "is compressed: unpack"),
+    "cut.parquet": (lambda path, _: path.write_bytes(b"PAR1 and no more"), "cannot be read as Parquet"),
+    "deep.jsonl": (lambda path, _: path.write_text("[" * 100_000), "neither JSON lines nor a JSON array: row 1"),
+    "long.jsonl": (lambda path, _: path.write_text("7" * 5000), "neither JSON lines nor a JSON array: row 1"),
+    "cut.jsonl": (lambda path, _: path.write_text('{"q": "x"}\n{"q":\n{"q": "y"}\n{'), "array: rows 2, 4: "),
+    "mixed.jsonl": (lambda path, _: path.write_text('{"q": "x"}\n3\n[4]\n'), "rows 2, 3: no object with columns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_with_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    make, complaint = UNREADABLE[name]
+    make(tmp_path / name, monkeypatch)
+    texts_of = {"_target_": "sddx.data.sources.texts", "path": str(tmp_path / name), "column": "q", "size": 1}
+    with pytest.raises(UserError, match=complaint) as told_:
+        require_texts("calibration", {**texts_of, "seed": 0})
+    if "cannot be read:" in complaint or "not there" in complaint:
+        assert "Mend calibration.path" in str(told_.value)
+
+
+def test_every_mistake_of_every_group_is_told_at_once_by_its_own_setting(tmp_path: Path) -> None:
+    """Before any work, and each with the name that the user gives it."""
+    rows = written(tmp_path / "rows.jsonl", [{"q": "x", "a": [1]}])
+    wrong = [
+        "calibration=texts", "calibration.path=/nope", "text=texts", f"text.path={rows}", "text.column=tekst",
+        "dataset=jsonl", f"dataset.path={rows}", "dataset.prompt=w", "dataset.response=a",
+    ]  # fmt: skip
+    with pytest.raises(UserError) as told_, composed(*SMALL, *wrong) as cfg:
+        verify(resolve(cfg))
+    said = str(told_.value)
+    for part in ("calibration.path", "text.column='tekst'", "dataset.prompt='w'", "row 1: a cell is a list"):
+        assert part in said
+
+
+WORLD = {"_target_": "sddx.tiny.data.conversations", "split": "calibration", "seed": 0}
+LATE = {
+    "calibration.size": (["calibration.size=1000000000"], "calibration.size=1000000000"),
+    "text.size": (["text.size=1000000000"], "text.size=1000000000"),
+    "dataset.size": (["dataset.size=1000000000"], "1000000008 rows"),
+    "validation": (["validation=1000000000000000000000000000000"], "within 1 to 8500"),
+    "skill": (["dataset.skill=ordering"], "dataset.skill='ordering'"),
+    "held out": (
+        ["dataset=jsonl", "dataset.path={rows}", "dataset.size=null"],
+        "validation=8 of them are held out",
+    ),
+    "cut off": (["max_length=4"], "max_length=4"),
+    "trains": (["dataset.trains=[[a]]"], r"dataset.trains=\[\['a'\]\]"),
+    "no checker": (["~dataset.check._target_"], "dataset.check cannot compare"),
+    "a checker of one": (
+        ["dataset.check._target_=builtins.len"],
+        "dataset.check cannot compare.*takes exactly one",
+    ),
+    "a part": (["+dataset._partial_=true"], "gives no Dataset"),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_rows_are_looked_at_before_any_work(tmp_path: Path, kind: str) -> None:
+    """Sizes that would never end, rows of which none is left, and what would fail in a stage."""
+    given, complaint = LATE[kind]
+    rows = written(tmp_path / "rows.jsonl", [{"prompt": f"what is {n}?", "response": "it"} for n in range(8)])
+    with (
+        pytest.raises(UserError, match=complaint),
+        composed(*SMALL, *(each.format(rows=rows) for each in given)) as cfg,
+    ):
+        verify(resolve(cfg))
+
+
+def repeated(path: Path, contents: int, copies: int) -> Path:
+    rows = [{"q": f"what is {n}?", "a": f"it is {n}"} for n in range(contents)]
+    return written(path, rows * copies)
+
+
+@pytest.mark.parametrize("size", [15, 50, None])
+def test_no_held_out_row_is_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int | None) -> None:
+    """Where each of 30 rows stands twice, the ten that are held out are ten contents, none of which is trained, and
+    that is told. What is trained is the head of what a larger size trains, and rows that repeat none keep the order
+    that they have alone."""
+    path, alone = repeated(tmp_path / "twice.jsonl", 30, 2), repeated(tmp_path / "once.jsonl", 30, 1)
+    prepare(tmp_path, runtime=Runtime(quiet=True), dataset=node(path, size=size), validation=10)
+    held_out, training = read_examples(tmp_path / "validation.jsonl"), read_examples(tmp_path / "shards")
+    content = [{(row.prompt, row.response) for row in rows} for rows in (held_out, training)]
+    assert len(held_out) == 10 == len(content[0]) and not content[0] & content[1]
+    assert len(training) == {15: 15, 50: 40, None: 40}[size]
+    assert "30 of 60 rows repeat another row" in caplog.text
+    assert ("not trained on" in caplog.text) == (size != 15)
+    settings = {"prompt": "q", "response": "a", "size": None, "seed": 0, "check": checkers.none, "rewrite": "math"}
+    once, twice = (jsonl(path=str(each), **settings).examples for each in (alone, path))
+    assert twice[:30] == once and held_out + training[:20] == once[: len(held_out + training[:20])]
+
+
+def test_nothing_is_left_where_all_rows_repeat_the_held_out_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none is left to train on"):
+        require_rows(node(repeated(tmp_path / "rows.jsonl", 4, 3)), validation=4)
+    examples = [Example(str(number), "q", "a") for number in range(5)]
+    with pytest.raises(UserError, match="none is left to train on"):
+        hold_out(examples, 1)
+
+
+def test_control_tokens_in_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With their count: the tokenizer reads them as its own, not as the text that they are."""
+    tokenizer = word_tokenizer()
+    end = tokenizer.eos_token
+    rows = [{"q": f"what {number} ?", "a": f"3 {end} 4" if number in (1, 4) else "3 ."} for number in range(6)]
+    require_trainable(node(written(tmp_path / "rows.jsonl", rows)), 0, tokenizer, max_length=64)
+    assert f"2 of 6 rows hold {end}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (r"Q: {q}\nA:", "Q: {q}\nA:"),
+        (r"{q}\nanswer briefly\n\n{c}", "{q}\nanswer briefly\n\n{c}"),
+        (r"\nabla {q} \neq \nu \not= \newline{}", r"\nabla {q} \neq \nu \not= \newline{}"),
+        (r"\\n {q} \boxed{{}} \frac", r"\\n {q} \boxed{{}} \frac"),
+        ("{q}\nA:", "{q}\nA:"),
+    ],
+)
+def test_backslash_n_in_a_template_is_a_line_break(template: str, text: str) -> None:
+    """As a shell leaves it; LaTeX's own commands, and what another backslash stands before, stay."""
+    assert line_breaks(template) == text
+
+
+def test_line_breaks_reach_prompts_and_rewriting_templates_but_no_cell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"q": r"\nice", "a": "y"}])
+    settings = {"response": "a", "size": None, "seed": 0, "check": checkers.none, "rewrite": "math"}
+    (example,) = jsonl(path=str(path), prompt=r"Q: {q}\nA:", **settings).examples
+    assert example.prompt == "Q: \\nice\nA:" and "read as a line break" in caplog.text
+    assert rewriting_prompt(r"{prompt}\n{reference}", r"\nx", "y") == "\\nx\ny"
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    """Wherever JSON lines are read, among them what the report shows of a run's self-data."""
+    row = {"id": "1", "prompt": "a\u2028b", "reference": "c\u0085d\x1e", "answer": "e\u2029f", "reason": ""}
+    folder = tmp_path / "distill" / "settings" / "key"
+    folder.mkdir(parents=True)
+    path = written(folder / "rewrites.jsonl", [row, row], ensure_ascii=False)
+    assert [json.loads(line) for line in lines(path)] == [row, row]
+    (folder / "manifest.json").write_text("{}")
+    run = {"store": str(tmp_path), "artifacts": {"distill": [folder.name]}}
+    assert shown_examples([run]) == [row, row]
+    assert texts(path=str(path), column="prompt", size=None, seed=0) == ["a\u2028b"] * 2
+
+
+def test_remarks_are_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The checks before a run read the rows, and so does the run."""
+    path = written(tmp_path / "rows.jsonl", [{"q": "x", "a": None}, {"q": "y", "a": "z"}])
+    for _ in range(2):
+        responses(path)
+    assert sum("left out (row 1)" in message for message in caplog.messages) == 1
+    assert os.fspath(path) in caplog.text
