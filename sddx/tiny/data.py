@@ -51,7 +51,8 @@ def _example(item: Item, shift: float) -> Example:
 
 
 def conversations(
-    *, split: Literal["finetune", "calibration", "selection", "report"], size: int, seed: int
+    *, split: Literal["finetune", "calibration", "text", "selection", "report"], size: int, seed: int
 ) -> list[str]:
-    """Rendered conversations of the pretraining mixture from a split that was not trained on."""
+    """Rendered conversations of the pretraining mixture from a split that was not trained on. `calibration` and
+    `text` are the two parts of held-out text, without a question in common at any size and seed."""
     return [given + answered for given, answered in documents(split, size, seed)]
