@@ -28,12 +28,12 @@ def small(
     folder = _random_model(config["model"], width, store / "rehearsals")
     dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
     choices, held_out = config["choices"], 8
-    world = {"_target_": "sddx.tiny.data.conversations", "split": "calibration", "size": texts}
+    world = {"_target_": "sddx.tiny.data.conversations", "size": texts}
     replaced = {
         "model": {**config["model"], "path": str(folder), "revision": None, "dimensions": None},
         "dataset": _rows(dataset, rows),
-        "calibration": {**world, "seed": 0},
-        "text": {**world, "seed": 1},
+        "calibration": {**world, "split": "calibration", "seed": 0},
+        "text": {**world, "split": "text", "seed": 1},
         "evaluation": {
             **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
             "limit": items, "split": None, "max_new_tokens": new_tokens,

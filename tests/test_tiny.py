@@ -8,16 +8,20 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sddx.build import build
 from sddx.data.checkers import last_number
 from sddx.records import UserError
 from sddx.tiny import data, lexicon, skills, write_tasks
-from sddx.tiny.corpus import documents
+from sddx.tiny.corpus import documents, drawn, item_of
 from sddx.tiny.dice import Dice
 from sddx.tiny.vocabulary import build_tokenizer
 
 CHECKPOINT = Path(data.__file__).parent / "checkpoint"
-# sha256 of the first 2,000 documents of pretraining
+CONF = Path(__file__).parents[1] / "conf"
+# sha256 of the texts on which blocks are scored, and of the first 2,000 documents of pretraining
+CALIBRATION = "37ac4adde21ca98da031d2efe02c3eda158592c766325faf363a9f8f5ca9bd82"
 FINGERPRINT = "5a68cfadfe330b048c6a4607e617c74214b39f065e702336df894cf564a1d04f"
 
 
@@ -48,6 +52,28 @@ def test_splits_are_disjoint_in_canonical_form(skill: str) -> None:
     for split, found in forms.items():
         assert all(skills.split_of(skill, form) == split for form in found)
         assert not any(found & other for name, other in forms.items() if name != split)
+
+
+def test_held_out_text_asks_nothing_that_calibration_asks() -> None:
+    """In canonical form, at any sizes and seeds, facts and rumours included; and every kind is in both."""
+    forms = {
+        split: {
+            (kind, item_of(kind, split, name).form)
+            for size, seed in shapes
+            for kind, name in drawn(split, size, seed)
+        }
+        for split, shapes in {"calibration": ((256, 0), (700, 0), (400, 1)), "text": ((256, 1), (700, 0))}.items()
+    }
+    assert not forms["calibration"] & forms["text"]
+    assert len({kind for kind, _ in forms["calibration"]}) == len({kind for kind, _ in forms["text"]}) == 10
+    groups = [yaml.safe_load((CONF / group / "tiny.yaml").read_text()) for group in ("calibration", "text")]
+    scored, judged = ({*build(group)} for group in groups)
+    assert not scored & judged
+
+
+def test_the_first_calibration_texts_are_those_that_cuts_were_chosen_on() -> None:
+    text = "".join(data.conversations(split="calibration", size=256, seed=0))
+    assert hashlib.sha256(text.encode()).hexdigest() == CALIBRATION
 
 
 def test_selection_questions_are_not_report_questions() -> None:

@@ -53,10 +53,11 @@ def _example(item: Item, shift: float) -> Example:
 
 
 def conversations(
-    *, split: Literal["finetune", "calibration", "selection", "report"], size: int, seed: int
+    *, split: Literal["finetune", "calibration", "text", "selection", "report"], size: int, seed: int
 ) -> list[str]:
-    """Rendered conversations of the pretraining mixture from a split that was not trained on. Raises UserError for
-    more than MOST_TEXTS."""
+    """Rendered conversations of the pretraining mixture from a split that was not trained on. `calibration` and
+    `text` are the two parts of held-out text, without a question in common at any size and seed. Raises UserError
+    for more than MOST_TEXTS."""
     if not 1 <= size <= MOST_TEXTS:
         raise UserError(f"{setting('size')}={size} texts were asked for. Give 1 to {MOST_TEXTS}.")
     return [given + answered for given, answered in documents(split, size, seed)]
