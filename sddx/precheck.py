@@ -22,14 +22,20 @@ def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool, d
     with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
     downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
     where the run takes place."""
-    from sddx.models.load import is_here, locate, require_known
+    from sddx.models.load import is_here, locate, require_known, require_loadable
 
     path, revision = method["model"]["path"], method["model"]["revision"]
     device_known: list[Callable[[], Any]] = [partial(require_known, device)]
     wrong = told([*device_known, *_of_settings(method), lambda: require_tracked(wandb)])
     if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
-        wrong += told([lambda: found.append(locate(path, revision=revision)[0])])
+
+        def find() -> None:
+            folder, _ = locate(path, revision=revision)
+            require_loadable(folder, method["model"]["attention"])
+            found.append(folder)
+
+        wrong += told([find])
         wrong += [mistake for folder in found for mistake in told(_of_model(method, folder))]
     require_none(wrong)
 
@@ -78,14 +84,10 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     """Something is left to train, metric and patch can be what they are asked to be, an adapter finds its layers,
     the chat template carries prompts, answers and the tasks' descriptions, another teacher fits the student."""
     from sddx.estimate.skeleton import skeleton
-    from sddx.models.load import load_tokenizer, require_loadable, require_one_head, text_config
+    from sddx.models.load import require_one_head, text_config
     from sddx.training.tuning import require_adapter, require_tuning
 
-    attention = method["model"]["attention"]
-    files: list[Callable[[], Any]] = [partial(load_tokenizer, folder), partial(require_loadable, folder, attention)]
-    if told(files):  # stands in the way of all else
-        return files
-    config = text_config(folder)
+    config, attention = text_config(folder), method["model"]["attention"]
     bare = partial(skeleton, config, method["model"]["dtype"])
     checks: list[Callable[[], Any]] = [
         lambda: _check_pruning(method, config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -26,7 +27,13 @@ from transformers import (
 from sddx.data.encode import require_template
 from sddx.models import load
 from sddx.models.anatomy import blocks, decoder, final_norm, head
-from sddx.models.load import load_model, load_tokenizer, locate
+from sddx.models.load import (
+    find_device,
+    load_model,
+    load_tokenizer,
+    locate,
+    require_loadable,
+)
 from sddx.models.narrow import built, narrow
 from sddx.models.outputs import head_of, require_own_head, run
 from sddx.models.student import load_student, save_student
@@ -242,7 +249,9 @@ DAMAGES = {
     r"missing keys \(model.norm.weight\)": lambda folder: change_weights(
         folder, lambda w: w.pop("model.norm.weight")
     ),
-    "does not load": lambda folder: change_weights(folder, lambda w: w.update({NORM: torch.ones(7)})),
+    rf"mismatched keys \(\('{NORM}'.*7": lambda folder: change_weights(
+        folder, lambda w: w.update({NORM: torch.ones(7)})
+    ),
 }
 
 
@@ -253,6 +262,51 @@ def test_missing_left_over_and_misshapen_weights_are_errors(said, tmp_path):
     DAMAGES[said](tmp_path)
     with pytest.raises(UserError, match=said):
         load_model(tmp_path)
+
+
+def written(folder: Path, name: str, content: str | bytes) -> None:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+INDEX = "model.safetensors.index.json"
+BROKEN = {
+    r"config.json.*cannot be read.*JSON": lambda f: written(f, "config.json", '{"a":'),
+    r"config.json.*cannot be read.*'abc'": lambda f: change_depth(f, "abc"),
+    "SafetensorError": lambda f: os.truncate(f / "model.safetensors", 20_000),
+    "SafetensorError.*header": lambda f: written(f, "model.safetensors", b""),
+    "is damaged: JSONDecodeError": lambda f: written(f, INDEX, "{"),
+    "is damaged: TypeError": lambda f: written(f, INDEX, "[]"),
+    "a shard that its index names": lambda f: written(f, INDEX, '{"weight_map": {"a": "gone.safetensors"}}'),
+    "no tokenizer loads": lambda f: written(f, "tokenizer.json", '{"a": 1}'),
+    "no tokenizer loads from": lambda f: (f / "tokenizer.json").unlink(),
+    "2 missing keys": lambda f: change_weights(f, lambda w: (w.pop(NORM), w.pop("model.norm.weight"))),
+    r"model.attention=nope is not known": lambda f: None,
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_damaged_folder_is_told_without_loading_weights(said, tmp_path):
+    saved(tmp_path)
+    tokenizer(eos_token="</s>").save_pretrained(tmp_path)
+    require_loadable(tmp_path, "sdpa")
+    BROKEN[said](tmp_path)
+    with pytest.raises(UserError, match=said) as told:
+        require_loadable(tmp_path, "nope" if "attention" in said else "sdpa")
+    assert len(told.value.args) == 1
+
+
+def test_all_that_is_wrong_with_a_folder_is_told_at_once(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UserError) as told:
+        require_loadable(tmp_path, "nope")
+    assert [("tokenizer" in each, "nope" in each) for each in told.value.args] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("name", ["foo", "meta", "hpu", "mps", "xpu", "privateuseone", "vulkan", "cuda:7"])
+def test_a_device_that_is_not_here_is_told(name):
+    with pytest.raises(UserError, match=f"device={name}.*Use device=auto"):
+        find_device(name)
+    assert find_device("cpu") == "cpu"
 
 
 def test_pickled_weights_are_never_loaded(tmp_path):
@@ -270,7 +324,7 @@ def test_remote_code_is_never_run(tmp_path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
-    with pytest.raises(UserError, match="does not load"):
+    with pytest.raises(UserError, match="code of its own, which is never run"):
         load_model(tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from sddx.config import CONF, resolve
 from sddx.estimate.skeleton import shape_of
+from sddx.records import UserError
 from sddx.train import run
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -40,6 +41,17 @@ def test_every_experiment_can_be_rehearsed(experiment: str, store: Path, tmp_pat
     assert summary["blocks"] == plain["model"]["dimensions"]["num_hidden_layers"]
     assert (summary["steps"] > 0) == bool(plain["loss"]["terms"])
     assert set(summary["scores"]) == {"unpruned", "pruned", *(["recovered"] if plain["loss"]["terms"] else [])}
+
+
+@pytest.mark.parametrize("width", ["0", "3", "100", "null"])
+def test_a_width_that_heads_cannot_share_is_told(width: str, store: Path) -> None:
+    with pytest.raises(UserError, match="channels wide.* multiple of 8"):
+        rehearsed("llama_26L", store, f"rehearse.width={width}")
+
+
+def test_dimensions_that_are_none_are_told(store: Path) -> None:
+    with pytest.raises(UserError, match="model.dimensions .* expected int"):
+        rehearsed("llama_26L", store, "model.dimensions.num_hidden_layers=abc")
 
 
 def test_what_is_not_replaced_is_the_experiments(store: Path) -> None:

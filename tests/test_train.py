@@ -15,14 +15,14 @@ import torch
 from composing import SMALL, composed
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
 from sddx.evaluation.tasks import OWN_TASKS
-from sddx.precheck import _check_pruning
+from sddx.precheck import _check_family, _check_pruning
 from sddx.records import Artifact, Example, UserError
 from sddx.report import table
 from sddx.train import look, run, verify
@@ -396,6 +396,12 @@ MISTAKES = {
     "a stage that does not exist": (["accept=[distil]"], ["distil", "distill"]),
     "a W&B mode that does not exist": (["wandb.mode=of"], ["offline"]),
     "a device that is not there": (["device=cuda:7"], ["cuda:7", "device=auto"]),
+    "a device without numbers": (["device=meta"], ["device=meta", "device=auto"]),
+    "an attention that is not there": (["model.attention=nope"], ["model.attention=nope", "sdpa"]),
+    "an attention without its package": (["model.attention=flash_attention_2"], ["flash_attention_2", "eager"]),
+    "an adapter on tied weights": (["tuning.targets=[q_proj,lm_head]"], ["lm_head", "embed_tokens", "tied"]),
+    "an adapter larger than the model": (["tuning.rank=100000"], ["tuning.rank=100000", "128"]),
+    "an adapter that is dropped": (["tuning.dropout=1"], ["tuning.dropout=1", "less than 1"]),
     "a strategy that does not exist": (["trainer.strategy=dpp"], ["Did you mean ddp"]),
     "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
     "the best by no rows": (["trainer.keep=best", "validation=0"], ["trainer.keep=best", "validation=0"]),
@@ -415,6 +421,19 @@ def test_mistakes_are_told_before_any_training(name: str, first: tuple[Path, Pat
     with pytest.raises(UserError) as caught:
         job(tmp_path, first[1], *overrides)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_family_whose_blocks_hang_on_their_numbers_is_told_before_any_work(tmp_path: Path) -> None:
+    """Not after the unpruned model was judged and wrote its answers. What hangs on no number goes through."""
+    with composed("pruning.remove=1") as cfg:
+        settings = resolve(cfg)
+    for kind, right in (("diffllama", False), ("granite", True)):
+        config = CONFIG_MAPPING[kind](num_hidden_layers=4)
+        if right:
+            _check_family(settings, config, "eager")
+        else:
+            with pytest.raises(UserError, match="narrow diffllama .* hangs on its number"):
+                _check_family(settings, config, "eager")
 
 
 def test_a_real_model_is_not_cut_by_tasks_of_the_embedded_world() -> None:

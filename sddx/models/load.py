@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as progress
 
 from sddx.hub import asking
@@ -159,7 +160,20 @@ def load_model(
 
 
 def require_loadable(folder: Path, attention: str) -> None:
-    """Raises UserError as `load_model` would; everything is read but the weights' values."""
+    """Raises UserError as `load_model` and `load_tokenizer` would, with all mistakes at once; everything is read
+    but the weights' values."""
+    _config(folder)  # what is wrong with it stands in the way of all else
+    wrong: list[str] = []
+    for part in (partial(load_tokenizer, folder), partial(_require_weights, folder, attention)):
+        try:
+            part()
+        except UserError as error:
+            wrong.extend(error.args)
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _require_weights(folder: Path, attention: str) -> None:
     shown = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
@@ -178,6 +192,13 @@ def _read(folder: Path, attention: str, **how: Any) -> Any:
             f"weights are never loaded: convert them to safetensors, or fetch the model again."
         )
     config = _config(folder)
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if attention not in known and "/" not in attention:
+        others = [name for name in known if name.startswith("fl")]
+        raise UserError(
+            f"model.attention={attention} is not known. Use sdpa or eager (or, with their packages, "
+            f"{', '.join(others)})."
+        )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -187,6 +208,7 @@ def _read(folder: Path, attention: str, **how: Any) -> Any:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
         )
     except torch.OutOfMemoryError:
         raise
@@ -222,12 +244,13 @@ def find_device(wanted: str) -> str:
         raise UserError(
             f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
         )
-    try:
-        torch.ones(1, device=device).item()
-    except Exception as error:  # each backend has its own way of not being there
-        raise UserError(
-            f"device={wanted}, but torch cannot compute on it here: {_told(error)}. Use device=auto, cpu or cuda."
-        ) from None
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.ones(1, device=device).item()
+        except Exception as error:  # each backend has its own way of not being there
+            raise UserError(
+                f"device={wanted}, but torch cannot compute on it: {_told(error)}. Use device=auto, cpu or cuda."
+            ) from None
     return wanted
 
 
@@ -400,6 +423,10 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each field has a kind of its own to be wrong in
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder} brings code of its own, which is never run. Use a model that transformers itself knows."
+            ) from error
         raise UserError(
             f"config.json in {folder} cannot be read: {_told(error)}. Mend it, or fetch the model again."
         ) from error

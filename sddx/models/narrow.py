@@ -47,7 +47,7 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
     """The config of a model that is `width` channels wide and knows `vocabulary` ids, with the same depth and
     per-layer settings; `settings` are changed besides. Raises UserError for a width that its heads cannot share,
     and where transformers takes no such config."""
-    if width < 2 * HEADS or width % (2 * HEADS):
+    if not isinstance(width, int) or width < 2 * HEADS or width % (2 * HEADS):
         raise UserError(
             f"a model cannot be {width} channels wide: {HEADS} heads share them, in pairs. Give a multiple of "
             f"{2 * HEADS}."
