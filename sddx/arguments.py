@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from sddx.errors import UserError
 from sddx.printing import print_anywhere
-from sddx.records import UserError
 
 REQUIRED = ""  # the default of a setting that must be given
 

@@ -29,10 +29,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from sddx.arguments import REQUIRED, exit_status, number, plain_arguments
 from sddx.config import writable_folder
+from sddx.errors import UserError
 from sddx.models.anatomy import decoder, is_adapted
 from sddx.models.load import find_device, load_model
 from sddx.models.recovered import find_run
-from sddx.records import UserError
 from sddx.store.manifest import replace_text
 
 MODELS = ("unpruned", "pruned")

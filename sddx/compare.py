@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sddx.arguments import exit_status
+from sddx.errors import UserError
 from sddx.evaluation.statistics import binary, flips, holm, mcnemar, paired_difference, task_weights
-from sddx.records import UserError
 from sddx.run_folder import CONFIG, SAMPLES, read_config, read_samples
 
 Samples = Mapping[str, Mapping[str, Any]]

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
+from sddx.errors import UserError
 from sddx.hub import Unreachable, asking, note, notes, unpacked
-from sddx.records import UserError
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 

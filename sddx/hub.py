@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.store.manifest import replace_text
 
 COMMIT = re.compile("[0-9a-f]{40}")

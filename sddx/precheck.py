@@ -10,8 +10,8 @@ from typing import Any
 
 from sddx.build import build, made
 from sddx.config import bound, raise_for
-from sddx.errors import require_none, told
-from sddx.records import Units, UserError
+from sddx.errors import UserError, require_none, told
+from sddx.records import Units
 from sddx.tracking import require as require_tracked
 
 ADAPTER = ("rank", "dropout", "targets")

@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sddx.errors import Interrupted as Interrupted
-from sddx.errors import UserError as UserError
+from sddx.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import RootModel, model_validator
 
 from sddx.config import SURROUNDINGS, writable_folder
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.shapes import Form, having, read, read_json
 from sddx.store import lock
 

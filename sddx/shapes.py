@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 FORMAT = 1  # of what is written here and read later: manifests, summaries
 

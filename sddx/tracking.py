@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.store.digest import digest
 
 

@@ -26,9 +26,10 @@ from sddx.config import (
     writable_folder,
 )
 from sddx.entry import command, mistakes_told, require_one_run
+from sddx.errors import UserError
 from sddx.lines import lines
 from sddx.precheck import check_hardware, precheck
-from sddx.records import Artifact, UserError
+from sddx.records import Artifact
 from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import Found, Taught, conclude

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from sddx import bench
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks
-from sddx.records import UserError
 from sddx.surgery.soundness import cache_bytes
 from sddx.train import run
 

@@ -9,10 +9,11 @@ import torch
 from families import ALL_FAMILIES, VOCABULARY, adapt, build, tokens
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, branches, family, part
 from sddx.models.student import load_student, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
-from sddx.records import Batch, Cut, Units, UserError
+from sddx.records import Batch, Cut, Units
 from sddx.surgery.remove import apply_cut
 from sddx.surgery.soundness import cache_bytes, prove
 from sddx.training.objective import layer_pairs

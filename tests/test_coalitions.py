@@ -12,13 +12,14 @@ from families import build, tokens
 from scipy.stats import t as t_quantile
 from test_importance import subject
 
+from sddx.errors import UserError
 from sddx.importance import coalitions
 from sddx.importance.ablation import Greedy, LeaveOneOut, RandomSubnetworks, Shapley
 from sddx.importance.coalitions import LogitDistance, Loss, Replay, TaskScore
 from sddx.importance.score import score_units
 from sddx.importance.taylor import Taylor, unit_weights
 from sddx.models.anatomy import blocks, final_norm
-from sddx.records import Batch, Units, UserError
+from sddx.records import Batch, Units
 from sddx.surgery.remove import apply_cut
 
 

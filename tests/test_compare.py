@@ -11,7 +11,8 @@ from rich.console import Console
 from scipy import stats
 
 from sddx import compare
-from sddx.records import Rewrite, UserError
+from sddx.errors import UserError
+from sddx.records import Rewrite
 from sddx.report import table
 
 SETTINGS = {"version": 1.0, "shots": 0, "chat_template": "abcd", "filters": [{"name": "strict"}]}

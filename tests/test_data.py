@@ -36,7 +36,8 @@ from sddx.data.shards import cut, read_examples, write_shards
 from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
 from sddx.data.tables import read_table
 from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
-from sddx.records import Dataset, Example, UserError
+from sddx.errors import UserError
+from sddx.records import Dataset, Example
 
 GSM8K_ROWS = [
     {

@@ -20,12 +20,12 @@ from families import build
 from test_training import CUT, EVERYTHING, Killed, Log, examples, pruned, weights
 from torch.distributed.tensor import DTensor
 
+from sddx.errors import Interrupted, UserError
 from sddx.models.anatomy import blocks
 from sddx.models.teacher import SeparateTeacher
 from sddx.parallel import distributed
 from sddx.parallel.distributed import shard
 from sddx.parallel.launch import launch
-from sddx.records import Interrupted, UserError
 from sddx.runtime import Runtime
 from sddx.store import measure
 from sddx.training.fit import Fit

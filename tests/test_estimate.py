@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.estimate import costs, memory
 from sddx.estimate import peaks as estimate_peaks
 from sddx.estimate.costs import Estimate, distinct, seconds
@@ -29,7 +30,6 @@ from sddx.estimate.peaks import peaks, remedies
 from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
-from sddx.records import UserError
 from sddx.surgery.remove import apply_cut
 
 # facts.md A3: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.

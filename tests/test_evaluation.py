@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
+from sddx.errors import UserError
 from sddx.evaluation import harness, tasks, text
-from sddx.records import Batch, Outputs, UserError
+from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 
 WORDS = [f"w{index}" for index in range(40)]

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sddx
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.export.__main__ import main
 from sddx.export.card import _without_paths
 from sddx.export.formats import inspect_model
@@ -26,7 +27,7 @@ from sddx.export.write import require_stock
 from sddx.models.load import load_model
 from sddx.models.plain import own_config
 from sddx.models.recovered import Recovered
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.surgery.junction import Gap, Junction
 from sddx.surgery.patches import Map
 from sddx.surgery.remove import apply_cut

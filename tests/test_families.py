@@ -9,9 +9,10 @@ import torch
 from families import VOCABULARY, build
 from transformers import CONFIG_MAPPING
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, stack
 from sddx.models.narrow import built, narrow
-from sddx.records import Artifact, Cut, UserError
+from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages import prune as stage
 from sddx.surgery.remove import apply_cut

@@ -22,11 +22,11 @@ from rich.console import Console
 
 import sddx
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.evaluation import task_data
 from sddx.fetch import Wanted, fetch, tell, wanted
 from sddx.hub import notes
 from sddx.models import load
-from sddx.records import UserError
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"

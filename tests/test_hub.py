@@ -12,8 +12,8 @@ from fakehub import FakeHub, serve
 from huggingface_hub import constants
 
 import sddx
+from sddx.errors import UserError
 from sddx.models.load import FILES, RUNS, decides, fetched, load_tokenizer, locate
-from sddx.records import UserError
 from sddx.store import Store, digest
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"

@@ -9,11 +9,12 @@ import pytest
 import torch
 from families import FAMILIES, build, tokens
 
+from sddx.errors import UserError
 from sddx.importance.metrics import angular_distance, block_influence, norm_ratio, update_norm
 from sddx.importance.score import Subject, score_units
 from sddx.models.anatomy import blocks, final_norm
 from sddx.models.outputs import block_states
-from sddx.records import Batch, Units, UserError
+from sddx.records import Batch, Units
 from sddx.runtime import Runtime
 
 BOTH = [torch.float64, torch.float32]

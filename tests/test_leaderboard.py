@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sddx.build import build
 from sddx.compare import check_comparable
 from sddx.config import CONF, resolve
+from sddx.errors import UserError
 from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact, evaluate
 from sddx.evaluation.recovery import summarise
@@ -27,7 +28,7 @@ from sddx.evaluation.task_data import described, task_datasets
 from sddx.hub import unpacked
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
-from sddx.records import Units, UserError
+from sddx.records import Units
 from sddx.runtime import Runtime
 from sddx.store import Store
 from sddx.train import _files

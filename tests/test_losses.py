@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sddx.records import Cut, Outputs, UserError
+from sddx.errors import UserError
+from sddx.records import Cut, Outputs
 from sddx.training.head import token_sums
 from sddx.training.losses import (
     cross_entropy,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from sddx.data.encode import require_template
+from sddx.errors import UserError
 from sddx.models import load
 from sddx.models.anatomy import blocks, decoder, final_norm, head
 from sddx.models.load import (
@@ -37,7 +38,7 @@ from sddx.models.load import (
 from sddx.models.narrow import built, narrow
 from sddx.models.outputs import head_of, require_own_head, run
 from sddx.models.student import load_student, save_student
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.surgery.remove import apply_cut
 
 CUT = Cut.without({1, 2}, 5)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from families import VOCABULARY, adapt, build, tokens
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, set_blocks, stack
 from sddx.models.student import load_student, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
-from sddx.records import Batch, Cut, UserError
+from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
 from sddx.surgery.fit import fit_patches
 from sddx.surgery.junction import Gap, Junction, attach, gaps

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from sddx import hub
 from sddx.data.sources import from_hub, hub_texts, pinned
-from sddx.records import UserError
+from sddx.errors import UserError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sddx.config import CONF, resolve
+from sddx.errors import UserError
 from sddx.models.load import load_model
-from sddx.records import UserError
 from sddx.tiny.corpus import documents
 from sddx.tiny.pretrain import (
     Corpus,

@@ -25,6 +25,7 @@ from sddx.config import resolve
 from sddx.data.encode import IGNORED, encode, encode_all, ending, render, text_batches, token_ids
 from sddx.data.selfdata import write_answers
 from sddx.data.vllm import Writer
+from sddx.errors import UserError
 from sddx.estimate.skeleton import skeleton
 from sddx.evaluation.harness import evaluate
 from sddx.evaluation.prompts import Fitting, Reader, SameTokensHFLM
@@ -39,7 +40,7 @@ from sddx.models.load import (
     text_config,
 )
 from sddx.models.outputs import run as run_model
-from sddx.records import Example, UserError
+from sddx.records import Example
 from sddx.report import table
 from sddx.runtime import Runtime
 from sddx.train import run

@@ -9,10 +9,11 @@ import torch
 from test_training import EVERYTHING, examples, weights
 
 import sddx
+from sddx.errors import UserError
 from sddx.models.load import four_bit, load_model
 from sddx.models.student import load_student, prune, save_student
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
-from sddx.records import Batch, Cut, UserError
+from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
 from sddx.training.fit import Fit
 from sddx.training.tuning import qlora

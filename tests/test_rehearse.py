@@ -11,8 +11,8 @@ from composing import composed
 from omegaconf import OmegaConf
 
 from sddx.config import CONF, resolve
+from sddx.errors import UserError
 from sddx.estimate.skeleton import shape_of
-from sddx.records import UserError
 from sddx.train import run
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from sddx.errors import UserError
 from sddx.models.load import find_device
 from sddx.models.recovered import find_run
 from sddx.naming import MOST, file_name, shortened
-from sddx.records import UserError
 from sddx.run_folder import (
     CONFIG,
     SAMPLES,

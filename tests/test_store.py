@@ -24,8 +24,9 @@ from stored import FIELDS
 from transformers import LlamaConfig, OPTConfig
 
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.models import families
-from sddx.records import Artifact, UserError
+from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.stages.evaluate import evaluate
 from sddx.stages.train import train

@@ -24,7 +24,7 @@ from stored import artifact
 
 import sddx.train
 from sddx.config import CONF, register
-from sddx.records import Interrupted, UserError
+from sddx.errors import Interrupted, UserError
 from sddx.report.page import failed
 from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command

@@ -8,10 +8,11 @@ import pytest
 import torch
 from families import FAMILIES, adapt, build, tokens
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, stack
 from sddx.models.outputs import run
 from sddx.models.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
-from sddx.records import Batch, Cut, UserError
+from sddx.records import Batch, Cut
 from sddx.surgery.remove import apply_cut
 
 CUTS = [Cut.without({1, 2}, 5), Cut.without({0, 4}, 5)]

@@ -12,7 +12,7 @@ import yaml
 
 from sddx.build import build
 from sddx.data.checkers import last_number
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.tiny import data, lexicon, skills, write_tasks
 from sddx.tiny.corpus import documents, drawn, item_of
 from sddx.tiny.dice import Dice

@@ -8,7 +8,7 @@ import pytest
 import wandb
 
 from sddx import tracking
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.report import workspace
 
 NODE = {

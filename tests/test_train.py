@@ -21,9 +21,10 @@ import sddx
 from sddx.compare import main as compare
 from sddx.config import resolve
 from sddx.data.shards import write_rows
+from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS
 from sddx.precheck import _check_family, _check_pruning
-from sddx.records import Artifact, Example, UserError
+from sddx.records import Artifact, Example
 from sddx.report import table
 from sddx.train import look, run, verify
 

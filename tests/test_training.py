@@ -17,8 +17,9 @@ from families import VOCABULARY, build
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sddx.data.encode import Encoded
+from sddx.errors import UserError
 from sddx.models.teacher import SeparateTeacher, SharedTeacher
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.runtime import Runtime
 from sddx.surgery.remove import apply_cut
 from sddx.training import batches

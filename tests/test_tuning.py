@@ -7,11 +7,12 @@ import torch
 from families import VOCABULARY, build, tokens
 from transformers import CONFIG_MAPPING
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks
 from sddx.models.narrow import built, narrow
 from sddx.models.student import load_student, save_student
 from sddx.models.teacher import SharedTeacher
-from sddx.records import Batch, Cut, UserError
+from sddx.records import Batch, Cut
 from sddx.surgery.remove import apply_cut
 from sddx.training.tuning import coverage, full, kind, lora, require_adapter, told
 

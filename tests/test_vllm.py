@@ -21,9 +21,9 @@ from words import tiny_llama, word_tokenizer
 from sddx.config import resolve
 from sddx.data.selfdata import TOO_LONG, Answer, write_answers
 from sddx.data.vllm import Writer, _environment, engines
+from sddx.errors import UserError
 from sddx.models import load
 from sddx.models.load import frozen_model, load_model
-from sddx.records import UserError
 from sddx.train import run
 
 STAND_IN = """

@@ -27,12 +27,12 @@ from packaging.specifiers import SpecifierSet
 import sddx
 from sddx.compare import compare, load_samples
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.evaluation.vllm import Engine
 from sddx.export.__main__ import main as export
 from sddx.models import load
 from sddx.models.load import frozen_model
 from sddx.models.vllm import OLDEST
-from sddx.records import UserError
 from sddx.store import manifest
 from sddx.train import run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sddx.data.templates import line_breaks
 from sddx.data.told import numbered, remark, setting
-from sddx.records import UserError
+from sddx.errors import UserError
 
 Row = Mapping[str, Any]
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -14,7 +14,8 @@ from sddx.data import encode
 from sddx.data.sources import of_hub, pinned
 from sddx.data.split import hold_out, with_held_out
 from sddx.data.told import numbered, of_group, remark
-from sddx.records import Dataset, Example, UserError
+from sddx.errors import UserError
+from sddx.records import Dataset, Example
 
 
 def require_texts(group: str, node: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sddx.records import Batch, Example, UserError
+from sddx.errors import UserError
+from sddx.records import Batch, Example
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sddx.data.told import remark, setting
-from sddx.records import Example, UserError
+from sddx.errors import UserError
+from sddx.records import Example
 
 
 def with_held_out(dataset: Mapping[str, Any], validation: int) -> dict[str, Any]:

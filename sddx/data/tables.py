@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sddx.data.told import numbered, setting
+from sddx.errors import UserError
 from sddx.lines import lines
-from sddx.records import UserError
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

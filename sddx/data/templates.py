@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 TEMPLATES = {
     "math": (

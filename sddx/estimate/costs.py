@@ -13,6 +13,7 @@ import torch
 
 from sddx.build import build
 from sddx.data.shards import SHARD_ROWS
+from sddx.errors import UserError
 from sddx.estimate import efforts
 from sddx.estimate.devices import Device
 from sddx.estimate.efforts import Effort
@@ -30,7 +31,7 @@ from sddx.estimate.texts import (
     texts_of,
 )
 from sddx.importance.score import Work, works
-from sddx.records import Cut, Units, UserError
+from sddx.records import Cut, Units
 from sddx.store.digest import digest
 from sddx.surgery.junction import gaps
 from sddx.training.tuning import told

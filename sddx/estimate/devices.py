@@ -12,10 +12,10 @@ import psutil
 import torch
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.estimate.skeleton import size_of
 from sddx.models.anatomy import decoder
 from sddx.models.load import DTYPES
-from sddx.records import UserError
 
 # What this code reaches of a stated peak. Ours, not yet measured on a GPU: a probe replaces them.
 READING, LEARNING, DECODING = 0.40, 0.35, 0.60

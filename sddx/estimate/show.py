@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sddx.errors import UserError
 from sddx.estimate.costs import Estimate, Part, distinct, seconds
 from sddx.estimate.devices import DEVICES, Device, device_of, probed, this_machine
 from sddx.estimate.peaks import CONTEXT, peaks, remedies
 from sddx.models.load import DTYPES
-from sddx.records import UserError
 from sddx.store import default_root
 from sddx.store.digest import digest
 from sddx.sweep.plan import clock

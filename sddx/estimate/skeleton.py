@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, head
 from sddx.models.load import DTYPES, locate, text_config
 from sddx.models.narrow import REFUSALS
-from sddx.records import Cut, Units, UserError
+from sddx.records import Cut, Units
 from sddx.surgery.branches import NoAttention
 from sddx.surgery.choose import last
 from sddx.surgery.remove import apply_cut

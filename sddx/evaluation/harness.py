@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sddx.errors import UserError
 from sddx.evaluation.statistics import expected_half_width, standard_error
 from sddx.evaluation.tasks import (
     OWN_TASKS,
@@ -32,7 +33,6 @@ from sddx.evaluation.tasks import (
     new_tokens,
     require_room,
 )
-from sddx.records import UserError
 from sddx.runtime import Runtime
 
 if TYPE_CHECKING:

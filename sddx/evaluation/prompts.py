@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sddx.data.encode import conversation, padding_id, plain_ids, token_ids
-from sddx.records import UserError
+from sddx.errors import UserError
 
 _log = logging.getLogger(__name__)
 BEFORE = 8  # tokens that a tokenizer puts before a text, with room to spare

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from sddx.errors import UserError
 from sddx.evaluation.tasks import (
     in_folders,
     is_mean,
@@ -18,7 +19,6 @@ from sddx.evaluation.tasks import (
     wrong_primary,
 )
 from sddx.hub import current_commit, unpacked
-from sddx.records import UserError
 
 # The settings of a task that are read before it is loaded.
 LOOKED_AT = (

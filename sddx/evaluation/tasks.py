@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 OWN_TASKS = Path(__file__).parents[1] / "tiny" / "tasks"
 # The same seeds as lm-eval's command line, so that its numbers can be compared with ours; and that of the items

@@ -9,9 +9,9 @@ from typing import Any
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 
+from sddx.errors import UserError
 from sddx.evaluation.task_data import declared_mistakes, place, require_task_data
 from sddx.evaluation.tasks import SEEDS, claim, configure, given, is_mean, judged, load, shown, wrong_primary
-from sddx.records import UserError
 
 
 class Mute(LM):

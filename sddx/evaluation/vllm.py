@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sddx.data.encode import TEMPLATE_SETTINGS
+from sddx.errors import UserError
 from sddx.evaluation import vllm_worker
 from sddx.models.load import free_memory
 from sddx.models.vllm import Settings, failed
-from sddx.records import UserError
 
 logger = logging.getLogger(__name__)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM makes room for, from 0.10 on

@@ -23,9 +23,9 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     from lm_eval.models.vllm_causallms import VLLM
 
+    from sddx.errors import UserError
     from sddx.evaluation.harness import evaluate
     from sddx.evaluation.prompts import SameTokens
-    from sddx.records import UserError
     from sddx.runtime import Runtime
 
     class SameTokensVLLM(SameTokens, VLLM):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from sddx.errors import UserError
 from sddx.models.anatomy import FAMILIES, Family, per_layer_lists
-from sddx.records import UserError
 
 # The names under which these runtimes know the architectures of `anatomy.FAMILIES`, as vLLM's registry of models
 # (vllm/model_executor/models/registry.py) and the converter of llama.cpp (conversion/) have them. Read there, not

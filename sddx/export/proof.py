@@ -12,10 +12,10 @@ from sddx.build import build
 from sddx.compare import compare, load_samples
 from sddx.data.encode import encode
 from sddx.data.shards import read_examples
+from sddx.errors import UserError
 from sddx.evaluation.harness import compact
 from sddx.models.load import DTYPES, load_tokenizer, text_config
 from sddx.models.recovered import Recovered
-from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.store import manifest
 

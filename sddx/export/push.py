@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 
 def require(name: str, adapter: str, *, private: bool) -> None:

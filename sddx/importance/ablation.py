@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sddx.errors import UserError
 from sddx.importance.coalitions import Coalition, OfLogits, TaskScore, Value
 from sddx.importance.score import Subject, Sums, Work, require_sequences
 from sddx.importance.uncertainty import Sources, errors, membership
-from sddx.records import Batch, Units, UserError
+from sddx.records import Batch, Units
 from sddx.runtime import Runtime
 
 

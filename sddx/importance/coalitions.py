@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sddx.errors import UserError
 from sddx.evaluation.harness import evaluate, require_tasks
 from sddx.evaluation.tasks import named_in_files, no_names, task_folders
 from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_blocks
 from sddx.models.outputs import first, head_of
 from sddx.parallel.distributed import agreed
-from sddx.records import Batch, Units, UserError
+from sddx.records import Batch, Units
 from sddx.surgery.branches import without
 from sddx.surgery.remove import apply_cut
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 # Below this squared chord, float32 cosines are too coarse and the difference itself is taken.
 NEAR = 1e-2

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sddx.build import tried
+from sddx.errors import UserError
 from sddx.importance.uncertainty import quantile
 from sddx.models.anatomy import decoder
 from sddx.models.outputs import block_states, branch_states
-from sddx.records import Batch, Units, UserError
+from sddx.records import Batch, Units
 from sddx.runtime import Runtime
 
 OfStates = Callable[[Sequence[Tensor], Tensor], Tensor]  # a metric out of one forward pass

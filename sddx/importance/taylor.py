@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.importance.score import Subject, Sums, Work
 from sddx.models.anatomy import blocks, branches
 from sddx.models.outputs import run
 from sddx.parallel.distributed import whole
-from sddx.records import Units, UserError
+from sddx.records import Units
 
 
 class Taylor:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.models.families import BELOW, FAMILIES, NUMBERS, SUPPORTED, Branch, Family
-from sddx.records import UserError
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as progress
 
+from sddx.errors import UserError
 from sddx.hub import asking
 from sddx.models.anatomy import bare, blocks, decoder
 from sddx.parallel.distributed import is_joined, shard_apart
 from sddx.parallel.launch import release
-from sddx.records import UserError
 
 DTYPES = {
     "float32": torch.float32,

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 HEADS = 4
 EXPERTS = 4

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from sddx.errors import UserError
 from sddx.models.anatomy import (
     SUPPORTED,
     bare,
@@ -21,7 +22,7 @@ from sddx.models.anatomy import (
     twin,
     vocabulary,
 )
-from sddx.records import Outputs, UserError
+from sddx.records import Outputs
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sddx.errors import UserError
 from sddx.models.student import Student, load_student
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.run_folder import SUMMARY, Kept, read_summary
 from sddx.store import manifest
 

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_model as load_into
 from safetensors.torch import save_model
 
+from sddx.errors import UserError
 from sddx.models.anatomy import Stack, blocks, is_adapted
 from sddx.models.load import load_model, loading_device, placed
 from sddx.parallel.distributed import is_joined
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.surgery import junction
 from sddx.surgery.junction import Attached
 from sddx.surgery.remove import apply_cut

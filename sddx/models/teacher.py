@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import Stack, blocks, head, is_adapted, set_blocks, stack
 from sddx.models.outputs import head_of, run
-from sddx.records import Batch, Cut, Outputs, UserError
+from sddx.records import Batch, Cut, Outputs
 
 Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
 

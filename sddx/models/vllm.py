@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 OLDEST = "0.10"  # as in pyproject.toml
 LOOK = """

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from sddx.records import Interrupted, UserError
+from sddx.errors import Interrupted, UserError
 from sddx.runtime import Runtime
 from sddx.store import measure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sddx.arguments import exit_status
 from sddx.config import writable_folder
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.report import page
 from sddx.report.publish import publish, to_wandb
 from sddx.store import default_root

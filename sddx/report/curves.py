@@ -13,8 +13,8 @@ from typing import Any
 
 from scipy.stats import ttest_1samp
 
+from sddx.errors import UserError
 from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
-from sddx.records import UserError
 from sddx.report.extraction import Key, Reading, named, readings
 from sddx.run_folder import read_samples
 

@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from sddx.errors import UserError
 from sddx.evaluation.statistics import Interval
 from sddx.lines import lines
-from sddx.records import UserError
 from sddx.report import figures
 from sddx.report.curves import (
     Difference,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sddx.arguments import exit_status
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.report.curves import AXES, KEPT, MEASURES
 from sddx.tracking import require_login
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import platformdirs
 
-from sddx.records import Artifact, UserError
+from sddx.errors import UserError
+from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.store import digest, lock, manifest, measure, sources
 

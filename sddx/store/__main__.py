@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.arguments import exit_status
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.store import default_root, lock, manifest, why
 
 

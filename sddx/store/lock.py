@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, SoftFileLease, Timeout
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 LEASE = 60.0  # seconds without a sign of life after which a lease may be taken over
 SHARED = tuple("nfs lustre gpfs beegfs ceph cifs smb glusterfs afs fuse. pvfs panfs wekafs".split())

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.shapes import FORMAT, Dead, Form, read_json
 from sddx.store.digest import checksum, record
 

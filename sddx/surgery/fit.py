@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, family, part
 from sddx.models.outputs import block_states, branch_states, first
-from sddx.records import Batch, Cut, UserError
+from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
 from sddx.surgery.junction import Gap, before_gap, gaps
 from sddx.surgery.patches import Fit, Patch

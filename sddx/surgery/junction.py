@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import FAMILIES, Family, bare, blocks, decoder, family, part, set_blocks, stack, twin
 from sddx.models.outputs import first
-from sddx.records import Cut, Units, UserError
+from sddx.records import Cut, Units
 from sddx.surgery import patches
 from sddx.surgery.choose import NOT_FOLDABLE
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sddx.records import UserError
+from sddx.errors import UserError
 
 Reads = Literal["stream", "feedforward", "preceding"]
 

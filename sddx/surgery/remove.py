@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import Stack, blocks, branches, decoder, is_adapted, set_blocks, stack
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.surgery.branches import without
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sddx.errors import UserError
 from sddx.models.anatomy import (
     SUPPORTED,
     Stack,
@@ -20,7 +21,7 @@ from sddx.models.anatomy import (
     stack,
 )
 from sddx.models.outputs import first, head_of, run
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.surgery.remove import kept_blocks
 
 PROMPT, NEW = 12, 6

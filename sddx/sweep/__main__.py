@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.arguments import exit_status
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.sweep import cells
 from sddx.sweep.plan import clock
 

@@ -17,8 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
+from sddx.errors import UserError
 from sddx.naming import file_name, shortened
-from sddx.records import UserError
 from sddx.run_folder import CONFIG, LOCK, holds_another, is_another
 from sddx.shapes import Form, read_json
 from sddx.store import lock, manifest

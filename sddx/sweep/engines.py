@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from sddx.records import UserError
+from sddx.errors import UserError
 from sddx.runtime import Runtime
 from sddx.sweep import cells
 from sddx.sweep.worker import perform

@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Literal
 
 from sddx.data.told import setting
-from sddx.records import Dataset, Example, UserError
+from sddx.errors import UserError
+from sddx.records import Dataset, Example
 from sddx.tiny.corpus import STYLED, documents
 from sddx.tiny.dice import Dice
 from sddx.tiny.skills import Item, items

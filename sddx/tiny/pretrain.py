@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from sddx.build import build
 from sddx.config import CONF, flatten, resolve
 from sddx.entry import command, mistakes_told
+from sddx.errors import UserError
 from sddx.models.load import load_model, load_tokenizer
-from sddx.records import UserError
 from sddx.runtime import Runtime
 from sddx.tiny.corpus import documents
 from sddx.tiny.recipe import Recipe, recipe

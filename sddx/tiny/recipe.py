@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from sddx.build import build
 from sddx.config import check, writable_folder
-from sddx.errors import require_none, told
-from sddx.records import UserError
+from sddx.errors import UserError, require_none, told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from sddx.records import Batch, UserError
+from sddx.errors import UserError
+from sddx.records import Batch
 from sddx.training.objective import Totals
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 
+from sddx.errors import Interrupted
 from sddx.parallel.distributed import any_of_us, as_in, barrier, rank, whole
-from sddx.records import Interrupted
 from sddx.runtime import Runtime
 from sddx.training.batches import Step, micro_batches
 from sddx.training.module import Distiller

@@ -15,10 +15,11 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
+from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, is_adapted
 from sddx.models.teacher import SeparateTeacher
 from sddx.parallel.distributed import put_together, rank, shard, world
-from sddx.records import Cut, UserError
+from sddx.records import Cut
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
 from sddx.training.batches import COUNTED, Step, StepLoader, plan

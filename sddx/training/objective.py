@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sddx.build import tried
+from sddx.errors import UserError
 from sddx.models.teacher import check_vocabularies
-from sddx.records import Cut, Outputs, UserError
+from sddx.records import Cut, Outputs
 
 ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from sddx.build import build, tried
-from sddx.records import UserError
+from sddx.errors import UserError
 
 
 def lora(
