@@ -25,14 +25,18 @@ class Interrupted(SystemExit):
         super().__init__(status)
 
 
-def told(checks: Sequence[Callable[[], Any]]) -> list[str]:
-    """The mistakes that these checks raise, in their order."""
+def told(checks: Sequence[Callable[[], Any]], *, shaky: bool = False) -> list[str]:
+    """The mistakes that these checks raise, in their order. On `shaky` ground, where other mistakes are known, a
+    check may fail in any other way, which says nothing."""
     wrong: list[str] = []
     for each in checks:
         try:
             each()
         except UserError as error:
             wrong.extend(error.args)
+        except Exception:
+            if not shaky:
+                raise
     return wrong
 
 

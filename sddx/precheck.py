@@ -17,16 +17,18 @@ from sddx.tracking import require as require_tracked
 ADAPTER = ("rank", "dropout", "targets")
 
 
-def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool, device: str = "auto") -> None:
+def precheck(
+    method: dict[str, Any], wandb: dict[str, Any], *, download: bool, device: str = "auto", shaky: bool = False
+) -> None:
     """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
     with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
     downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
-    where the run takes place."""
+    where the run takes place. `shaky`: other mistakes are known, which checks may stumble over."""
     from sddx.models.load import is_here, locate, require_known, require_loadable
 
     path, revision = method["model"]["path"], method["model"]["revision"]
     device_known: list[Callable[[], Any]] = [partial(require_known, device)]
-    wrong = told([*device_known, *_of_settings(method), lambda: require_tracked(wandb)])
+    wrong = told([*device_known, *_of_settings(method), lambda: require_tracked(wandb)], shaky=shaky)
     if is_here(path, revision) or (download and not wrong):
         found: list[Path] = []
 
@@ -35,8 +37,8 @@ def precheck(method: dict[str, Any], wandb: dict[str, Any], *, download: bool, d
             require_loadable(folder, method["model"]["attention"])
             found.append(folder)
 
-        wrong += told([find])
-        wrong += [mistake for folder in found for mistake in told(_of_model(method, folder))]
+        wrong += told([find], shaky=shaky)
+        wrong += [mistake for folder in found for mistake in told(_of_model(method, folder), shaky=shaky)]
     require_none(wrong)
 
 

@@ -26,7 +26,7 @@ from sddx.config import (
     writable_folder,
 )
 from sddx.entry import command, mistakes_told, require_one_run
-from sddx.errors import UserError
+from sddx.errors import UserError, require_none, told
 from sddx.lines import lines
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact
@@ -226,11 +226,16 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
 
 
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
-    """Raises UserError with what is wrong with a configuration, before any work; without `download` and in a
-    dry_run, with what can be told of a model that is not here."""
-    check_settings(config)
-    here = download and not config["dry_run"]
-    precheck(method(config), config["wandb"], download=here, device=config["device"])
+    """Raises one UserError with all that is wrong with a configuration, before any work; without `download` and in
+    a dry_run, with what can be told of a model that is not here."""
+    wrong = told([partial(check_settings, config)])
+
+    def look_further() -> None:
+        download_now = download and not (config["dry_run"] or wrong)
+        asked = {"download": download_now, "device": config["device"], "shaky": bool(wrong)}
+        precheck(method(config), config["wandb"], **asked)
+
+    require_none([*wrong, *told([look_further], shaky=bool(wrong))])
 
 
 def check_settings(config: dict[str, Any]) -> None:
@@ -265,8 +270,8 @@ def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
     from sddx.estimate.show import require
 
-    check_settings(config)
-    require([config])  # first: it needs no model
+    if not told([partial(check_settings, config)]):
+        require([config])  # first: it needs no model
     verify(config)
 
 
