@@ -301,9 +301,12 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
 
 
 def test_remarks_are_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The checks before a run read the rows, and so does the run."""
-    path = written(tmp_path / "rows.jsonl", [{"q": "x", "a": None}, {"q": "y", "a": "z"}])
-    for _ in range(2):
-        responses(path)
-    assert sum("left out (row 1)" in message for message in caplog.messages) == 1
-    assert os.fspath(path) in caplog.text
+    """The checks before a run read the rows, in their group's name, and so does the run."""
+    rows = [{"q": "x", "a": None}, {"q": "y", "a": 8.0}, {"q": "y", "a": 8.0}, {"q": "z", "a": 9.0}]
+    path = written(tmp_path / "rows.jsonl", rows)
+    dataset = node(path, prompt=r"{q}\n:")
+    require_rows(dataset, validation=1)
+    told_before = list(caplog.messages)
+    prepare(tmp_path, runtime=Runtime(quiet=True), dataset=dataset, validation=1)
+    assert len(told_before) == len(set(told_before)) >= 4 and caplog.messages == told_before
+    assert all(os.fspath(path) in message or "held-out" in message for message in told_before)

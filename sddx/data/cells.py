@@ -34,7 +34,7 @@ def fill(name: str, template: str, rows: Sequence[Row], columns: Sequence[str], 
     """
     plain, told = template in columns, f"{setting(name)}={template!r}"
     if not plain and (broken := line_breaks(template)) != template:
-        remark(f"{told}: backslash-n is read as a line break")
+        remark(f"{where}: backslash-n in {template!r} is read as a line break")
         template = broken
     fields = [template] if plain else _fields(template, told)
     _require(fields or [template], told, columns, where)
