@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,15 @@ def _of_model(method: dict[str, Any], folder: Path) -> list[Callable[[], Any]]:
     if method["loss"]["terms"]:
         checks.append(lambda: require_tuning(method["tuning"], bare))
     if method["loss"]["terms"] and "targets" in method["tuning"]:
-        checks.append(lambda: require_adapter(bare(), **{key: method["tuning"][key] for key in ADAPTER}))
+        checks.append(lambda: require_adapter(bare(), **_given(method["tuning"], ADAPTER)))
     if method["teacher"]:
         checks.append(lambda: _check_teacher(method, config))
     return checks
+
+
+def _given(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of these settings those that the node gives; the others have their defaults."""
+    return {name: node[name] for name in names if name in node}
 
 
 def _check_teacher(method: dict[str, Any], config: Any) -> None:

@@ -138,7 +138,7 @@ def test_plans_refuse_names_that_are_none(tmp_path: Path, monkeypatch: pytest.Mo
     plan = import_module("sddx.plan").main
     for given, said in (
         ("evaluation.tasks=[tiny_fact]", "There is no evaluation task 'tiny_fact'"),
-        ("evaluation.tasks=[3]", "3 is no name of a task"),
+        ("evaluation.tasks=[3]", "evaluation.tasks holds 3"),
         ("stages=[train]", "stages=['train'] is not known"),
     ):
         assert run(plan, monkeypatch, given, f"hydra.run.dir={tmp_path}") == 2
