@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, head
-from sddx.models.load import DTYPES, locate, text_config
+from sddx.models.load import DTYPES, locate, said, text_config
 from sddx.models.narrow import REFUSALS
 from sddx.records import Cut, Units
 from sddx.surgery.branches import NoAttention
@@ -63,8 +63,8 @@ def shape_of(model: dict[str, Any]) -> Any:
         return AutoConfig.for_model(**stated).get_text_config()
     except REFUSALS as error:
         raise UserError(
-            f"model.dimensions are none of a model that transformers knows: {error}. Given: {stated}. Copy them "
-            "from the model's config.json."
+            f"model.dimensions are none of a model that transformers knows: {said(error)}. Given: {stated}. "
+            "Copy them from the model's config.json."
         ) from error
 
 

@@ -214,7 +214,7 @@ def _read(folder: Path, attention: str, **how: Any) -> Any:
         raise
     except Exception as error:  # the libraries below raise a dozen kinds, and each is the user's to mend
         raise UserError(
-            f"{folder} does not load with model.attention={attention!r}: {_told(error)}. Check the files "
+            f"{folder} does not load with model.attention={attention!r}: {said(error)}. Check the files "
             f"of this {config.model_type} model, or fetch it again; model.attention=eager needs no other package."
         ) from error
     _require_all_weights(report, folder)
@@ -225,10 +225,10 @@ def _read(folder: Path, attention: str, **how: Any) -> Any:
     return model
 
 
-def _told(error: Exception) -> str:
+def said(error: Exception) -> str:
     """What a library says of a mistake: its kind, and the first lines."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:400]}{'...' if len(said) > 400 else ''}".rstrip(".")
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:400]}{'...' if len(words) > 400 else ''}".rstrip(".")
 
 
 def find_device(wanted: str) -> str:
@@ -249,7 +249,7 @@ def find_device(wanted: str) -> str:
             torch.ones(1, device=device).item()
         except Exception as error:  # each backend has its own way of not being there
             raise UserError(
-                f"device={wanted}, but torch cannot compute on it: {_told(error)}. Use device=auto, cpu or cuda."
+                f"device={wanted}, but torch cannot compute on it: {said(error)}. Use device=auto, cpu or cuda."
             ) from None
     return wanted
 
@@ -404,7 +404,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken tokenizer.json raises a bare one
         raise UserError(
-            f"no tokenizer loads from {folder}: {_told(error)}. Copy the tokenizer's files from where the model "
+            f"no tokenizer loads from {folder}: {said(error)}. Copy the tokenizer's files from where the model "
             "came from, or fetch the model again."
         ) from error
     if tokenizer.eos_token is None:
@@ -428,7 +428,7 @@ def _config(folder: Path) -> Any:
                 f"{folder} brings code of its own, which is never run. Use a model that transformers itself knows."
             ) from error
         raise UserError(
-            f"config.json in {folder} cannot be read: {_told(error)}. Mend it, or fetch the model again."
+            f"config.json in {folder} cannot be read: {said(error)}. Mend it, or fetch the model again."
         ) from error
 
 
