@@ -67,7 +67,7 @@ def _differences(
         yield f"{indent}stage: {a['stage']} | {b['stage']}"
     for name, left, right in _unequal(_flat(a["spec"]), _flat(b["spec"])):
         yield f"{indent}spec {name}: {left} | {right}"
-    for name, left, right in _unequal(a["sources"], b["sources"]):
+    for name, left, right in _unequal(*_unlike(a["sources"], b["sources"])):
         yield f"{indent}source {name}: {left[:12]} | {right[:12]}"
     for one, other in zip_longest(a["inputs"], b["inputs"]):
         if one != other:
@@ -75,6 +75,20 @@ def _differences(
             below = [artifacts.get(entry["key"]) for entry in (one, other) if entry]
             if len(below) == 2 and below[0] and below[1]:
                 yield from _differences(below[0], below[1], artifacts, indent + "  ")
+
+
+def _unlike(a: dict[str, str], b: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Both sources without what stands in both, wherever it stands: a definition that moved is the same."""
+
+    def known(sources: dict[str, str]) -> set[tuple[str, str]]:
+        return {(where.rpartition(":")[2], digest) for where, digest in sources.items()}
+
+    both = known(a) & known(b)
+    first, second = (
+        {where: digest for where, digest in each.items() if (where.rpartition(":")[2], digest) not in both}
+        for each in (a, b)
+    )
+    return first, second
 
 
 def _unequal(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, str, str]]:
