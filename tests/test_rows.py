@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from composing import SMALL, composed
+from stored import artifact
 from words import word_tokenizer
 
 from sddx.config import resolve
 from sddx.data import checkers, told
-from sddx.data.check import require_rows, require_texts, require_trainable
+from sddx.data.check import examples_here, require_rows, require_texts, require_trainable
 from sddx.data.shards import read_examples
 from sddx.data.sources import jsonl, texts
 from sddx.data.split import hold_out
@@ -201,10 +202,10 @@ LATE = {
     ),
     "cut off": (["max_length=4"], "max_length=4"),
     "trains": (["dataset.trains=[[a]]"], r"dataset.trains=\[\['a'\]\]"),
-    "no checker": (["~dataset.check._target_"], "dataset.check cannot compare"),
+    "no checker": (["~dataset.check._target_"], "dataset.check=.* must be a group of settings"),
     "a checker of one": (
         ["dataset.check._target_=builtins.len"],
-        "dataset.check cannot compare.*takes exactly one",
+        r"(?s)builtins.len is called with 2 values.*takes exactly one",
     ),
     "a part": (["+dataset._partial_=true"], "gives no Dataset"),
 }
@@ -258,7 +259,8 @@ def test_control_tokens_in_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     tokenizer = word_tokenizer()
     end = tokenizer.eos_token
     rows = [{"q": f"what {number} ?", "a": f"3 {end} 4" if number in (1, 4) else "3 ."} for number in range(6)]
-    require_trainable(node(written(tmp_path / "rows.jsonl", rows)), 0, tokenizer, max_length=64)
+    held_out, training = examples_here(node(written(tmp_path / "rows.jsonl", rows)), 1)
+    require_trainable(tokenizer, held_out, training, max_length=64)
     assert f"2 of 6 rows hold {end}" in caplog.text
 
 
@@ -290,11 +292,9 @@ def test_line_breaks_reach_prompts_and_rewriting_templates_but_no_cell(
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     """Wherever JSON lines are read, among them what the report shows of a run's self-data."""
     row = {"id": "1", "prompt": "a\u2028b", "reference": "c\u0085d\x1e", "answer": "e\u2029f", "reason": ""}
-    folder = tmp_path / "distill" / "settings" / "key"
-    folder.mkdir(parents=True)
-    path = written(folder / "rewrites.jsonl", [row, row], ensure_ascii=False)
+    path = written(tmp_path / "rewrites.jsonl", [row, row], ensure_ascii=False)
     assert [json.loads(line) for line in lines(path)] == [row, row]
-    (folder / "manifest.json").write_text("{}")
+    folder = artifact(tmp_path, "distill", files={path.name: path.read_text(encoding="utf-8")})
     run = {"store": str(tmp_path), "artifacts": {"distill": [folder.name]}}
     assert shown_examples([run]) == [row, row]
     assert texts(path=str(path), column="prompt", size=None, seed=0) == ["a\u2028b"] * 2
