@@ -68,8 +68,9 @@ def _allowed(name: str, value: Any) -> str | None:
     bounds += " and at most 1" if name in SHARES else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"a number, {bounds}"
-    highest = 1 if name in SHARES else 2**63 - 1
-    within = (value > lowest if name in ABOVE_0 else value >= lowest) and value <= highest
+    if isinstance(value, int) and value >= 2**63:
+        return "a number that 64 bits can hold"
+    within = (value > lowest if name in ABOVE_0 else value >= lowest) and not (name in SHARES and value > 1)
     return None if within and math.isfinite(value) else bounds
 
 

@@ -240,6 +240,7 @@ def test_precision_is_a_number_or_a_word() -> None:
         ("budget.gpu_hours={a: 1}", "budget.gpu_hours="),
         ("seed=18446744073709551616", "from 0 to 4294967295"),
         ("dataset.seed=-1", "from 0 to 4294967295"),
+        ("trainer.steps=1000000000000000000000", "that 64 bits can hold"),
     ],
 )
 def test_what_cannot_be_a_setting_is_refused(given: str, told: str) -> None:
