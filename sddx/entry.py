@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sddx.arguments import near
 from sddx.config import CONF, flatten, unresolved
 from sddx.errors import UserError
+from sddx.naming import shortened
 from sddx.printing import print_anywhere
 
 PACKAGE = Path(__file__).parent
@@ -115,15 +116,12 @@ def _in_our_words(error: Exception, root: str) -> str:
         return told.partition("Config search path")[0].strip()
     deepest = _root_of(error)
     if isinstance(deepest, OSError) and deepest.filename:
+        where = shortened(str(deepest.filename), 120)
         return (
-            f"The folder of the run cannot be made: {deepest.strerror} ({_short(str(deepest.filename))}). Give "
-            "another with hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)."
+            f"The folder of the run cannot be made: {deepest.strerror} ({where}). Give another "
+            "with hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)."
         )
     return f"The command line cannot be used: {str(deepest).splitlines()[0] or type(deepest).__name__}. {ALL}"
-
-
-def _short(path: str) -> str:
-    return path if len(path) < 120 else f"{path[:80]}...{path[-30:]}"
 
 
 def _root_of(error: BaseException) -> BaseException:

@@ -244,13 +244,6 @@ def find_device(wanted: str) -> str:
         raise UserError(
             f"device={wanted}, but torch finds {count or 'no'} CUDA devices. Use device=auto or device=cpu."
         )
-    if device.type not in ("cpu", "cuda"):
-        try:
-            torch.ones(1, device=device).item()
-        except Exception as error:  # each backend has its own way of not being there
-            raise UserError(
-                f"device={wanted}, but torch cannot compute on it: {said(error)}. Use device=auto, cpu or cuda."
-            ) from None
     return wanted
 
 
@@ -258,9 +251,10 @@ def _require_working(device: torch.device) -> None:
     """Raises UserError for a device that torch knows by name and that holds no numbers here."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={device} does not work here: {reason} Use device=auto, cpu or cuda.") from None
+    except Exception as error:  # each backend has its own way of not being there
+        raise UserError(
+            f"device={device} does not work here: {said(error)}. Use device=auto, cpu or cuda."
+        ) from None
 
 
 def require_known(wanted: str) -> Any:

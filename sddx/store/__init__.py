@@ -72,10 +72,6 @@ class Store:
             _make(stage, inputs, artifact, recipe, runtime, spec)
         return artifact
 
-    def find(self, stage: Stage, /, *inputs: Artifact, **spec: Any) -> tuple[Artifact, bool]:
-        """The artifact that `build` would give, and whether it is there already. Nothing is made."""
-        return self._find(digest.recipe(stage, inputs, spec))
-
     def _find(self, recipe: digest.Recipe) -> tuple[Artifact, bool]:
         artifact = Artifact(recipe.stage, recipe.key, self._folder(recipe) / recipe.key)
         if _sound(artifact.path):
