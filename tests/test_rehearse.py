@@ -43,9 +43,17 @@ def test_every_experiment_can_be_rehearsed(experiment: str, store: Path, tmp_pat
     assert set(summary["scores"]) == {"unpruned", "pruned", *(["recovered"] if plain["loss"]["terms"] else [])}
 
 
-@pytest.mark.parametrize("width", ["0", "3", "100", "null"])
-def test_a_width_that_heads_cannot_share_is_told(width: str, store: Path) -> None:
-    with pytest.raises(UserError, match="channels wide.* multiple of 8"):
+WIDTHS = {
+    "3": "channels wide.* multiple of 8",
+    "100": "channels wide.* multiple of 8",
+    "0": "rehearse.width=0 must be 1 or more",
+    "null": "rehearse.width=null must be a whole number",
+}
+
+
+@pytest.mark.parametrize("width, told", WIDTHS.items())
+def test_a_width_that_heads_cannot_share_is_told(width: str, told: str, store: Path) -> None:
+    with pytest.raises(UserError, match=told):
         rehearsed("llama_26L", store, f"rehearse.width={width}")
 
 

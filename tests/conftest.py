@@ -1,0 +1,5 @@
+"""Before torch is imported anywhere: one thread for each process of tests, which share the cores among themselves."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
