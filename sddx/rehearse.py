@@ -72,6 +72,8 @@ def _rows(dataset: dict[str, Any], rows: int) -> dict[str, Any]:
 def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
     """The folder of a random model with the embedded tokenizer, made where it is not there yet. Raises UserError
     for a width that it cannot have."""
+    import torch
+
     from sddx.estimate.skeleton import shape_of
     from sddx.models.load import DTYPES, load_tokenizer
     from sddx.models.narrow import built, narrow
@@ -84,7 +86,7 @@ def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
         return folder
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as name:
-        built(config, DTYPES[model["dtype"]]).save_pretrained(Path(name) / "made")
+        built(config, DTYPES.get(model["dtype"], torch.float32)).save_pretrained(Path(name) / "made")
         tokenizer.save_pretrained(Path(name) / "made")
         if not folder.exists():
             os.replace(Path(name) / "made", folder)

@@ -28,6 +28,7 @@ from sddx.config import (
 from sddx.entry import command, mistakes_told, require_one_run
 from sddx.errors import UserError, require_none, told
 from sddx.lines import lines
+from sddx.models.packaged import located
 from sddx.precheck import check_hardware, precheck
 from sddx.records import Artifact
 from sddx.rehearse import announce
@@ -44,7 +45,7 @@ from sddx.tracking import Tracker, mark
 
 # How a training is run, which changes its numbers by rounding alone and no key.
 HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices")
-STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "evaluate", "overlap", "report")
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "written", "evaluate", "overlap", "report")
 
 
 def recover(
@@ -120,9 +121,9 @@ def recover(
     taught, shared = Taught(), []
     asked: dict[str, Any]
     if loss["terms"]:
-        rewriting = {"dataset": dataset, "generation": generation}
+        rewriting = {"dataset": dataset, "generation": generation, "selfdata": selfdata}
         learning = {"loss": loss, "tuning": tuning, "trainer": _learned(trainer), "max_length": max_length}
-        learning |= {"selfdata": selfdata if loss["data"] != "reference" else {}, "seed": seed}
+        learning |= {"selfdata": _kept(selfdata) if loss["data"] != "reference" else {}, "seed": seed}
         taught = teach(store, runtime, unpruned, chosen, patches, data[0], teacher, rewriting, learning, how)
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
@@ -152,6 +153,7 @@ def teach(
     from sddx.models.load import locate
     from sddx.stages.distill import distill
     from sddx.stages.train import train
+    from sddx.stages.written import written
 
     dataset, style = rewriting["dataset"], learning["loss"]["data"]
     # The held-out rows first; the rest in shards, so that a larger set shares those of a smaller one.
@@ -159,7 +161,8 @@ def teach(
     rows = [store.source("rows", path) for path in examples]
     if style != "reference":
         total = sum(len(lines(path)) for path in examples)
-        asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": dataset["check"]}
+        asked = {"guided": style == "self", "rewrite": dataset["rewrite"], "check": _check(dataset, rewriting)}
+        asked["reference"] = rewriting["selfdata"].get("reference", "right")
         bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with runtime.counting(total, **bar) as watched:
             rewrite = partial(store.build, distill, unpruned, runtime=watched, generation=rewriting["generation"])
@@ -168,7 +171,23 @@ def teach(
     teachers = [_model(store, "teacher", locate(teacher)[0])] if teacher else []
     inputs = [unpruned, cut, *rows, *patches, *teachers]
     student = store.build(train, *inputs, runtime=runtime, **learning, **how)
-    return Taught([data], rows, [student])
+    shown = []
+    if style != "reference":
+        answers, length = [unpruned, cut, *rows[1:], *patches], learning["max_length"]
+        shown = [store.build(written, *answers, runtime=runtime, max_length=length, **how)]
+    return Taught([data], rows, [student], shown)
+
+
+def _check(dataset: dict[str, Any], rewriting: dict[str, Any]) -> Node:
+    """What decides whether an answer may be trained on: the data set's own check, or the one that is asked for."""
+    name = rewriting["selfdata"].get("check", "dataset")
+    named = {"open": "sddx.data.checkers.open_answer", "none": "sddx.data.checkers.none"}
+    return dataset["check"] if name == "dataset" else {"_target_": named[name], "_partial_": True}
+
+
+def _kept(selfdata: Node) -> Node:
+    """What training needs to know of self-data; how they were written is in the rows."""
+    return {key: value for key, value in selfdata.items() if key not in ("check", "reference")}
 
 
 def _learned(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -338,7 +357,7 @@ def main(cfg: DictConfig) -> None:
     logging.captureWarnings(True)
     with mistakes_told():
         require_one_run("run them all")
-        config = resolve(cfg)
+        config = located(resolve(cfg))
         announce(config)
         if config["dry_run"]:
             verify(config)

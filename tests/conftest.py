@@ -1,4 +1,4 @@
-"""Before torch is imported anywhere: one thread for each process of tests, which share the cores among themselves."""
+"""Before torch is imported: one thread for each process of tests, which share the cores among themselves."""
 
 import os
 

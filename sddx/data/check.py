@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sddx.build import build, tried
 from sddx.data import encode
+from sddx.data.checkers import Reason
 from sddx.data.sources import of_hub, pinned
 from sddx.data.split import hold_out, with_held_out
 from sddx.data.told import numbered, of_group, remark
@@ -38,7 +39,7 @@ def require_rows(dataset: Mapping[str, Any], validation: int) -> None:
         raise UserError(f"dataset.trains={strange} holds what is no name of a task. Give a list of names.")
     answer = made.examples[0].response
     verdict = tried("dataset.check", made.check, answer, answer)
-    if not isinstance(verdict, bool):
+    if not isinstance(verdict, (bool, Reason)):
         raise UserError(f"dataset.check gives {verdict!r} for two texts, where true or false is needed.")
 
 

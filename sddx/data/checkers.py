@@ -1,15 +1,20 @@
 """Answer checkers: does a written answer end in the same final answer as the reference?
 
-Each is a plain function (answer, reference) -> bool, chosen in a dataset's configuration.
+Each is a plain function (answer, reference) -> bool, chosen in a dataset's configuration; in place of False it may
+give a `Reason`.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
+from sddx.data.written import COPIED, rouge_l
 from sddx.errors import UserError
+from sddx.evaluation.text import repetition
 
 _NUMBER = re.compile(
     r"""
@@ -70,6 +75,10 @@ _LETTERS = (
     re.compile(r"\b([A-J])\W*$"),
     re.compile(r"^\W*([A-J])[.):]", re.MULTILINE),
 )
+
+
+class Reason(str):
+    """Why an answer may not be trained on, in place of False."""
 
 
 def final_number(text: str) -> Fraction | None:
@@ -277,6 +286,47 @@ def regular_expression(answer: str, reference: str, *, pattern: str) -> bool:
         return False
     group = 1 if expression.groups else 0
     return (written[-1].group(group) or "").strip() == (expected[-1].group(group) or "").strip()
+
+
+def open_answer(
+    answer: str,
+    reference: str,
+    *,
+    longest: float = 4.0,
+    repeated: float = 0.3,
+    foreign: float = 0.2,
+    overlap: float = 0.05,
+) -> bool | Reason:
+    """Whether an answer to an open instruction, which has no right result to compare, may be trained on, by what can
+    be told of it. The limits are ours.
+
+    Refused are, in this order: a copy of the reference (ROUGE-L of `sddx.data.written.COPIED` or more), which is no
+    answer of the model's own; one of more than `longest` times the words of the reference, of which 25 count at
+    least; one of whose runs of four words a share above `repeated` stood in it before; one with more than a share
+    `foreign` of letters from a script that the reference does not use; and, where the reference has ten words or
+    more, one whose ROUGE-L to it is below `overlap`.
+    """
+    alike, words = rouge_l(answer, reference), len(reference.split())
+    faults = {
+        "copies the reference": alike >= COPIED,
+        "too long": len(answer.split()) > longest * max(words, 25),
+        "repeats itself": (repetition([answer]) or 0.0) > repeated,
+        "another script": _foreign(answer, reference) > foreign,
+        "nothing of the reference": words >= 10 and alike < overlap,
+    }
+    return next((Reason(reason) for reason, holds in faults.items() if holds), True)
+
+
+def _foreign(answer: str, reference: str) -> float:
+    """The share of the answer's letters whose script the reference does not use; 0 where one has no letters."""
+    own, written = (Counter(map(_script, filter(str.isalpha, text))) for text in (reference, answer))
+    if not own or not written:
+        return 0.0
+    return sum(count for script, count in written.items() if script not in own) / written.total()
+
+
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
 
 
 def none(answer: str, reference: str) -> bool:

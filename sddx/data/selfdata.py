@@ -23,15 +23,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sddx.data.checkers import Reason
 from sddx.data.encode import ending, padding_id, render, token_ids
 from sddx.data.templates import leaks
+from sddx.errors import UserError
 from sddx.models.generation import neutral
 from sddx.models.load import context_of
 from sddx.records import Example, Rewrite
 
 CUT_OFF = "cut off at max_new_tokens"
 TOO_LONG = "prompt too long"
-REASONS = ("empty", CUT_OFF, TOO_LONG, "leak", "wrong answer")
+WRONG = "wrong answer"
+REASONS = ("empty", CUT_OFF, TOO_LONG, "leak", WRONG)  # and those that a checker gives by itself
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,12 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def judge(
-    examples: Sequence[Example], answers: Sequence[Answer], *, check: Callable[[str, str], bool]
+    examples: Sequence[Example], answers: Sequence[Answer], *, check: Callable[[str, str], bool | Reason]
 ) -> list[Rewrite]:
     """Set each answer against its example's reference; ids and order are kept.
 
     Refused are, in this order: an answer with a fault (see `Answer`), an empty one, one that leaks the
-    template, and one whose final answer `check(answer, reference)` finds wrong.
+    template, and one that `check(answer, reference)` finds wrong, or gives a reason against.
     """
     pairs = zip(examples, answers, strict=True)
     reasons = [_reason(answer, example.response, check) for example, answer in pairs]
@@ -114,6 +117,37 @@ def judge(
         Rewrite(example.id, example.prompt, example.response, answer.text, reason)
         for example, answer, reason in zip(examples, answers, reasons, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class SelfData:
+    """What is done about answers that may not be trained on (`fallback`, see `distil`), and two dials for controls.
+
+    `check` decides which these are: the data set's own (`dataset`), what can be told of an answer to an open
+    instruction (`open`, see `sddx.data.checkers.open_answer`), or whole answers that leak nothing (`none`).
+    `reference` is what the rewriting prompt shows: the row's own answer (`right`), or that of another row
+    (`wrong`), which tells the style of the writer from what the reference says.
+    """
+
+    fallback: Literal["reference", "drop"]
+    check: Literal["dataset", "open", "none"] = "dataset"
+    reference: Literal["right", "wrong"] = "right"
+
+    def __call__(self, rewrites: Sequence[Rewrite]) -> list[Example]:
+        return distil(rewrites, fallback=self.fallback)
+
+
+def strangers(examples: Sequence[Example], seed: int) -> list[str]:
+    """For each example the reference of another one, drawn with `seed`: none keeps its own, and each is used once.
+    Raises UserError for a single example."""
+    if len(examples) < 2:
+        raise UserError(
+            "selfdata.reference=wrong shows the reference of another row, and a shard of rows has only one. Use a "
+            "dataset.size and a validation that leave more (a shard has 256 rows)."
+        )
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    after = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [examples[after[place]].response for place in range(len(examples))]
 
 
 def distil(rewrites: Sequence[Rewrite], *, fallback: Literal["reference", "drop"]) -> list[Example]:
@@ -125,8 +159,9 @@ def distil(rewrites: Sequence[Rewrite], *, fallback: Literal["reference", "drop"
 
 def acceptance(rewrites: Sequence[Rewrite]) -> dict[str, int]:
     """How many answers were written, accepted, and refused for each reason."""
-    counts = {"examples": len(rewrites), "accepted": sum(not rewrite.reason for rewrite in rewrites)}
-    return counts | {reason: sum(rewrite.reason == reason for rewrite in rewrites) for reason in REASONS}
+    reasons = [rewrite.reason for rewrite in rewrites if rewrite.reason]
+    counts = {"examples": len(rewrites), "accepted": len(rewrites) - len(reasons)}
+    return counts | {reason: reasons.count(reason) for reason in dict.fromkeys([*REASONS, *reasons])}
 
 
 class _Choose(LogitsProcessor):
@@ -190,14 +225,15 @@ def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int
     return Answer(text.strip(), "" if stop is not None else CUT_OFF)
 
 
-def _reason(answer: Answer, reference: str, check: Callable[[str, str], bool]) -> str:
+def _reason(answer: Answer, reference: str, check: Callable[[str, str], bool | Reason]) -> str:
     if answer.fault:
         return answer.fault
     if not answer.text.strip():
         return "empty"
     if leaks(answer.text):
         return "leak"
-    return "" if check(answer.text, reference) else "wrong answer"
+    verdict = check(answer.text, reference)
+    return verdict if isinstance(verdict, Reason) else "" if verdict else WRONG
 
 
 def _example(rewrite: Rewrite) -> Example:

@@ -44,14 +44,16 @@ ELSEWHERE = ("*/*", "consolidated*", "params.json", "*.bin.index.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The `model` group: a folder or hub id, its hub revision, the dtype and attention it computes with, and the
-    settings of its config.json that say how large it is, for plans and rehearsals without it."""
+    """The `model` group: a folder, a GGUF file or a hub id, its hub revision, the dtype (`auto`: that of its files)
+    and attention it computes with; the settings of its config.json that say how large it is, for plans and
+    rehearsals without it; the packages of PyPI that hold it, for machines without a hub (sddx.models.packaged)."""
 
     path: str
     revision: str | None
-    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
     attention: str
     dimensions: dict[str, Any] | None = None
+    package: dict[str, Any] | None = None
 
 
 def locate(path: str, *, revision: str | None = None) -> tuple[Path, str | None]:
@@ -424,6 +426,20 @@ def _config(folder: Path) -> Any:
         raise UserError(
             f"config.json in {folder} cannot be read: {said(error)}. Mend it, or fetch the model again."
         ) from error
+
+
+def own_dtype(folder: Path) -> str:
+    """The dtype that a model's files hold it in: what its config says, or that of its first weight of real numbers.
+    Raises UserError for one that no model can be asked to compute in."""
+    if (said_by_config := getattr(_config(folder), "dtype", None)) is not None:
+        found = str(said_by_config).removeprefix("torch.")
+    else:
+        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
+            kinds = (weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118
+            found = next((str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point), "none")
+    if found not in DTYPES:
+        raise UserError(f"{folder} holds its weights as {found}. Give model.dtype={', '.join(DTYPES)}.")
+    return found
 
 
 def context_of(config: Any) -> int | None:

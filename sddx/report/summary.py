@@ -13,6 +13,7 @@ from rich.console import Console
 from sddx.data.shards import read_rows
 from sddx.evaluation.harness import compact
 from sddx.evaluation.recovery import reported_chance, summarise
+from sddx.models.packaged import origin
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.shapes import FORMAT
@@ -22,11 +23,12 @@ from sddx.store import manifest
 @dataclass(frozen=True)
 class Taught:
     """What training went through, if there was any: the prepared data set, its held-out shard and its training
-    shards (as they are, or rewritten), and the student."""
+    shards (as they are, or rewritten), the student, and what was `written` where the rows are self-data."""
 
     data: list[Artifact] = field(default_factory=list)
     rows: list[Artifact] = field(default_factory=list)
     student: list[Artifact] = field(default_factory=list)
+    written: list[Artifact] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Found:
 
     def artifacts(self) -> list[Artifact]:
         """All of them in one row, from which `of` makes the record again."""
-        taught = [*self.taught.data, *self.taught.rows, *self.taught.student]
+        taught = [*self.taught.data, *self.taught.rows, *self.taught.student, *self.taught.written]
         first = [self.model, *self.scores, self.cut, *self.patches]
         return [*first, *taught, *self.results.values(), *self.overlap]
 
@@ -57,7 +59,7 @@ class Found:
         def some(*stages: str) -> list[Artifact]:
             return next((by_stage[stage] for stage in stages if stage in by_stage), [])
 
-        taught = Taught(some("prepare"), some("distill", "rows"), some("train"))
+        taught = Taught(some("prepare"), some("distill", "rows"), some("train"), some("written"))
         results = dict(zip(table.MODELS, by_stage["evaluate"], strict=False))  # recovered: where there is one
         (model,), (cut,) = by_stage["model"], by_stage["prune"]
         return cls(model, some("score"), cut, some("patch"), taught, results, some("overlap"))
@@ -66,7 +68,7 @@ class Found:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
         distilled = [shard for shard in self.taught.rows if shard.stage == "distill"]
         stages = {"prepare": self.taught.data, "score": self.scores, "prune": [self.cut], "patch": self.patches}
-        stages |= {"distill": distilled, "train": self.taught.student}
+        stages |= {"distill": distilled, "train": self.taught.student, "written": self.taught.written}
         stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
         stages |= {"overlap": self.overlap}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
@@ -153,6 +155,7 @@ def _cost(found: Found) -> dict[str, Any]:
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
+        "written": next((_read(written, "written.json") for written in found.taught.written), None),
         "fallback_share": sum(bool(rewrite.reason) for rewrite in rewrites) / len(rewrites) if rewrites else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
@@ -164,6 +167,7 @@ def _cost(found: Found) -> dict[str, Any]:
             },
         },
         "model_path": str(found.model.path),
+        "dequantised": origin(found.model.path),
         "dtype": built["spec"]["dtype"],
         "attention": built["spec"]["attention"],
         "versions": built["versions"],

@@ -75,6 +75,8 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("requests cut to the context", _cut(summary.get("requests_cut") or {})),
         ("overlap with training rows", _overlap(summary)),
         ("refused answers", percent(summary.get("fallback_share"))),
+        ("answers of its own", _written(summary.get("written"))),
+        ("surprise by them", _surprise(summary.get("written"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
         ("left", summary.get("depth") or ABSENT),
@@ -126,6 +128,26 @@ def _overlap(summary: Mapping[str, Any]) -> str:
         hits[name] += record["overlapping"]
     shown = [f"{name} {percent(count / items[name])}" for name, count in hits.items() if count]
     return (", ".join(shown) or "none") + f" of evaluation items ({found['words']} words in a row)"
+
+
+def _written(found: Mapping[str, Any] | None) -> str:
+    """How the answers compare with their references."""
+    if not found or found["rouge_l"] is None:
+        return ABSENT
+    words = " and ".join(f"{found['words'][name]:.0f} ({name})" for name in ("self", "reference"))
+    shares = f"copied {percent(found['copied'])}, cut off {percent(found['cut_off'])}"
+    return f"{shares}, ROUGE-L {found['rouge_l']:.2f} to the references, {words} words"
+
+
+def _surprise(found: Mapping[str, Any] | None) -> str:
+    """The models' cross-entropy on references and on answers of the unpruned model's own."""
+    if not found or not found["sample"]:
+        return ABSENT
+    shown = (
+        f"{model} {losses['self']:.2f} (reference {losses['reference']:.2f})"
+        for model, losses in found["surprise"].items()
+    )
+    return ", ".join(shown) + f" nats a token, {found['sample']} rows"
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:
@@ -181,7 +203,9 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 def _title(summary: Mapping[str, Any]) -> str:
     named = f", {summary['name']}" if summary.get("name") else ""
-    return f"Scores in percent ± standard error{named}" + (f" ({CHOOSING})" if is_choosing(summary) else "")
+    told = [f"unpruned: dequantised {kind}"] if (kind := summary.get("dequantised")) else []
+    told += [CHOOSING] if is_choosing(summary) else []
+    return f"Scores in percent ± standard error{named}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def is_choosing(summary: Mapping[str, Any]) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 
 from sddx.build import build
-from sddx.data.selfdata import Answer, acceptance, judge
+from sddx.data.selfdata import Answer, acceptance, judge, strangers
 from sddx.data.shards import read_examples, write_rows
 from sddx.data.templates import rewriting_prompt
 from sddx.models.load import frozen_model, load_tokenizer
@@ -27,6 +27,7 @@ def distill(
     runtime: Runtime,
     guided: bool,
     rewrite: str,
+    reference: Literal["right", "wrong"],
     check: dict[str, Any],
     generation: dict[str, Any],
     dtype: str,
@@ -36,12 +37,16 @@ def distill(
     `generation.json`: the backend that wrote, and its version.
 
     `guided` shows the reference in the rewriting template (self-data distillation, SDFT; facts A5); without
-    it the model sees the prompt alone (the control `sdd_plain`).
+    it the model sees the prompt alone (the control `sdd_plain`). Shown is the row's own reference, or where
+    `reference` is wrong, another row's, drawn by the generation's seed.
     """
     examples = read_examples(shard.path)
+    shown = [example.response for example in examples]
+    if guided and reference == "wrong":
+        shown = strangers(examples, generation["seed"])
     prompts = [
-        rewriting_prompt(rewrite, example.prompt, example.response) if guided else example.prompt
-        for example in examples
+        rewriting_prompt(rewrite, example.prompt, answer) if guided else example.prompt
+        for example, answer in zip(examples, shown, strict=True)
     ]
     write = build(generation)
     # One that can say who writes reads the model from its folder itself: ours stays out of memory.

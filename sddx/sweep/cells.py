@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
 from sddx.errors import UserError
+from sddx.models.packaged import located
 from sddx.naming import file_name, shortened
 from sddx.run_folder import CONFIG, LOCK, holds_another, is_another
 from sddx.shapes import Form, read_json
@@ -149,7 +150,7 @@ def _numbered(composed: DictConfig, number: int) -> DictConfig:
 def _cell(composed: DictConfig, overrides: tuple[str, ...], number: int) -> Cell:
     HydraConfig.instance().set_config(composed)
     plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    return Cell(number, overrides, composed, resolve(plain))
+    return Cell(number, overrides, composed, located(resolve(plain)))
 
 
 def varying(cells: Sequence[Cell]) -> list[str]:

@@ -1,0 +1,84 @@
+"""written: what the unpruned model wrote, and how surprised it and the pruned model are by it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sddx.data.encode import collate, encode_all, padding_id
+from sddx.data.selfdata import CUT_OFF
+from sddx.data.shards import read_rows
+from sddx.data.written import measured
+from sddx.evaluation.text import perplexity
+from sddx.models.load import free_memory, frozen_model, load_tokenizer
+from sddx.models.student import load_student
+from sddx.parallel.launch import sharded
+from sddx.records import Artifact, Cut, Example, Rewrite
+from sddx.runtime import Runtime
+
+SAMPLE, ROWS = 64, 8  # accepted answers that are read, drawn with a fixed seed; so many at once
+
+
+def written(
+    out: Path,
+    model: Artifact,
+    cut: Artifact,
+    *inputs: Artifact,
+    runtime: Runtime,
+    max_length: int,
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes `written.json`: what `sddx.data.written` measures of the shards of answers among `inputs`, and under
+    `surprise` the mean cross-entropy, in nats a token, that the unpruned and the pruned model (with the patch among
+    `inputs`, if there is one) have on references and on the model's own answers, over some of the accepted rows.
+
+    Self-data distillation rests on the second being lower than the first (facts A5).
+    """
+    shards = [artifact.path / "rewrites.jsonl" for artifact in inputs if artifact.stage == "distill"]
+    patch = next((artifact.path for artifact in inputs if artifact.stage == "patch"), None)
+    rewrites = read_rows(Rewrite, *shards)
+    accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
+    sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
+    how = {"dtype": dtype, "attention": attention}
+    surprise = _surprise(model, cut.path / "cut.json", patch, sample, max_length, how, runtime=runtime)
+    found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": surprise}
+    (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@sharded
+def _surprise(
+    model: Artifact,
+    cut: Path,
+    patch: Path | None,
+    sample: Sequence[Rewrite],
+    max_length: int,
+    how: dict[str, str],
+    *,
+    runtime: Runtime,
+) -> dict[str, dict[str, float | None]]:
+    tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
+    texts = {
+        "reference": [Example(each.id, each.prompt, each.reference, "reference") for each in sample],
+        "self": [Example(each.id, each.prompt, each.answer, "self") for each in sample],
+    }
+
+    def of(judged: Any) -> dict[str, float | None]:
+        return {name: _loss(judged, tokenizer, rows, max_length, runtime.device) for name, rows in texts.items()}
+
+    unpruned = of(frozen_model(model.path, **how))
+    free_memory()
+    pruned = load_student(model.path, None, cut=Cut.load(cut), base=model.key, patch=patch, **how)
+    return {"unpruned": unpruned, "pruned": of(pruned.model)}
+
+
+def _loss(model: Any, tokenizer: Any, rows: Sequence[Example], max_length: int, device: str) -> float | None:
+    encoded, _ = encode_all(tokenizer, rows, max_length=max_length)
+    encoded.sort(key=lambda row: len(row.input_ids))
+    batches = (encoded[at : at + ROWS] for at in range(0, len(encoded), ROWS))
+    found = perplexity(model, (collate(rows, padding_id(tokenizer)).to(device) for rows in batches))
+    return None if found is None else math.log(found)
