@@ -297,8 +297,8 @@ def open_answer(
     foreign: float = 0.2,
     overlap: float = 0.05,
 ) -> bool | Reason:
-    """Whether an answer to an open instruction, which has no right result to compare, may be trained on, by what can
-    be told of it. The limits are ours.
+    """Whether an answer to an open instruction, which has no right result to compare, may be trained on, by what
+    can be told of it. The limits are ours.
 
     Refused are, in this order: a copy of the reference (ROUGE-L of `sddx.data.written.COPIED` or more), which is no
     answer of the model's own; one of more than `longest` times the words of the reference, of which 25 count at

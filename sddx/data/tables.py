@@ -1,4 +1,4 @@
-"""The rows of a local file: JSON lines, one JSON array of objects, or Parquet."""
+"""The rows of a local file: JSON lines, one JSON array of objects, Parquet, or plain text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sddx.lines import lines
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. Raises UserError where it cannot be read, is damaged or empty, holds columns instead of
+    """The rows of a file; of plain text (.txt, .raw), its lines. Raises UserError where it cannot be read, is damaged or empty, holds columns instead of
     rows, or where a row is no object."""
     path = path.expanduser()
     _require_file(path)
     try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
+        rows = READERS.get(path.suffix, _json)(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}. {_mend()}") from None
     if not rows:
@@ -54,15 +54,24 @@ def _require_file(path: Path) -> None:
     raise UserError(f"{path} {what}. {_mend()}")
 
 
-def _json(path: Path) -> list[Any]:
-    """The values of a JSON array, or of each line."""
+def _lines(path: Path) -> list[str]:
     try:
-        given = lines(path, "utf-8-sig")
+        return lines(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         packed = " It is compressed: unpack it." if path.read_bytes()[:2] == b"\x1f\x8b" else ""
         raise UserError(
             f"{path} is not UTF-8 text ({error}).{packed} Save it as UTF-8, or as Parquet (.parquet). {_mend()}"
         ) from None
+
+
+def _text(path: Path) -> list[Any]:
+    """Each line that is not empty, in the column `text`, as the hub has WikiText's files."""
+    return [{"text": line} for line in _lines(path) if line.strip()]
+
+
+def _json(path: Path) -> list[Any]:
+    """The values of a JSON array, or of each line."""
+    given = _lines(path)
     if given and (given[0].lstrip().startswith("[") or given[0].strip() == "{"):
         given = ["\n".join(given)]  # one value over many lines
     values, damaged = [], []
@@ -95,3 +104,6 @@ def _parquet(path: Path) -> list[Any]:
         raise UserError(
             f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines. {_mend()}"
         ) from None
+
+
+READERS = {".parquet": _parquet, ".txt": _text, ".raw": _text}  # all others hold JSON
