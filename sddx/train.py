@@ -236,11 +236,11 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
 def _task_rows(store: Store, node: dict[str, Any]) -> Artifact:
     """The folder that evaluation tasks take their rows from, by the content of the files that they read there."""
     from sddx.evaluation.task_data import task_files
-    from sddx.evaluation.task_files import ROWS, require_folder
+    from sddx.evaluation.task_files import ROWS, folder_of
 
     found = task_files(node["tasks"], node.get("include"), node["data_dir"])
     keys = {task: {split: store.source(ROWS, path).key for split, path in of.items()} for task, of in found.items()}
-    return Artifact(ROWS, digest(keys), require_folder(node["data_dir"]) or Path())
+    return Artifact(ROWS, digest(keys), folder_of(node["data_dir"]) or Path())
 
 
 def _by_content(store: Store, settings: Any) -> Any:

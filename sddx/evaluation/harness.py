@@ -23,7 +23,7 @@ from sddx.evaluation.items import cluster_of, draw
 from sddx.evaluation.likelihood import MEASURES, measured
 from sddx.evaluation.seeds import SEEDS, seeded
 from sddx.evaluation.statistics import expected_half_width, independent, standard_error
-from sddx.evaluation.task_files import require_folder
+from sddx.evaluation.task_files import folder_of
 from sddx.evaluation.tasks import (
     OWN_TASKS,
     check_tasks,
@@ -124,7 +124,7 @@ def require_tasks(
     by_task |= {"split": split, "cluster": cluster}
     check_tasks(tasks, include, setting=setting, **by_task)
     require_counted(tasks, apart, setting)
-    require_folder(data_dir, setting)
+    folder_of(data_dir, setting)
     as_tested = include is data_dir is None and not (shots or primary or split or cluster)
     if as_tested and set(tasks) <= named_in_files([OWN_TASKS]):
         return

@@ -24,7 +24,7 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 READS = ("doc_to_text", "doc_to_target", "doc_to_choice")  # what a task takes from a row
 
 
-def require_folder(data_dir: str | None, setting: str = "evaluation") -> Path | None:
+def folder_of(data_dir: str | None, setting: str = "evaluation") -> Path | None:
     """The folder; None for None. Raises UserError, which names the group of settings, where it is none."""
     if data_dir is None:
         return None
@@ -40,7 +40,7 @@ def require_folder(data_dir: str | None, setting: str = "evaluation") -> Path | 
 def files_of(task: str, data_dir: str | None) -> dict[str, Path]:
     """The files of a task by split; under "" that of the split which it judges. Empty where there is none. Raises
     UserError for two files of one split."""
-    folder, found = require_folder(data_dir), dict[str, Path]()
+    folder, found = folder_of(data_dir), dict[str, Path]()
     for path in sorted(folder.glob(f"{task}.*")) if folder else ():
         split = path.name.removesuffix(path.suffix).removeprefix(task).removeprefix(".")
         if path.suffix not in KINDS or "." in split:
@@ -76,7 +76,7 @@ def no_file(tasks: list[str], data_dir: str) -> str:
     more = f" and of {len(tasks) - 3} more" if len(tasks) > 3 else ""
     named = ", ".join(f"{task}.jsonl (task {task!r})" for task in tasks[:3])
     return (
-        f"{require_folder(data_dir)} lacks rows: {named}{more}. Put them there in the hub's columns, leave the "
+        f"{folder_of(data_dir)} lacks rows: {named}{more}. Put them there in the hub's columns, leave the "
         "tasks out, or set data_dir to null to read the hub."
     )
 
@@ -119,10 +119,10 @@ def _local(config: dict[str, Any], data_dir: str, asked: str | None) -> dict[str
         _require_columns(config, rows[split], path)
     wanted = asked or judged
     if wanted not in rows:
-        raise UserError(f"{require_folder(data_dir)} lacks the split that is judged: {task}.{wanted}.jsonl.")
+        raise UserError(f"{folder_of(data_dir)} lacks the split that is judged: {task}.{wanted}.jsonl.")
     # lm-eval looks at the first row of the task's own split, also where another one will be judged.
     rows = {**dict.fromkeys(_splits(config), rows[wanted].select([])), judged: rows[wanted], **rows}
-    return {**config, "custom_dataset": Rows(rows, require_folder(data_dir)), "dataset_kwargs": None}
+    return {**config, "custom_dataset": Rows(rows, folder_of(data_dir)), "dataset_kwargs": None}
 
 
 class Rows:

@@ -41,9 +41,9 @@ def evaluate(
 
     `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
     unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
-    texts are read from, of which `evaluation.data_dir` names one by its key. `text.kl` is KL(unpruned || model) in
-    nats a token on held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are those of
-    the answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
+    texts are read from; `evaluation.data_dir` names one of them by its key. `text.kl` is KL(unpruned || model) in
+    nats a token on held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are
+    those of the answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
     `evaluation.vllm.adapter` of the adapter beside them; KL and perplexity are still those of the model as it was
     trained. What was answered when the stage is interrupted is in `out/resume`, and not asked again.
     """
