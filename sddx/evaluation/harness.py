@@ -346,7 +346,8 @@ def _judged(name: str, task: Any, drawn: Mapping[str, list[int]] | None) -> Sequ
 
 def _clusters(task: Any, items: Sequence[int]) -> Sequence[Any]:
     """For each item what tells the draw that it belongs to: its cluster's or its own."""
-    return [cluster_of(task, task.eval_docs[item]) for item in items] if said(task).get("cluster") else items
+    documents = task.eval_docs  # once: each asking reads them all anew
+    return [cluster_of(task, documents[item]) for item in items] if said(task).get("cluster") else items
 
 
 @cache  # said once for the models that a run compares
@@ -565,7 +566,8 @@ def task_texts(
         loaded, part_of = load(tasks, include, split, data_dir=data_dir)
         tell(loaded["tasks"], part_of, {"cluster": cluster})
         drawn = draw(loaded["tasks"], part_of, limit, side)
-        return {
-            name: [text_of(task, task.eval_docs[item]) for item in _judged(name, task, drawn)]
-            for name, task in loaded["tasks"].items()
-        }
+        texts = {}
+        for name, task in loaded["tasks"].items():
+            documents = task.eval_docs  # once: each asking reads them all anew
+            texts[name] = [text_of(task, documents[item]) for item in _judged(name, task, drawn)]
+    return texts

@@ -222,12 +222,15 @@ def _lacking(read: str | Callable | Any, row: dict[str, Any]) -> list[str]:
         return _asked_in_vain(read, row) if callable(read) else []
     if read.isidentifier() and not iskeyword(read):
         return [read] if read not in row else []  # which lm-eval would show as it stands
-    from jinja2 import UndefinedError, meta
-    from lm_eval.utils import apply_template, env
+    from jinja2 import Environment, StrictUndefined, UndefinedError, meta
+    from lm_eval.utils import env
+
+    class Missing(StrictUndefined):
+        __repr__ = StrictUndefined.__str__  # in a list of choices it would be shown as "Undefined"
 
     try:
         names = meta.find_undeclared_variables(env.parse(read)) - env.globals.keys() - row.keys()
-        apply_template(read, row)
+        Environment.from_string(env.overlay(undefined=Missing), read).render(**row)
     except UndefinedError:
         return sorted(names)
     except Exception:  # told where the task is loaded
