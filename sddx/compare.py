@@ -1,7 +1,8 @@
 """Two runs side by side: `python -m sddx.compare A B`, with run folders or their `summary.json`.
 
 Prints what differs in the configuration and, per task and on average, the paired difference B - A of what one
-model scored, with its interval, McNemar's exact p (Holm over the tasks) and the flipped items.
+model scored, with its interval, McNemar's exact p (Holm over the tasks) and the flipped items; and the same
+difference of the measures that likelihoods give (sddx.evaluation.likelihood).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rich.table import Table
 
 from sddx.arguments import exit_status
 from sddx.errors import UserError
-from sddx.evaluation.statistics import binary, flips, holm, mcnemar, paired_difference, task_weights
+from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.statistics import Interval, binary, flips, holm, mcnemar, paired_difference, task_weights
 from sddx.run_folder import CONFIG, SAMPLES, read_config, read_samples
 
 Samples = Mapping[str, Mapping[str, Any]]
@@ -81,27 +83,52 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 
 def compare(first: Samples, second: Samples) -> dict[str, Any]:
-    """Paired differences, second - first: {"tasks": {task: {...}}, "average": Interval}.
+    """Paired differences, second - first: {"tasks": {task: {...}}, "average": Interval, "measures": {name: {task or
+    "average": Interval}}}.
 
-    A task has `difference` (an Interval over items) and, for binary scores only (else None), `p`, `p_holm`
-    and `flipped` = (right to wrong, wrong to right). Raises UserError where the two cannot be compared.
+    A task has `difference` (an Interval over items, or over clusters of items where it has any) and, for binary
+    scores only (else None), `flipped` = (right to wrong, wrong to right), `p` and `p_holm`; no p where items are in
+    clusters, since the test takes them as independent. Tasks that stand apart are in no average. Raises UserError
+    where the two cannot be compared.
     """
     check_comparable(first, second)
-    before = {task: record["scores"] for task, record in first.items()}
-    after = {task: second[task]["scores"] for task in first}
-    tasks = {task: _task(before[task], after[task]) for task in first}
+    tasks = {task: _task(first[task], second[task]) for task in first}
     tested = [task for task in tasks if tasks[task]["p"] is not None]
     for task, p in zip(tested, holm([tasks[task]["p"] for task in tested]), strict=True):
         tasks[task]["p_holm"] = p
-    weights = task_weights(list(first), {task: record["part_of"] for task, record in first.items()})
-    return {"tasks": tasks, "average": paired_difference([after], [before], weights=weights)}
+    measures = {name: _measured(first, second, name) for name in MEASURES}
+    return {
+        "tasks": tasks,
+        "average": _average(first, second, "scores", list(first)),
+        "measures": {name: found for name, found in measures.items() if found},
+    }
 
 
-def _task(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+def _measured(first: Samples, second: Samples, measure: str) -> dict[str, Interval]:
+    """The difference of a measure by task, for tasks that have it in both, and on their average."""
+    having = [task for task in first if first[task].get(measure) and second[task].get(measure)]
+    found = {task: _difference(first, second, measure, [task]) for task in having}
+    return found | ({"average": average} if (average := _average(first, second, measure, having)) else {})
+
+
+def _average(first: Samples, second: Samples, what: str, tasks: Sequence[str]) -> Interval | None:
+    counted = [task for task in tasks if not first[task].get("apart")]
+    return _difference(first, second, what, counted) if counted else None
+
+
+def _difference(first: Samples, second: Samples, what: str, tasks: Sequence[str]) -> Interval:
+    before, after = ({task: samples[task][what] for task in tasks} for samples in (first, second))
+    weights = task_weights(tasks, {task: first[task]["part_of"] for task in tasks})
+    clusters = {task: first[task].get("clusters") for task in tasks}
+    return paired_difference([after], [before], weights=weights, clusters=clusters)
+
+
+def _task(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = first["scores"], second["scores"]
     judged = binary(before) and binary(after)
     return {
-        "difference": paired_difference([{"": after}], [{"": before}]),
-        "p": mcnemar(before, after) if judged else None,
+        "difference": _difference({"": first}, {"": second}, "scores", [""]),
+        "p": mcnemar(before, after) if judged and not first.get("clusters") else None,
         "p_holm": None,
         "flipped": flips(before, after) if judged else None,
     }
@@ -120,8 +147,20 @@ def show(compared: Mapping[str, Any], configuration: Mapping[str, tuple[Any, Any
         tests = [f"{found[name]:.3g}" if found[name] is not None else "-" for name in ("p", "p_holm")]
         table.add_row(task, *_points(found["difference"]), *tests, *map(str, found["flipped"] or ("-", "-")))
     table.add_section()
-    table.add_row("average", *_points(compared["average"]), style="bold")
+    if compared["average"]:
+        table.add_row("average", *_points(compared["average"]), style="bold")
     console.print(table)
+    for measure, found in compared["measures"].items():
+        console.print(_measure_table(MEASURES[measure], found))
+
+
+def _measure_table(title: str, found: Mapping[str, Interval]) -> Table:
+    table = Table(title=f"Paired difference B - A, {title}", title_justify="left")
+    for column in ("task", "difference", "interval"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, interval in found.items():
+        table.add_row(task, f"{interval.estimate:+.4f}", f"{interval.low:+.4f} to {interval.high:+.4f}")
+    return table
 
 
 def _points(interval: Any) -> tuple[str, str]:

@@ -90,7 +90,8 @@ def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
 
     value = (config["pruning"].get("metric") or {}).get("value")
     nodes = [config["evaluation"], *([value] if isinstance(value, dict) and "tasks" in value else [])]
-    return [pair for node in nodes for pair in task_datasets(node["tasks"], node.get("include"))]
+    asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in nodes]
+    return [pair for each in asked for pair in task_datasets(*each)]
 
 
 def look(repository: Wanted) -> Seen:

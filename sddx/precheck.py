@@ -48,7 +48,7 @@ def check_names(config: dict[str, Any]) -> None:
     from sddx.evaluation.tasks import check_tasks
 
     evaluation = config["evaluation"]
-    given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split")}
+    given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split", "cluster")}
     check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
     require_none(told([check_evaluated, lambda: _check_trained(config)]))
 
@@ -139,7 +139,7 @@ def _check_evaluation(evaluation: dict[str, Any]) -> None:
     """The tasks can be evaluated by these settings, and what they read is there. Raises UserError."""
     from sddx.evaluation.harness import require_tasks
 
-    read = ("tasks", "include", "split", "shots", "primary", "chance", "limit")
+    read = ("tasks", "include", "split", "shots", "primary", "chance", "limit", "cluster", "apart", "data_dir")
     require_tasks("evaluation", **{key: evaluation[key] for key in read if key in evaluation})
 
 
@@ -199,9 +199,10 @@ def _check_room(evaluation: dict[str, Any], folder: Path, config: Any) -> None:
     tokenizer, longest = load_tokenizer(folder), evaluation.get("max_new_tokens")
     answers = written(evaluation["tasks"], evaluation["include"], longest)
     require_room(answers, resolve_max_length(config, tokenizer))
-    asked = ("tasks", "include", "chat_template", "shots", "split", "max_new_tokens")
+    names = ("tasks", "include", "chat_template", "shots", "split", "max_new_tokens", "data_dir")
+    asked = {name: evaluation[name] for name in names if name in evaluation}
     if context := context_of(config):
-        require_prompts_fit(tokenizer, context, **{name: evaluation[name] for name in asked})
+        require_prompts_fit(tokenizer, context, **asked)
 
 
 def _check_pruning(method: dict[str, Any], config: Any) -> None:

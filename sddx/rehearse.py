@@ -37,6 +37,8 @@ def small(
         "evaluation": {
             **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
             "limit": items, "split": None, "max_new_tokens": new_tokens,
+            **{name: None for name in ("data_dir", "side", "cluster") if name in evaluation},
+            **({"apart": []} if "apart" in evaluation else {}),
         },
         "generation": {**generation, "max_new_tokens": new_tokens},
         "trainer": {**config["trainer"], "budget": "examples", "epochs": 1},

@@ -71,6 +71,8 @@ class Reported(Form):
     unparsed: dict[str, dict[str, dict[str, float | None]]] = {}
     primary: dict[str, str | None] = {}
     part_of: dict[str, str] = {}
+    apart: list[str] = []
+    likelihoods: dict[str, dict[str, dict[str, float]]] = {}
     parameters: Sizes
     seconds: dict[str, float]
     peak_memory: dict[str, int]
@@ -120,11 +122,19 @@ class Judged(Form):
     hashes: list[str]
     settings: dict[str, Any]
     part_of: str
+    apart: bool = False
+    clusters: list[str] | None = None
+    bits_per_byte: list[float] | None = None
+    margin: list[float] | None = None
 
     @model_validator(mode="after")
     def pair(self) -> Judged:
         if len(self.scores) != len(self.hashes):
             raise ValueError(f"{len(self.scores)} scores of {len(self.hashes)} items")
+        for name in ("clusters", "bits_per_byte", "margin"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.scores):
+                raise ValueError(f"{name} holds {len(values)} values of {len(self.scores)} items")
         return self
 
 

@@ -106,6 +106,7 @@ def recover(
     if pruning.get("metric") is not None:
         metrics = {"pruning": pruning["metric"]}
         read = [*texts, *_task_files(store, metrics)]
+        metrics = _by_content(store, metrics)
         scores = [make(score, unpruned, *read, metrics=metrics, units=units, calibration=calibration, **how)]
     cut = make(prune, unpruned, *scores, choose=pruning["choose"], remove=pruning["remove"], units=units, **how)
     chosen = store.by_content(cut, "cut.json")  # metrics that choose the same units share all that follows
@@ -114,8 +115,11 @@ def recover(
         patches = [make(patch, unpruned, chosen, *texts, patch=stand, calibration=calibration, **how)]
 
     # Before training is paid for: that the tasks can be evaluated at all.
+    files, evaluation_files = _files(store, evaluation, text), _files(store, evaluation)
+    evaluation = _by_content(store, evaluation)
+    if "evaluation.data_dir" in choices:
+        choices = {**choices, "evaluation.data_dir": evaluation["data_dir"]}
     judge = partial(make, evaluate, unpruned, evaluation=evaluation, text=text, **how)
-    files = _files(store, evaluation, text)
     results = {"unpruned": judge(*files)}
 
     taught, shared = Taught(), []
@@ -126,7 +130,8 @@ def recover(
         learning |= {"selfdata": _kept(selfdata) if loss["data"] != "reference" else {}, "seed": seed}
         taught = teach(store, runtime, unpruned, chosen, patches, data[0], teacher, rewriting, learning, how)
         asked = {name: evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
-        shared = [make(overlap, *taught.data, *_files(store, evaluation), **asked)]
+        asked |= {name: evaluation[name] for name in ("data_dir", "side", "cluster") if evaluation.get(name)}
+        shared = [make(overlap, *taught.data, *evaluation_files, **asked)]
 
     inputs = {"pruned": [chosen, *patches]}
     if taught.student:
@@ -215,6 +220,7 @@ def score_all(config: dict[str, Any], store: Store, runtime: Runtime) -> Artifac
     how = {"dtype": model["dtype"], "attention": model["attention"]}
     units, metrics = config["pruning"].get("units", "blocks"), config["metrics"]
     given = [_model(store, "model", folder), *_files(store, calibration), *_task_files(store, metrics)]
+    metrics = _by_content(store, metrics)
     return store.build(score, *given, runtime=runtime, metrics=metrics, units=units, calibration=calibration, **how)
 
 
@@ -238,10 +244,31 @@ def _files(store: Store, *nodes: dict[str, Any]) -> list[Artifact]:
     from sddx.evaluation.tasks import OWN_TASKS
 
     paths = [Path(node[key]) for node in nodes for key in ("path", "include", "data_files") if node.get(key)]
-    asked = [(node["tasks"], node.get("include")) for node in nodes if "tasks" in node]
+    evaluated = [node for node in nodes if "tasks" in node]
+    asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in evaluated]
     commits = [found for each in asked if (found := task_commits(*each))]
     files = [store.source("files", path) for path in ([OWN_TASKS] if asked else []) + paths]
+    files += [_task_rows(store, node) for node in evaluated if node.get("data_dir")]
     return files + [Artifact("files", digest(found), OWN_TASKS) for found in commits]
+
+
+def _task_rows(store: Store, node: dict[str, Any]) -> Artifact:
+    """The folder that evaluation tasks take their rows from, by the content of the files that they read there."""
+    from sddx.evaluation.task_data import task_files
+    from sddx.evaluation.task_files import ROWS, folder_of
+
+    found = task_files(node["tasks"], node.get("include"), node["data_dir"])
+    keys = {task: {split: store.source(ROWS, path).key for split, path in of.items()} for task, of in found.items()}
+    return Artifact(ROWS, digest(keys), folder_of(node["data_dir"]) or Path())
+
+
+def _by_content(store: Store, settings: Any) -> Any:
+    """Settings in which a folder of tasks' rows is known by the key of what is read there, wherever it lies."""
+    if not isinstance(settings, dict):
+        return settings
+    found = {name: _by_content(store, value) for name, value in settings.items()}
+    placed = "tasks" in settings and settings.get("data_dir")
+    return {**found, "data_dir": _task_rows(store, settings).key} if placed else found
 
 
 def verify(config: dict[str, Any], *, download: bool = True) -> None:

@@ -82,7 +82,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
     tasks = {"gsm8k": ("openai/gsm8k", "main")}
     monkeypatch.setattr(
-        task_data, "task_datasets", lambda names, _: [tasks[name] for name in names if name in tasks]
+        task_data, "task_datasets", lambda names, *_: [tasks[name] for name in names if name in tasks]
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     room(monkeypatch, 10**12)
@@ -171,7 +171,7 @@ def test_a_repository_of_many_subsets_is_asked_for_and_counted_once(
 ) -> None:
     """MMLU's data is one repository, whose size its 57 subsets share."""
     subsets = [("cais/mmlu", f"subject {number}") for number in range(57)]
-    monkeypatch.setattr(task_data, "task_datasets", lambda names, _: subsets)
+    monkeypatch.setattr(task_data, "task_datasets", lambda names, *_: subsets)
     COMMITS.setdefault("cais/mmlu", "3" * 40)
     [one] = [each for each in wanted(configured()) if each.name == "cais/mmlu"]
     assert len(one.subsets) == 57

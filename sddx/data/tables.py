@@ -10,18 +10,20 @@ from sddx.data.told import numbered, setting
 from sddx.errors import UserError
 from sddx.lines import lines
 
+HUB = "path (data_files for rows of the hub)"
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; of plain text (.txt, .raw), its lines. Raises UserError where it cannot be read, is damaged or empty, holds columns instead of
-    rows, or where a row is no object."""
-    path = path.expanduser()
-    _require_file(path)
+
+def read_table(path: Path, named: str = HUB) -> list[dict[str, Any]]:
+    """The rows of a file, which settings give as `named`; of plain text (.txt, .raw) its lines. Raises UserError
+    where it cannot be read, is damaged or empty, holds columns instead of rows, or where a row is no object."""
+    path, mend = path.expanduser(), f"Mend {setting(named)}."
+    _require_file(path, mend)
     try:
-        rows = READERS.get(path.suffix, _json)(path)
+        rows = READERS.get(path.suffix, _json)(path, mend)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}. {_mend()}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}. {mend}") from None
     if not rows:
-        raise UserError(f"{path} is empty. Give a file with at least one row. {_mend()}")
+        raise UserError(f"{path} is empty. Give a file with at least one row. {mend}")
     if strange := [place for place, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise UserError(
             f"{path}, {numbered(strange)}: no object with columns. Given: {str(rows[strange[0] - 1])[:80]!r}. "
@@ -35,11 +37,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _mend() -> str:
-    return f"Mend {setting('path')} (data_files for rows of the hub)."
-
-
-def _require_file(path: Path) -> None:
+def _require_file(path: Path, mend: str) -> None:
     """Raises UserError where there is no file at a path, with what is there instead."""
     try:
         if path.is_file():
@@ -51,27 +49,27 @@ def _require_file(path: Path) -> None:
             what = f"is not there (looked in {path.absolute().parent})"
     except OSError as error:  # a folder on the way may not be entered, a name may be too long
         what = f"cannot be read: {error.strerror}"
-    raise UserError(f"{path} {what}. {_mend()}")
+    raise UserError(f"{path} {what}. {mend}")
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, mend: str) -> list[str]:
     try:
         return lines(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         packed = " It is compressed: unpack it." if path.read_bytes()[:2] == b"\x1f\x8b" else ""
         raise UserError(
-            f"{path} is not UTF-8 text ({error}).{packed} Save it as UTF-8, or as Parquet (.parquet). {_mend()}"
+            f"{path} is not UTF-8 text ({error}).{packed} Save it as UTF-8, or as Parquet (.parquet). {mend}"
         ) from None
 
 
-def _text(path: Path) -> list[Any]:
+def _text(path: Path, mend: str) -> list[Any]:
     """Each line that is not empty, in the column `text`, as the hub has WikiText's files."""
-    return [{"text": line} for line in _lines(path) if line.strip()]
+    return [{"text": line} for line in _lines(path, mend) if line.strip()]
 
 
-def _json(path: Path) -> list[Any]:
+def _json(path: Path, mend: str) -> list[Any]:
     """The values of a JSON array, or of each line."""
-    given = _lines(path)
+    given = _lines(path, mend)
     if given and (given[0].lstrip().startswith("[") or given[0].strip() == "{"):
         given = ["\n".join(given)]  # one value over many lines
     values, damaged = [], []
@@ -94,7 +92,7 @@ def _is_columns(row: dict[str, Any]) -> bool:
     return len(row) > 1 and len(lengths) == 1 and lengths != {0}
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(path: Path, mend: str) -> list[Any]:
     import pyarrow
     import pyarrow.parquet
 
@@ -102,7 +100,7 @@ def _parquet(path: Path) -> list[Any]:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines. {_mend()}"
+            f"{path} cannot be read as Parquet: {error}. Write it again, or use JSON lines. {mend}"
         ) from None
 
 

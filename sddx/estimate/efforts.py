@@ -48,7 +48,8 @@ def scoring(estimate: Estimate) -> Effort:
         )
         if work.models:
             value = metric.value
-            total += judging(size, value.tasks, value.limit, value.batch_size, value.shots) * work.models
+            of = value.data_dir, value.side
+            total += judging(size, value.tasks, value.limit, value.batch_size, value.shots, of=of) * work.models
     return total
 
 
@@ -101,6 +102,7 @@ def evaluating(estimate: Estimate, size: Size, *, beside: bool) -> Effort:
     heads = texts.mean * 2 * ((1 + beside) * size.head + beside * whole.head)
     read = texts.count * texts.mean * (1 + 2 * beside)
     asked = [evaluation[name] for name in ("tasks", "limit", "batch_size", "shots", "max_new_tokens")]
+    asked.append((evaluation.get("data_dir"), evaluation.get("side")))
     return judging(size, *asked) + Effort(reading=texts.count * (padded + heads), read=read)
 
 
@@ -111,13 +113,15 @@ def judging(
     batch: int,
     shots: int | Mapping[str, int] | None = None,
     longest: int | None = None,
+    of: tuple[str | None, str | None] = (None, None),
 ) -> Effort:
     """Tasks by lm-eval, which computes the logits of every token where answers are compared, of the last one of a
-    prompt where they are written. Tasks that are not known here count nothing."""
+    prompt where they are written. Tasks that are not known here count nothing. `of`: the folder of their
+    rows, and the side of their items."""
     total = Effort()
     for task in tasks:
-        if (items := items_of(task)) is not None:
-            count, length = limited(limit, task, items.count), request(task, shots)
+        if (items := items_of(task, of[0])) is not None:
+            count, length = limited(limit, task, items.count, of[1]), request(task, shots)
             read, whole = count * items.passes * length, size.body(length) + 2 * size.head
             steps = min(LONGEST * items.written, longest or MOST_WRITTEN) * -(-count // batch)
             flops = read * (size.prefill(length) if items.written else whole)

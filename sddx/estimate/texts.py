@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
+from sddx.data.tables import read_table
+from sddx.evaluation.items import SIDES
+from sddx.evaluation.task_files import files_of
 from sddx.evaluation.tasks import OWN_TASKS
 from sddx.lines import lines
 
@@ -71,10 +74,16 @@ class Items:
     written: float = 0
 
 
-# Item counts are those of the public sets; the characters of ARC and GSM8K were measured, the others are guesses of
-# ours. Four answers of one letter share a pass.
+# Item counts are those of the public sets; the characters of HellaSwag, TruthfulQA, MMLU and Winogrande are guesses
+# of ours, the others were measured. Answers of one token share a pass, as MMLU's letters do.
 TASKS = {
     "arc_challenge": Items(1_172, 4, 171),
+    "arc_easy": Items(2_376, 4, 136),
+    "piqa": Items(1_838, 2, 134),
+    "lambada_openai": Items(5_153, 1, 323),
+    "openbookqa": Items(500, 4, 72),
+    "boolq": Items(3_270, 1, 624),
+    "copa": Items(100, 2, 71),
     "hellaswag": Items(10_042, 4, 300),
     "truthfulqa_mc2": Items(817, 7, 150, preamble=700),
     "mmlu": Items(14_042, 1, 500),
@@ -111,10 +120,12 @@ def texts_of(node: Mapping[str, Any], tokens: Tokens) -> Texts:
     return Texts(len(found), sum(lengths) / len(lengths), padded, int(max(lengths)))
 
 
-def items_of(task: str) -> Items | None:
-    """A task's items; None for one that is not known here."""
+def items_of(task: str, data_dir: str | None = None) -> Items | None:
+    """A task's items, as many as a file in `data_dir` has rows; None for one that is not known here."""
     if task in TASKS:
-        return TASKS[task]
+        files = files_of(task, data_dir)
+        judged = files.get("") or files.get("test") or files.get("validation")
+        return replace(TASKS[task], count=len(read_table(judged, "data_dir"))) if judged else TASKS[task]
     name = task.removeprefix("tiny_")
     split, skill = ("selection" if name.endswith("_selection") else "report"), name.removesuffix("_selection")
     file = OWN_TASKS / f"{skill}.{split}.jsonl"
@@ -135,9 +146,10 @@ def request(task: str, shots: Any) -> float:
     return (items.preamble + items.characters * (1 + count)) / CHARACTERS
 
 
-def limited(limit: Any, task: str, count: int) -> int:
-    """The items of a task that are drawn."""
+def limited(limit: Any, task: str, count: int, side: str | None = None) -> int:
+    """The items of a task that are drawn, of those on a side."""
     wanted = limit.get(task) if isinstance(limit, Mapping) else limit
+    count = count if side is None else round(count * SIDES[side] / sum(SIDES.values()))
     return count if wanted is None else min(wanted, count)
 
 

@@ -11,27 +11,33 @@ import hashlib
 import io
 import json
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from sddx.errors import UserError
-from sddx.evaluation.statistics import expected_half_width, standard_error
+from sddx.evaluation.items import cluster_of, draw
+from sddx.evaluation.likelihood import MEASURES, measured
+from sddx.evaluation.seeds import SEEDS, seeded
+from sddx.evaluation.statistics import expected_half_width, independent, standard_error
+from sddx.evaluation.task_files import folder_of
 from sddx.evaluation.tasks import (
     OWN_TASKS,
-    SEEDS,
     check_tasks,
     configure,
-    draw,
     given,
     judged,
     load,
     named_in_files,
     new_tokens,
+    not_texts,
     require_room,
+    said,
+    tell,
+    text_of,
 )
 from sddx.runtime import Runtime
 
@@ -103,6 +109,9 @@ def require_tasks(
     primary: Mapping[str, str] | None = None,
     chance: Mapping[str, float | None] | None = None,
     limit: int | Mapping[str, int] | None = None,
+    cluster: Mapping[str, str] | None = None,
+    apart: Sequence[str] = (),
+    data_dir: str | None = None,
 ) -> None:
     """Raise UserError, with all that is wrong, where tasks cannot be evaluated by these settings, which stand under
     `setting`. No model is needed, and nothing is downloaded.
@@ -111,15 +120,30 @@ def require_tasks(
     rows are here, and the YAML of all others. The package's own tasks as they are were looked at in its tests, so
     that a run of them pays nothing; others pay about 0.3 ms an item, and lm-eval's import.
     """
-    by_task = {"limit": limit, "shots": shots, "primary": primary, "chance": chance, "split": split}
+    by_task: dict[str, Any] = {"limit": limit, "shots": shots, "primary": primary, "chance": chance}
+    by_task |= {"split": split, "cluster": cluster}
     check_tasks(tasks, include, setting=setting, **by_task)
-    if include is None and not (shots or primary or split) and set(tasks) <= named_in_files([OWN_TASKS]):
+    require_counted(tasks, apart, setting)
+    folder_of(data_dir, setting)
+    as_tested = include is data_dir is None and not (shots or primary or split or cluster)
+    if as_tested and set(tasks) <= named_in_files([OWN_TASKS]):
         return
     from sddx.evaluation.trial import tried
 
-    with _calm(True), _seeded():
-        if wrong := tried(tasks, include, setting, by_task):
+    with _calm(True), seeded():
+        if wrong := tried(tasks, include, setting, by_task, data_dir):
             raise UserError(*wrong)
+
+
+def require_counted(tasks: Sequence[str], apart: Sequence[str], setting: str = "evaluation") -> None:
+    """Raise UserError where no task is left for the averages, or what is shown `apart` is no name."""
+    if wrong := not_texts(apart, f"{setting}.apart"):
+        raise UserError(*wrong)
+    if set(tasks) <= set(apart):
+        raise UserError(
+            f"{setting}.apart={list(apart)} leaves no task for the average. Name a task that counts in "
+            f"{setting}.tasks, or set {setting}.apart=[]."
+        )
 
 
 def _require_sound(tasks: Mapping[str, Any]) -> None:
@@ -127,7 +151,7 @@ def _require_sound(tasks: Mapping[str, Any]) -> None:
     are tried, also those that were not here when the configuration was checked."""
     from sddx.evaluation.trial import mistakes
 
-    with _seeded():
+    with seeded():
         if wrong := list(mistakes(tasks, every=False)):
             raise UserError(*wrong)
 
@@ -148,6 +172,10 @@ def evaluate(
     chance: Mapping[str, float | None] | None = None,
     limit: int | Mapping[str, int] | None = None,
     split: Mapping[str, str] | None = None,
+    data_dir: str | None = None,
+    side: Literal["report", "selection", None] = None,
+    cluster: Mapping[str, str] | None = None,
+    apart: Sequence[str] = (),
     generation_config: Literal["neutral", "model"] = "neutral",
     encoding: Literal["same", "lm_eval"] = "same",
     backend: str = "hf",
@@ -165,7 +193,13 @@ def evaluate(
     which is lm-eval's rule); `primary`, the reported metric ("acc_norm,none"); `chance`, the score of guessing
     (null: not known), where the task's own metadata does not say; `limit`, how many items (or one number for
     each), drawn with a fixed seed and in equal numbers from the parts of a group; `split`, the split of its data
-    whose items are judged (not named: the task's own), of which none is an example for itself.
+    whose items are judged (not named: the task's own), of which none is an example for itself; `cluster`, a column
+    of its documents: items that share its value are one draw for errors and intervals, not several.
+
+    `data_dir` is a folder of rows in the hub's columns, which is then not asked (task_files). Of the items, those
+    on one `side` alone are judged, about seven of nine for the report and two for the selection of anything,
+    whatever the limit (items.side_of); None: all. Tasks that stand `apart` are evaluated as the others and left out
+    of all averages.
 
     Answers are greedy where a task does not ask for sampling itself: of the model's own settings of generation none
     is used but its end tokens (`generation_config` neutral). Prompts are the tokens that scoring, self-data and
@@ -175,9 +209,10 @@ def evaluate(
 
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
     "batch_size", "truncated", "backend": its name and version}. A record holds `score` (mean of the primary
-    metric), `stderr`, `chance`, `n`, `metrics`, `unparsed` (share of answers in which a filter found nothing, by
-    filter), `part_of` (the name in `tasks`), `settings` (all that makes two evaluations comparable) and `samples`,
-    one dict per item; `cut` counts its requests that did not fit the model and lost their beginning, which
+    metric), `stderr`, `chance`, `n`, `metrics`, `bits_per_byte` and `margin` (means; None where there is none, see
+    sddx.evaluation.likelihood), `unparsed` (share of answers in which a filter found nothing, by filter), `part_of`
+    (the name in `tasks`), `apart`, `settings` (all that makes two evaluations comparable) and `samples`, one dict
+    per item; `cut` counts its requests that did not fit the model and lost their beginning, which
     `truncated` adds up.
 
     Raises UserError for an unknown task, metric or split, data that is not there, a tokenizer without a chat
@@ -191,16 +226,17 @@ def evaluate(
     from sddx.evaluation.prompts import Fitting
     from sddx.models.generation import neutral
 
-    with _calm(runtime.quiet), _seeded():
-        loaded, part_of = load(tasks, include, split)
-        told = {"primary": primary or {}, "chance": chance or {}}
+    require_counted(tasks, apart)
+    with _calm(runtime.quiet), seeded():
+        loaded, part_of = load(tasks, include, split, data_dir=data_dir)
+        told = {"primary": primary, "chance": chance, "cluster": cluster}
         if chat_template:
             _require_template(tokenizer, loaded["tasks"], part_of)
         configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
         lm: Any = model if backend == "vllm" else _by_transformers(model, tokenizer, batch_size, encoding)
         _require_sound(loaded["tasks"])
         require_room(_answers(loaded["tasks"]), lm.max_length)
-        drawn = draw(loaded["tasks"], part_of, limit)
+        drawn = draw(loaded["tasks"], part_of, limit, side)
         lm = Fitting(Resumed(lm, answered) if answered else lm, SPARE[backend])
         if not runtime.quiet:
             _announce(_precision(loaded["tasks"], part_of, drawn))
@@ -219,11 +255,11 @@ def evaluate(
         raise RuntimeError("lm-eval gives results on the first process only")
     shown = json.dumps([tokenizer.chat_template, TEMPLATE_SETTINGS], sort_keys=True)
     shared = {"chat_template": _digest(shown) if chat_template else None, "backend": backend}
-    shared |= {"generation_config": generation_config, "encoding": encoding}
+    shared |= {"generation_config": generation_config, "encoding": encoding, "side": side}
     return {
         "tasks": {
             name: _record(task, raw, part_of[name], {**shared, "limit": given(limit, part_of[name])})
-            | {"cut": lm.cut[name]}
+            | {"cut": lm.cut[name], "apart": part_of[name] in apart}
             for name, task in loaded["tasks"].items()
         },
         "groups": {name: _numbers(metrics) for name, metrics in raw.get("groups", {}).items()},
@@ -249,6 +285,7 @@ def require_prompts_fit(
     shots: int | Mapping[str, int] | None,
     split: Mapping[str, str] | None,
     max_new_tokens: int | None,
+    data_dir: str | None = None,
 ) -> None:
     """Raise UserError where `max_new_tokens` leave no room in the model's context for the first prompts of a task,
     by the rule of `evaluate` and before any work. Costs nothing where they take less than half of it."""
@@ -256,8 +293,8 @@ def require_prompts_fit(
         return
     from sddx.evaluation.prompts import Fitting, Reader
 
-    with _calm(True), _seeded():
-        loaded, part_of = load(tasks, include, split)
+    with _calm(True), seeded():
+        loaded, part_of = load(tasks, include, split, data_dir=data_dir)
         written = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
         configure(written, part_of, shots=shots, max_new_tokens=max_new_tokens, metadata={})
         reader = Fitting(Reader(tokenizer, context), SPARE["hf"])
@@ -295,10 +332,22 @@ def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping
 
 def _precision(tasks: Mapping[str, Any], part_of: Mapping[str, str], drawn: Mapping[str, list[int]] | None) -> str:
     """How sure the scores to come can be, in points, before the first model is run."""
-    items = {name: len(drawn[name] if drawn else task.eval_docs) for name, task in tasks.items()}
-    widths = expected_half_width(items, part_of)
+    items = {name: _judged(name, task, drawn) for name, task in tasks.items()}
+    sure = {name: independent(_clusters(tasks[name], found)) for name, found in items.items()}
+    widths = expected_half_width(sure, part_of)
     shown = ", ".join(f"{name} {100 * width:.1f}" for name, width in widths.items())
-    return f"{sum(items.values()):,} items. Half-widths of 95 % intervals to expect, in points, at most: {shown}."
+    total = sum(map(len, items.values()))
+    return f"{total:,} items. Half-widths of 95 % intervals to expect, in points, at most: {shown}."
+
+
+def _judged(name: str, task: Any, drawn: Mapping[str, list[int]] | None) -> Sequence[int]:
+    return range(len(task.eval_docs)) if drawn is None else drawn[name]
+
+
+def _clusters(task: Any, items: Sequence[int]) -> Sequence[Any]:
+    """For each item what tells the draw that it belongs to: its cluster's or its own."""
+    documents = task.eval_docs  # once: each asking reads them all anew
+    return [cluster_of(task, documents[item]) for item in items] if said(task).get("cluster") else items
 
 
 @cache  # said once for the models that a run compares
@@ -311,10 +360,12 @@ def _calm(quiet: bool) -> Iterator[None]:
     """Hold back lm-eval's chatter. Its warnings of prompts that were cut are told by `Fitting`, as a count.
 
     Its bars for building contexts carry no name and last no time, as does that for looking up known answers, so
-    only those for requests are shown.
+    only those for requests are shown. Templates are compiled once, and not for each document, which takes longer
+    than all else that is done with one.
     """
     import lm_eval.api.model
     import lm_eval.api.task
+    from lm_eval.utils import env
 
     parent = logging.getLogger("lm_eval")
     bars = lm_eval.api.task.tqdm, lm_eval.api.model.tqdm
@@ -324,42 +375,27 @@ def _calm(quiet: bool) -> Iterator[None]:
     lm_eval.api.model.tqdm = lambda items, desc, **how: (  # type: ignore[assignment]
         bars[1](items, desc=desc, **how) if how else items
     )
+    compiled = env.from_string
+    env.from_string = cache(compiled)  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             yield
     finally:
+        env.from_string = compiled  # type: ignore[method-assign]
         lm_eval.api.task.tqdm, lm_eval.api.model.tqdm = bars
         parent.propagate, parent.handlers = propagate, handlers
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """lm-eval's seeds (some tasks shuffle choices on loading), and afterwards the random state as before."""
-    import numpy as np
-    import torch
-
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(SEEDS["random"])
-        np.random.seed(SEEDS["numpy"])
-        torch.manual_seed(SEEDS["torch"])
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _primary(task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
     """The reported "metric,filter": as asked for or as the YAML's metadata says, or the first of each."""
     first = f"{samples[0]['metrics'][0]},{samples[0]['filter']}"
-    return (task.get_config("metadata") or {}).get("primary") or first
+    return said(task).get("primary") or first
 
 
 def _record(task: Any, raw: Any, part_of: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     name = task.get_config("task")
     primary = _primary(task, raw["samples"][name])
-    samples = _samples(raw["samples"][name], primary)
+    samples = _samples(task, raw["samples"][name], primary)
     scores = [sample["score"] for sample in samples]
     metrics = _numbers(raw["results"][name])
     score = sum(scores) / len(scores)
@@ -370,10 +406,11 @@ def _record(task: Any, raw: Any, part_of: str, shared: Mapping[str, Any]) -> dic
         )
     return {
         "score": score,
-        "stderr": standard_error(scores),
-        "chance": (task.get_config("metadata") or {}).get("chance"),
+        "stderr": standard_error(scores, clusters_of(samples)),
+        "chance": said(task).get("chance"),
         "n": len(samples),
         "metrics": metrics,
+        **{measure: _mean([sample[measure] for sample in samples]) for measure in MEASURES},
         "unparsed": _unparsed(task, samples),
         "part_of": part_of,
         "settings": _settings(task, raw["versions"][name], primary, shared),
@@ -389,11 +426,22 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], primary: str) -> list[dict[str, Any]]:
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def clusters_of(samples: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The cluster of each item; None where each is a draw by itself."""
+    found = [sample.get("cluster") for sample in samples]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _samples(task: Any, rows: Sequence[Mapping[str, Any]], primary: str) -> list[dict[str, Any]]:
     """One dict per item from lm-eval's one per item and filter."""
     items: dict[int, dict[str, Any]] = {}
     for row in rows:
-        item = items.setdefault(row["doc_id"], _item(row))
+        item = items.setdefault(row["doc_id"], _item(task, row))
         item["metrics"] |= {f"{metric},{row['filter']}": row[metric] for metric in row["metrics"]}
         if item["response"] is not None:
             item["answers"][row["filter"]] = row["filtered_resps"][0]
@@ -404,10 +452,12 @@ def _samples(rows: Sequence[Mapping[str, Any]], primary: str) -> list[dict[str, 
     return [items[index] for index in sorted(items)]
 
 
-def _item(row: Mapping[str, Any]) -> dict[str, Any]:
+def _item(task: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is the same under every filter. First responses only: `repeats` above 1 is left to the filters."""
     first = [responses[0] for responses in row["resps"]]
     generated = isinstance(first[0], str)
+    likelihoods = None if generated else [r[0] if isinstance(r, tuple) else r for r in first]
+    cluster = cluster_of(task, row["doc"])
     return {
         "doc_id": row["doc_id"],
         "doc_hash": row["doc_hash"],
@@ -416,7 +466,9 @@ def _item(row: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": {},
         "response": first[0] if generated else None,
         "answers": {},
-        "likelihoods": None if generated else [r[0] if isinstance(r, tuple) else r for r in first],
+        "likelihoods": likelihoods,
+        **measured(task, row, likelihoods),
+        "cluster": cluster and _digest(cluster),
     }
 
 
@@ -467,7 +519,8 @@ def _digest(text: str) -> str:
 
 def compact(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What recovery and comparisons need of `evaluate`'s results, by task: `scores` and `hashes` per item (a
-    digest of document, prompt and target), `settings`, `chance` and `part_of`. Plain JSON."""
+    digest of document, prompt and target), `clusters`, `bits_per_byte` and `margin` per item (each None where there
+    is none), `settings`, `chance`, `part_of` and `apart`. Plain JSON."""
     return {
         name: {
             "scores": [sample["score"] for sample in record["samples"]],
@@ -475,12 +528,20 @@ def compact(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 _digest(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
                 for sample in record["samples"]
             ],
+            "clusters": clusters_of(record["samples"]),
+            **{measure: _known(record["samples"], measure) for measure in MEASURES},
             "settings": record["settings"],
             "chance": record["chance"],
             "part_of": record["part_of"],
+            "apart": record.get("apart", False),
         }
         for name, record in results["tasks"].items()
     }
+
+
+def _known(samples: Sequence[Mapping[str, Any]], measure: str) -> list[float] | None:
+    found = [sample.get(measure) for sample in samples]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def responses(results: Mapping[str, Any]) -> list[str]:
@@ -490,21 +551,23 @@ def responses(results: Mapping[str, Any]) -> list[str]:
 
 
 def task_texts(
-    tasks: Sequence[str], include: str | None, limit: Any, split: Mapping[str, str] | None
+    tasks: Sequence[str],
+    include: str | None,
+    limit: Any,
+    split: Mapping[str, str] | None,
+    *,
+    data_dir: str | None = None,
+    side: str | None = None,
+    cluster: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
     """The text of every item that an evaluation of these tasks looks at, by task: its prompt and its target, or
     all its choices, without few-shot examples. Raises UserError as `evaluate` does."""
-    with _calm(True), _seeded():
-        loaded, part_of = load(tasks, include, split)
-        drawn, texts = draw(loaded["tasks"], part_of, limit), {}
+    with _calm(True), seeded():
+        loaded, part_of = load(tasks, include, split, data_dir=data_dir)
+        tell(loaded["tasks"], part_of, {"cluster": cluster})
+        drawn = draw(loaded["tasks"], part_of, limit, side)
+        texts = {}
         for name, task in loaded["tasks"].items():
-            documents = task.eval_docs
-            items = drawn[name] if drawn else range(len(documents))
-            texts[name] = [_text(task, documents[item]) for item in items]
+            documents = task.eval_docs  # once: each asking reads them all anew
+            texts[name] = [text_of(task, documents[item]) for item in _judged(name, task, drawn)]
     return texts
-
-
-def _text(task: Any, document: Any) -> str:
-    """A document's question and what may be answered. A task that is written as code may have no choices."""
-    answers = task.doc_to_choice(document) if task.get_config("doc_to_choice") else [task.doc_to_target(document)]
-    return "\n".join(map(str, [task.doc_to_text(document), *answers]))

@@ -1,20 +1,22 @@
 """Uncertainty of scores, recoveries and differences (science.md, "Uncertainty"). numpy and scipy only.
 
 `Scores` are per-item scores by task, in the same order of items for every model that is compared. An average
-over tasks is a macro average: every reported task counts once, whatever its number of items.
+over tasks is a macro average: every reported task counts once, whatever its number of items. Where items share a
+passage or another source, `Clusters` name it for each item of a task: such items are drawn together.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtrit
 
 Scores = Mapping[str, Sequence[float]]
+Clusters = Mapping[str, Sequence[Hashable] | None]
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,31 @@ class Interval:
         return (self.high - self.low) / 2
 
 
-def standard_error(scores: Sequence[float]) -> float | None:
-    """Standard error of a task's mean: sample standard deviation (n - 1) / sqrt(n). None for one item."""
+def standard_error(scores: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float | None:
+    """Standard error of a task's mean: sample standard deviation (n - 1) / sqrt(n). None for one item.
+
+    With `clusters` (one for each item) that of a ratio of sums over g clusters, by linearisation (Cochran 1977,
+    chapter 6): sqrt(g / (g - 1) sum over clusters of (sum of score - mean)^2) / n. None for one cluster.
+    """
     items = np.asarray(scores, dtype=float)
-    return float(items.std(ddof=1) / np.sqrt(len(items))) if len(items) > 1 else None
+    if clusters is None:
+        return float(items.std(ddof=1) / np.sqrt(len(items))) if len(items) > 1 else None
+    off = np.bincount(_numbered(clusters), weights=items - items.mean())
+    count = len(off)
+    return float(np.sqrt(count / (count - 1) * (off**2).sum()) / len(items)) if count > 1 else None
+
+
+def _numbered(clusters: Sequence[Hashable]) -> list[int]:
+    """Each item's cluster as a number from 0 on."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+
+
+def independent(clusters: Sequence[Hashable]) -> float:
+    """How many independent items are as sure as these at least, if those of a cluster all score alike: n^2 over the
+    sum of the clusters' squared sizes (Kish 1965). Their number where each is a cluster by itself."""
+    sizes = Counter(clusters).values()
+    return sum(sizes) ** 2 / sum(size**2 for size in sizes)
 
 
 def task_weights(tasks: Sequence[str], part_of: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -60,14 +83,16 @@ def resample(
     models: Sequence[Scores],
     *,
     weights: Mapping[str, float] | None = None,
+    clusters: Clusters | None = None,
     replicates: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:
     """Macro averages [models, replicates] over resampled items.
 
     Items are resampled with replacement within their task, the same items for every model (science.md,
-    "Uncertainty"); tasks of one item are joined as `_strata` says. Raises ValueError where the models were not
-    scored on the same tasks and numbers of items.
+    "Uncertainty"); where a task has `clusters`, whole ones are drawn, and its mean is over the items that came with
+    them. Tasks of one item are joined as `_strata` says. Raises ValueError where the models were not scored on the
+    same tasks and numbers of items.
     """
     _same_items(models)
     weights = weights or task_weights(list(models[0]))
@@ -75,13 +100,25 @@ def resample(
     averages = np.zeros((len(models), replicates))
     for tasks in _strata(models[0], weights):
         items = np.array([np.concatenate([model[task] for task in tasks]) for model in models], dtype=float)
-        # Items on which all models score alike are interchangeable, so it is enough to draw how often each
+        units = _units(items, (clusters or {}).get(tasks[0]) if len(tasks) == 1 else None)
+        # Units on which all models score alike are interchangeable, so it is enough to draw how often each
         # combination of scores occurs: the same distribution, and for binary scores a handful of columns.
-        combinations, counts = np.unique(items, axis=1, return_counts=True)
+        combinations, counts = np.unique(units, axis=1, return_counts=True)
         total = counts.sum()
         drawn = generator.multinomial(total, counts / total, size=replicates)
-        averages += sum(weights[task] for task in tasks) * (combinations @ drawn.T) / total
+        sums, sizes = combinations[:-1] @ drawn.T, combinations[-1] @ drawn.T
+        averages += sum(weights[task] for task in tasks) * sums / sizes
     return averages
+
+
+def _units(items: np.ndarray, clusters: Sequence[Hashable] | None) -> np.ndarray:
+    """What is drawn, [models + 1, units]: the sums of the models' scores [models, items] over each cluster, and how
+    many items it has."""
+    rows = [*items, np.ones(items.shape[1])]
+    if clusters is None:
+        return np.array(rows)
+    numbers = _numbered(clusters)
+    return np.array([np.bincount(numbers, weights=row) for row in rows])
 
 
 def _strata(scores: Scores, weights: Mapping[str, float]) -> list[list[str]]:
@@ -108,6 +145,7 @@ def ratio_interval(
     reference: Scores,
     *,
     weights: Mapping[str, float] | None = None,
+    clusters: Clusters | None = None,
     level: float = 0.95,
     replicates: int = 2000,
     seed: int = 0,
@@ -116,7 +154,8 @@ def ratio_interval(
 
     With the unpruned model as reference this is the recovery. NaN where the reference scores nothing.
     """
-    averages = resample([model, reference], weights=weights, replicates=replicates, seed=seed)
+    drawn = {"replicates": replicates, "seed": seed}
+    averages = resample([model, reference], weights=weights, clusters=clusters, **drawn)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = averages[0] / averages[1]
         estimate = np.float64(macro_average(model, weights)) / macro_average(reference, weights)
@@ -129,6 +168,7 @@ def paired_difference(
     second: Sequence[Scores],
     *,
     weights: Mapping[str, float] | None = None,
+    clusters: Clusters | None = None,
     level: float = 0.95,
     replicates: int = 2000,
     seed: int = 0,
@@ -145,13 +185,14 @@ def paired_difference(
     differences = [macro_average(a, weights) - macro_average(b, weights) for a, b in pairs]
     if len(first) > 1:
         return t_interval(differences, level=level)
-    averages = resample([first[0], second[0]], weights=weights, replicates=replicates, seed=seed)
+    drawn = {"replicates": replicates, "seed": seed}
+    averages = resample([first[0], second[0]], weights=weights, clusters=clusters, **drawn)
     low, high = _percentiles(averages[0] - averages[1], level)
     return Interval(differences[0], low, high, "items", level)
 
 
 def expected_half_width(
-    items: Mapping[str, int], part_of: Mapping[str, str] | None = None, *, p: float = 0.5, level: float = 0.95
+    items: Mapping[str, float], part_of: Mapping[str, str] | None = None, *, p: float = 0.5, level: float = 0.95
 ) -> dict[str, float]:
     """Half-width of the interval to expect from so many `items` by task: of each reported task's score, of the
     macro average (under "average"), and of a recovery near 1 (under "recovery"), all as fractions.

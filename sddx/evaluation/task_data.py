@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sddx.errors import UserError
+from sddx.evaluation.task_files import files_of, no_file, on_hub
 from sddx.evaluation.tasks import (
     in_folders,
     is_mean,
@@ -28,15 +29,28 @@ LOOKED_AT = (
 PATIENCE = 3.0  # seconds that the hub has to answer
 
 
-def task_datasets(tasks: Sequence[str], include: str | None = None) -> list[tuple[str, str | None]]:
+def task_datasets(
+    tasks: Sequence[str], include: str | None = None, data_dir: str | None = None
+) -> list[tuple[str, str | None]]:
     """What tasks and groups read from the Hugging Face hub, as (path, name) of `datasets.load_dataset`: each once,
     in their order, from lm-eval's index and without loading any.
 
-    Data in local files, and what a task's own code loads, is not among them. Costs milliseconds where all tasks
-    are the package's own, whose data lies beside them. Raises UserError as `check_tasks` does.
+    Data in local files, those of `data_dir` included (task_files), and what a task's own code loads, is not among
+    them. Costs milliseconds where all tasks are the package's own, whose data lies beside them. Raises UserError as
+    `check_tasks` does.
     """
-    found = [_on_hub(settings) for parts in _parts(tasks, include).values() for settings in parts]
+    parts = [settings for parts in _parts(tasks, include).values() for settings in parts]
+    found = [on_hub(settings) for settings in parts if not files_of(settings["task"], data_dir)]
     return list(dict.fromkeys(pair for pair in found if pair is not None))
+
+
+def task_files(tasks: Sequence[str], include: str | None, data_dir: str | None) -> dict[str, dict[str, Path]]:
+    """The files in `data_dir` that tasks take their rows from, by task (of a group: each part) and split. Raises
+    UserError as `check_tasks` does."""
+    if data_dir is None:
+        return {}
+    parts = [settings["task"] for parts in _parts(tasks, include, data_dir).values() for settings in parts]
+    return {task: files for task in dict.fromkeys(parts) if (files := files_of(task, data_dir))}
 
 
 def described(tasks: Sequence[str], include: str | None = None) -> list[str]:
@@ -46,9 +60,12 @@ def described(tasks: Sequence[str], include: str | None = None) -> list[str]:
     return [task for task in parts if any(settings.get("description") for settings in parts[task])]
 
 
-def _parts(tasks: Sequence[str], include: str | None) -> dict[str, list[dict[str, Any]]]:
-    """The settings of all tasks behind each name; none where all are the package's own."""
-    if include is None and set(tasks) <= named_in_files(task_folders(None)):
+def _parts(
+    tasks: Sequence[str], include: str | None, data_dir: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The settings of all tasks behind each name, with the task's own; none where all are the package's own and
+    none of their rows are in `data_dir`."""
+    if include is data_dir is None and set(tasks) <= named_in_files(task_folders(None)):
         return {}
     index = task_manager(tasks, include).task_index
     return {task: list(_sources(index, task, {})) for task in tasks}
@@ -65,7 +82,7 @@ def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any])
     # A tag has no configuration, but names of its own; a group has a list of tasks.
     members = sorted(entry.tags) if entry is not None and entry.cfg is None else config.get("task")
     if not isinstance(members, list):
-        yield settings
+        yield {**settings, "task": str(name)}
         return
     for each in members:
         yield from _sources(index, each, settings)
@@ -75,16 +92,18 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in LOOKED_AT if name in config}
 
 
-def place(task: str, include: str | None) -> Literal["files", "hub"] | None:
+def place(task: str, include: str | None, data_dir: str | None = None) -> Literal["files", "hub"] | None:
     """Where the documents of a task or group are on this machine: in files, or in the cache of the hub's (of a
     single task). None where they are not here, or where lm-eval's own code fetches them. Raises UserError where its
     files name no data at all."""
-    parts = _parts([task], include).get(task, [])
+    parts = _parts([task], include, data_dir).get(task, [])
+    if parts and all(files_of(part["task"], data_dir) for part in parts):
+        return "files"
     if any(not part.keys() & {"class", "custom_dataset", "dataset_path"} for part in parts):
         raise UserError(
             f"The evaluation task {task!r} names no data: set custom_dataset or dataset_path in its YAML."
         )
-    hub = [pair for part in parts if (pair := _on_hub(part))]
+    hub = [pair for part in parts if (pair := on_hub(part)) and not files_of(part["task"], data_dir)]
     if not hub:
         remote = any("://" in str(part.get("dataset_kwargs")) for part in parts)
         return "files" if in_folders(task, include) and not remote else None
@@ -135,18 +154,13 @@ def _metrics(settings: Mapping[str, Any]) -> dict[str, bool]:
     return {f"{metric},{by}": mean for by in filters for metric, mean in means.items()}
 
 
-def _on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:
-    path, given = source.get("dataset_path"), source.get("dataset_kwargs") or {}
-    if path is None or source.get("custom_dataset") or Path(path).exists():
-        return None
-    # `json`, `parquet` and their like are no datasets, but ways to read the files that are given.
-    reader = "/" not in path and ("data_files" in given or "data_dir" in given)
-    return None if reader else (path, source.get("dataset_name"))
-
-
-def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
+def require_task_data(tasks: Sequence[str], include: str | None = None, data_dir: str | None = None) -> None:
     """Raise UserError where tasks read hub datasets that are not in the cache of `datasets`, and the hub cannot be
-    reached; nothing is loaded. The hub is asked once, and only where something is missing."""
+    reached; nothing is loaded. The hub is asked once, and only where something is missing. With a `data_dir` it is
+    not asked: all rows must be there."""
+    if data_dir is not None:
+        _require_files(tasks, include, data_dir)
+        return
     missing = [pair for pair in task_datasets(tasks, include) if not unpacked(*pair)]
     if missing and not _hub_answers():
         from datasets.config import HF_DATASETS_CACHE
@@ -154,15 +168,26 @@ def require_task_data(tasks: Sequence[str], include: str | None = None) -> None:
         raise UserError(
             f"The hub cannot be reached, and evaluation tasks need data that is not here: {_named(missing)}. "
             "Where there is a network, run python -m sddx.fetch with the settings of this run; it fills the cache "
-            f"({HF_DATASETS_CACHE}), which can be copied here. The tasks of evaluation=tiny need no network."
+            f"({HF_DATASETS_CACHE}), which can be copied here. Or name a folder of their rows: "
+            "evaluation.data_dir. The tasks of evaluation=tiny need no network."
         )
 
 
-def task_commits(tasks: Sequence[str], include: str | None = None) -> dict[str, str]:
+def _require_files(tasks: Sequence[str], include: str | None, data_dir: str) -> None:
+    """Raise UserError, once for each asked-for name, for rows that would come from the hub."""
+    wrong = []
+    for parts in _parts(tasks, include, data_dir).values():
+        lacking = [part["task"] for part in parts if on_hub(part) and not files_of(part["task"], data_dir)]
+        wrong += [no_file(lacking, data_dir)] if lacking else []
+    if wrong:
+        raise UserError(*wrong)
+
+
+def task_commits(tasks: Sequence[str], include: str | None = None, data_dir: str | None = None) -> dict[str, str]:
     """At which commit the hub datasets of tasks will be read, by path and subset. lm-eval asks for none, and
     `datasets` then takes the hub's main branch or, where the hub cannot be reached, the newest rows in its cache.
     Raises UserError as `check_tasks` does, and where neither is there."""
-    return {f"{path}/{name or ''}": _commit(path, name) for path, name in task_datasets(tasks, include)}
+    return {f"{path}/{name or ''}": _commit(path, name) for path, name in task_datasets(tasks, include, data_dir)}
 
 
 def _commit(path: str, name: str | None) -> str:

@@ -7,7 +7,6 @@ lm-eval 0.4.13.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,11 +16,10 @@ from types import NoneType
 from typing import Any
 
 from sddx.errors import UserError
+from sddx.evaluation.seeds import SEEDS
+from sddx.evaluation.task_files import examples_split, reading
 
 OWN_TASKS = Path(__file__).parents[1] / "tiny" / "tasks"
-# The same seeds as lm-eval's command line, so that its numbers can be compared with ours; and that of the items
-# that a limit draws.
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234, "items": 0}
 NETWORK = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "fsspec", "aiohttp")
 
 
@@ -32,6 +30,7 @@ BY_TASK: dict[str, tuple[type, ...]] = {
     "chance": (int, float, NoneType),
     "primary": (str,),
     "split": (str,),
+    "cluster": (str,),
 }
 
 
@@ -59,7 +58,7 @@ def check_tasks(
     one is named twice; and for names and values that can be none, all at once. `setting` is the group of settings
     that these stand in, for the message.
 
-    Settings that are given by task (`limit`, `shots`, `primary`, `chance`) must name tasks that exist, too, but not
+    Settings that are given by task (`limit`, `shots`, `primary`, ...) must name tasks that exist, too, but not
     only those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as
     every task is in a folder, and a second where lm-eval's own are; for a task that is nowhere, lm-eval's index is
     read (5 s).
@@ -216,10 +215,15 @@ def shown(error: BaseException) -> str:
 
 
 def load(
-    tasks: Sequence[str], include: str | None, split: Mapping[str, str] | None = None, setting: str = "evaluation"
+    tasks: Sequence[str],
+    include: str | None,
+    split: Mapping[str, str] | None = None,
+    setting: str = "evaluation",
+    data_dir: str | None = None,
 ) -> tuple[Any, dict[str, str]]:
     """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to. `split` names, by
-    asked-for task, the split of its data that is judged instead of the task's own.
+    asked-for task, the split of its data that is judged instead of the task's own; `data_dir` is a folder of rows
+    that stand in for the hub's (task_files).
 
     Raises UserError for a task that cannot be loaded, and for one that is asked for twice.
     """
@@ -227,7 +231,7 @@ def load(
     loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
     part_of: dict[str, str] = {}
     for name in tasks:
-        found = _loaded(manager, name)
+        found = _loaded(reading(manager, data_dir, (split or {}).get(name)), name)
         claim(part_of, name, found["tasks"])
         for part, task in found["tasks"].items() if name in (split or {}) else ():
             _judge_on(task, part, (split or {})[name], setting)
@@ -274,18 +278,21 @@ def judged(task: Any) -> str | None:
 def _judge_on(task: Any, name: str, split: str, setting: str) -> None:
     """Take a task's items from this split. Its examples are still drawn from where they were; where that is the
     same split, none of them is the item itself."""
-    if split not in task.dataset:
-        raise UserError(
-            f"{setting}.split: the data of the task {name!r} has no split {split!r}; it has "
-            f"{', '.join(task.dataset)}."
-        )
-    names = ("training_split", "validation_split", "test_split")
-    drawn = [task.fewshot_cfg.split, *map(task.get_config, names)]
+    if not len(task.dataset.get(split, ())):
+        there = ", ".join(each for each in task.dataset if len(task.dataset[each]))
+        raise UserError(f"{setting}.split: the data of the task {name!r} has no split {split!r}; it has {there}.")
+    drawn = examples_split(task)
     task.set_config("test_split", split)
-    if task.fewshot_cfg.samples is None and next(filter(None, drawn)) == split:
+    if task.fewshot_cfg.samples is None and drawn == split:
         task.fewshot_cfg.split = (
             split  # lm-eval leaves an item out of its examples where the two splits are named alike
         )
+
+
+def text_of(task: Any, document: Any) -> str:
+    """A document's question and what may be answered. A task that is written as code may have no choices."""
+    answers = task.doc_to_choice(document) if task.get_config("doc_to_choice") else [task.doc_to_target(document)]
+    return "\n".join(map(str, [task.doc_to_text(document), *answers]))
 
 
 def given(by_task: Any, asked: str) -> Any:
@@ -299,7 +306,7 @@ def configure(
     *,
     shots: int | Mapping[str, int] | None,
     max_new_tokens: int | None,
-    metadata: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, Mapping[str, Any] | None],
 ) -> None:
     """Set each task's number of examples, the seed that draws them, the length of its answers, and what
     `metadata` (by name and asked-for task) overrides in its YAML.
@@ -307,16 +314,30 @@ def configure(
     A task that fixes 0 examples keeps them (lm-eval's rule: its prompt may hold its own), unless `shots` names
     this very task.
     """
+    tell(tasks, part_of, metadata)
     for name, task in tasks.items():
         asked = part_of[name]
         wanted, default = given(shots, asked), task.get_config("num_fewshot")
         fixed = default == 0 and not (isinstance(shots, Mapping) and name in shots)
         task.set_config("num_fewshot", (default or 0) if wanted is None or fixed else wanted)
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-        told = {key: by_task[asked] for key, by_task in metadata.items() if asked in by_task}
-        task.set_config("metadata", {**(task.get_config("metadata") or {}), **told})
         if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+
+
+def tell(
+    tasks: Mapping[str, Any], part_of: Mapping[str, str], metadata: Mapping[str, Mapping[str, Any] | None]
+) -> None:
+    """Override what each task's YAML says of itself by `metadata` (by name and asked-for task)."""
+    for name, task in tasks.items():
+        asked = part_of[name]
+        told = {key: by_task[asked] for key, by_task in metadata.items() if by_task and asked in by_task}
+        task.set_config("metadata", {**said(task), **told})
+
+
+def said(task: Any) -> dict[str, Any]:
+    """What a task's YAML and the settings say of it."""
+    return task.get_config("metadata") or {}
 
 
 def wrong_primary(primary: str, metrics: Sequence[str], means: Sequence[str], setting: str) -> Iterator[str]:
@@ -360,42 +381,3 @@ def require_room(answers: Mapping[str, int], context: int) -> None:
     ]
     if wrong:
         raise UserError(*wrong)
-
-
-def draw(
-    tasks: Mapping[str, Any], part_of: Mapping[str, str], limit: int | Mapping[str, int] | None
-) -> dict[str, list[int]] | None:
-    """Items by task, ascending as lm-eval needs them; None for all. A smaller limit draws a part of what a larger
-    one does, and which items these are hangs on the task's name and size alone.
-
-    A limit is that of an asked-for task, and is shared out among its parts.
-    """
-    if limit is None:
-        return None
-    drawn: dict[str, list[int]] = {}
-    for asked in dict.fromkeys(part_of.values()):
-        sizes = {name: len(task.eval_docs) for name, task in tasks.items() if part_of[name] == asked}
-        wanted = given(limit, asked)
-        shares = sizes if wanted is None else shared_out(wanted, sizes)
-        drawn |= {name: _sample(name, sizes[name], share) for name, share in shares.items()}
-    return drawn
-
-
-def shared_out(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many items of each part: equal numbers, because parts count equally in their task's score. It is unbiased
-    with any numbers, and surest with equal ones where parts vary alike. What a small part lacks, larger ones give;
-    at least one of each."""
-    shares: dict[str, int] = {}
-    for size, name in sorted((size, name) for name, size in sizes.items()):
-        still = (total - sum(shares.values())) // (len(sizes) - len(shares))
-        shares[name] = min(size, max(1, still))
-    return shares
-
-
-def _sample(name: str, size: int, count: int) -> list[int]:
-    """The first items in an order that a digest gives, not those of the file: files are often sorted."""
-    return sorted(sorted(range(size), key=lambda item: _rank(name, item))[:count])
-
-
-def _rank(name: str, item: int) -> bytes:
-    return hashlib.sha256(f"{SEEDS['items']}/{name}/{item}".encode()).digest()

@@ -10,8 +10,10 @@ from lm_eval import evaluator
 from lm_eval.api.model import LM
 
 from sddx.errors import UserError
+from sddx.evaluation.seeds import SEEDS
 from sddx.evaluation.task_data import declared_mistakes, place, require_task_data
-from sddx.evaluation.tasks import SEEDS, claim, configure, given, is_mean, judged, load, shown, wrong_primary
+from sddx.evaluation.task_files import Rows, examples_split
+from sddx.evaluation.tasks import claim, configure, given, is_mean, judged, load, said, shown, wrong_primary
 
 
 class Mute(LM):
@@ -27,24 +29,32 @@ class Mute(LM):
         return ["1"] * len(requests)
 
 
-def tried(tasks: Sequence[str], include: str | None, setting: str, by_task: Mapping[str, Any]) -> list[str]:
+def tried(
+    tasks: Sequence[str],
+    include: str | None,
+    setting: str,
+    by_task: Mapping[str, Any],
+    data_dir: str | None = None,
+) -> list[str]:
     """What is wrong with tasks that exist and with what is given for them (`shots`, `primary`, `split`, ...): found
     on all documents where these are in files, on the first where they are in the cache of the hub's, and in their
     YAML alone where they are not here."""
     wrong, part_of = list[str](), dict[str, str]()
     try:
-        require_task_data(tasks, include)
+        require_task_data(tasks, include, data_dir)
     except UserError as error:
         wrong += error.args
+        if data_dir is not None:
+            return wrong  # each task would say it once more
     for name in tasks:
         try:
-            found = place(name, include)
+            found = place(name, include, data_dir)
             if found is None:
                 wrong += declared_mistakes(name, include, given(by_task["primary"] or {}, name), setting)
                 continue
-            loaded, parts = load([name], include, by_task["split"], setting)
+            loaded, parts = load([name], include, by_task["split"], setting, data_dir)
             claim(part_of, name, parts)
-            told = {"primary": by_task["primary"] or {}}
+            told = {key: by_task.get(key) for key in ("primary", "cluster")}
             configure(loaded["tasks"], parts, shots=by_task["shots"], max_new_tokens=None, metadata=told)
             wrong += mistakes(loaded["tasks"], setting, every=found == "files")
         except UserError as error:
@@ -69,7 +79,11 @@ def mistakes(tasks: Mapping[str, Any], setting: str = "evaluation", *, every: bo
     tasks are as they were afterwards, their seeds included.
     """
     for name, task in tasks.items():
-        wrong = [*_of_documents(task, every=every), *_of_examples(task, setting)]
+        wrong = [
+            *_of_documents(task, every=every),
+            *_of_examples(name, task, setting),
+            *_of_clusters(task, setting),
+        ]
         wrong = wrong or list(_of_scores(name, task, setting))
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
         yield from (f"The task {name!r} {told}" for told in wrong)
@@ -135,14 +149,28 @@ def _texts(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
-def _of_examples(task: Any, setting: str) -> Iterator[str]:
+def _of_clusters(task: Any, setting: str) -> Iterator[str]:
+    """Whether the documents have the column by which some belong together."""
+    column, document = said(task).get("cluster"), task.eval_docs[0]
+    if column is not None and column not in document:
+        yield f"has no column {column!r} to tell its clusters by ({setting}.cluster); it has {', '.join(document)}."
+
+
+def _of_examples(name: str, task: Any, setting: str) -> Iterator[str]:
     """Whether there are as many documents as are to be shown. An item is no example for itself where lm-eval takes
     its examples from the split that is judged."""
     shots = task.get_config("num_fewshot") or 0
     if not shots or not hasattr(task, "sampler"):
         return
     own = task.fewshot_cfg.split == task.get_config("test_split")
-    room = len(task.sampler.df) - own
+    room, source = len(task.sampler.df) - own, task.get_config("custom_dataset")
+    if isinstance(source, Rows) and not task.sampler.df:
+        split = examples_split(task)
+        yield (
+            f"is to show {shots} examples before each item, and {source.folder} has no file of them: "
+            f"{name}.{split}.jsonl. Put it there, or set {setting}.shots=0, which needs none."
+        )
+        return
     if shots > room:
         besides = " besides the item itself" if own else ""
         yield (
@@ -168,5 +196,5 @@ def _of_scores(name: str, task: Any, setting: str) -> Iterator[str]:
     by = task.aggregation()
     numbers = [key for key, value in found.items() if not isinstance(value, (tuple, list))]
     means = [key for key in numbers if is_mean(by.get(key.partition(",")[0]))]
-    primary = (task.get_config("metadata") or {}).get("primary") or next(iter(found))
+    primary = said(task).get("primary") or next(iter(found))
     yield from wrong_primary(primary, list(found), means, setting)

@@ -16,6 +16,7 @@ from sddx.errors import UserError
 from sddx.evaluation.harness import compact
 from sddx.models.load import DTYPES, load_tokenizer, text_config
 from sddx.models.recovered import Recovered
+from sddx.run_folder import read_config
 from sddx.runtime import Runtime
 from sddx.store import manifest
 
@@ -128,6 +129,8 @@ def evaluation_of(run: Recovered) -> dict[str, Any] | None:
 def _settings(run: Recovered) -> dict[str, Any]:
     """The `evaluation` node of a run that can be repeated. Raises UserError where it cannot."""
     evaluation = evaluation_of(run)
+    if evaluation is not None and evaluation.get("data_dir"):  # known by its content there; where it lies is here
+        evaluation = {**evaluation, "data_dir": read_config(run.folder)["evaluation"]["data_dir"]}
     if evaluation is None or not (run.folder / "samples.json").is_file():
         raise UserError(
             "check=eval repeats the run's evaluation, which is no longer in its store, or samples.json is not "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +199,8 @@ WHERE = "pruning.metric.value"  # where a value stands, for messages
 
 class TaskScore:
     """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
-    the report's, or the task `<task>_selection` (among the package's own, or in the folder `include`). With
+    the report's, those of the same split that are on that `side` (sddx.evaluation.items), or the task
+    `<task>_selection` (among the package's own, or in the folder `include`). With
     `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole,
     by the `primary` metric, named by task (not named: the task's own), and in the chat template where that is asked
     for (`chat_template` None: where there is one).
@@ -216,22 +217,29 @@ class TaskScore:
         split: Mapping[str, str] | None = None,
         primary: Mapping[str, str] | None = None,
         chat_template: bool | None = None,
+        data_dir: str | None = None,
+        side: Literal["selection", None] = None,
+        cluster: Mapping[str, str] | None = None,
         oracle: bool = False,
     ) -> None:
         if wrong := no_names(tasks, WHERE, shots=shots, split=split, primary=primary):
             raise UserError(*wrong)
         self.limit, self.include, self.batch_size = limit, include, batch_size
-        self.chat_template = chat_template
+        self.chat_template, self.data_dir = chat_template, data_dir
+        self.side: Any = "report" if oracle and side else side
         self.split = {} if oracle else split or {}
-        self.tasks = [task if oracle or task in self.split else _selection(task, include) for task in tasks]
+        as_named = oracle or side is not None
+        self.tasks = [task if as_named or task in self.split else _selection(task, include) for task in tasks]
         asked = dict(zip(self.tasks, tasks, strict=True))
         self.primary = _by_name(asked, primary or {})
+        self.cluster = _by_name(asked, cluster or {})
         self.shots = _by_name(asked, shots) if isinstance(shots, Mapping) else shots
 
     def require(self) -> None:
         """Raises UserError where the tasks cannot be evaluated by these settings."""
         given: dict[str, Any] = {"split": self.split, "shots": self.shots, "primary": self.primary}
-        require_tasks(WHERE, tasks=self.tasks, include=self.include, limit=self.limit, **given)
+        given |= {"include": self.include, "data_dir": self.data_dir, "cluster": self.cluster}
+        require_tasks(WHERE, tasks=self.tasks, limit=self.limit, **given)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         known: dict[Coalition, Tensor] = {}
@@ -264,6 +272,9 @@ class TaskScore:
                 limit=self.limit,
                 shots=self.shots,
                 split=self.split,
+                data_dir=self.data_dir,
+                side=self.side,
+                cluster=self.cluster,
                 primary=self.primary,
                 chat_template=bool(subject.tokenizer.chat_template) if as_asked is None else as_asked,
             )
@@ -290,7 +301,8 @@ def _selection(task: str, include: str | None) -> str:
     if name not in named_in_files(task_folders(include, WHERE)):
         raise UserError(
             f"{WHERE}: the task {task!r} has no selection items ({name} is no task), and report items must not "
-            f"choose what is removed. Name another split of its data (split: {{{task}: validation}}), use a task "
-            "that has them, or set oracle=true for the upper bound that it is."
+            f"choose what is removed. Name another split of its data (split: {{{task}: validation}}), set aside "
+            "some of its items (side=selection), use a task that has them, or set oracle=true for the upper bound "
+            "that it is."
         )
     return name

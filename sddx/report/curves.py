@@ -309,7 +309,8 @@ def average(run: Run) -> float:
 def held_out(run: Run) -> float | None:
     """The recovered model's average over the tasks that were not trained on; None where there is none."""
     scores = run["scores"]["recovered"]
-    found = [score for task, score in scores.items() if task not in (*run["trained"], "average")]
+    left_out = (*run["trained"], *run.get("apart", ()), "average")
+    found = [score for task, score in scores.items() if task not in left_out]
     return mean(found) if found else None
 
 
@@ -424,11 +425,13 @@ def _over_pairs(pairs: Sequence[Pair], model: str) -> Interval | None:
     items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
         return None  # no samples, or others
-    sides = [[{task: found["scores"] for task, found in scores.items()} for scores in side] for side in sides]
+    counted = {task: found for task, found in sides[0][0].items() if not found.get("apart")}
+    sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
     if model == "pruned":  # the same for every seed of training
         sides = [side[:1] for side in sides]
-    weights = task_weights(list(sides[0][0]), pairs[0][0].get("part_of"))
-    return paired_difference(*sides, weights=weights)
+    weights = task_weights(list(counted), pairs[0][0].get("part_of"))
+    clusters = {task: found.get("clusters") for task, found in counted.items()}
+    return paired_difference(*sides, weights=weights, clusters=clusters)
 
 
 def _samples(run: Run, model: str) -> dict[str, dict[str, Any]]:

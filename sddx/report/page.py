@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from sddx.errors import UserError
+from sddx.evaluation.likelihood import MEASURES
 from sddx.evaluation.statistics import Interval
 from sddx.lines import lines
 from sddx.report import figures
@@ -36,7 +37,7 @@ from sddx.report.curves import (
 from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
-from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
+from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, marked, percent
 from sddx.run_folder import read_summary
 from sddx.store.manifest import find
 from sddx.sweep import cells
@@ -44,7 +45,7 @@ from sddx.sweep import cells
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    "recovery recovery_low recovery_high recovery_trained recovery_held_out recovery_above_chance gap_closed "
+    "gap_closed recovery recovery_low recovery_high recovery_trained recovery_held_out recovery_above_chance "
     "pruned_recovery fallback_share examples supervised_tokens steps"
 ).split()
 
@@ -53,11 +54,16 @@ PAIRED = """Same items and same seeds; 95 % intervals over seeds, p of the paire
 column. A claim needs equal examples and equal supervised tokens, and each arm at its own learning rate."""
 LAW = """Recovery over training examples n, fitted to the mean over seeds; intervals are 95 % over resampled
 seed-curves. Where the data carries no law, that is said."""
+MEASURED = ("bits per byte", "minus unpruned", "margin, nats", "minus unpruned")
+LIKELY = """Means over seeds, from the likelihoods that tasks are scored by; they vary less than right and wrong do.
+Bits per byte: -log2 p(right answer | prompt) over its bytes, less is better. Margin: its log-probability minus
+that of the likeliest wrong answer, more is better."""
 READ = """Means over seeds, of tasks whose written answers can be read in several ways: strictly, in the format of
 the references, or flexibly. References teach that format and self-written answers do not, so that a strict score
 favours SFT: hold arms against each other under both. Unparsed is the share of answers in which the filter found
 nothing; the primary reading is the score of all other tables."""
 READ_PAIRED = "Same items and same seeds; 95 % intervals over seeds, p adjusted by Holm over this table."
+TASKS = "* trained on. (apart): in no average. Means over seeds."
 COST = "Seconds of each stage when it was built, means over seeds."
 
 
@@ -108,7 +114,7 @@ def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
 def arm_table(runs: Sequence[Run]) -> Table:
     """Per arm that trained, the means over its seeds of what it brought back and what it cost."""
     shares = (
-        "pruned_recovery", "recovery_held_out", "recovery_trained", "recovery", "gap_closed", "fallback_share"
+        "gap_closed", "pruned_recovery", "recovery_held_out", "recovery_trained", "recovery", "fallback_share"
     )  # fmt: skip
     counts = ("examples", "supervised_tokens", "steps")
     rows = []
@@ -119,7 +125,7 @@ def arm_table(runs: Sequence[Run]) -> Table:
         ]
         rate = _plain(group[0]["choices"].get("learning_rate"))
         rows.append([where, arm, rate, str(len(group)), *found, f"{seconds:.0f}"])
-    header = ["runs", "arm", "rate", "seeds", "untrained", "held-out", "trained", "recovery", "gap closed"]
+    header = ["runs", "arm", "rate", "seeds", "gap closed", "untrained", "held-out", "trained", "recovery"]
     return {"header": [*header, "refused", "examples", "supervised tokens", "steps", "train s"], "rows": rows}
 
 
@@ -172,12 +178,40 @@ def task_table(runs: Sequence[Run]) -> Table:
         rows += [row for row in (unpruned, pruned) if row not in rows]
         rows += [[where, arm, *_measured(group, "recovered", tasks)]] if is_trained(group[0]) else []
     trained = {task for run in runs for task in run["trained"]}
-    starred = [f"{task} *" if task in trained else task for task in tasks]
+    apart = {task for run in runs for task in run.get("apart", ())}
+    starred = [marked(task, trained, apart) for task in tasks]
     return {"header": ["runs", "model", *starred, "perplexity"], "rows": rows}
 
 
 def _measured(runs: Sequence[Run], model: str, tasks: Sequence[str]) -> list[str]:
     return [*(score_of(runs, model, task) for task in tasks), perplexity_of(runs, model)]
+
+
+def likelihood_table(runs: Sequence[Run]) -> Table:
+    """What each model has of every measure of likelihood, by task and on average, and its difference to the
+    unpruned one: of every pruned model, and of what every arm recovered from it (means over its seeds)."""
+    rows: list[list[str]] = []
+    for where, arm, group in arms([run for run in runs if run.get("likelihoods")]):
+        model = f"model {group[0]['choices'].get('model', '')}"
+        new = _likelihoods(group[:1], model, "unpruned") + _likelihoods(group[:1], where, "pruned")
+        rows += [row for row in new if row not in rows] + _likelihoods(group, where, "recovered", arm)
+    return {"header": ["runs", "model", "task", *MEASURED], "rows": rows}
+
+
+def _likelihoods(runs: Sequence[Run], where: str, model: str, name: str | None = None) -> list[list[str]]:
+    found = [run["likelihoods"] for run in runs if model in run["likelihoods"]]
+    tasks = dict.fromkeys(task for each in found for of in each[model].values() for task in of)
+    cells = {task: [_likelihood(found, model, measure, task) for measure in MEASURES] for task in tasks}
+    return [[where, name or model, task, *(cell for pair in of for cell in pair)] for task, of in cells.items()]
+
+
+def _likelihood(found: Sequence[dict[str, Any]], model: str, measure: str, task: str) -> tuple[str, str]:
+    """The mean of a measure, and of its difference to the unpruned model."""
+    having = [each for each in found if task in each[model][measure]]
+    if not having:
+        return ABSENT, ABSENT
+    value, base = (mean(each[which][measure][task] for each in having) for which in (model, "unpruned"))
+    return f"{value:.3f}", f"{value - base:+.3f}"
 
 
 def reading_table(runs: Sequence[Run]) -> Table:
@@ -311,7 +345,8 @@ def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> l
         Section("arms", "What each arm brought back", arm_table(runs), "Means over seeds."),
         Section("differences", "Paired differences to SFT, in points", difference_table(differences(runs)), PAIRED),
         Section("laws", "Scaling laws", law_table(runs), LAW),
-        Section("tasks", "Scores per task, per cent", task_table(runs), "* trained on. Means over seeds."),
+        Section("tasks", "Scores per task, per cent", task_table(runs), TASKS),
+        Section("likelihoods", "Likelihood of right answers", likelihood_table(runs), LIKELY),
         Section("readings", "Scores under each filter", reading_table(runs), READ),
         Section(
             "reading_differences",

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from sddx.data.shards import read_rows
-from sddx.evaluation.harness import compact
-from sddx.evaluation.recovery import reported_chance, summarise
+from sddx.evaluation.harness import clusters_of, compact
+from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
 from sddx.models.packaged import origin
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
@@ -105,12 +105,15 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     records = results["unpruned"]["tasks"]
     chance = {task: record["chance"] for task, record in records.items()}
     part_of = {task: record["part_of"] for task, record in records.items()}
+    apart = {part_of[task] for task, record in records.items() if record["apart"]}
+    clusters = {task: clusters_of(record["samples"]) for task, record in records.items()}
     scores = {
         model: {task: [sample["score"] for sample in record["samples"]] for task, record in result["tasks"].items()}
         for model, result in results.items()
     }
     return {
-        **summarise(scores, chance=chance, trained=trained, part_of=part_of),
+        **summarise(scores, chance=chance, trained=trained, part_of=part_of, apart=apart, clusters=clusters),
+        "likelihoods": {model: likelihoods(r["tasks"], part_of, apart) for model, r in results.items()},
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),
         "overlap": next((_read(shared, "overlap.json") for shared in found.overlap), None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,12 +15,14 @@ from sddx.report.extraction import Reading, named, readings
 
 MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
+APART = "(apart): in no average and no recovery"
 CHOOSING = "selection items: for choosing, not for reporting"
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per task and one for the average: name, the models' scores in percent with their standard errors, and
-    the last of them / unpruned in percent. A task that was trained on carries an asterisk."""
+    the last of them / unpruned in percent. A task that was trained on carries an asterisk, and what stands apart
+    says so."""
     scores = summary["scores"]
     tasks = [task for task in scores["unpruned"] if task != "average"]
     return [_row(summary, task) for task in [*tasks, "average"]]
@@ -30,11 +32,16 @@ def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
     models = _models(summary)
     scores = [summary["scores"][model].get(task) for model in models]
     errors = [summary["standard_errors"].get(model, {}).get(task) for model in models]
-    name = f"{task} *" if task in summary.get("trained", ()) else task
+    name = marked(task, summary.get("trained", ()), summary.get("apart", ()))
     unpruned, left = scores[0], scores[-1]
     share = left / unpruned if left is not None and unpruned else None
     chance = summary.get("chance", {}).get(task)
     return (name, ABSENT if chance is None else f"{100 * chance:.0f}", *map(_score, scores, errors), percent(share))
+
+
+def marked(task: str, trained: Collection[str], apart: Collection[str]) -> str:
+    """A task's name with what must be known of it."""
+    return task + (" *" if task in trained else "") + (" (apart)" if task in apart else "")
 
 
 def _score(score: float | None, error: float | None) -> str:
@@ -61,12 +68,14 @@ def header(summary: Mapping[str, Any]) -> tuple[str, ...]:
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What stands under the table, as (label, text): the recoveries and what the run cost."""
     found = [
+        ("gap closed", percent(summary.get("gap_closed"))),
         ("recovery", _with_interval(summary)),
         ("recovery, pruned model", percent(summary.get("pruned_recovery"))),
         ("recovery, skills trained on", percent(summary.get("recovery_trained"))),
         ("recovery, held-out skills", percent(summary.get("recovery_held_out"))),
         ("recovery above chance", percent(summary.get("recovery_above_chance"))),
-        ("gap closed", percent(summary.get("gap_closed"))),
+        ("bits per byte, right answers", likelihood(summary, "bits_per_byte")),
+        ("margin, right answers", likelihood(summary, "margin")),
         ("KL(unpruned || model)", _text(summary, "kl", "{:.3f}", " nats a token on held-out text")),
         ("perplexity", _text(summary, "perplexity", "{:,.2f}", " on held-out text")),
         ("repeated 4-grams", _text(summary, "repetition", "{:.1%}", "")),
@@ -85,6 +94,15 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
+
+
+def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:
+    """What each model has of a measure of likelihood, with its difference to the unpruned one."""
+    found = {model: of.get(measure, {}).get(task) for model, of in summary.get("likelihoods", {}).items()}
+    known = {model: value for model, value in found.items() if value is not None}
+    base = known.get("unpruned", 0.0)
+    shown = [f"{m} {v:.3f}" + (f" ({v - base:+.3f})" if m != "unpruned" else "") for m, v in known.items()]
+    return ", ".join(shown) + (" nats" if measure == "margin" else "") if shown else ABSENT
 
 
 def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str:
@@ -197,6 +215,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     if summary.get("trained"):
         console.print("* trained on", style="dim")
+    if summary.get("apart"):
+        console.print(APART, style="dim")
     for label, text in lines(summary):
         console.print(f"{label + ':':<29} {text}", highlight=False, soft_wrap=True)
 
@@ -211,7 +231,9 @@ def _title(summary: Mapping[str, Any]) -> str:
 def is_choosing(summary: Mapping[str, Any]) -> bool:
     """Whether a run was judged on selection items, or on another split of the data than a task's own."""
     tasks = summary.get("scores", {}).get("unpruned", {})
-    return bool(summary.get("choices", {}).get("split")) or any(task.endswith("_selection") for task in tasks)
+    choices = summary.get("choices", {})
+    of_side = choices.get("side") == "selection"
+    return of_side or bool(choices.get("split")) or any(task.endswith("_selection") for task in tasks)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -222,6 +244,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         grid(header(summary), rows(summary)),
         "",
         *(["\\* trained on", ""] if summary.get("trained") else []),
+        *([APART, ""] if summary.get("apart") else []),
         *(f"- {label}: {text}" for label, text in lines(summary)),
     ]
     return "\n".join(parts) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 from sddx.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.harness import responses
+from sddx.evaluation.task_files import placed
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer
@@ -40,14 +41,14 @@ def evaluate(
 
     `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
     unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
-    texts are read from. `text.kl` is KL(unpruned || model) in nats a token on held-out text, and
-    `text.perplexity` the model's on the same tokens; repetition and length are those of the answers. Where the
-    evaluation's backend is vllm, the scores are those of the merged weights, or by `evaluation.vllm.adapter` of the
-    adapter beside them; KL and perplexity are still those of the model as it was trained. What was answered when
-    the stage is interrupted is in `out/resume`, and not asked again.
+    texts are read from; `evaluation.data_dir` names one of them by its key. `text.kl` is KL(unpruned || model) in
+    nats a token on held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are
+    those of the answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
+    `evaluation.vllm.adapter` of the adapter beside them; KL and perplexity are still those of the model as it was
+    trained. What was answered when the stage is interrupted is in `out/resume`, and not asked again.
     """
     keep_rows(out, 0)
-    given = {artifact.stage: artifact.path for artifact in inputs}
+    given, evaluation = {artifact.stage: artifact.path for artifact in inputs}, placed(evaluation, inputs)
     how = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":

@@ -8,6 +8,7 @@ from typing import Any
 
 from sddx.build import build
 from sddx.data.encode import text_batches
+from sddx.evaluation.task_files import placed
 from sddx.importance.score import Subject, score_units
 from sddx.models.anatomy import blocks
 from sddx.models.load import context_of, frozen_model, load_tokenizer
@@ -31,7 +32,7 @@ def score(
     """Writes `scores.json`: by the name of each metric its mean and standard error over the calibration texts, and
     its means over parts of them. Metrics of hidden states share one pass."""
     how = {"dtype": dtype, "attention": attention}
-    scores = _scores(model.path, metrics, units, calibration, how, runtime=runtime)
+    scores = _scores(model.path, placed(metrics, files), units, calibration, how, runtime=runtime)
     (out / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
     runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
 

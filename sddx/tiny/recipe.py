@@ -98,4 +98,4 @@ def _require_tasks(evaluation: dict[str, Any]) -> None:
     tasks, include = evaluation["tasks"], evaluation["include"]
     by_task = {name: evaluation[name] for name in ("limit", "shots", "primary", "chance", "split")}
     check_tasks(tasks, include, **by_task)
-    require_task_data(tasks, include)
+    require_task_data(tasks, include, evaluation.get("data_dir"))
