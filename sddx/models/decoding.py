@@ -70,7 +70,7 @@ def write(
     waiting = deque(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])))
     rows: list[int] = []  # of the batch, in its order
     head, columns = head_of(model), max(map(len, prompts), default=0) + 2 * max_new_tokens
-    with torch.no_grad(), packed(model), _grouped(model):
+    with torch.no_grad(), packed(model), grouped(model):
         batch = ContinuousBatch(model, min(batch_size, len(prompts)), columns, _shared(prompts))
         while waiting or rows:
             free = batch_size - len(rows)
@@ -100,46 +100,51 @@ def greedy(rows: Sequence[int], places: Sequence[int], logits: Tensor) -> Tensor
 
 
 def is_batchable(model: Any, longest: int) -> bool:
-    """Whether `write` holds for this model and texts of at most so many tokens: each block attends to the whole
-    text, and nothing else is remembered; the model is in one piece on one device; and it is proven, on two short
-    rows, that it reads positions and masks as they are given."""
+    """Whether `write` holds for this model and texts of at most so many tokens: it `remembers_all` of them, and it
+    is proven, on two short rows, that it reads positions and masks as they are given."""
+    return remembers_all(model, longest) and holds(model, _side_by_side)
+
+
+def remembers_all(model: Any, longest: int) -> bool:
+    """Whether each block of a model attends to the whole of a text of so many tokens, and nothing but keys and
+    values is remembered; in one piece on one device, by attention that takes a mask."""
     if is_joined() or getattr(bare(model), "_is_stateful", False):
         return False
     try:
         body = decoder(model)
     except UserError:
         return False
-    layers = DynamicCache(config=body.config).layers
     plain = all(
         type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest)
-        for layer in layers
+        for layer in DynamicCache(config=body.config).layers
     )
     here = len({weight.device for weight in body.parameters()}) == 1
-    return plain and here and body.config._attn_implementation in ("sdpa", "eager") and _agrees(model)
+    return plain and here and body.config._attn_implementation in ("sdpa", "eager")
 
 
-@torch.no_grad()
-def _agrees(model: Any) -> bool:
-    """Whether two rows written side by side have the states that each has when it is read at once, alone."""
-    rows = [[token % vocabulary(model) for token in row] for row in ([1, 2, 3, 4], [1, 5])]
-    body = decoder(model)
+def holds(model: Any, proof: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
+    """Whether the states that a proof finds are those it expects, to the rounding of their dtype."""
     try:
-        with _grouped(model):
-            batch = ContinuousBatch(model, 2, 6, rows[0][:1])
-            states = [batch.admit(rows), batch.step([6 % vocabulary(model)] * 2)]
-            rows = [[*row, 6 % vocabulary(model)] for row in rows]
-        for place, row in enumerate(rows):
-            ids = torch.tensor([row], device=states[0].device)
-            whole = body(input_ids=ids, use_cache=False).last_hidden_state[0, -2:]
-            found = torch.stack([state[place] for state in states])
-            if (found - whole).float().norm() > torch.finfo(whole.dtype).eps ** 0.5 * whole.float().norm():
-                return False
+        with torch.no_grad():
+            found, expected = proof(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each family has its own way of refusing a cache or a mask
-        _log.info("continuous batching does not hold for a %s: %s", type(bare(model)).__name__, error)
+        _log.info("%s does not hold for a %s: %s", proof.__name__, type(bare(model)).__name__, error)
         return False
-    return True
+    apart = (found - expected).float().norm() / expected.float().norm()
+    return bool(apart <= torch.finfo(expected.dtype).eps ** 0.5)
+
+
+def _side_by_side(model: Any) -> tuple[Tensor, Tensor]:
+    """The states of two rows that go on together, and those that each has when it is read at once, alone."""
+    first, second, last = ([token % vocabulary(model) for token in row] for row in ([1, 2, 3, 4], [1, 5], [6]))
+    body = decoder(model)
+    with grouped(model):
+        batch = ContinuousBatch(model, 2, 6, first[:1])
+        found = torch.stack([batch.admit([first, second]), batch.step(last * 2)], dim=1)
+    rows = [torch.tensor([row + last], device=found.device) for row in (first, second)]
+    return found, torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[:, -2:] for row in rows])
 
 
 class ContinuousBatch:
@@ -200,10 +205,8 @@ class ContinuousBatch:
     def _mask(self, positions: Tensor) -> Tensor:
         """What each row attends to, [rows, 1, 1, columns], in the form that the model's attention takes."""
         width = self.window.end - self.window.start
-        seen = (torch.arange(width - 1, -1, -1, device=self.device) <= positions)[:, None, None]
-        if self.body.config._attn_implementation != "eager":
-            return seen
-        return (~seen).to(self.body.dtype) * torch.finfo(self.body.dtype).min
+        seen = torch.arange(width - 1, -1, -1, device=self.device) <= positions
+        return attention_mask(self.body, seen[:, None, None])
 
     def _copy(self, past: Cache, lengths: Sequence[int]) -> None:
         """Take over the keys and values of new rows. A block without attention has none."""
@@ -315,8 +318,15 @@ def _alike(waiting: deque[int], prompts: Sequence[Sequence[int]], most: int, pre
     return taken
 
 
+def attention_mask(body: Any, seen: Tensor) -> Tensor:
+    """What each position sees, [rows, 1, positions, columns], in the form that the model's attention takes."""
+    if body.config._attn_implementation != "eager":
+        return seen
+    return (~seen).to(body.dtype) * torch.finfo(body.dtype).min
+
+
 @contextmanager
-def _grouped(model: Any) -> Iterator[None]:
+def grouped(model: Any) -> Iterator[None]:
     """In this context a model that attends by sdpa does not repeat keys and values for the queries of a group."""
     config = decoder(model).config
     own = config._attn_implementation
