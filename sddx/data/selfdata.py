@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from sddx.data.checkers import Reason
 from sddx.data.encode import ending, padding_id, render, token_ids
 from sddx.data.templates import leaks
 from sddx.errors import UserError
+from sddx.models.decoding import greedy, is_batchable, write
 from sddx.models.generation import neutral
 from sddx.models.load import context_of
 from sddx.records import Example, Rewrite
@@ -66,7 +68,7 @@ def write_answers(
     on (seed, its prompt, position) only. So neither its neighbours nor the batch size change a row, up to
     ties within the arithmetic's precision, and equal prompts get equal answers. The model's own generation
     settings (lengths, penalties, temperature) are not used, except for its end tokens. `progress` is told the rows
-    done, batch by batch.
+    that are done.
 
     An answer ends at the model's or the tokenizer's end token; one that has not ended after `max_new_tokens`,
     or whose prompt leaves no room for them in the model's context, carries a fault.
@@ -78,19 +80,17 @@ def write_answers(
     answers = [Answer("", TOO_LONG)] * len(prompts)
     progress(len(prompts) - len(fitting))
     ends = end_ids(model, tokenizer)
-    # Rows of like length share a batch, and the largest batch comes first.
-    fitting.sort(key=lambda row: -len(tokens[row]))
-    for at in range(0, len(fitting), batch_size):
-        batch = fitting[at : at + batch_size]
-        choose = LogitsProcessorList()
-        if temperature > 0:
-            uniforms = _uniforms([texts[row] for row in batch], max_new_tokens, seed)
-            choose = _sampling(uniforms, len(tokens[batch[0]]), temperature, top_p, top_k)
-        rows = [tokens[row] for row in batch]
-        written = _continue(model, rows, choose, max_new_tokens, ends, padding_id(tokenizer))
-        for row, ids in zip(batch, written, strict=True):
-            answers[row] = answer_of(tokenizer, ids, ends)
-        progress(len(batch))
+    asked = [tokens[row] for row in fitting]
+    uniforms = _uniforms([texts[row] for row in fitting], max_new_tokens, seed) if temperature > 0 else None
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    pick = greedy if uniforms is None else partial(_picked, uniforms, sampling)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
+    if asked and is_batchable(model, max(map(len, asked)) + max_new_tokens):
+        written = write(model, asked, pick, progress, **how)
+    else:
+        written = _by_generate(model, asked, uniforms, sampling, padding_id(tokenizer), progress, **how)
+    for row, ids in zip(fitting, written, strict=True):
+        answers[row] = answer_of(tokenizer, ids, ends)
     return answers
 
 
@@ -194,6 +194,42 @@ def _sampling(
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     return LogitsProcessorList([*warpers, _Choose(uniforms, prompt_width)])
+
+
+def _picked(
+    uniforms: torch.Tensor, how: dict[str, Any], rows: Sequence[int], places: Sequence[int], logits: torch.Tensor
+) -> torch.Tensor:
+    """The sample of each row at its own place."""
+    choose = _sampling(uniforms[rows, places][:, None], 0, **how)
+    return choose(torch.empty(len(rows), 0, dtype=torch.long, device=logits.device), logits).argmax(-1)
+
+
+def _by_generate(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    uniforms: torch.Tensor | None,
+    sampling: dict[str, Any],
+    pad: int,
+    progress: Callable[[int], object],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    ends: list[int],
+) -> list[list[int]]:
+    """The tokens after each prompt by transformers' own `generate`, batch by batch, for models of any kind."""
+    written: list[list[int]] = [[]] * len(prompts)
+    # Rows of like length share a batch, and the largest batch comes first.
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        choose = LogitsProcessorList()
+        if uniforms is not None:
+            choose = _sampling(uniforms[batch], len(prompts[batch[0]]), **sampling)
+        found = _continue(model, [prompts[row] for row in batch], choose, max_new_tokens, ends, pad)
+        for row, ids in zip(batch, found, strict=True):
+            written[row] = ids
+        progress(len(batch))
+    return written
 
 
 def _continue(

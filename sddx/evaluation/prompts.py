@@ -14,10 +14,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
 
 from sddx.data.encode import conversation, padding_id, plain_ids, token_ids
 from sddx.errors import UserError
+from sddx.evaluation.likelihoods import is_packable, likelihoods
 
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 _log = logging.getLogger(__name__)
 BEFORE = 8  # tokens that a tokenizer puts before a text, with room to spare
 
@@ -76,6 +79,26 @@ class SameTokensHFLM(SameTokens, HFLM):
         ids = [[pad] * (width - len(row)) + row for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids), torch.tensor(mask)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether it is greedy, in the order of the requests; by
+        `likelihoods` where that holds. A context that is too long is cut on the left, as lm-eval does."""
+        texts = [(context + continuation)[-self.max_length - 1 : -1] for _, context, continuation in requests]
+        longest = max(map(len, texts), default=0)
+        if self.backend != "causal" or not texts or not is_packable(self.model, longest):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        asked = [(text, request[2]) for text, request in zip(texts, requests, strict=True)]
+        answers: dict[int, tuple[float, bool]] = {}
+        silent = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), disable=silent, desc="Running loglikelihood requests") as bar:
+            for number, answer in likelihoods(self.model, asked):
+                answers[number] = answer
+                if requests[number][0] is not None:  # a window of a longer text
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                bar.update()
+        return [answers[number] for number in range(len(requests))]
 
 
 class Reader(SameTokens):
