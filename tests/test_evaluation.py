@@ -140,7 +140,8 @@ def test_multiple_choice_is_the_sum_of_log_probabilities(results, model, tokeniz
 
 def test_half_precision_logits_are_normalised_in_full(model, tokenizer, folder: Path) -> None:
     """Likelihoods of a bfloat16 model are float32 softmaxes of its logits: in bfloat16, whose steps are 1/32 near
-    the -4 of a guess among 40 words, unequal choices would tie."""
+    the -4 of a guess among 40 words, unequal choices would tie. What remains is that a model in half precision
+    reads texts side by side and one by one a little differently."""
     rounded = copy.deepcopy(model).bfloat16()
     how = {"tasks": ["choosing"], "include": str(folder), "batch_size": 1}
     samples = harness.evaluate(rounded, tokenizer, QUIET, **how)["tasks"]["choosing"]["samples"]
@@ -155,8 +156,9 @@ def test_half_precision_logits_are_normalised_in_full(model, tokenizer, folder: 
             found.append(value)
             full.append(float(steps[0].sum()))
             coarse.append(float(steps[1].sum()))
-    assert found == pytest.approx(full, abs=1e-5)
-    assert found != pytest.approx(coarse, abs=1e-3)
+    apart = [abs(value - right) for value, right in zip(found, full, strict=True)]
+    rounded_too = [abs(value - right) for value, right in zip(coarse, full, strict=True)]
+    assert max(apart) < 1e-3 and max(rounded_too) > 1e-2
 
 
 def test_generated_answers_are_greedy_and_scored_by_filter(results, model, tokenizer, folder: Path) -> None:
@@ -516,7 +518,7 @@ def watched(model, stop: int) -> tuple[LlamaForCausalLM, list[int]]:
     return copied, prompts
 
 
-@pytest.mark.parametrize("stop", [1, 5, 11, 20])
+@pytest.mark.parametrize("stop", [1, 3, 5, 11])
 def test_an_interrupted_evaluation_asks_only_for_what_is_not_answered(
     model, tokenizer, folder, results, tmp_path, stop: int
 ) -> None:

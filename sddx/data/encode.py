@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from sddx.errors import UserError
@@ -272,6 +273,22 @@ def text_batches(
         )
     spans = text_spans([len(row.input_ids) for row in rows], batch_size)
     return (collate(rows[first:end], padding_id(tokenizer)) for first, end in spans)
+
+
+def by_length(batches: Sequence[Batch], batch_size: int = TEXT_BATCH) -> Iterator[tuple[list[int], Batch]]:
+    """The rows of batches put together anew, those of like length side by side, so that little padding is read: the
+    place of each row among all, and the batch. For what hangs on no order."""
+    rows = [
+        Batch(*(part[row, kept] for part in vars(batch).values()))
+        for batch in batches
+        for row, kept in enumerate(batch.attention_mask.bool())
+    ]
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].input_ids))
+    for first, end in text_spans([len(rows[place].input_ids) for place in order], batch_size):
+        places = order[first:end]
+        columns = zip(*(vars(rows[place]).values() for place in places), strict=True)
+        ids, mask, labels = (pad_sequence([*column], batch_first=True) for column in columns)
+        yield places, Batch(ids, mask, labels.masked_fill(mask == 0, IGNORED))
 
 
 def text_spans(lengths: Sequence[float], batch_size: int = TEXT_BATCH) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sddx.build import tried
+from sddx.data.encode import by_length
 from sddx.errors import UserError
 from sddx.importance.uncertainty import quantile
 from sddx.models.anatomy import decoder
@@ -104,20 +105,28 @@ def works(metrics: Mapping[str, OfStates | Measures], units: Units, texts: int) 
 
 
 def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dict[str, Any]]:
-    """The summaries of metrics of states. The head is not run, and nothing is kept but float64 sums."""
+    """The summaries of metrics of states. The head is not run, and nothing is kept but each text's values."""
     body, device = decoder(subject.model), next(subject.model.parameters()).device
-    sums = {name: Sums() for name in metrics}
+    values: dict[str, dict[int, Tensor]] = {name: {} for name in metrics}
     watch = block_states if subject.units.granularity == "blocks" else branch_states
     bar = subject.runtime.progress(total=subject.sequences, what="scoring", unit="text")
     with torch.no_grad(), watch(subject.model) as seen, bar:
-        for batch in subject.batches:
+        for places, batch in by_length(subject.batches):
             seen.clear()
             mask = batch.attention_mask.to(device)
             body(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             for name, metric in metrics.items():
-                sums[name].add(_values(metric, seen, mask, subject.units))
+                values[name] |= zip(places, _values(metric, seen, mask, subject.units).cpu(), strict=True)
             bar.update(len(mask))
-    return {name: total.summary() for name, total in sums.items()}
+    return {name: _summed(found) for name, found in values.items()}
+
+
+def _summed(found: Mapping[int, Tensor]) -> dict[str, Any]:
+    """The summary of one value per sequence, by its place among the texts."""
+    sums = Sums()
+    for place in sorted(found):
+        sums.add(found[place][None])
+    return sums.summary()
 
 
 def _values(metric: OfStates, seen: Sequence[Any], mask: Tensor, units: Units) -> Tensor:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sddx.build import build
-from sddx.data.encode import text_batches
+from sddx.data.encode import by_length, text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.task_files import placed
 from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
@@ -76,7 +76,8 @@ def _results(
     tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
     judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
-    batches = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
+    texts = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
+    batches = [batch for _, batch in by_length(texts)]
     moved = partial(map, methodcaller("to", runtime.device), batches)
     answers = responses(results)
     results["text"] = {
