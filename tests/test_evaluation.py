@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
 from sddx.errors import UserError
-from sddx.evaluation import harness, tasks, text
+from sddx.evaluation import harness, likelihoods, tasks, text
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 
@@ -501,35 +501,46 @@ def test_repetition_and_length_by_hand() -> None:
     assert text.mean_length(["a b", "a b c d"]) == 3.0 and text.mean_length([]) is None
 
 
-def watched(model, stop: int) -> tuple[LlamaForCausalLM, list[int]]:
-    """A copy of the model that is interrupted in its pass number `stop`, and the prompts of its passes so far."""
-    copied, prompts = copy.deepcopy(model), []
+def watched(model, stop: int, patch: pytest.MonkeyPatch) -> tuple[LlamaForCausalLM, list[int]]:
+    """A copy of the model that is interrupted in its pass number `stop`, and the requests of its passes so far. A
+    pass that judges reads a question with its choices."""
+    copied, prompts, scored = copy.deepcopy(model), [], likelihoods._scored
 
-    def look(module, given, named) -> None:
+    def passed(requests: int) -> None:
         if len(prompts) == stop:
             raise KeyboardInterrupt
+        prompts.append(requests)
+
+    def look(module, given, named) -> None:
         rows, width = (given[0] if given else named["input_ids"]).shape
-        prompts.append(rows if width > 1 else 0)
+        passed(rows if width > 1 else 0)
+
+    def judge(model, head, rows, asked):
+        passed(sum(len(row.texts) for row in rows))
+        return scored(model, head, rows, asked)
 
     copied.register_forward_pre_hook(look, with_kwargs=True)
+    patch.setattr(likelihoods, "_scored", judge)
+    patch.setattr(likelihoods, "PASS_TOKENS", 1)
     return copied, prompts
 
 
 @pytest.mark.parametrize("stop", [1, 5, 11, 20])
 def test_an_interrupted_evaluation_asks_only_for_what_is_not_answered(
-    model, tokenizer, folder, results, tmp_path, stop: int
+    model, tokenizer, folder, results, tmp_path, monkeypatch, stop: int
 ) -> None:
     """Wherever it was stopped, and where a crash cut its last line short, it ends as one that was not; the 48
     choices and 12 questions are asked once each, but for the batch that was under way."""
     asked = {"tasks": ["choosing", "answering"], "include": str(folder), "batch_size": 5}
     answered = tmp_path / "answers.jsonl"
-    stopped, _ = watched(model, stop)
-    with pytest.raises(KeyboardInterrupt):
-        harness.evaluate(stopped, tokenizer, QUIET, answered, **asked)
+    with monkeypatch.context() as patch:
+        stopped, _ = watched(model, stop, patch)
+        with pytest.raises(KeyboardInterrupt):
+            harness.evaluate(stopped, tokenizer, QUIET, answered, **asked)
     known = len(answered.read_text().split("\n")) - 2
     with answered.open("a") as file:
         file.write('["a request", "an ans')
-    resumed, prompts = watched(model, 1000)
+    resumed, prompts = watched(model, 1000, monkeypatch)
     found = harness.evaluate(resumed, tokenizer, QUIET, answered, **asked)
     assert known > 0 and known + sum(prompts) <= 60
     for name, record in found["tasks"].items():
