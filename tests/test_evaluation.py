@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
 from sddx.errors import UserError
-from sddx.evaluation import harness, tasks, text
-from sddx.evaluation import items as sampling
+from sddx.evaluation import harness, likelihoods, tasks, text
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 
@@ -140,8 +139,7 @@ def test_multiple_choice_is_the_sum_of_log_probabilities(results, model, tokeniz
 
 def test_half_precision_logits_are_normalised_in_full(model, tokenizer, folder: Path) -> None:
     """Likelihoods of a bfloat16 model are float32 softmaxes of its logits: in bfloat16, whose steps are 1/32 near
-    the -4 of a guess among 40 words, unequal choices would tie. What remains is that a model in half precision
-    reads texts side by side and one by one a little differently."""
+    the -4 of a guess among 40 words, unequal choices would tie."""
     rounded = copy.deepcopy(model).bfloat16()
     how = {"tasks": ["choosing"], "include": str(folder), "batch_size": 1}
     samples = harness.evaluate(rounded, tokenizer, QUIET, **how)["tasks"]["choosing"]["samples"]
@@ -156,9 +154,8 @@ def test_half_precision_logits_are_normalised_in_full(model, tokenizer, folder: 
             found.append(value)
             full.append(float(steps[0].sum()))
             coarse.append(float(steps[1].sum()))
-    apart = [abs(value - right) for value, right in zip(found, full, strict=True)]
-    rounded_too = [abs(value - right) for value, right in zip(coarse, full, strict=True)]
-    assert max(apart) < 1e-3 and max(rounded_too) > 1e-2
+    assert found == pytest.approx(full, abs=1e-5)
+    assert found != pytest.approx(coarse, abs=1e-3)
 
 
 def test_generated_answers_are_greedy_and_scored_by_filter(results, model, tokenizer, folder: Path) -> None:
@@ -333,7 +330,7 @@ def test_shares_are_equal_as_far_as_parts_reach(total: int) -> None:
     """They add up to the total (at least one of each, at most all), and differ by one at most among the parts that
     have more to give."""
     sizes = {str(number): random.Random(number).randint(5, 300) for number in range(57)}
-    shares = sampling.shared_out(total, sizes)
+    shares = tasks.shared_out(total, sizes)
     assert sum(shares.values()) == min(max(total, 57), sum(sizes.values()))
     assert all(1 <= shares[name] <= size for name, size in sizes.items())
     open_parts = [share for name, share in shares.items() if share < sizes[name]]
@@ -352,13 +349,13 @@ def test_what_is_drawn_hangs_on_the_name_alone() -> None:
     tasks beside it change nothing."""
     names = [f"task{number}" for number in range(400)]
     sized, own = {name: Sized(40) for name in names}, {name: name for name in names}
-    few, many = (sampling.draw(sized, own, limit) for limit in (10, 20))
+    few, many = (tasks.draw(sized, own, limit) for limit in (10, 20))
     assert all(set(few[name]) < set(many[name]) and few[name] == sorted(few[name]) for name in names)
-    alone = sampling.draw({"task7": Sized(40)}, {"task7": "task7"}, {"task7": 10})
+    alone = tasks.draw({"task7": Sized(40)}, {"task7": "task7"}, {"task7": 10})
     assert alone == {"task7": few["task7"]}
     counts = [sum(item in few[name] for name in names) for item in range(40)]  # binomial: 100, deviation 8.7
     assert 65 < min(counts) and max(counts) < 135
-    assert sampling.draw(sized, own, None) is None
+    assert tasks.draw(sized, own, None) is None
 
 
 def test_the_precision_to_expect_is_said_once(model, tokenizer, folder: Path, caplog) -> None:
@@ -504,35 +501,46 @@ def test_repetition_and_length_by_hand() -> None:
     assert text.mean_length(["a b", "a b c d"]) == 3.0 and text.mean_length([]) is None
 
 
-def watched(model, stop: int) -> tuple[LlamaForCausalLM, list[int]]:
-    """A copy of the model that is interrupted in its pass number `stop`, and the prompts of its passes so far."""
-    copied, prompts = copy.deepcopy(model), []
+def watched(model, stop: int, patch: pytest.MonkeyPatch) -> tuple[LlamaForCausalLM, list[int]]:
+    """A copy of the model that is interrupted in its pass number `stop`, and the requests of its passes so far. A
+    pass that judges reads a question with its choices."""
+    copied, prompts, scored = copy.deepcopy(model), [], likelihoods._scored
 
-    def look(module, given, named) -> None:
+    def passed(requests: int) -> None:
         if len(prompts) == stop:
             raise KeyboardInterrupt
+        prompts.append(requests)
+
+    def look(module, given, named) -> None:
         rows, width = (given[0] if given else named["input_ids"]).shape
-        prompts.append(rows if width > 1 else 0)
+        passed(rows if width > 1 else 0)
+
+    def judge(model, head, rows, asked):
+        passed(sum(len(row.texts) for row in rows))
+        return scored(model, head, rows, asked)
 
     copied.register_forward_pre_hook(look, with_kwargs=True)
+    patch.setattr(likelihoods, "_scored", judge)
+    patch.setattr(likelihoods, "PASS_TOKENS", 1)
     return copied, prompts
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 11])
+@pytest.mark.parametrize("stop", [1, 5, 11, 20])
 def test_an_interrupted_evaluation_asks_only_for_what_is_not_answered(
-    model, tokenizer, folder, results, tmp_path, stop: int
+    model, tokenizer, folder, results, tmp_path, monkeypatch, stop: int
 ) -> None:
     """Wherever it was stopped, and where a crash cut its last line short, it ends as one that was not; the 48
     choices and 12 questions are asked once each, but for the batch that was under way."""
     asked = {"tasks": ["choosing", "answering"], "include": str(folder), "batch_size": 5}
     answered = tmp_path / "answers.jsonl"
-    stopped, _ = watched(model, stop)
-    with pytest.raises(KeyboardInterrupt):
-        harness.evaluate(stopped, tokenizer, QUIET, answered, **asked)
+    with monkeypatch.context() as patch:
+        stopped, _ = watched(model, stop, patch)
+        with pytest.raises(KeyboardInterrupt):
+            harness.evaluate(stopped, tokenizer, QUIET, answered, **asked)
     known = len(answered.read_text().split("\n")) - 2
     with answered.open("a") as file:
         file.write('["a request", "an ans')
-    resumed, prompts = watched(model, 1000)
+    resumed, prompts = watched(model, 1000, monkeypatch)
     found = harness.evaluate(resumed, tokenizer, QUIET, answered, **asked)
     assert known > 0 and known + sum(prompts) <= 60
     for name, record in found["tasks"].items():

@@ -30,6 +30,8 @@ from sddx.estimate.skeleton import skeleton
 from sddx.evaluation.harness import evaluate
 from sddx.evaluation.prompts import Fitting, Reader, SameTokensHFLM
 from sddx.export.command import lm_eval
+from sddx.models import decoding
+from sddx.models.anatomy import decoder
 from sddx.models.load import (
     context_of,
     frozen_model,
@@ -102,19 +104,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def seen(model: LlamaForCausalLM) -> Iterator[list[list[int]]]:
-    """What the model reads from its first token on, without padding."""
+    """What the model reads from its first token on, without padding. A text that others go on from counts as what
+    they are; what proves that texts can be written side by side is left out."""
     found: list[list[int]] = []
 
     def note(module: Any, given: tuple, named: dict[str, Any]) -> None:
-        ids = given[0] if given else named["input_ids"]
-        if ids.shape[1] > 1:
-            found.extend([token for token in row if token != 0] for row in ids.tolist())
+        rows, past = named["input_ids"].tolist(), named.get("past_key_values")
+        if len(rows[0]) == 1 and past.get_seq_length():  # an answer's next token
+            return
+        before = getattr(past, "read", [])
+        if before in found:
+            found.remove(before)
+        found.extend([*before, *(token for token in row if token != 0)] for row in rows)
+        if past is not None:
+            past.read = found[-1]
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    handle = decoder(model).register_forward_pre_hook(note, with_kwargs=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "holds", lambda *_: True)
+        try:
+            yield found
+        finally:
+            handle.remove()
 
 
 def ids(text: str) -> list[int]:

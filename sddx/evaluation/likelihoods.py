@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from sddx.models.anatomy import decoder, vocabulary
 from sddx.models.decoding import attention_mask, grouped, holds, remembers_all
@@ -144,11 +145,10 @@ def _judged(head: Head, size: int, states: Tensor, columns: list[int], tokens: l
         given.new_empty(len(tokens), dtype=torch.bool),
     )
     for first in range(0, len(wanted), size):
-        logits = head(states[wanted[first : first + size]]).float()
+        table = log_softmax(head(states[wanted[first : first + size]]), -1, dtype=torch.float32)
         here = (which // size == first // size).nonzero()[:, 0]
         at, token = which[here] - first, given[here]
-        likely[here] = logits[at, token] - logits.logsumexp(-1)[at]
-        greedy[here] = logits.argmax(-1)[at] == token
+        likely[here], greedy[here] = table[at, token], table.argmax(-1)[at] == token
     return likely, greedy
 
 

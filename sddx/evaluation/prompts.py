@@ -84,10 +84,12 @@ class SameTokensHFLM(SameTokens, HFLM):
         self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether it is greedy, in the order of the requests; by
-        `likelihoods` where that holds. A context that is too long is cut on the left, as lm-eval does."""
+        `likelihoods` where that holds, and where the batch size allows that texts are read together. A context that
+        is too long is cut on the left, as lm-eval does."""
         texts = [(context + continuation)[-self.max_length - 1 : -1] for _, context, continuation in requests]
         longest = max(map(len, texts), default=0)
-        if self.backend != "causal" or not texts or not is_packable(self.model, longest):
+        together = self.backend == "causal" and self.batch_size != 1 and len(texts) > 1
+        if not together or not is_packable(self.model, longest):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         asked = [(text, request[2]) for text, request in zip(texts, requests, strict=True)]
         answers: dict[int, tuple[float, bool]] = {}
