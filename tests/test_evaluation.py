@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
 from sddx.errors import UserError
 from sddx.evaluation import harness, likelihoods, tasks, text
+from sddx.evaluation import items as sampling
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 
@@ -330,7 +331,7 @@ def test_shares_are_equal_as_far_as_parts_reach(total: int) -> None:
     """They add up to the total (at least one of each, at most all), and differ by one at most among the parts that
     have more to give."""
     sizes = {str(number): random.Random(number).randint(5, 300) for number in range(57)}
-    shares = tasks.shared_out(total, sizes)
+    shares = sampling.shared_out(total, sizes)
     assert sum(shares.values()) == min(max(total, 57), sum(sizes.values()))
     assert all(1 <= shares[name] <= size for name, size in sizes.items())
     open_parts = [share for name, share in shares.items() if share < sizes[name]]
@@ -349,13 +350,13 @@ def test_what_is_drawn_hangs_on_the_name_alone() -> None:
     tasks beside it change nothing."""
     names = [f"task{number}" for number in range(400)]
     sized, own = {name: Sized(40) for name in names}, {name: name for name in names}
-    few, many = (tasks.draw(sized, own, limit) for limit in (10, 20))
+    few, many = (sampling.draw(sized, own, limit) for limit in (10, 20))
     assert all(set(few[name]) < set(many[name]) and few[name] == sorted(few[name]) for name in names)
-    alone = tasks.draw({"task7": Sized(40)}, {"task7": "task7"}, {"task7": 10})
+    alone = sampling.draw({"task7": Sized(40)}, {"task7": "task7"}, {"task7": 10})
     assert alone == {"task7": few["task7"]}
     counts = [sum(item in few[name] for name in names) for item in range(40)]  # binomial: 100, deviation 8.7
     assert 65 < min(counts) and max(counts) < 135
-    assert tasks.draw(sized, own, None) is None
+    assert sampling.draw(sized, own, None) is None
 
 
 def test_the_precision_to_expect_is_said_once(model, tokenizer, folder: Path, caplog) -> None:
