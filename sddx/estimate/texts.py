@@ -74,8 +74,8 @@ class Items:
     written: float = 0
 
 
-# Item counts are those of the public sets; the characters of HellaSwag, TruthfulQA, MMLU and Winogrande are guesses of
-# ours, the others were measured. Answers of one token share a pass, as MMLU's letters do.
+# Item counts are those of the public sets; the characters of HellaSwag, TruthfulQA, MMLU and Winogrande are guesses
+# of ours, the others were measured. Answers of one token share a pass, as MMLU's letters do.
 TASKS = {
     "arc_challenge": Items(1_172, 4, 171),
     "arc_easy": Items(2_376, 4, 136),
