@@ -54,6 +54,26 @@ def test_scores_that_are_not_binary_are_compared_without_mcnemar(samples: dict) 
     assert facts["p"] is None and facts["flipped"] is None and facts["difference"].estimate == 0
 
 
+def test_clusters_measures_and_what_stands_apart(samples: dict) -> None:
+    """Items of a cluster have no exact test; what stands apart is in no average; a measure that both runs have is
+    compared as scores are."""
+    samples["facts"] |= {"clusters": ["a", "a", "b", "b"], "apart": True}
+    samples["sums"]["bits_per_byte"] = [1.0] * 8
+    other = copy.deepcopy(samples)
+    other["sums"]["scores"], other["facts"]["scores"] = [1, 1, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0]
+    other["sums"]["bits_per_byte"] = [0.5, 1.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    found = compare.compare(samples, other)
+    assert found["average"].estimate == pytest.approx(1 / 8)
+    facts = found["tasks"]["facts"]
+    assert facts["p"] is None and facts["flipped"] == (2, 0) and facts["difference"].low == -1
+    assert found["measures"].keys() == {"bits_per_byte"}
+    bits = found["measures"]["bits_per_byte"]
+    assert bits.keys() == {"sums", "average"} and bits["sums"].estimate == pytest.approx(-3 / 8)
+    console = Console(record=True, width=120)
+    compare.show(found, {}, console)
+    assert "B - A, bits per byte" in console.export_text()
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [

@@ -522,3 +522,36 @@ def test_a_whole_number_is_the_same_choice_with_and_without_its_point() -> None:
     runs = [run(seed=0, removed=2, shift=1.0), run(seed=1, removed=3, shift=1)]
     (family,) = families(runs)
     assert [point.x for point in family.curve("sft", "recovery")] == [2, 3] and family.fixed == ""
+
+
+def likely(bits: float) -> dict:
+    """What a summary says of one model's likelihoods, of a task with choices and of one without."""
+    return {
+        "bits_per_byte": {"held": bits, "other": bits + 1, "average": bits + 0.5},
+        "margin": {"held": -bits, "average": -bits},
+    }
+
+
+def test_likelihoods_stand_beside_scores() -> None:
+    """Each model's, with its difference to the unpruned one: means over seeds on the page, a run's in its table."""
+    models = [{"unpruned": likely(1.0), "pruned": likely(2.0), "recovered": likely(1.25 + s)} for s in (0.0, 0.5)]
+    runs = [run(seed=seed) | {"likelihoods": found} for seed, found in enumerate(models)]
+    rows = rows_of(page.contents(runs, []))["likelihoods"]
+    assert ["all runs", "pruned", "held", "2.000", "+1.000", "-2.000", "-1.000"] in rows
+    assert ["all runs", "sft", "average", "2.000", "+0.500", "-1.500", "-0.500"] in rows
+    assert ["all runs", "sft", "other", "2.500", "+0.500", "-", "-"] in rows
+    said = dict(table.lines(runs[0]))
+    assert said["bits per byte, right answers"] == "unpruned 1.500, pruned 2.500 (+1.000), recovered 1.750 (+0.250)"
+    assert said["margin, right answers"].endswith("recovered -1.250 (-0.250) nats")
+    assert "likelihoods" not in rows_of(page.contents(grid(), []))
+
+
+def test_what_counts_chance_does_not_lead() -> None:
+    """The share of the gap that was closed stands before raw recoveries, and what stands apart says so."""
+    header = page.arm_table(grid())["header"]
+    assert header.index("gap closed") < header.index("untrained") < header.index("recovery")
+    apart = run() | {"apart": ["other"], "standard_errors": {}}
+    assert [label for label, _ in table.lines(apart)][0] == "gap closed"
+    assert [row[0] for row in table.rows(apart)] == ["trained *", "held", "other (apart)", "average"]
+    assert "other (apart)" in page.task_table([apart])["header"]
+    assert table.is_choosing(apart | {"choices": {"side": "selection"}})

@@ -43,6 +43,84 @@ def test_coverage_of_the_recovery_and_of_the_paired_difference() -> None:
     assert 930 <= differences <= 970
 
 
+def in_clusters(seed: int, groups: int = 150) -> tuple[list[int], dict, dict]:
+    """Binary scores of two models on groups of one to five items, whose difficulty, and what the second model loses
+    on it, are shared: P(right) = Phi(0.8 / sqrt(1 + 1.2^2)) and Phi(0.5 / sqrt(1 + 1.2^2 + 0.8^2))."""
+    generator = np.random.default_rng(seed)
+    sizes = generator.integers(1, 6, groups)
+    ability, lost = (np.repeat(generator.normal(*of, groups), sizes) for of in ((0.8, 1.2), (-0.3, 0.8)))
+    noise = generator.normal(0, 1, (2, len(ability)))
+    scores = [(value > 0).astype(float) for value in (ability + noise[0], ability + lost + noise[1])]
+    return np.repeat(np.arange(groups), sizes).tolist(), *({"t": each} for each in scores)
+
+
+def test_coverage_where_items_share_a_passage() -> None:
+    """Resampled by cluster, 95 % intervals and 1.96 standard errors hold the truth in 93 to 97 % of experiments;
+    taking the items as independent claims too much."""
+    truth = stats.norm.cdf([0.8 / np.sqrt(2.44), 0.5 / np.sqrt(3.08)])
+    held = np.zeros((2, 3))
+    for seed in range(1000):
+        shared, first, second = in_clusters(seed)
+        for row, clusters in enumerate(({"t": shared}, {"t": None})):
+            drawn = {"clusters": clusters, "replicates": 300, "seed": seed}
+            ratio = ratio_interval(second, first, **drawn)
+            paired = paired_difference([second], [first], **drawn)
+            error = statistics.standard_error(first["t"], clusters["t"])
+            held[row] += (
+                ratio.low <= truth[1] / truth[0] <= ratio.high,
+                paired.low <= truth[1] - truth[0] <= paired.high,
+                abs(np.mean(first["t"]) - truth[0]) <= 1.96 * error,
+            )
+    assert (held[0] >= 930).all() and (held[0] <= 970).all()
+    assert (held[1] < 930).all()
+
+
+def test_clusters_of_one_item_are_items() -> None:
+    """The same draws and the same error, to the bit; and as many independent items as there are."""
+    first, second = simulated(0)
+    alone = {task: list(range(len(scores))) for task, scores in first.items()}
+    assert ratio_interval(second, first, clusters=alone) == ratio_interval(second, first)
+    for scores in first.values():
+        plain = statistics.standard_error(scores)
+        assert statistics.standard_error(scores, range(len(scores))) == pytest.approx(plain, rel=1e-12)
+    assert statistics.independent("abcd") == 4
+
+
+def test_clusters_by_hand() -> None:
+    """Copies of an item are no evidence; unequal clusters are a ratio of sums; one cluster shows no doubt."""
+    scores, copied = [1.0, 0.0, 1.0, 1.0], np.repeat([1.0, 0.0, 1.0, 1.0], 3)
+    numbers = np.repeat(range(4), 3).tolist()
+    assert statistics.standard_error(copied, numbers) == pytest.approx(statistics.standard_error(scores))
+    assert statistics.independent(numbers) == 4 and statistics.independent("aab") == 9 / 5
+    off = np.array([2 - 2 * 0.75, 0 + 1 - 2 * 0.75])
+    assert statistics.standard_error([1, 1, 0, 1], "aabb") == pytest.approx(np.sqrt(2 * (off**2).sum()) / 4)
+    assert statistics.standard_error([1, 0, 1], "aaa") is None
+    generator = np.random.default_rng(0)
+    sums, sizes = np.array([2.0, 0.0, 1.0]), np.array([2, 1, 3])
+    drawn = generator.integers(0, 3, size=(20000, 3))
+    plain = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    ours = statistics.resample([{"t": [1, 1, 0, 1, 0, 0]}], clusters={"t": "aabccc"}, replicates=20000)[0]
+    assert (ours.mean(), ours.std()) == pytest.approx((plain.mean(), plain.std()), abs=4e-3)
+
+
+def test_what_stands_apart_is_in_no_average() -> None:
+    """It has its score and its error; averages, recoveries and the closed gap are those without it."""
+    first, second = simulated(0, tasks=3)
+    models = {"unpruned": first, "pruned": {task: [0.0] * 150 for task in first}, "recovered": second}
+    without = {model: {task: scores[task] for task in ("0", "1")} for model, scores in models.items()}
+    given = {"trained": ["0", "2"], "replicates": 50}
+    found = summarise(models, chance=dict.fromkeys("012", 0.1), apart=["2"], **given)
+    expected = summarise(without, chance=dict.fromkeys("01", 0.1), **given)
+    same = expected.keys() - {"scores", "standard_errors", "apart", "trained", "flipped"}
+    assert {key: found[key] for key in same} == {key: expected[key] for key in same}
+    for kind in ("scores", "standard_errors"):
+        for model, by_task in found[kind].items():
+            assert {task: by_task[task] for task in ("0", "1", "average")} == expected[kind][model] and by_task[
+                "2"
+            ] >= 0
+    assert found["apart"] == ["2"] and found["trained"] == ["0", "2"]
+
+
 def test_coverage_over_seeds() -> None:
     """The t interval of three seeds' differences holds the true difference in 93 to 97 % of experiments."""
     draws = np.random.default_rng(0).normal(0.02, 0.01, size=(2000, 3))

@@ -265,8 +265,8 @@ def test_what_is_wrong_with_files_is_told_before_any_work(tmp_path: Path) -> Non
 def test_a_draw_of_the_authors_code_is_not_moved_by_looking_at_it(tmp_path: Path, monkeypatch) -> None:
     """Columns are tried with the author's functions, which may draw: what is judged is what lm-eval draws."""
     (tmp_path / "drawn.py").write_text(
-        "import random\n\ndef process(rows):\n"
-        "    return rows.map(lambda row: {'q': f\"{row['q']}{random.random()}\"})\n"
+        "import random\n\ndef drawn(row):\n    return {'q': row['q'] + str(random.random())}\n\n"
+        "def process(rows):\n    return rows.map(drawn)\n"
     )
     (tmp_path / "drawn.yaml").write_text(
         "task: drawn\ndataset_path: me/drawn\ntest_split: test\nprocess_docs: !function drawn.process\n"
