@@ -114,6 +114,7 @@ def test_the_embedded_model_writes_as_by_generate() -> None:
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED, SAMPLED | {"top_p": 1.0, "top_k": 0}])
 def test_samples_are_those_of_generate(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same uniform numbers choose the same tokens, wherever a row stands."""
+    assert is_batchable(tiny_llama(), 64)
     ours = talkative()(PROMPTS * 2, **settings)
     monkeypatch.setattr(selfdata, "is_batchable", lambda *_: False)
     assert talkative()(PROMPTS * 2, **settings) == ours
