@@ -123,8 +123,11 @@ def test_shared_beginnings_stand_once() -> None:
 
 
 def test_texts_that_share_little_stand_apart() -> None:
-    rows = packed_rows([[1, 2, 3, 4, 5, 6, 7, 8], [1, 9, 9, 9, 9, 9, 9, 9], [3] * 900, [3] * 700 + [4] * 200])
-    assert sorted(len(row.tokens) for row in rows) == [8, 8, 900, 900]
+    """And rows are no longer than they may be, though long texts still find their like."""
+    rows = packed_rows([[1, 2, 3, 4, 5, 6, 7, 8], [1, 9, 9, 9, 9, 9, 9, 9], [3] * 1500, [3] * 1500, [3, 4] * 500])
+    assert sorted(len(row.tokens) for row in rows) == [8, 8, 1000, 1500]
+    many = packed_rows([[5] * 300 + [number] * 200 for number in range(6, 12)])
+    assert [len(row.tokens) for row in many] == [900, 900]
 
 
 class Hook:

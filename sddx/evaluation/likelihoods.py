@@ -20,7 +20,8 @@ from sddx.models.anatomy import decoder, vocabulary
 from sddx.models.decoding import attention_mask, grouped, holds, remembers_all
 from sddx.models.outputs import head_of
 
-# A text joins a row where at least this share of it stands there already, up to so many tokens in the row.
+# A text joins a row where at least this share of it stands there already, up to so many tokens in the row, or twice
+# its own.
 SHARED, ROW_TOKENS = 0.25, 1024
 # What one pass reads at most, in padded tokens, and how many logits are there at once.
 PASS_TOKENS, LOGITS = 2048, 1 << 24
@@ -79,7 +80,7 @@ def packed_rows(texts: Sequence[Sequence[int]]) -> list[Row]:
     for number in sorted(range(len(texts)), key=lambda number: list(texts[number])):
         text = texts[number]
         shared = len(os.path.commonprefix([list(before), list(text)]))
-        fits = rows and len(rows[-1].tokens) + len(text) - shared <= ROW_TOKENS
+        fits = rows and len(rows[-1].tokens) + len(text) - shared <= max(ROW_TOKENS, 2 * len(text))
         if not fits or shared < SHARED * len(text):
             rows.append(Row())
             shared = 0
