@@ -1,5 +1,5 @@
 """How much every stage computes: FLOPs, steps of decoding, tokens. Stages that run no model on many tokens are left
-out: prepare, prune, overlap and report."""
+out: prepare, prune, written, overlap and report."""
 
 from __future__ import annotations
 
