@@ -18,6 +18,7 @@ from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, rende
 from sddx.errors import UserError
 from sddx.evaluation import harness, likelihoods, tasks, text
 from sddx.evaluation import items as sampling
+from sddx.evaluation.likelihood import MEASURES
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 
@@ -547,4 +548,5 @@ def test_an_interrupted_evaluation_asks_only_for_what_is_not_answered(
     for name, record in found["tasks"].items():
         for ours, theirs in zip(record["samples"], results["tasks"][name]["samples"], strict=True):
             likelihoods = theirs["likelihoods"] and pytest.approx(theirs["likelihoods"], abs=1e-5)
-            assert ours == {**theirs, "likelihoods": likelihoods}
+            made = {name: theirs[name] and pytest.approx(theirs[name], abs=1e-5) for name in MEASURES}
+            assert ours == {**theirs, "likelihoods": likelihoods, **made}

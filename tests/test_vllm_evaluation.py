@@ -28,6 +28,7 @@ import sddx
 from sddx.compare import compare, load_samples
 from sddx.config import resolve
 from sddx.errors import UserError
+from sddx.evaluation.likelihood import MEASURES
 from sddx.evaluation.vllm import Engine
 from sddx.export.__main__ import main as export
 from sddx.models import load
@@ -159,6 +160,9 @@ def test_scores_are_those_of_hf_item_by_item(model: str, backend: str, runs: Sim
         for a, b in zip(record["samples"], by_vllm["tasks"][task]["samples"], strict=True):
             expected, found = a.pop("likelihoods"), b.pop("likelihoods")
             assert found == (pytest.approx(expected, abs=1e-3) if expected else None)
+            for measure in MEASURES:  # which are made of them
+                expected, found = a.pop(measure), b.pop(measure)
+                assert found == (None if expected is None else pytest.approx(expected, abs=1e-3))
             assert a == b
     assert by_hf["text"] == by_vllm["text"]
     assert by_vllm["backend"] == {"name": "vllm", "version": "0.10.0"} and by_hf["backend"]["name"] == "hf"
