@@ -27,7 +27,7 @@ from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.estimate.costs import Estimate
 from sddx.evaluation import items, task_data, tasks
-from sddx.evaluation.harness import compact, evaluate, require_tasks, task_texts
+from sddx.evaluation.harness import _precision, compact, evaluate, require_tasks, task_texts
 from sddx.evaluation.seeds import seeded
 from sddx.fetch import _task_data
 from sddx.importance.coalitions import TaskScore
@@ -409,6 +409,15 @@ def test_likelihood_measures_by_hand(model, tokenizer, folder: str) -> None:
         means = [sample["bits_per_byte"] for sample in found[name]["samples"]]
         assert found[name]["bits_per_byte"] == pytest.approx(np.mean(means))
     assert found["lambada_openai"]["margin"] is None
+
+
+def test_the_precision_to_expect_knows_clusters_and_what_stands_apart(folder: str) -> None:
+    """Five questions on three passages are as sure as 25 / 9 items at least; the average is that of PIQA."""
+    loaded, part_of = tasks.load(["piqa", "boolq"], None, data_dir=folder)
+    tasks.tell(loaded["tasks"], part_of, {"cluster": {"boolq": "passage"}})
+    said = _precision(loaded["tasks"], part_of, None, ["boolq"])
+    piqa, boolq = (100 * 1.96 * math.sqrt(0.25 / count) for count in (5, 25 / 9))
+    assert f"piqa {piqa:.1f}, boolq {boolq:.1f}, average {piqa:.1f}" in said and said.startswith("10 items.")
 
 
 def test_items_know_their_cluster(model, tokenizer, folder: str) -> None:

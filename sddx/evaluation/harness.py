@@ -239,7 +239,7 @@ def evaluate(
         drawn = draw(loaded["tasks"], part_of, limit, side)
         lm = Fitting(Resumed(lm, answered) if answered else lm, SPARE[backend])
         if not runtime.quiet:
-            _announce(_precision(loaded["tasks"], part_of, drawn))
+            _announce(_precision(loaded["tasks"], part_of, drawn, apart))
         # `evaluate`, not `simple_evaluate`, which runs pip and git for a report of the environment each time.
         with neutral(model) if (generation_config, backend) == ("neutral", "hf") else contextlib.nullcontext():
             raw = evaluator.evaluate(
@@ -330,11 +330,18 @@ def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping
     require_system_turn(tokenizer, dict.fromkeys(described))
 
 
-def _precision(tasks: Mapping[str, Any], part_of: Mapping[str, str], drawn: Mapping[str, list[int]] | None) -> str:
-    """How sure the scores to come can be, in points, before the first model is run."""
+def _precision(
+    tasks: Mapping[str, Any],
+    part_of: Mapping[str, str],
+    drawn: Mapping[str, list[int]] | None,
+    apart: Sequence[str] = (),
+) -> str:
+    """How sure the scores to come can be, in points, before the first model is run; averages without what stands
+    `apart`."""
     items = {name: _judged(name, task, drawn) for name, task in tasks.items()}
     sure = {name: independent(_clusters(tasks[name], found)) for name, found in items.items()}
-    widths = expected_half_width(sure, part_of)
+    counted = {name: number for name, number in sure.items() if part_of[name] not in apart}
+    widths = {**expected_half_width(sure, part_of), **expected_half_width(counted, part_of)}
     shown = ", ".join(f"{name} {100 * width:.1f}" for name, width in widths.items())
     total = sum(map(len, items.values()))
     return f"{total:,} items. Half-widths of 95 % intervals to expect, in points, at most: {shown}."
