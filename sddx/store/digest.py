@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Recipe:
     readings: tuple[str, ...]
     source: Reached
 
-    @property
+    @cached_property
     def sources(self) -> dict[str, str]:
         """The digest of each definition by where it stands, and each third-party version."""
         ours = {one.where: one.digest[:16] for one in self.source.definitions}
@@ -45,12 +46,12 @@ class Recipe:
         inputs = [{"stage": stage, "key": key} for stage, key in self.inputs]
         return {"stage": self.stage, "key": self.key, "spec": self.spec, "inputs": inputs, "sources": self.sources}
 
-    @property
+    @cached_property
     def settings(self) -> str:
         """The digest of all but the source; artifacts that differ in their source alone share it."""
         return digest([self.stage, _renamed(self.spec, _name), [key for _, key in self.inputs]])
 
-    @property
+    @cached_property
     def key(self) -> str:
         return digest([self.settings, self.wired, self.readings, _summed(self.source)])
 

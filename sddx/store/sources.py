@@ -69,11 +69,12 @@ class Module:
         self.mtime_ns = self.path.stat().st_mtime_ns
         self._text = self.path.read_bytes()
         self._bare: dict[str, list[ast.stmt]] = {}
+        self._digests: dict[str, str] = {}
 
     def __hash__(self) -> int:
         return hash(self.path)
 
-    @property
+    @cached_property
     def file(self) -> str:
         return self.path.relative_to(self.home).as_posix()
 
@@ -110,9 +111,11 @@ class Module:
         return self._bare[name]
 
     def digest(self, name: str) -> str:
-        # unparsed text, because the tree's own dump differs between versions of Python
-        text = "\n".join(ast.unparse(statement) for statement in self.bare(name))
-        return hashlib.sha256(text.encode()).hexdigest()
+        if name not in self._digests:
+            # unparsed text, because the tree's own dump differs between versions of Python
+            text = "\n".join(ast.unparse(statement) for statement in self.bare(name))
+            self._digests[name] = hashlib.sha256(text.encode()).hexdigest()
+        return self._digests[name]
 
     def edited(self) -> Module | None:
         """The module as it is on disk now, where that is not what was read."""
