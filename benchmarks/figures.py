@@ -1,4 +1,4 @@
-"""The README's curves: `python benchmarks/figures.py SWEEP_FOLDER [...]` draws them into `benchmarks/figures`.
+"""The curves of README and docs: `python benchmarks/figures.py SWEEP_FOLDER [...]` draws them into figures/.
 
 One SVG for each axis that varies in the sweeps and each kind of skill, in ink on white, so that any page
 can show it.
