@@ -284,6 +284,14 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
     require_none([*wrong, *told([look_further], shaky=bool(wrong))])
 
 
+def owes_model(config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration has a model to download first."""
+    from sddx.models.load import is_here
+
+    here = is_here(config["model"]["path"], config["model"]["revision"])
+    return not (here and (config["teacher"] is None or is_here(config["teacher"], None)))
+
+
 def check_settings(config: dict[str, Any]) -> None:
     """Raises UserError for what is wrong with the settings by themselves, wherever and whenever they are run."""
     from sddx.estimate.show import require_device
@@ -396,7 +404,7 @@ def main(cfg: DictConfig) -> None:
 
 
 register()
-launcher.install(verify, look, tell, task="sddx.train.run", first=partial(verify, download=False))
+launcher.install(verify, look, tell, "sddx.train.run", first=partial(verify, download=False), owes=owes_model)
 sweeper.install()
 if __name__ == "__main__":
     command(main)

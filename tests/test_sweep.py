@@ -29,7 +29,7 @@ from sddx.report.page import failed
 from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command
 from sddx.sweep import __main__ as look
-from sddx.sweep import cells
+from sddx.sweep import cells, launcher
 from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
 from sddx.sweep.worker import perform
@@ -475,3 +475,22 @@ def test_a_cluster_that_is_not_there_is_said(launcher, sweep, store, capsys, mon
     status, _ = sweep("--multirun", "seed=0,1", f"hydra/launcher={launcher}", *there, store=store)
     told = capsys.readouterr().err
     assert status == 2 and "error: " in told and "Traceback" not in told
+
+
+def test_cells_that_differ_in_their_seeds_are_checked_once() -> None:
+    """One whose seed is none is checked by itself, and every cell that makes a mistake is named."""
+    checked: list[dict] = []
+
+    def check(config: dict) -> None:
+        checked.append(config)
+        if config["remove"] > 3 or config["seed"] == -1:
+            raise UserError(f"remove={config['remove']} with seed={'-1' if config['seed'] == -1 else 'any'}")
+
+    grid = [(remove, seed) for remove in (3, 4) for seed in (0, 1, 2, -1)]
+    made = [{"run": {"name": f"{n}"}, "seed": seed, "choices": {"seed": seed}, "remove": n} for n, seed in grid]
+    several = [SimpleNamespace(config=config, name=f"{config['remove']}-{config['seed']}") for config in made]
+    with pytest.raises(UserError) as told:
+        launcher.check_all(several, check)
+    assert [(config["remove"], config["seed"]) for config in checked] == [(3, 0), (3, -1), (4, 0), (4, -1)]
+    assert "5 of 8 cells cannot run" in str(told.value)
+    assert "4-0, 4-1, 4-2: remove=4 with seed=any" in str(told.value) and "3--1: remove=3" in str(told.value)
