@@ -47,6 +47,17 @@ class Built(Form):
     distill: str | list[str] = ""
 
 
+class Written(Form):
+    """What was written in self-data, and the models' surprise by it (sddx.data.written)."""
+
+    copied: float | None
+    cut_off: float | None
+    rouge_l: float | None
+    words: dict[str, float | None]
+    sample: int
+    surprise: dict[str, dict[str, float | None]]
+
+
 class Reported(Form):
     """What a report takes from a summary: a run's choices, what its models scored, what it cost."""
 
@@ -80,6 +91,7 @@ class Reported(Form):
     supervised_tokens: int
     steps: int
     fallback_share: float | None
+    written: Written | None = None
     store: str = ""
 
 

@@ -555,3 +555,15 @@ def test_what_counts_chance_does_not_lead() -> None:
     assert [row[0] for row in table.rows(apart)] == ["trained *", "held", "other (apart)", "average"]
     assert "other (apart)" in page.task_table([apart])["header"]
     assert table.is_choosing(apart | {"choices": {"side": "selection"}})
+
+
+def test_what_was_written_stands_beside_what_was_refused() -> None:
+    """Means over the runs of an arm; runs of an earlier version, which do not say, have dashes."""
+    surprise = [{"unpruned": {"self": own, "reference": own + 1}, "pruned": {}} for own in (1.0, 2.0)]
+    same = {"cut_off": 0.1, "rouge_l": 0.5, "words": {"self": 80, "reference": 40}, "sample": 9}
+    written = [{**same, "copied": share, "surprise": of} for share, of in zip((0.2, 0.4), surprise, strict=True)]
+    runs = [run("sdd", seed) | {"written": found} for seed, found in enumerate(written)]
+    (row,) = page.funnel_table([*runs, run("sft")])["rows"]
+    assert row[1:] == ["sdd", "90.0 %", "10.0 %", "30.0 %", "10.0 %", "0.50", "80", "40", "1.50", "2.50"]
+    (row,) = page.funnel_table([run("sdd"), run("sft")])["rows"]
+    assert row[1:] == ["sdd", "90.0 %", "10.0 %", *["-"] * 7]

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -273,13 +273,26 @@ def _number(value: float, measure: str) -> str:
 
 
 def funnel_table(runs: Sequence[Run]) -> Table:
-    """What became of the self-written answers, per set of runs."""
+    """What became of the self-written answers, per set of runs, and how they compare with their references; means
+    over runs. The surprise is the unpruned model's, in nats a token, by accepted answers and their references."""
     rows = [
-        [where, arm, percent(1 - share), percent(share)]
+        [where, arm, percent(1 - share), percent(share), *_written([run.get("written") for run in group])]
         for where, arm, group in arms(runs)
         if (share := mean_of(group, "fallback_share")) is not None
     ]
-    return {"header": ["runs", "arm", "accepted", "refused"], "rows": rows}
+    compared = ["copied", "cut off", "ROUGE-L", "words", "of references", "surprise", "by references"]
+    return {"header": ["runs", "arm", "accepted", "refused", *compared], "rows": rows}
+
+
+def _written(found: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    known = [each for each in found if each and each["rouge_l"] is not None]
+    if not known:
+        return [ABSENT] * 7
+    shares = [percent(mean(each[name] for each in known)) for name in ("copied", "cut_off")]
+    words = [f"{mean(each['words'][name] for each in known):.0f}" for name in ("self", "reference")]
+    read = [each["surprise"]["unpruned"] for each in known if each["sample"]]
+    surprise = [f"{mean(each[name] for each in read):.2f}" if read else ABSENT for name in ("self", "reference")]
+    return [*shares, f"{mean(each['rouge_l'] for each in known):.2f}", *words, *surprise]
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
