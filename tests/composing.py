@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+from sddx import config
 from sddx.config import CONF, register
+from sddx.models.packaged import located
 
 # A run of seconds: a few rows, steps and items.
 SMALL = (
@@ -38,6 +41,11 @@ def composed(*overrides: str, out: Path | None = None, config_dir: Path | None =
         with open_dict(cfg):
             del cfg["hydra"]
         yield cfg
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as a run is given it."""
+    return located(config.resolve(cfg))
 
 
 def swept(out: Path, store: Path, *given: str) -> list[str]:

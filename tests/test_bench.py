@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from families import VOCABULARY, build
 from rich.console import Console
 
 from sddx import bench
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks
 from sddx.surgery.soundness import cache_bytes

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from composing import composed
+from composing import composed, resolve
 from families import ALL_FAMILIES
 from families import build as family_model
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.estimate import costs, memory
 from sddx.estimate import peaks as estimate_peaks

@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 import yaml
-from composing import composed
+from composing import composed, resolve
 
-from sddx.config import CONF, resolve
+from sddx.config import CONF
 from sddx.estimate.costs import Estimate
 from sddx.estimate.devices import DEVICES
 from sddx.estimate.show import hours

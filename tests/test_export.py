@@ -11,14 +11,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from fakehub import serve
 from families import ALL_FAMILIES, build, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sddx
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.export.__main__ import main
 from sddx.export.card import _without_paths

@@ -12,14 +12,14 @@ import httpx
 import pytest
 import torch
 import yaml
-from composing import composed
+from composing import composed, resolve
 from datasets.packaged_modules.cache.cache import _find_hash_in_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.build import build
 from sddx.compare import check_comparable
-from sddx.config import CONF, resolve
+from sddx.config import CONF
 from sddx.errors import UserError
 from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact, evaluate

@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from families import build as of_family
 from tokenizers import Tokenizer, models, processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from words import SPECIAL, WORDS, tiny_llama, word_tokenizer
 
 import sddx
-from sddx.config import resolve
 from sddx.data.encode import IGNORED, encode, encode_all, ending, render, text_batches, token_ids
 from sddx.data.selfdata import write_answers
 from sddx.data.vllm import Writer

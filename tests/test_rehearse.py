@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from composing import composed
+from composing import composed, resolve
 from omegaconf import OmegaConf
 
-from sddx.config import CONF, resolve
+from sddx.config import CONF
 from sddx.errors import UserError
 from sddx.estimate.skeleton import shape_of
 from sddx.train import run

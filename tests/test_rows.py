@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from stored import artifact
 from words import word_tokenizer
 
-from sddx.config import resolve
 from sddx.data import checkers, told
 from sddx.data.check import examples_here, require_rows, require_texts, require_trainable
 from sddx.data.shards import read_examples

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import composed
+from composing import composed, resolve
 from test_data import real_file
 from words import tiny_llama, word_tokenizer
 
 import sddx
-from sddx.config import resolve
 from sddx.data import checkers
 from sddx.data.encode import render
 from sddx.data.selfdata import (

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from families import adapt
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import sddx
-from sddx.config import resolve
 from sddx.data.shards import write_rows
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject

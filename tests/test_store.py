@@ -19,11 +19,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from stored import FIELDS
 from transformers import LlamaConfig, OPTConfig
 
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.models import families
 from sddx.records import Artifact

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.build import build
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.estimate.costs import Estimate
 from sddx.evaluation import items, task_data, tasks

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 import sddx
 from sddx.compare import main as compare
-from sddx.config import resolve
 from sddx.data.shards import write_rows
 from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS

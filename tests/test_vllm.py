@@ -15,10 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from words import tiny_llama, word_tokenizer
 
-from sddx.config import resolve
 from sddx.data.selfdata import TOO_LONG, Answer, write_answers
 from sddx.data.vllm import Writer, _environment, engines
 from sddx.errors import UserError

@@ -20,13 +20,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from composing import SMALL, composed
+from composing import SMALL, composed, resolve
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import sddx
 from sddx.compare import compare, load_samples
-from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.evaluation.vllm import Engine
@@ -136,7 +135,7 @@ def runs(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
     shutil.copytree(CHECKPOINT, folder / "model")
     template = folder / "model" / "chat_template.jinja"
     template.write_text("{% if enable_thinking is false %}{{ date_string }}{% endif %}" + template.read_text())
-    model = ("model=local", f"model.path={folder / 'model'}")
+    model = ("model=local", f"model.path={folder / 'model'}", "model.dtype=float32")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(packages))
         backends = {"hf": (), "vllm": (VLLM,), "apart": (VLLM, "evaluation.vllm.adapter=apart")}

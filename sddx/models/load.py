@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
@@ -427,6 +427,22 @@ def _config(folder: Path) -> Any:
         raise UserError(
             f"config.json in {folder} cannot be read: {said(error)}. Mend it, or fetch the model again."
         ) from error
+
+
+def stated_dtype(path: str, revision: str | None) -> str:
+    """The dtype that the config of a model on the hub says its weights are in. Raises UserError as `download` does,
+    and where it says none."""
+    otherwise = (
+        f"model.dtype=auto is the dtype that a model's own files say, and {path!r} is neither on this machine nor "
+        "can the hub be asked for it. Give an existing folder, a GGUF file or a hub id; model=tiny needs none."
+    )
+    with asking("model", path, revision, otherwise=otherwise):
+        file = hf_hub_download(path, "config.json", revision=revision)
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    found = config.get("dtype") or config.get("torch_dtype")
+    if found not in DTYPES:
+        raise UserError(f"The config of {path} says no dtype that is known ({found}). Give model.dtype=bfloat16.")
+    return found
 
 
 def own_dtype(folder: Path) -> str:

@@ -148,11 +148,7 @@ def _unpacked(path: str, root: str | None) -> str:
 
 
 def _own_dtype(path: str, revision: str | None) -> str:
-    from sddx.models.load import is_here, locate, own_dtype
+    from sddx.models.load import is_here, locate, own_dtype, stated_dtype
 
-    if not is_here(path, revision):
-        raise UserError(
-            f"model.dtype=auto is the dtype that the model's own files say, and {path} is not on this machine. "
-            "Fetch it first, or give model.dtype=bfloat16."
-        )
-    return own_dtype(locate(path, revision=revision)[0])
+    here = is_here(path, revision)
+    return own_dtype(locate(path, revision=revision)[0]) if here else stated_dtype(path, revision)
