@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from composing import composed, resolve
+from composing import composed
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import flag_override
 
 from sddx.build import build
-from sddx.config import CONF, SURROUNDINGS, check, flatten
+from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
 from sddx.errors import UserError
 from sddx.sweep.launcher import Grid
 from sddx.train import check_settings, recover, verify

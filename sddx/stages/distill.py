@@ -27,11 +27,11 @@ def distill(
     runtime: Runtime,
     guided: bool,
     rewrite: str,
-    reference: Literal["right", "wrong"],
     check: dict[str, Any],
     generation: dict[str, Any],
     dtype: str,
     attention: str,
+    reference: Literal["right", "wrong"] = "right",
 ) -> None:
     """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was; and
     `generation.json`: the backend that wrote, and its version.
