@@ -63,7 +63,7 @@ def cluster_of(task: Any, document: Any) -> str | None:
 def side_of(name: str, item: str) -> str:
     """On which side a task's item is: by a digest of its own text, so that no other item, no order and no further
     column moves it."""
-    place = int.from_bytes(hashlib.sha256(f"{SEEDS['items']}/{name}/{item}".encode()).digest())
+    place = int.from_bytes(_rank(name, item))
     return "report" if place % sum(SIDES.values()) < SIDES["report"] else "selection"
 
 
@@ -83,5 +83,5 @@ def _sample(name: str, items: Sequence[int], count: int) -> list[int]:
     return sorted(sorted(items, key=lambda item: _rank(name, item))[:count])
 
 
-def _rank(name: str, item: int) -> bytes:
+def _rank(name: str, item: int | str) -> bytes:
     return hashlib.sha256(f"{SEEDS['items']}/{name}/{item}".encode()).digest()

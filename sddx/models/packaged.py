@@ -127,12 +127,12 @@ def located(config: dict[str, Any]) -> dict[str, Any]:
 
 def _file_of(model: Mapping[str, Any]) -> str:
     """The path of a model; where neither a folder nor the hub's cache has it, that of its package's file."""
-    from sddx.models.load import is_here
-
     package = package_of(model)
-    if package and package.place.is_file() and not is_here(model["path"], model.get("revision")):
-        return str(package.place)
-    return str(model["path"])
+    if package is None or not package.place.is_file():
+        return str(model["path"])
+    from sddx.models.load import is_here  # seconds, which most commands need not wait for
+
+    return str(model["path"] if is_here(model["path"], model.get("revision")) else package.place)
 
 
 def _unpacked(path: str, root: str | None) -> str:
