@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,16 @@ class Artifact:
     key: str
     path: Path
     reading: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is judged: its name, its role (`reference`, `cut` or `student`), and by name what it is made of
+    beside the unpruned model."""
+
+    name: str
+    role: str
+    inputs: Mapping[str, Artifact | None]
 
 
 GRANULARITIES = ("blocks", "attention", "feedforward", "sublayers")

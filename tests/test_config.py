@@ -22,8 +22,9 @@ from omegaconf import flag_override
 from sddx.build import build
 from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
 from sddx.errors import UserError
+from sddx.pipeline import Method
 from sddx.sweep.launcher import Grid
-from sddx.train import check_settings, recover, verify
+from sddx.train import check_settings, verify
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -39,7 +40,7 @@ OWED = {
 def checked(*overrides: str, config_dir: Path | None = None) -> dict:
     with composed(*overrides, config_dir=config_dir) as cfg:
         config = resolve(cfg)
-        check(config, recover, also=SURROUNDINGS)
+        check(config, Method, also=SURROUNDINGS)
         return config
 
 
@@ -170,7 +171,7 @@ def test_numbers_that_make_no_sense_are_named(given: tuple[str, ...]) -> None:
         changed = copy.deepcopy(config)
         functools.reduce(dict.__getitem__, path[:-1], changed)[path[-1]] = wrong
         with pytest.raises(UserError, match=re.escape(f"{'.'.join(path)}={wrong!r} must be")):
-            check(changed, recover, also=SURROUNDINGS)
+            check(changed, Method, also=SURROUNDINGS)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ from sddx.importance.ablation import LeaveOneOut, Shapley
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import score_units, works
 from sddx.models.anatomy import blocks, branches
+from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.store import Store
+from sddx.store import Inputs, Store
 from sddx.surgery.branches import NoAttention, NoFeedForward
 
 
@@ -96,12 +97,11 @@ class Metered(Store):
 
     flops: Counter[str]
 
-    def build(self, stage: Any, /, *inputs: Artifact, **spec: Any) -> Artifact:
-        given = {artifact.stage for artifact in inputs}
-        judged = "recovered" if "train" in given else "pruned" if "prune" in given else "unpruned"
+    def build(self, stage: Any, inputs: Inputs, /, **spec: Any) -> Artifact:
+        judged = "recovered" if inputs.get("student") else "pruned" if inputs.get("cut") else "unpruned"
         name = f"evaluate {judged}" if stage.__name__ == "evaluate" else stage.__name__
         with FlopCounterMode(display=False) as counter:
-            made = super().build(stage, *inputs, **spec)
+            made = super().build(stage, inputs, **spec)
         self.flops[name] += counter.get_total_flops()
         return made
 
@@ -113,7 +113,7 @@ def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
     config = configured(*SMALL, *less, *given)
     store = Metered(tmp_path)
     store.flops = Counter()
-    train.recover(store, Runtime(quiet=True), **train.method(config))
+    _ = Run(store, Runtime(quiet=True), train.method(config)).report
     estimate, planned = Estimate(config), Counter[str]()
     for part in estimate.parts():
         size = estimate.unpruned if part.stage == "evaluate unpruned" else estimate.pruned

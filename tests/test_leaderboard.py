@@ -28,10 +28,10 @@ from sddx.evaluation.task_data import described, task_datasets
 from sddx.hub import unpacked
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
+from sddx.inputs import read_by
 from sddx.records import Units
 from sddx.runtime import Runtime
 from sddx.store import Store
-from sddx.train import _files
 
 FULL = yaml.safe_load((CONF / "evaluation" / "full.yaml").read_text())
 SPLITS = ("train", "dev", "validation", "test")
@@ -331,7 +331,7 @@ def test_evaluations_are_keyed_by_the_commit_of_their_data(
     store = Store(tmp_path / "store")
 
     def keys(task: str = "both") -> list[str]:
-        return [made.key for made in _files(store, {"tasks": [task], "include": folder})]
+        return [made.key for made in read_by(store, {"tasks": [task], "include": folder})]
 
     assert len(keys("local")) == len(keys("own")) == len(keys()) - 1
     online = keys()

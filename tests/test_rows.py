@@ -233,7 +233,7 @@ def test_no_held_out_row_is_trained_on(tmp_path: Path, caplog: pytest.LogCapture
     that is told. What is trained is the head of what a larger size trains, and rows that repeat none keep the order
     that they have alone."""
     path, alone = repeated(tmp_path / "twice.jsonl", 30, 2), repeated(tmp_path / "once.jsonl", 30, 1)
-    prepare(tmp_path, runtime=Runtime(quiet=True), dataset=node(path, size=size), validation=10)
+    prepare(tmp_path, files=[], runtime=Runtime(quiet=True), dataset=node(path, size=size), validation=10)
     held_out, training = read_examples(tmp_path / "validation.jsonl"), read_examples(tmp_path / "shards")
     content = [{(row.prompt, row.response) for row in rows} for rows in (held_out, training)]
     assert len(held_out) == 10 == len(content[0]) and not content[0] & content[1]
@@ -306,6 +306,6 @@ def test_remarks_are_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     dataset = node(path, prompt=r"{q}\n:")
     require_rows(dataset, validation=1)
     told_before = list(caplog.messages)
-    prepare(tmp_path, runtime=Runtime(quiet=True), dataset=dataset, validation=1)
+    prepare(tmp_path, files=[], runtime=Runtime(quiet=True), dataset=dataset, validation=1)
     assert len(told_before) == len(set(told_before)) >= 4 and caplog.messages == told_before
     assert all(os.fspath(path) in message or "held-out" in message for message in told_before)

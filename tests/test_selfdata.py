@@ -28,12 +28,12 @@ from sddx.data.selfdata import (
 )
 from sddx.data.shards import read_examples, read_rows, write_rows
 from sddx.data.sources import pinned
+from sddx.inputs import read_by
 from sddx.records import Example
 from sddx.runtime import Runtime
 from sddx.stages.distill import distill
 from sddx.stages.prepare import prepare
 from sddx.store import Store
-from sddx.train import _files
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
@@ -160,14 +160,14 @@ def test_real_rows_are_distilled_from_a_local_file(dataset: str, tmp_path: Path)
     with composed(*given, "generation.max_new_tokens=8") as cfg:
         config = resolve(cfg)
     quiet, store = Runtime(quiet=True), Store(tmp_path / "store")
-    (file,) = files = _files(store, pinned(config["dataset"]))
+    (file,) = files = read_by(store, pinned(config["dataset"]))
     assert file.path == tmp_path / name
-    data = store.build(prepare, *files, runtime=quiet, dataset=config["dataset"], validation=2)
+    data = store.build(prepare, {"files": files}, runtime=quiet, dataset=config["dataset"], validation=2)
     (shard,) = sorted((data.path / "shards").iterdir())
     asked = {name: config["dataset"][name] for name in ("check", "rewrite")}
     asked |= {"generation": config["generation"], "dtype": "float32", "attention": "sdpa", "guided": True}
-    inputs = store.source("model", CHECKPOINT), store.source("rows", shard)
-    rewrites = read_rows(Rewrite, store.build(distill, *inputs, runtime=quiet, **asked).path / "rewrites.jsonl")
+    inputs = {"base": store.source("model", CHECKPOINT), "shard": store.source("rows", shard)}
+    rewrites = read_rows(Rewrite, store.build(distill, inputs, runtime=quiet, **asked).path / "rewrites.jsonl")
 
     examples = [*read_examples(data.path / "validation.jsonl"), *read_examples(shard)]
     assert len({e.id for e in examples}) == 6 and {e.origin for e in examples} == {"reference"}

@@ -82,17 +82,19 @@ def look(built: Path, out: Path, config: dict[str, Any], *, runtime: Runtime) ->
     """What every process runs: all stages that only look at a model, each into a folder of its own."""
     folder = out / f"{rank()} of {world()}"
     calibration = config["calibration"]
-    score(artifact("score", folder).path, MODEL, runtime=runtime, metrics=METRICS, units="sublayers",
+    score(artifact("score", folder).path, base=MODEL, files=[], runtime=runtime, metrics=METRICS, units="sublayers",
           calibration=calibration, **HOW)  # fmt: skip
     for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
         writer = config["generation"] | {"temperature": temperature, "batch_size": 2}
-        distill(artifact("distill", folder / name).path, MODEL, Artifact("rows", "rows", built / "rows.jsonl"),
-                runtime=runtime, guided=True, rewrite=config["dataset"]["rewrite"],
-                check=config["dataset"]["check"], generation=writer, **HOW)  # fmt: skip
-    judged = {"whole": (), "adapted": ("prune", "train"), "patched": ("prune", "patch")}
-    for name, stages in judged.items():
-        evaluate(artifact("evaluate", folder / name).path, MODEL, *(artifact(s, built / name) for s in stages),
-                 runtime=runtime, evaluation=config["evaluation"], text=config["text"], **HOW)  # fmt: skip
+        rows = Artifact("rows", "rows", built / "rows.jsonl")
+        asked = {"rewrite": config["dataset"]["rewrite"], "check": config["dataset"]["check"], **HOW}
+        distill(artifact("distill", folder / name).path, base=MODEL, shard=rows, runtime=runtime, guided=True,
+                generation=writer, **asked)  # fmt: skip
+    cut, adapter, fitted = {"cut": "prune"}, {"student": "train"}, {"patch": "patch"}
+    for name, made in {"whole": {}, "adapted": cut | adapter, "patched": cut | fitted}.items():
+        inputs = {each: artifact(stage, built / name) for each, stage in made.items()}
+        asked = {"evaluation": config["evaluation"], "text": config["text"], **HOW}
+        evaluate(artifact("evaluate", folder / name).path, base=MODEL, files=[], **inputs, runtime=runtime, **asked)
     units, model = Units("sublayers", 12), frozen_model(MODEL.path, **HOW, device=runtime.device)
     value = TaskScore(tasks=["tiny_facts"], limit=2)
     subject = Subject(model, load_tokenizer(MODEL.path), units, [], runtime)

@@ -25,13 +25,14 @@ from transformers import LlamaConfig, OPTConfig
 
 from sddx.errors import UserError
 from sddx.models import families
+from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.stages.evaluate import evaluate
 from sddx.stages.train import train
 from sddx.store import Store, default_root, digest, keep_rows, lock, manifest, sources
 from sddx.store.__main__ import main
-from sddx.train import score_all
+from sddx.train import method
 
 HARNESS = "sddx.evaluation.harness.evaluate"
 VALUES = ["sddx.importance.coalitions.TaskScore", "sddx.importance.coalitions.Loss"]
@@ -47,7 +48,7 @@ LABORATORY = {
             runtime.log({"step": value, "loss": 0.5})
             (out.parents[3] / "calls").open("a").write("x")
 
-        def after(out, *inputs, runtime):
+        def after(out, *, runtime, **inputs):
             (out / "after.txt").write_text("after")
     """,
     "lab/near.py": "def double(x):\n    return 2 * x\n",
@@ -87,7 +88,7 @@ class Laboratory:
         forget()
 
     def key(self, **spec: Any) -> str:
-        return digest.recipe(self.stages.measure, (), spec).key
+        return digest.recipe(self.stages.measure, {}, spec).key
 
 
 def forget() -> None:
@@ -135,8 +136,8 @@ def wait_for(path: Path) -> None:
 
 def test_second_build_builds_nothing(lab: Laboratory) -> None:
     """The same call gives the same artifact, and the stage ran once."""
-    first = lab.store().build(lab.stages.measure, runtime=Runtime(), value=3)
-    second = lab.store().build(lab.stages.measure, runtime=Runtime(), value=3)
+    first = lab.store().build(lab.stages.measure, {}, runtime=Runtime(), value=3)
+    second = lab.store().build(lab.stages.measure, {}, runtime=Runtime(), value=3)
     assert first == second and lab.calls == 1
     assert (first.path / "result.txt").read_text() == "61"
     assert first.path.name == first.key and not list(first.path.parent.glob("*.partial"))
@@ -145,15 +146,15 @@ def test_second_build_builds_nothing(lab: Laboratory) -> None:
 def test_manifest_says_how_it_was_made(lab: Laboratory) -> None:
     """The manifest holds the recipe, and facts of the making that no key depends on."""
     store = lab.store()
-    base = store.build(lab.stages.measure, runtime=Runtime(), value=3)
-    child = store.build(lab.stages.after, base, runtime=Runtime())
+    base = store.build(lab.stages.measure, {}, runtime=Runtime(), value=3)
+    child = store.build(lab.stages.after, {"base": base}, runtime=Runtime())
     fields = manifest.read(base.path)
     assert fields["spec"] == {"value": 3} and fields["key"] == base.key and fields["device"] == "cpu"
     assert set(fields["sources"]) == {"lab/stages.py:measure", "lab/near.py:double", "lab/maths/deep.py:ONE"}
     assert fields["format"] == 1
     assert fields["peak_memory"] > 2**20 and fields["threads"] >= 1 and fields["seconds"] >= 0
     assert fields["versions"]["sddx"] and set(fields["files"]) == {"result.txt", "metrics.jsonl"}
-    assert manifest.read(child.path)["inputs"] == [{"stage": "measure", "key": base.key}]
+    assert manifest.read(child.path)["inputs"] == [{"name": "base", "stage": "measure", "key": base.key}]
 
 
 def test_peak_memory_is_that_of_the_stage(lab: Laboratory) -> None:
@@ -167,7 +168,7 @@ def test_peak_memory_is_that_of_the_stage(lab: Laboratory) -> None:
     )
     store = lab.store()
     peaks = [
-        manifest.read(store.build(stage, runtime=Runtime()).path)["peak_memory"]
+        manifest.read(store.build(stage, {}, runtime=Runtime()).path)["peak_memory"]
         for stage in (lab.stages.heavy, lab.stages.light)
     ]
     if not os.access("/proc/self/clear_refs", os.W_OK):
@@ -179,8 +180,8 @@ def test_rows_are_logged_once_and_replayed_on_a_hit(lab: Laboratory) -> None:
     """A found artifact gives the logger the rows that its making gave."""
     made: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
-    lab.store().build(lab.stages.measure, runtime=Runtime(log=made.append), value=3)
-    lab.store().build(lab.stages.measure, runtime=Runtime(log=found.append), value=3)
+    lab.store().build(lab.stages.measure, {}, runtime=Runtime(log=made.append), value=3)
+    lab.store().build(lab.stages.measure, {}, runtime=Runtime(log=found.append), value=3)
     assert made == found == [{"step": 3, "loss": 0.5}]
 
 
@@ -190,8 +191,8 @@ def test_rows_are_logged_once_and_replayed_on_a_hit(lab: Laboratory) -> None:
 def test_runtime_does_not_move_the_key(lab: Laboratory) -> None:
     """What is not hashed finds the same artifact."""
     store = lab.store()
-    first = store.build(lab.stages.measure, runtime=Runtime())
-    second = store.build(lab.stages.measure, runtime=Runtime(device="cuda", quiet=True))
+    first = store.build(lab.stages.measure, {}, runtime=Runtime())
+    second = store.build(lab.stages.measure, {}, runtime=Runtime(device="cuda", quiet=True))
     assert first.key == second.key
 
 
@@ -400,7 +401,7 @@ def test_sddx_stages_do_not_count_the_store_or_the_runtime() -> None:
 def test_settings_without_plain_form_are_refused(lab: Laboratory, value: Any) -> None:
     """A value that JSON cannot hold exactly raises a TypeError that names the setting."""
     with pytest.raises(TypeError, match="loss.weight"):
-        lab.store().build(lab.stages.measure, runtime=Runtime(), loss={"weight": value})
+        lab.store().build(lab.stages.measure, {}, runtime=Runtime(), loss={"weight": value})
     assert lab.calls == 0
 
 
@@ -412,11 +413,12 @@ def test_settings_count_by_value(lab: Laboratory) -> None:
 
 
 def test_keys_chain(lab: Laboratory) -> None:
-    """A change upstream moves every key downstream, and the order of inputs counts."""
+    """A change upstream moves every key downstream, and which input is which counts."""
     store = lab.store()
-    one, two = (store.build(lab.stages.measure, runtime=Runtime(), value=value) for value in (1, 2))
-    below = [(one,), (two,), (one, two), (two, one)]
-    assert len({store.build(lab.stages.after, *inputs, runtime=Runtime()).key for inputs in below}) == 4
+    one, two = (store.build(lab.stages.measure, {}, runtime=Runtime(), value=value) for value in (1, 2))
+    below = [{"a": one}, {"a": two}, {"b": one}, {"a": one, "b": two}, {"a": two, "b": one}, {"a": [one, two]}]
+    keys = {store.build(lab.stages.after, inputs, runtime=Runtime()).key for inputs in below}
+    assert len(keys) == len(below)
 
 
 # edits while a process runs
@@ -425,12 +427,12 @@ def test_keys_chain(lab: Laboratory) -> None:
 def test_edit_of_loaded_code_does_not_move_the_key_of_a_running_process(lab: Laboratory) -> None:
     """The key speaks of the code that runs: an edit of a loaded module counts from the next process on."""
     store = lab.store()
-    first = store.build(lab.stages.measure, runtime=Runtime())
+    first = store.build(lab.stages.measure, {}, runtime=Runtime())
     (lab.folder / "code/lab/near.py").write_text("def double(x):\n    return 5 * x\n")
-    assert store.build(lab.stages.measure, runtime=Runtime()) == first
-    store.build(lab.stages.measure, runtime=Runtime(), value=2)
+    assert store.build(lab.stages.measure, {}, runtime=Runtime()) == first
+    store.build(lab.stages.measure, {}, runtime=Runtime(), value=2)
     forget()
-    assert store.build(lab.stages.measure, runtime=Runtime()).key != first.key
+    assert store.build(lab.stages.measure, {}, runtime=Runtime()).key != first.key
 
 
 def test_edit_before_code_is_loaded_is_not_kept(lab: Laboratory) -> None:
@@ -439,7 +441,7 @@ def test_edit_before_code_is_loaded_is_not_kept(lab: Laboratory) -> None:
     key = lab.key()
     (lab.folder / "code/lab/maths/deep.py").write_text("ONE = 100\n")
     with pytest.raises(UserError, match="lab/maths/deep.py was edited"):
-        lab.store().build(stage, runtime=Runtime())
+        lab.store().build(stage, {}, runtime=Runtime())
     assert not list(lab.folder.glob(f"store/*/*/{key}"))
 
 
@@ -466,12 +468,12 @@ def test_killed_stage_is_no_hit_and_resumes(lab: Laboratory, caplog: pytest.LogC
     """After kill -9 nothing is complete, the lock is free, `resume/` survives and all else is cleared; after
     success `resume/` is gone."""
     lab.edit("lab/stages.py", lambda text: text + textwrap.dedent(CRASHING))
-    process = run_in_process(lab, "import lab.stages\nstore.build(lab.stages.slow, runtime=Runtime())")
+    process = run_in_process(lab, "import lab.stages\nstore.build(lab.stages.slow, {}, runtime=Runtime())")
     wait_for(lab.folder / "ready")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not list(lab.folder.rglob("manifest.json")) and list(lab.folder.rglob("half"))
-    artifact = lab.store().build(lab.stages.slow, runtime=Runtime())
+    artifact = lab.store().build(lab.stages.slow, {}, runtime=Runtime())
     assert (artifact.path / "whole").read_text() == "resumed at 7"
     assert {path.name for path in artifact.path.iterdir()} == {"manifest.json", "metrics.jsonl", "whole"}
     assert "waiting" not in caplog.text
@@ -493,7 +495,7 @@ def test_failed_stage_passes_its_exception_on(lab: Laboratory) -> None:
     )
     for _ in range(2):
         with pytest.raises(ArithmeticError, match="not finite"):
-            lab.store().build(lab.stages.fails, runtime=Runtime())
+            lab.store().build(lab.stages.fails, {}, runtime=Runtime())
     assert not list(lab.folder.rglob("manifest.json"))
 
 
@@ -512,7 +514,7 @@ def test_racing_processes_leave_one_artifact(lab: Laboratory) -> None:
     """)
         ),
     )
-    code = "import lab.stages\nprint(store.build(lab.stages.race, runtime=Runtime()).path)"
+    code = "import lab.stages\nprint(store.build(lab.stages.race, {}, runtime=Runtime()).path)"
     processes = [run_in_process(lab, code, stdout=subprocess.PIPE) for _ in range(2)]
     answers = [process.communicate(timeout=30) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -554,9 +556,9 @@ def test_resumed_rows_stand_once(lab: Laboratory) -> None:
         ),
     )
     with pytest.raises(KeyboardInterrupt):
-        lab.store().build(lab.stages.training, runtime=Runtime())
+        lab.store().build(lab.stages.training, {}, runtime=Runtime())
     logged: list[dict[str, Any]] = []
-    artifact = lab.store().build(lab.stages.training, runtime=Runtime(log=logged.append))
+    artifact = lab.store().build(lab.stages.training, {}, runtime=Runtime(log=logged.append))
     assert logged == [{"step": step} for step in range(6)]
     assert [json.loads(line) for line in (artifact.path / "metrics.jsonl").open()] == logged
 
@@ -567,12 +569,12 @@ def test_resumed_rows_stand_once(lab: Laboratory) -> None:
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete", "manifest"])
 def test_damage_is_said_and_rebuilt(lab: Laboratory, caplog: pytest.LogCaptureFixture, harm: str) -> None:
     """A damaged artifact is named in a warning and made again; the second build gives the right bytes."""
-    artifact = lab.store().build(lab.stages.measure, runtime=Runtime(), value=3)
+    artifact = lab.store().build(lab.stages.measure, {}, runtime=Runtime(), value=3)
     name = "manifest.json" if harm == "manifest" else "result.txt"
     changes = {"flip": "99", "cut": "6", "manifest": "{"}
     path = artifact.path / name
     path.unlink() if harm == "delete" else path.write_text(changes[harm])
-    assert lab.store().build(lab.stages.measure, runtime=Runtime(), value=3) == artifact
+    assert lab.store().build(lab.stages.measure, {}, runtime=Runtime(), value=3) == artifact
     assert (artifact.path / "result.txt").read_text() == "61" and lab.calls == 2
     assert "damaged artifact" in caplog.text and name in caplog.text and artifact.key in caplog.text
 
@@ -601,7 +603,7 @@ def test_stage_may_not_write_the_manifest(lab: Laboratory) -> None:
         lambda text: text + "\ndef bad(out, *, runtime):\n    (out / 'manifest.json').touch()\n",
     )
     with pytest.raises(FileExistsError):
-        lab.store().build(lab.stages.bad, runtime=Runtime())
+        lab.store().build(lab.stages.bad, {}, runtime=Runtime())
 
 
 # source that changed
@@ -610,11 +612,11 @@ def test_stage_may_not_write_the_manifest(lab: Laboratory) -> None:
 def test_changed_source_is_named(lab: Laboratory, caplog: pytest.LogCaptureFixture) -> None:
     """Where only source differs from an older artifact, the run names the files."""
     caplog.set_level(logging.INFO)
-    lab.store().build(lab.stages.measure, runtime=Runtime())
+    lab.store().build(lab.stages.measure, {}, runtime=Runtime())
     lab.edit("lab/near.py", lambda text: text.replace("2", "3"))
-    lab.store().build(lab.stages.measure, runtime=Runtime(), value=8)
+    lab.store().build(lab.stages.measure, {}, runtime=Runtime(), value=8)
     assert "rebuilding" not in caplog.text
-    lab.store().build(lab.stages.measure, runtime=Runtime())
+    lab.store().build(lab.stages.measure, {}, runtime=Runtime())
     assert "rebuilding measure: lab/near.py:double changed" in caplog.text
 
 
@@ -622,14 +624,14 @@ def test_accept_goes_on_with_the_newest_old_artifact(lab: Laboratory) -> None:
     """An accepted stage is not rebuilt for its source, only for its settings; each use is noted."""
     for old, factor in ("23", "34", "45"):
         lab.edit("lab/near.py", methodcaller("replace", old, factor))
-        newest = lab.store().build(lab.stages.measure, runtime=Runtime())
+        newest = lab.store().build(lab.stages.measure, {}, runtime=Runtime())
     lab.edit("lab/near.py", methodcaller("replace", "5", "6"))
     store = lab.store(accept=["measure"])
-    assert store.build(lab.stages.measure, runtime=Runtime()) == newest and lab.calls == 3
+    assert store.build(lab.stages.measure, {}, runtime=Runtime()) == newest and lab.calls == 3
     assert store.accepted == [{"stage": "measure", "key": newest.key, "changed": ["lab/near.py:double"]}]
-    other = store.build(lab.stages.measure, runtime=Runtime(), value=2)
+    other = store.build(lab.stages.measure, {}, runtime=Runtime(), value=2)
     assert (other.path / "result.txt").read_text() == "121" and len(store.accepted) == 1
-    assert lab.store().build(lab.stages.measure, runtime=Runtime()).key != newest.key
+    assert lab.store().build(lab.stages.measure, {}, runtime=Runtime()).key != newest.key
 
 
 # sources by content
@@ -706,10 +708,10 @@ def test_default_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
 def test_why_names_what_differs(lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
     """Settings by dotted name with both values, sources by file, and inputs with the reasons behind them."""
     store = lab.store()
-    a = store.build(lab.stages.measure, runtime=Runtime(), loss={"weight": 1.0})
+    a = store.build(lab.stages.measure, {}, runtime=Runtime(), loss={"weight": 1.0})
     lab.edit("lab/maths/deep.py", lambda text: "ONE = 2\n")
-    b = store.build(lab.stages.measure, runtime=Runtime(), loss={"weight": 2.0}, value=4)
-    below = [store.build(lab.stages.after, artifact, runtime=Runtime()) for artifact in (a, b)]
+    b = store.build(lab.stages.measure, {}, runtime=Runtime(), loss={"weight": 2.0}, value=4)
+    below = [store.build(lab.stages.after, {"base": artifact}, runtime=Runtime()) for artifact in (a, b)]
     assert main(["--store", str(store.root), "why", a.key[:20], b.key[:20]]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["spec loss.weight: 1.0 | 2.0", "spec value: (absent) | 4"]
@@ -723,11 +725,11 @@ def test_why_names_what_differs(lab: Laboratory, capsys: pytest.CaptureFixture[s
 
 def test_another_format_is_told_and_never_built_over(lab: Laboratory) -> None:
     """An artifact that a later version wrote may be sound: it is named, not replaced."""
-    artifact = lab.store().build(lab.stages.measure, runtime=Runtime())
+    artifact = lab.store().build(lab.stages.measure, {}, runtime=Runtime())
     path = artifact.path / "manifest.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(UserError, match="has format 2, and this version of sddx reads format 1"):
-        lab.store().build(lab.stages.measure, runtime=Runtime())
+        lab.store().build(lab.stages.measure, {}, runtime=Runtime())
     assert (artifact.path / "result.txt").exists() and lab.calls == 1
 
 
@@ -741,7 +743,8 @@ def test_a_family_moves_the_keys_of_its_own_models_alone(lab: Laboratory, monkey
     after = [families.reading(config) for config in configs]
     assert after[0] == before[0] and after[1] != before[1]
     model = Artifact("model", "0" * 64, lab.folder)
-    keys = {digest.recipe(lab.stages.after, [replace(model, reading=each)], {}).key for each in ("", "a", "b")}
+    models = [{"base": replace(model, reading=each)} for each in ("", "a", "b")]
+    keys = {digest.recipe(lab.stages.after, inputs, {}).key for inputs in models}
     assert len(keys) == 3
 
 
@@ -754,7 +757,7 @@ def test_why_says_of_a_run_what_moved(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["why", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "score" in said and "the store has no artifact of this stage yet" in said
-    score_all({**config, "metrics": {"pruning": config["pruning"]["metric"]}}, store, Runtime(quiet=True))
+    _ = Run(store, Runtime(quiet=True), method(config)).scores
     config["calibration"]["size"] = 31
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     assert main(["why", str(tmp_path)]) == 0
@@ -765,7 +768,7 @@ def test_why_refuses_an_unclear_key(lab: Laboratory, capsys: pytest.CaptureFixtu
     """An unknown prefix and one that fits several artifacts give a clear error and status 2."""
     store = lab.store()
     for value in (1, 2):
-        store.build(lab.stages.measure, runtime=Runtime(), value=value)
+        store.build(lab.stages.measure, {}, runtime=Runtime(), value=value)
     assert main(["--store", str(store.root), "why", "nothing", ""]) == 2
     assert main(["--store", str(store.root), "why", "", ""]) == 2
     said = capsys.readouterr().err
@@ -775,7 +778,7 @@ def test_why_refuses_an_unclear_key(lab: Laboratory, capsys: pytest.CaptureFixtu
 def test_verify_finds_damage(lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
     """Status 0 while all is sound; 1 and the file's name afterwards."""
     store = lab.store()
-    artifact = store.build(lab.stages.measure, runtime=Runtime())
+    artifact = store.build(lab.stages.measure, {}, runtime=Runtime())
     assert main(["--store", str(store.root), "verify"]) == 0
     (artifact.path / "result.txt").write_text("99")
     assert main(["--store", str(store.root), "verify"]) == 1
@@ -785,7 +788,7 @@ def test_verify_finds_damage(lab: Laboratory, capsys: pytest.CaptureFixture[str]
 def test_gc_takes_leftovers_and_what_is_old(lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
     """A dry run deletes nothing; gc takes partial and damaged folders, and with an age what was not used."""
     store = lab.store()
-    kept, old, damaged = (store.build(lab.stages.measure, runtime=Runtime(), value=one) for one in (1, 2, 3))
+    kept, old, damaged = (store.build(lab.stages.measure, {}, runtime=Runtime(), value=one) for one in (1, 2, 3))
     partial = kept.path.with_name("0" * 64 + ".partial")
     partial.mkdir()
     (partial / "half").write_bytes(b"x" * 2048)
@@ -793,7 +796,7 @@ def test_gc_takes_leftovers_and_what_is_old(lab: Laboratory, capsys: pytest.Capt
     month_ago = time.time() - 30 * 86400
     for artifact in (kept, old):
         os.utime(artifact.path / "manifest.json", (month_ago, month_ago))
-    store.build(lab.stages.measure, runtime=Runtime(), value=1)  # a hit is a use
+    store.build(lab.stages.measure, {}, runtime=Runtime(), value=1)  # a hit is a use
     assert main(["--store", str(store.root), "gc", "--older-than", "7", "--dry-run"]) == 0
     assert partial.exists() and old.path.exists() and "would be freed" in capsys.readouterr().out
     assert main(["--store", str(store.root), "gc"]) == 0
@@ -819,14 +822,14 @@ def of_another_version(artifact: Artifact) -> None:
 def test_what_may_be_sound_is_never_deleted(harm, lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither by gc nor by a build of the same, and it is named; the others are listed."""
     store = lab.store()
-    healthy, other = (store.build(lab.stages.measure, runtime=Runtime(), value=value) for value in (1, 2))
+    healthy, other = (store.build(lab.stages.measure, {}, runtime=Runtime(), value=value) for value in (1, 2))
     harm(healthy)
     manifest_there = str(healthy.path / "manifest.json")
     for asked, status in (("gc", 0), ("ls", 0), ("verify", 1)):
         assert main(["--store", str(store.root), asked]) == status
         assert manifest_there in capsys.readouterr().out
     with pytest.raises(UserError, match="remove .* to build it again"):
-        store.build(lab.stages.measure, runtime=Runtime(), value=1)
+        store.build(lab.stages.measure, {}, runtime=Runtime(), value=1)
     assert (healthy.path / "result.txt").read_text() == "21" and other.path.exists()
     assert main(["--store", str(store.root), "ls"]) == 0
     assert "1 artifacts" in capsys.readouterr().out
@@ -837,7 +840,7 @@ def test_a_disk_that_fails_costs_no_artifact(
 ) -> None:
     """An error in reading a file's bytes says nothing of the file."""
     store = lab.store()
-    artifact = store.build(lab.stages.measure, runtime=Runtime(), value=1)
+    artifact = store.build(lab.stages.measure, {}, runtime=Runtime(), value=1)
 
     def fail(path: Path, *given: object) -> str:
         raise OSError(5, "Input/output error", str(path))
@@ -875,13 +878,13 @@ def test_gc_leaves_what_is_being_built(lab: Laboratory) -> None:
     """)
         ),
     )
-    assert lab.store().build(lab.stages.building, runtime=Runtime()).path.exists()
+    assert lab.store().build(lab.stages.building, {}, runtime=Runtime()).path.exists()
 
 
 def test_ls_as_a_program(lab: Laboratory) -> None:
     """`python -m sddx.store ls` prints a line for each artifact, and works where there is no store yet."""
     store = lab.store()
-    artifacts = [store.build(lab.stages.measure, runtime=Runtime(), value=value) for value in (1, 2)]
+    artifacts = [store.build(lab.stages.measure, {}, runtime=Runtime(), value=value) for value in (1, 2)]
     command = [sys.executable, "-m", "sddx.store", "ls"]
 
     def listed(root: Path) -> list[str]:

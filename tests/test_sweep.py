@@ -25,6 +25,7 @@ from stored import artifact
 import sddx.train
 from sddx.config import CONF, register
 from sddx.errors import Interrupted, UserError
+from sddx.pipeline import Method
 from sddx.report.page import failed
 from sddx.runtime import Runtime
 from sddx.store.__main__ import main as store_command
@@ -150,11 +151,11 @@ def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch
     monkeypatch.setattr(sddx.train, "look", lambda config: SimpleNamespace(steps=[], rates=dict))
     seen = []
 
-    def fail(store, runtime, *, seed: int, **method: object) -> None:
-        seen.append(seed)
+    def fail(store, runtime, method: Method) -> None:
+        seen.append(method.seed)
         raise error
 
-    monkeypatch.setattr(sddx.train, "recover", fail)
+    monkeypatch.setattr(sddx.train, "Run", fail)
     monkeypatch.setattr(sddx.train, "verify", lambda config: None)
     sddx.train.launcher.install(sddx.train.verify, sddx.train.look, lambda *given: None, "sddx.train.run")
     status, folders = sweep("--multirun", "seed=0,1")

@@ -83,7 +83,7 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     question, answer = texts["tiny_facts"][2].split("\n", 1)
     write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
     settings = {"tasks": list(texts), "include": None, "limit": 6, "split": None, "runtime": Runtime(quiet=True)}
-    overlap(tmp_path, Artifact("prepare", "key", tmp_path / "rows"), **settings)
+    overlap(tmp_path, data=Artifact("prepare", "key", tmp_path / "rows"), files=[], **settings)
     told = json.loads((tmp_path / "overlap.json").read_text())
     assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
     assert told["tasks"]["tiny_arithmetic"] == found["tiny_arithmetic"]
@@ -582,7 +582,7 @@ def prepared(out: Path, size: int) -> Path:
 
     out.mkdir()
     with composed(f"dataset.size={size}", "run.name=x") as cfg:
-        prepare(out, runtime=Runtime(quiet=True), dataset=resolve(cfg)["dataset"], validation=8)
+        prepare(out, files=[], runtime=Runtime(quiet=True), dataset=resolve(cfg)["dataset"], validation=8)
     return out
 
 

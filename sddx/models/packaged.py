@@ -144,7 +144,7 @@ def _unpacked(path: str, root: str | None) -> str:
 
     require_readable(file := Path(path).expanduser())
     store = Store(Path(root or default_root()))
-    return str(store.build(convert, store.source("gguf", file), runtime=Runtime()).path / FOLDER)
+    return str(store.build(convert, {"file": store.source("gguf", file)}, runtime=Runtime()).path / FOLDER)
 
 
 def _own_dtype(path: str, revision: str | None) -> str:

@@ -1,10 +1,10 @@
-"""What a run found, from its artifacts: the record of them, the summary, and the files in the run folder."""
+"""What a run found, from its artifacts: the summary, and the files in the run folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,88 +21,70 @@ from sddx.store import manifest
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What training went through, if there was any: the prepared data set, its held-out shard and its training
-    shards (as they are, or rewritten), the student, and what was `written` where the rows are self-data."""
-
-    data: list[Artifact] = field(default_factory=list)
-    rows: list[Artifact] = field(default_factory=list)
-    student: list[Artifact] = field(default_factory=list)
-    written: list[Artifact] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Found:
-    """What a run built, or found in the store. `results` are the evaluations of the unpruned, the pruned and the
-    recovered model (without training, of the first two); `overlap` what the training rows share with them."""
+    """What a run built, or found in the store, by name (`sddx.pipeline.Run` says what each is); of `results`, one
+    for each of `subjects`, which are records of name and role."""
 
-    model: Artifact
-    scores: list[Artifact]
-    cut: Artifact
-    patches: list[Artifact]
-    taught: Taught
-    results: dict[str, Artifact]
-    overlap: list[Artifact]
+    base: Artifact
+    pruned: Artifact
+    subjects: Sequence[Mapping[str, str]]
+    results: Sequence[Artifact]
+    data: Artifact | None = None
+    scores: Artifact | None = None
+    patch: Artifact | None = None
+    rows: Sequence[Artifact] = ()
+    student: Artifact | None = None
+    written: Artifact | None = None
+    overlap: Artifact | None = None
 
-    def artifacts(self) -> list[Artifact]:
-        """All of them in one row, from which `of` makes the record again."""
-        taught = [*self.taught.data, *self.taught.rows, *self.taught.student, *self.taught.written]
-        first = [self.model, *self.scores, self.cut, *self.patches]
-        return [*first, *taught, *self.results.values(), *self.overlap]
-
-    @classmethod
-    def of(cls, artifacts: Sequence[Artifact]) -> Found:
-        by_stage: dict[str, list[Artifact]] = {}
-        for artifact in artifacts:
-            by_stage.setdefault(artifact.stage, []).append(artifact)
-
-        def some(*stages: str) -> list[Artifact]:
-            return next((by_stage[stage] for stage in stages if stage in by_stage), [])
-
-        taught = Taught(some("prepare"), some("distill", "rows"), some("train"), some("written"))
-        results = dict(zip(table.MODELS, by_stage["evaluate"], strict=False))  # recovered: where there is one
-        (model,), (cut,) = by_stage["model"], by_stage["prune"]
-        return cls(model, some("score"), cut, some("patch"), taught, results, some("overlap"))
+    @property
+    def judged(self) -> dict[str, Artifact]:
+        """The results by the name of the model."""
+        return {each["name"]: result for each, result in zip(self.subjects, self.results, strict=True)}
 
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
-        distilled = [shard for shard in self.taught.rows if shard.stage == "distill"]
-        stages = {"prepare": self.taught.data, "score": self.scores, "prune": [self.cut], "patch": self.patches}
-        stages |= {"distill": distilled, "train": self.taught.student, "written": self.taught.written}
-        stages |= {f"evaluate_{name}": [result] for name, result in self.results.items()}
-        stages |= {"overlap": self.overlap}
-        return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
-
-    def rewrites(self) -> list[Rewrite]:
-        """The judged answers that training drew on (without the held-out shard); empty for reference data."""
-        shards = [shard for shard in self.taught.rows[1:] if shard.stage == "distill"]
-        return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
+        one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
+        stages = {stage: [made] for stage, made in one.items() if made}
+        stages |= (
+            {"distill": distilled} if (distilled := [each for each in self.rows if each.stage == "distill"]) else {}
+        )
+        late = {"train": self.student, "written": self.written}
+        late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
+        return stages | {stage: [made] for stage, made in late.items() if made}
 
 
-def conclude(found: Found, report: Artifact, folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Write the run's results into its folder, print them, and return the summary: `about` the run (its name,
-    its store) and what its report says. The last line printed names the file."""
+def rewrites(shards: Sequence[Artifact]) -> list[Rewrite]:
+    """The judged answers of these shards; none of reference data."""
+    return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards if shard.stage == "distill"))
+
+
+def conclude(report: Artifact, written: list[Rewrite], folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the run's results into its folder, print them with the answers that were `written`, and return the
+    summary: `about` the run (its name, its store) and what its report says. The last line names the file."""
     summary = {"format": FORMAT, **about, **_read(report, "summary.json")}
     write(folder / "samples.json", (report.path / "samples.json").read_text(encoding="utf-8"))
     write(folder / "table.md", table.markdown(summary))
     write(folder / "summary.json", summary)
     console = Console(width=max(100, Console().width))  # narrower, numbers are cut off
-    if rewrites := found.rewrites():
-        table.acceptance(rewrites, console)
+    if written:
+        table.acceptance(written, console)
     table.show(summary, console)
     return summary
 
 
 def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the run's artifacts say: the summary, and by model what comparisons need of every item."""
-    results = {model: _read(result, "results.json") for model, result in found.results.items()}
-    return {**_quality(found, results), **_cost(found)}, {model: compact(r) for model, r in results.items()}
+    results = {model: _read(result, "results.json") for model, result in found.judged.items()}
+    return {"subjects": found.subjects, **_quality(found, results), **_cost(found)}, {
+        model: compact(r) for model, r in results.items()
+    }
 
 
 def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
-    trained = [task for data in found.taught.data for task in _read(data, "dataset.json")["trains"]]
-    records = results["unpruned"]["tasks"]
+    trained = _read(found.data, "dataset.json")["trains"] if found.data else []
+    records = results[found.subjects[0]["name"]]["tasks"]
     chance = {task: record["chance"] for task, record in records.items()}
     part_of = {task: record["part_of"] for task, record in records.items()}
     apart = {part_of[task] for task, record in records.items() if record["apart"]}
@@ -116,7 +98,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
         "likelihoods": {model: likelihoods(r["tasks"], part_of, apart) for model, r in results.items()},
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),
-        "overlap": next((_read(shared, "overlap.json") for shared in found.overlap), None),
+        "overlap": _read(found.overlap, "overlap.json") if found.overlap else None,
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}
@@ -133,17 +115,15 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
 
 def _cost(found: Found) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
-    cut = Cut.load(found.cut.path / "cut.json")
-    training: dict[str, Any] = next((_read(student, "training.json") for student in found.taught.student), {})
-    rewrites = found.rewrites()
+    cut = Cut.load(found.pruned.path / "cut.json")
+    training: dict[str, Any] = _read(found.student, "training.json") if found.student else {}
+    answers = rewrites(found.rows[1:])
     manifests = {
         stage: [manifest.read(artifact.path) or {} for artifact in artifacts]
         for stage, artifacts in found.built().items()
     }
     built = manifests.get("train", manifests["prune"])[0]
-    size = _read(found.cut, "size.json")
-    for patch in found.patches:
-        size |= _read(patch, "size.json")
+    size = _read(found.pruned, "size.json") | (_read(found.patch, "size.json") if found.patch else {})
     return {
         "cut": list(cut.kept),
         "blocks": cut.total,
@@ -152,25 +132,25 @@ def _cost(found: Found) -> dict[str, Any]:
         "depth": cut.name,
         "parameters": {model: sizes["parameters"] for model, sizes in size.items()},
         "cache_bytes": {model: sizes["cache_bytes"] for model, sizes in size.items()},
-        "patch_unexplained": {k: v for patch in found.patches for k, v in _read(patch, "fit.json").items()},
+        "patch_unexplained": _read(found.patch, "fit.json") if found.patch else {},
         "examples": training.get("examples", 0),
         "supervised_tokens": training.get("supervised_tokens", 0),
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
-        "written": next((_read(written, "written.json") for written in found.taught.written), None),
-        "fallback_share": sum(bool(rewrite.reason) for rewrite in rewrites) / len(rewrites) if rewrites else None,
+        "written": _read(found.written, "written.json") if found.written else None,
+        "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
         "artifacts": {
-            "model": found.model.key,
+            "model": found.base.key,
             **{
                 stage: [a.key for a in made] if len(made) > 1 else made[0].key
                 for stage, made in found.built().items()
             },
         },
-        "model_path": str(found.model.path),
-        "dequantised": origin(found.model.path),
+        "model_path": str(found.base.path),
+        "dequantised": origin(found.base.path),
         "dtype": built["spec"]["dtype"],
         "attention": built["spec"]["attention"],
         "versions": built["versions"],

@@ -1,1 +1,1 @@
-"""The stages of a run, one plain function each: `stage(out, *inputs, runtime, **spec)`."""
+"""The stages of a run, one plain function each: `stage(out, *, named inputs, runtime, **spec)`."""

@@ -21,9 +21,9 @@ from sddx.runtime import Runtime
 
 def distill(
     out: Path,
-    model: Artifact,
-    shard: Artifact,
     *,
+    base: Artifact,
+    shard: Artifact,
     runtime: Runtime,
     guided: bool,
     rewrite: str,
@@ -51,12 +51,12 @@ def distill(
     write = build(generation)
     # One that can say who writes reads the model from its folder itself: ours stays out of memory.
     if hasattr(write, "about"):
-        about = write.about(model.path)
-        answers = write(model.path, load_tokenizer(model.path), prompts, partial(_told, runtime))
+        about = write.about(base.path)
+        answers = write(base.path, load_tokenizer(base.path), prompts, partial(_told, runtime))
     else:
         about = {"backend": "transformers", "version": transformers.__version__}
         how = {"dtype": dtype, "attention": attention}
-        answers = _answers(model.path, prompts, generation, how, runtime=runtime)
+        answers = _answers(base.path, prompts, generation, how, runtime=runtime)
     (out / "generation.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")

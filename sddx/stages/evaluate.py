@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -27,10 +29,52 @@ from sddx.store import RESUME, keep_rows
 ANSWERED = Path(RESUME, "answers.jsonl")
 
 
+@dataclass(frozen=True)
+class Made:
+    """What the judged model is made of."""
+
+    base: Artifact
+    cut: Artifact | None
+    patch: Artifact | None
+    student: Artifact | None
+
+    def load(self, how: dict[str, Any]) -> Student:
+        """The pruned or recovered model."""
+        free_memory()
+        trained, patch = (each.path if each else None for each in (self.student, self.patch))
+        return load_student(self.base.path, trained, cut=self._cut, base=self.base.key, patch=patch, **how)
+
+    def beside(self, how: dict[str, Any]) -> tuple[Any, Teacher]:
+        """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
+        are still there, so that a large model is held once."""
+        student = self.load(how)
+        if student.unpruned is None:
+            return student.model, SeparateTeacher(frozen_model(self.base.path, **how))
+        return student.model, SharedTeacher(student.model, student.unpruned, self._cut)
+
+    def write(self, folder: Path, how: dict[str, Any], *, apart: bool) -> tuple[Path, Path | None]:
+        """The folders of a model on disk and, where it has one and that is to be `apart`, of its adapter."""
+        model = self.load(how).model
+        if apart and is_adapted(model) and self.student:
+            write_apart(model, self.base.path, self.student.path, folder)
+            return folder / "base", folder / "adapter"
+        write_merged(model, self.base.path, folder)
+        return folder, None
+
+    @property
+    def _cut(self) -> Cut:
+        assert self.cut is not None
+        return Cut.load(self.cut.path / "cut.json")
+
+
 def evaluate(
     out: Path,
-    model: Artifact,
-    *inputs: Artifact,
+    *,
+    base: Artifact,
+    files: Sequence[Artifact],
+    cut: Artifact | None = None,
+    patch: Artifact | None = None,
+    student: Artifact | None = None,
     runtime: Runtime,
     evaluation: dict[str, Any],
     text: dict[str, Any],
@@ -39,21 +83,21 @@ def evaluate(
 ) -> None:
     """Writes `results.json`: lm-eval's scores with every item, and under `text` what scores do not show.
 
-    `inputs` may hold a cut (the pruned model), a cut and a student (the recovered one), or neither (the
-    unpruned one), and the patch that stands in for what was cut; all other inputs are files that tasks and
-    texts are read from; `evaluation.data_dir` names one of them by its key. `text.kl` is KL(unpruned || model) in
-    nats a token on held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are
-    those of the answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
+    Judged is the pruned model where there is a `cut`, the recovered one where there is a `student` as well, and
+    else the unpruned one; a `patch` stands in for what was cut. `files` are those that tasks and texts are read
+    from; `evaluation.data_dir` names one of them by its key. `text.kl` is KL(unpruned || model) in nats a token on
+    held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are those of the
+    answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
     `evaluation.vllm.adapter` of the adapter beside them; KL and perplexity are still those of the model as it was
     trained. What was answered when the stage is interrupted is in `out/resume`, and not asked again.
     """
     keep_rows(out, 0)
-    given, evaluation = {artifact.stage: artifact.path for artifact in inputs}, placed(evaluation, inputs)
+    evaluation, made = placed(evaluation, files), Made(base, cut, patch, student)
     how = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":
-        apart = _by_vllm(out, model, given, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
-    results = _results(out, model, given, evaluation, text, how, apart, runtime=runtime)
+        apart = _by_vllm(out, made, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
+    results = _results(out, made, evaluation, text, how, apart, runtime=runtime)
     (out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
@@ -63,8 +107,7 @@ def evaluate(
 @sharded
 def _results(
     out: Path,
-    model: Artifact,
-    given: dict[str, Path],
+    made: Made,
     evaluation: dict[str, Any],
     text: dict[str, Any],
     how: dict[str, Any],
@@ -73,8 +116,9 @@ def _results(
     runtime: Runtime,
 ) -> dict[str, Any]:
     """Scores, unless they were found `apart`, and what they do not show."""
-    tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
-    judged, teacher = _beside(model, given, how) if "prune" in given else (frozen_model(model.path, **how), None)
+    folder, how = made.base.path, {**how, "device": runtime.device}
+    tokenizer = load_tokenizer(folder)
+    judged, teacher = made.beside(how) if made.cut else (frozen_model(folder, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
     texts = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
     batches = [batch for _, batch in by_length(texts)]
@@ -91,8 +135,7 @@ def _results(
 
 def _by_vllm(
     out: Path,
-    model: Artifact,
-    given: dict[str, Path],
+    made: Made,
     evaluation: dict[str, Any],
     how: dict[str, Any],
     quiet: bool,
@@ -101,37 +144,8 @@ def _by_vllm(
     merged weights or those without its adapter and the adapter. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
     settings = {"evaluation": evaluation, "dtype": how["dtype"], "answered": out / ANSWERED, "quiet": quiet}
-    if "prune" not in given:
-        return engine.judge(model.path, **settings)
+    if not made.cut:
+        return engine.judge(made.base.path, **settings)
     with TemporaryDirectory(dir=out) as name:
-        written = _written(Path(name), model, given, how, apart=engine.adapter == "apart")
+        written = made.write(Path(name), how, apart=engine.adapter == "apart")
         return engine.judge(*written, **settings)
-
-
-def _written(
-    folder: Path, model: Artifact, given: dict[str, Path], how: dict[str, Any], *, apart: bool
-) -> tuple[Path, Path | None]:
-    """The folders of a model on disk and, where it has one and that is to be `apart`, of its adapter."""
-    student = _student(model, given, how).model
-    if apart and is_adapted(student):
-        write_apart(student, model.path, given["train"], folder)
-        return folder / "base", folder / "adapter"
-    write_merged(student, model.path, folder)
-    return folder, None
-
-
-def _student(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> Student:
-    """The pruned or recovered model."""
-    free_memory()
-    cut, trained, patch = Cut.load(given["prune"] / "cut.json"), given.get("train"), given.get("patch")
-    return load_student(model.path, trained, cut=cut, base=model.key, patch=patch, **how)
-
-
-def _beside(model: Artifact, given: dict[str, Path], how: dict[str, Any]) -> tuple[Any, Teacher]:
-    """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
-    are still there, so that a large model is held once."""
-    student = _student(model, given, how)
-    if student.unpruned is None:
-        return student.model, SeparateTeacher(frozen_model(model.path, **how))
-    cut = Cut.load(given["prune"] / "cut.json")
-    return student.model, SharedTeacher(student.model, student.unpruned, cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from sddx.runtime import Runtime
 
 def overlap(
     out: Path,
+    *,
     data: Artifact,
-    *files: Artifact,
+    files: Sequence[Artifact],
     runtime: Runtime,
     tasks: list[str],
     include: str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from sddx.surgery.junction import Junction
 
 def patch(
     out: Path,
-    model: Artifact,
+    *,
+    base: Artifact,
     cut: Artifact,
-    *files: Artifact,
+    files: Sequence[Artifact],
     runtime: Runtime,
     patch: dict[str, Any],
     calibration: dict[str, Any],
@@ -38,16 +40,16 @@ def patch(
     Raises UserError where a patch cannot stand in for what was removed, cannot be folded, or saw too little.
     """
     how = {"dtype": dtype, "attention": attention}
-    unexplained = _fitted(out, model.path, cut.path, patch, calibration, how, runtime=runtime)
+    unexplained = _fitted(out, base.path, cut.path, patch, calibration, how, runtime=runtime)
     if runtime.shards == 1:
         free_memory()
     how["device"] = runtime.roomy  # for the proof, as in prune
     what = Cut.load(cut.path / "cut.json")
-    student = load_model(model.path, **how)
+    student = load_model(base.path, **how)
     _, attached = pruned(student, what, out)
     for weight in attached.values():
         weight.requires_grad_(patch["trained"])
-    write_proof(out, student, model, what, out, attached, how)
+    write_proof(out, student, base, what, out, attached, how)
     (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n", encoding="utf-8")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n", encoding="utf-8")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from sddx.records import Artifact, Dataset
 from sddx.runtime import Runtime
 
 
-def prepare(out: Path, *files: Artifact, runtime: Runtime, dataset: dict[str, Any], validation: int) -> None:
+def prepare(
+    out: Path, *, files: Sequence[Artifact], runtime: Runtime, dataset: dict[str, Any], validation: int
+) -> None:
     """Writes `validation.jsonl`, `shards/*.jsonl` and `dataset.json` (what the examples train).
 
     The first `validation` rows are held out from training, with all rows that repeat them; `dataset.size` counts

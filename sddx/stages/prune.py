@@ -23,8 +23,9 @@ LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model
 
 def prune(
     out: Path,
-    model: Artifact,
-    *scores: Artifact,
+    *,
+    base: Artifact,
+    scores: Artifact | None = None,
     runtime: Runtime,
     choose: dict[str, Any],
     remove: int,
@@ -37,13 +38,13 @@ def prune(
 
     Raises UserError where more is to go than there is, UnsoundModel where a check fails.
     """
-    found = json.loads((scores[0].path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
+    found = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
     # takes its time in the computer's memory, beside the processes that hold them.
     how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
     if runtime.shards == 1:
         free_memory()  # a second copy of a large model has no room
-    student = load_model(model.path, **how)
+    student = load_model(base.path, **how)
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
@@ -52,7 +53,7 @@ def prune(
     whole = apply_cut(student, cut)
     size["pruned"] = footprint(student)
 
-    write_proof(out, student, model, cut, None, {}, how, sliced=sliced, whole=whole)
+    write_proof(out, student, base, cut, None, {}, how, sliced=sliced, whole=whole)
     cut.save(out / "cut.json")
     (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
@@ -69,7 +70,7 @@ def footprint(model: Any) -> dict[str, int]:
 def write_proof(
     out: Path,
     student: Any,
-    model: Artifact,
+    base: Artifact,
     cut: Cut,
     patch: Path | None,
     attached: Attached,
@@ -80,9 +81,9 @@ def write_proof(
     to write a copy, a narrow model under the same cut makes the way through a folder; `known`: see `prove`."""
 
     def again() -> Any:
-        return saved_and_loaded(student, model.path, cut=cut, base=model.key, patch=patch, attached=attached, **how)
+        return saved_and_loaded(student, base.path, cut=cut, base=base.key, patch=patch, attached=attached, **how)
 
     weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    small = weights < LARGEST_RELOAD or not try_out(text_config(model.path), cut, how["attention"])
+    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), cut, how["attention"])
     proof = prove(student, vocabulary=vocabulary(student), again=again if small else None, **known)
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,21 @@ from sddx.report.summary import Found, summarised, write
 from sddx.runtime import Runtime
 
 
-def report(out: Path, *found: Artifact, runtime: Runtime, choices: dict[str, Any]) -> None:
+def report(
+    out: Path,
+    *,
+    base: Artifact,
+    pruned: Artifact,
+    results: Sequence[Artifact],
+    runtime: Runtime,
+    choices: dict[str, Any],
+    subjects: list[dict[str, str]],
+    **further: Any,
+) -> None:
     """Writes `summary.json` (the run's choices, recoveries with their intervals, scores, costs) and `samples.json`
-    (every item's score and hash, for comparisons). `found` are all artifacts of a run, in the order of
-    `Found.artifacts`."""
-    summary, samples = summarised(Found.of(found))
+    (every item's score and hash, for comparisons). `results` are those of the `subjects`, in their order, the one
+    that all others are compared with first; what `further` there may be, `Found` says."""
+    found = Found(base, pruned, subjects, results, **{name: each for name, each in further.items() if each})
+    summary, samples = summarised(found)
     write(out / "summary.json", {"choices": choices, **summary})
     write(out / "samples.json", samples)

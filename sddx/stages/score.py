@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from sddx.runtime import Runtime
 
 def score(
     out: Path,
-    model: Artifact,
-    *files: Artifact,
+    *,
+    base: Artifact,
+    files: Sequence[Artifact],
     runtime: Runtime,
     metrics: dict[str, dict[str, Any]],
     units: str,
@@ -32,7 +34,7 @@ def score(
     """Writes `scores.json`: by the name of each metric its mean and standard error over the calibration texts, and
     its means over parts of them. Metrics of hidden states share one pass."""
     how = {"dtype": dtype, "attention": attention}
-    scores = _scores(model.path, placed(metrics, files), units, calibration, how, runtime=runtime)
+    scores = _scores(base.path, placed(metrics, files), units, calibration, how, runtime=runtime)
     (out / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
     runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
 

@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 
 def train(
     out: Path,
-    model: Artifact,
-    pruned: Artifact,
-    validation: Artifact,
-    *inputs: Artifact,
+    *,
+    base: Artifact,
+    cut: Artifact,
+    held_out: Artifact,
+    rows: Sequence[Artifact],
+    patch: Artifact | None = None,
+    teacher: Artifact | None = None,
     runtime: Runtime,
     loss: dict[str, Any],
     tuning: dict[str, Any],
@@ -46,9 +49,9 @@ def train(
     """Writes the student (an adapter or full weights, with its cut and base) and `training.json`; on several
     devices in processes of their own (`launch`), of which each loads the model and the first one writes.
 
-    `inputs` hold reference examples or rewrites, a patch where one stands in for what was removed, and a model
-    of stage `teacher` where the teacher is not the unpruned model; `selfdata` says what becomes of refused
-    rewrites, and `runtime.training` how the training is run. With an adapter the unpruned model is in the same
+    `rows`, and the `held_out` ones, are reference examples or rewrites; `patch` stands in for what was removed, and
+    `teacher` is one that is not the unpruned model; `selfdata` says what becomes of refused rewrites, and
+    `runtime.training` how the training is run. With an adapter the unpruned model is in the same
     weights, all blocks in and whole, adapter and patch off, and in 4 bit where `tuning.quantization` holds them so;
     any other teacher is loaded beside the student, and with strategy fsdp this one too where branches were removed
     or a patch was put in. Raises UserError where no row is left, TrainingDiverged where a loss is not finite,
@@ -60,48 +63,49 @@ def train(
     strategy = trainer.get("strategy", "single")
     how: dict[str, Any] = {"dtype": dtype, "attention": attention}
     if strategy != "single" and not is_joined():
+        inputs: dict[str, Any] = dict(
+            base=base, cut=cut, held_out=held_out, rows=rows, patch=patch, teacher=teacher
+        )
         spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **how)
-        again = partial(train, out, model, pruned, validation, *inputs, max_length=max_length, seed=seed, **spec)
+        again = partial(train, out, **inputs, max_length=max_length, seed=seed, **spec)
         launch(again, trainer["devices"], runtime)
         return
-    shards = [artifact for artifact in inputs if artifact.stage not in ("teacher", "patch")]
-    other, patch = (next((a for a in inputs if a.stage == stage), None) for stage in ("teacher", "patch"))
-    cut = Cut.load(pruned.path / "cut.json")
+    what = Cut.load(cut.path / "cut.json")
     objective = build(loss)
-    tokenizer = load_tokenizer(model.path)
-    examples = _examples(shards, selfdata)
-    length = min(max_length, context_of(text_config(model.path)) or max_length)
-    rows, dropped = encode_all(tokenizer, examples, max_length=length)
-    _require_rows(rows, examples, length)
-    held_out, _ = encode_all(tokenizer, _examples([validation], selfdata), max_length=length)
+    tokenizer = load_tokenizer(base.path)
+    examples = _examples(rows, selfdata)
+    length = min(max_length, context_of(text_config(base.path)) or max_length)
+    encoded, dropped = encode_all(tokenizer, examples, max_length=length)
+    _require_rows(encoded, examples, length)
+    judged, _ = encode_all(tokenizer, _examples([held_out], selfdata), max_length=length)
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)
-    student = load(model.path, quantization=tuning.get("quantization"))
-    unpruned, attached = prune(student, cut, patch.path if patch else None)
+    student = load(base.path, quantization=tuning.get("quantization"))
+    unpruned, attached = prune(student, what, patch.path if patch else None)
     student = build(tuning)(student, seed)
-    what = told(student)
+    trains = told(student)
     if rank() == 0:
-        log.info(what)
+        log.info(trains)
     for weight in attached.values():
         weight.requires_grad_(is_trained(patch.path) if patch else False)
     twins = has_twins(student, unpruned)
-    teacher: Any = None
-    if objective.needs_teacher and is_adapted(student) and other is None and not (twins and strategy == "fsdp"):
-        teacher = SharedTeacher(student, unpruned, cut)
+    beside: Any = None
+    if objective.needs_teacher and is_adapted(student) and teacher is None and not (twins and strategy == "fsdp"):
+        beside = SharedTeacher(student, unpruned, what)
     elif objective.needs_teacher:
-        teacher = SeparateTeacher(load((other or model).path))
+        beside = SeparateTeacher(load((teacher or base).path))
     del unpruned  # a teacher holds it where one needs it; a large model's removed blocks are freed otherwise
     names = {id(weight): name for name, weight in student.named_parameters()}
     found = build(trainer)(
-        student, teacher, objective, cut, rows, held_out, padding_id(tokenizer), seed, out, runtime
+        student, beside, objective, what, encoded, judged, padding_id(tokenizer), seed, out, runtime
     )
     if rank() == 0:
         for gap, weight in attached.items():
             if weight.requires_grad:  # shards were put together in a new one
                 attached[gap] = student.get_parameter(names[id(weight)])
-        save_student(student, out, cut=cut, base=model.key, attached=attached)
-        summary = found | {"dropped_rows": dropped, "trains": what}
+        save_student(student, out, cut=what, base=base.key, attached=attached)
+        summary = found | {"dropped_rows": dropped, "trains": trains}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 

@@ -25,43 +25,43 @@ SAMPLE, ROWS = 64, 8  # accepted answers that are read, drawn with a fixed seed;
 
 def written(
     out: Path,
-    model: Artifact,
+    *,
+    base: Artifact,
     cut: Artifact,
-    *inputs: Artifact,
+    rows: Sequence[Artifact],
+    patch: Artifact | None = None,
     runtime: Runtime,
     max_length: int,
     dtype: str,
     attention: str,
 ) -> None:
-    """Writes `written.json`: what `sddx.data.written` measures of the shards of answers among `inputs`, and under
-    `surprise` the mean cross-entropy, in nats a token, that the unpruned and the pruned model (with the patch among
-    `inputs`, if there is one) have on references and on the model's own answers, over some of the accepted rows.
+    """Writes `written.json`: what `sddx.data.written` measures of the shards of answers in `rows`, and under
+    `surprise` the mean cross-entropy, in nats a token, that the unpruned and the pruned model have on references
+    and on the model's own answers, over some of the accepted rows.
 
     Self-data distillation rests on the second being lower than the first (facts A5).
     """
-    shards = [artifact.path / "rewrites.jsonl" for artifact in inputs if artifact.stage == "distill"]
-    patch = next((artifact.path for artifact in inputs if artifact.stage == "patch"), None)
-    rewrites = read_rows(Rewrite, *shards)
+    rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in rows))
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
     how = {"dtype": dtype, "attention": attention}
-    surprise = _surprise(model, cut.path / "cut.json", patch, sample, max_length, how, runtime=runtime)
+    surprise = _surprise(base, cut, patch, sample, max_length, how, runtime=runtime)
     found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": surprise}
     (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 @sharded
 def _surprise(
-    model: Artifact,
-    cut: Path,
-    patch: Path | None,
+    base: Artifact,
+    cut: Artifact,
+    patch: Artifact | None,
     sample: Sequence[Rewrite],
     max_length: int,
     how: dict[str, str],
     *,
     runtime: Runtime,
 ) -> dict[str, dict[str, float | None]]:
-    tokenizer, how = load_tokenizer(model.path), {**how, "device": runtime.device}
+    tokenizer, how = load_tokenizer(base.path), {**how, "device": runtime.device}
     texts = {
         "reference": [Example(each.id, each.prompt, each.reference, "reference") for each in sample],
         "self": [Example(each.id, each.prompt, each.answer, "self") for each in sample],
@@ -70,9 +70,10 @@ def _surprise(
     def of(judged: Any) -> dict[str, float | None]:
         return {name: _loss(judged, tokenizer, rows, max_length, runtime.device) for name, rows in texts.items()}
 
-    unpruned = of(frozen_model(model.path, **how))
+    unpruned = of(frozen_model(base.path, **how))
     free_memory()
-    pruned = load_student(model.path, None, cut=Cut.load(cut), base=model.key, patch=patch, **how)
+    what, fitted = Cut.load(cut.path / "cut.json"), patch.path if patch else None
+    pruned = load_student(base.path, None, cut=what, base=base.key, patch=fitted, **how)
     return {"unpruned": unpruned, "pruned": of(pruned.model)}
 
 

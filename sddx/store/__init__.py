@@ -32,6 +32,7 @@ from sddx.store import digest, lock, manifest, measure, sources
 RESUME = "resume"
 ROWS = "metrics.jsonl"
 Stage = Callable[..., Any]
+Inputs = dict[str, Artifact | list[Artifact] | None]
 log = logging.getLogger(__name__)
 
 
@@ -52,13 +53,13 @@ class Store:
         _check_writable(self.root)
         sources.read_package()
 
-    def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
-        """The artifact of `stage(out, *inputs, runtime=runtime, **spec)`, made only where the store lacks it.
+    def build(self, stage: Stage, inputs: Inputs, /, *, runtime: Runtime, **spec: Any) -> Artifact:
+        """The artifact of `stage(out, **inputs, runtime=runtime, **spec)`, made only where the store lacks it.
 
-        `spec` and the inputs' keys are hashed, `runtime` is not. The rows that the stage logs belong to the
-        artifact and are logged again when it is found. An exception of the stage is passed on, and what it
-        left in `resume/` is there when the same stage is built again. Raises TypeError where a value of
-        `spec` is not plain JSON.
+        `spec`, the inputs' names and their keys are hashed, `runtime` is not; an input that is None is none. The
+        rows that the stage logs belong to the artifact and are logged again when it is found. An exception of the
+        stage is passed on, and what it left in `resume/` is there when the same stage is built again. Raises
+        TypeError where a value of `spec` is not plain JSON.
         """
         recipe = digest.recipe(stage, inputs, spec)
         artifact, present = self._find(recipe)
@@ -188,7 +189,7 @@ def _waiting(artifact: Artifact) -> Callable[[], None]:
 
 def _make(
     stage: Stage,
-    inputs: tuple[Artifact, ...],
+    inputs: Inputs,
     artifact: Artifact,
     recipe: digest.Recipe,
     runtime: Runtime,
@@ -200,7 +201,7 @@ def _make(
     loaded = [file for module in modules if (file := getattr(module, "__file__", None))]
     measure.reset_peak_memory(runtime.device)
     start = time.perf_counter()
-    stage(out, *inputs, runtime=replace(runtime, log=_recorder(out / ROWS, runtime.log)), **spec)
+    stage(out, **inputs, runtime=replace(runtime, log=_recorder(out / ROWS, runtime.log)), **spec)
     seconds = time.perf_counter() - start
     _refuse_edits(recipe, loaded)
     shutil.rmtree(out / RESUME, ignore_errors=True)

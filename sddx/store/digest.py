@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -30,8 +30,7 @@ class Recipe:
     stage: str
     spec: dict[str, Any]
     wired: dict[str, Any]
-    inputs: tuple[tuple[str, str], ...]
-    readings: tuple[str, ...]
+    inputs: tuple[tuple[str, Artifact], ...]
     source: Reached
 
     @cached_property
@@ -43,31 +42,39 @@ class Recipe:
     @property
     def described(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        inputs = [{"stage": stage, "key": key} for stage, key in self.inputs]
+        inputs = [{"name": name, "stage": each.stage, "key": each.key} for name, each in self.inputs]
         return {"stage": self.stage, "key": self.key, "spec": self.spec, "inputs": inputs, "sources": self.sources}
 
     @cached_property
     def settings(self) -> str:
         """The digest of all but the source; artifacts that differ in their source alone share it."""
-        return digest([self.stage, _renamed(self.spec, _name), [key for _, key in self.inputs]])
+        return digest([self.stage, _renamed(self.spec, _name), [each.key for _, each in self.inputs]])
 
     @cached_property
     def key(self) -> str:
-        return digest([self.settings, self.wired, self.readings, _summed(self.source)])
+        inputs = [[name, each.reading] for name, each in self.inputs]
+        return digest([self.settings, self.wired, inputs, _summed(self.source)])
 
 
-def recipe(stage: Callable[..., Any], inputs: Collection[Artifact], spec: dict[str, Any]) -> Recipe:
-    """The recipe of the call `stage(out, *inputs, **spec)`.
+def recipe(
+    stage: Callable[..., Any], inputs: Mapping[str, Artifact | Sequence[Artifact] | None], spec: dict[str, Any]
+) -> Recipe:
+    """The recipe of the call `stage(out, **inputs, **spec)`.
 
     Raises TypeError where a value of `spec` has no plain JSON form or the stage is in no file, UserError where a
     `_target_` is not found.
     """
     settings = {key: plain(value, key) for key, value in spec.items()}
     wired = _renamed(settings, lambda target: digest(_summed(sources.reached(target))))
-    named = tuple((artifact.stage, artifact.key) for artifact in inputs)
-    readings = tuple(artifact.reading for artifact in inputs)
+    named = tuple((name, each) for name, given in inputs.items() for each in _listed(given))
     every = [stage_source(stage), *map(sources.reached, _targets(settings))]
-    return Recipe(stage.__name__, settings, wired, named, readings, sources.together(every))
+    return Recipe(stage.__name__, settings, wired, named, sources.together(every))
+
+
+def _listed(given: Artifact | Sequence[Artifact] | None) -> Sequence[Artifact]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, Artifact) else given
 
 
 def stage_source(stage: Callable[..., Any]) -> Reached:

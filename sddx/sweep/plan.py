@@ -11,7 +11,7 @@ from typing import Any
 
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.store import Stage, Store, digest, manifest
+from sddx.store import Inputs, Stage, Store, digest, manifest
 
 RECENT = 20  # artifacts of a stage whose durations are looked at
 
@@ -36,12 +36,12 @@ class Plan(Store):
         super().__init__(root, accept)
         self.steps: list[Step] = []
 
-    def build(self, stage: Stage, /, *inputs: Artifact, runtime: Runtime, **spec: Any) -> Artifact:
+    def build(self, stage: Stage, inputs: Inputs, /, *, runtime: Runtime, **spec: Any) -> Artifact:
         if stage.__name__ == "prepare":
-            return super().build(stage, *inputs, runtime=runtime, **spec)
+            return super().build(stage, inputs, runtime=runtime, **spec)
         recipe = digest.recipe(stage, inputs, spec)
         artifact, present = self._find(recipe)
-        amount = work(stage.__name__, [made.stage for made in inputs], spec)
+        amount = work(stage.__name__, [made.stage for _, made in recipe.inputs], spec)
         self.steps.append(Step(stage.__name__, artifact.key, present, amount, recipe.described))
         return artifact
 

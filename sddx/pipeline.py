@@ -1,0 +1,263 @@
+"""A run as its artifacts: self-data distillation of a depth-pruned model (arXiv 2410.09982), by its nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any
+
+from sddx.build import Called, Node
+from sddx.inputs import keyed_rows, model_at, read_by, task_files
+from sddx.lines import lines
+from sddx.records import Artifact, Subject
+from sddx.runtime import Runtime
+from sddx.store import Inputs, Store
+
+# How a training is run, which changes its numbers by rounding alone and no key.
+HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices")
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "written", "evaluate", "overlap", "report")
+# What decides whether an answer may be trained on, where that is not the data set's own check (selfdata.check).
+CHECKS = {
+    name: {"_target_": f"sddx.data.checkers.{function}", "_partial_": True}
+    for name, function in (("open", "open_answer"), ("none", "none"))
+}
+REFERENCE = Subject("unpruned", "reference", {})
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings that decide what is built, as the configuration names them; `choices` name them in reports."""
+
+    choices: dict[str, Any]
+    model: Node
+    calibration: Node
+    pruning: Node
+    dataset: Node
+    validation: int
+    generation: Annotated[Node, Called(4)]
+    selfdata: Annotated[Node, Called(1)]
+    loss: Node
+    teacher: str | None
+    tuning: Annotated[Node, Called(2)]
+    trainer: Annotated[Node, Called(10)]
+    max_length: int
+    evaluation: Annotated[Node, Called(4)]
+    text: Node
+    seed: int
+
+
+class Run:
+    """Every artifact of one run, built where the store lacks it when it is first asked for; None where the method
+    has none. A loss without terms trains nothing: the pruned model is judged as it is. With a store that only looks
+    (sddx.sweep.plan) the same properties name what would be built. All raise UserError for a user's mistake."""
+
+    def __init__(self, store: Store, runtime: Runtime, method: Method) -> None:
+        from sddx.data.sources import pinned
+
+        self.store, self.method = store, method
+        self.runtime = replace(runtime, training=_only(method.trainer, HOW_RUN))
+        self.calibration, self.text = pinned(method.calibration), pinned(method.text)
+        self.trains = bool(method.loss["terms"])
+        self.dataset = pinned(method.dataset) if self.trains else method.dataset
+        self.units = method.pruning.get("units", "blocks")
+        self.how = {name: method.model[name] for name in ("dtype", "attention")}
+        self._results: dict[str, Artifact] = {}
+
+    @cached_property
+    def base(self) -> Artifact:
+        """The unpruned model, where it lies."""
+        return model_at(self.store, "model", self.method.model["path"], self.method.model["revision"])
+
+    @cached_property
+    def data(self) -> Artifact | None:
+        """The rows of the data set in their order."""
+        from sddx.stages.prepare import prepare
+
+        if not self.trains:
+            return None
+        inputs: Inputs = {"files": read_by(self.store, self.dataset)}
+        return self._make(prepare, inputs, dataset=self.dataset, validation=self.method.validation)
+
+    @cached_property
+    def scores(self) -> Artifact | None:
+        """How much each unit matters; a cut by position needs none."""
+        metric = self.method.pruning.get("metric")
+        return None if metric is None else self.scored({"pruning": metric})
+
+    def scored(self, metrics: dict[str, Any]) -> Artifact:
+        """The scores of every unit under each of these metrics, on the calibration texts."""
+        from sddx.stages.score import score
+
+        files = [*read_by(self.store, self.calibration), *task_files(self.store, metrics)]
+        spec = {"metrics": keyed_rows(self.store, metrics), "units": self.units, "calibration": self.calibration}
+        return self._make(score, {"base": self.base, "files": files}, **spec, **self.how)
+
+    @cached_property
+    def pruned(self) -> Artifact:
+        """The cut that the scores led to, with the proof that the model stays sound under it."""
+        from sddx.stages.prune import prune
+
+        pruning = self.method.pruning
+        spec = {"choose": pruning["choose"], "remove": pruning["remove"], "units": self.units}
+        return self._make(prune, {"base": self.base, "scores": self.scores}, **spec, **self.how)
+
+    @cached_property
+    def cut(self) -> Artifact:
+        """The cut by what it keeps: metrics that choose the same units share all that follows."""
+        return self.store.by_content(self.pruned, "cut.json")
+
+    @cached_property
+    def patch(self) -> Artifact | None:
+        """What stands in for the removed parts."""
+        from sddx.stages.patch import patch
+
+        settings = self.method.pruning["patch"]
+        if settings["fit"] is None or not self.method.pruning["remove"]:
+            return None
+        files = read_by(self.store, self.calibration)
+        spec = {"patch": _own(settings), "calibration": self.calibration}
+        return self._make(patch, {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.how)
+
+    @cached_property
+    def rows(self) -> list[Artifact]:
+        """The rows to learn from: the held-out ones, then the training rows in shards, so that a larger set shares
+        those of a smaller one. Written by the unpruned model where the loss asks for self-data."""
+        if self.data is None:
+            return []
+        files = [self.data.path / "validation.jsonl", *sorted((self.data.path / "shards").iterdir())]
+        shards = [self.store.source("rows", file) for file in files]
+        return list(self._distilled(shards)) if self.is_self_data else shards
+
+    def _distilled(self, shards: list[Artifact]) -> Iterator[Artifact]:
+        """The same rows with the unpruned model's own answers."""
+        from sddx.stages.distill import distill
+
+        style, selfdata = self.method.loss["data"], self.method.selfdata
+        spec = {"guided": style == "self", "rewrite": self.dataset["rewrite"]}
+        spec |= {"check": CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])}
+        spec |= {"reference": selfdata.get("reference", "right"), "generation": self.method.generation}
+        bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
+        with self.runtime.counting(sum(len(lines(shard.path)) for shard in shards), **bar) as watched:
+            for shard in shards:
+                inputs: Inputs = {"base": self.base, "shard": shard}
+                yield self.store.build(distill, inputs, runtime=watched, **spec, **self.how)
+
+    @property
+    def is_self_data(self) -> bool:
+        return self.trains and self.method.loss["data"] != "reference"
+
+    @cached_property
+    def teacher(self) -> Artifact | None:
+        """Another teacher than the unpruned model."""
+        return model_at(self.store, "teacher", self.method.teacher) if self.method.teacher else None
+
+    @cached_property
+    def student(self) -> Artifact | None:
+        """The pruned model after it learned from the rows."""
+        from sddx.stages.train import train
+
+        if not self.trains:
+            return None
+        method, (held_out, *rows) = self.method, self.rows
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": held_out, "rows": rows}
+        inputs |= {"patch": self.patch, "teacher": self.teacher}
+        spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(method.trainer)}
+        spec |= {"max_length": method.max_length, "seed": method.seed}
+        spec |= {"selfdata": _left(method.selfdata, ("check", "reference")) if self.is_self_data else {}}
+        return self._make(train, inputs, **spec, **self.how)
+
+    @cached_property
+    def written(self) -> Artifact | None:
+        """What the unpruned model wrote, looked at."""
+        from sddx.stages.written import written
+
+        if not self.is_self_data:
+            return None
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "rows": self.rows[1:], "patch": self.patch}
+        return self._make(written, inputs, max_length=self.method.max_length, **self.how)
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """The models that are judged, first the one that all others are compared with."""
+        pruned = {"cut": self.cut, "patch": self.patch}
+        found = [REFERENCE, Subject("pruned", "cut", pruned)]
+        return found + (
+            [Subject("recovered", "student", {**pruned, "student": self.student})] if self.trains else []
+        )
+
+    def result(self, subject: Subject) -> Artifact:
+        """What the harness and held-out texts say of a model."""
+        from sddx.stages.evaluate import evaluate
+
+        if subject.name not in self._results:
+            inputs: Inputs = {"base": self.base, **subject.inputs}
+            inputs["files"] = read_by(self.store, self.method.evaluation, self.text)
+            asked = {"evaluation": self.evaluation, "text": self.text, **self.how}
+            self._results[subject.name] = self._make(evaluate, inputs, **asked)
+        return self._results[subject.name]
+
+    @cached_property
+    def evaluation(self) -> Node:
+        """The settings of the evaluation, of vLLM's where it judges; local rows by what they hold."""
+        asked = self.method.evaluation
+        asked = asked if asked.get("backend") == "vllm" else _left(asked, ("vllm",))
+        return keyed_rows(self.store, asked)
+
+    @cached_property
+    def overlap(self) -> Artifact | None:
+        """What the training rows share with the evaluation's items."""
+        from sddx.stages.overlap import overlap
+
+        if self.data is None:
+            return None
+        spec = {name: self.evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
+        spec |= {name: each for name in ("data_dir", "side", "cluster") if (each := self.evaluation.get(name))}
+        files = read_by(self.store, self.method.evaluation)
+        return self._make(overlap, {"data": self.data, "files": files}, **spec)
+
+    @cached_property
+    def report(self) -> Artifact:
+        """What was found, from all of it."""
+        from sddx.stages.report import report
+
+        choices = self.method.choices
+        if "evaluation.data_dir" in choices:
+            choices = {**choices, "evaluation.data_dir": self.evaluation["data_dir"]}
+        inputs = dict(self._in_order())
+        results = [self.result(subject) for subject in self.subjects]
+        subjects = [{"name": subject.name, "role": subject.role} for subject in self.subjects]
+        return self._make(report, {**inputs, "results": results}, choices=choices, subjects=subjects)
+
+    def _in_order(self) -> Iterator[tuple[str, Artifact | list[Artifact] | None]]:
+        """All but the results, what fails soonest first: the rows, since nothing is to be paid for where they are
+        missing; and before training is paid for, that the tasks can be evaluated at all."""
+        for name in ("data", "base", "scores", "pruned", "patch"):
+            yield name, getattr(self, name)
+        self.result(REFERENCE)
+        for name in ("rows", "student", "written", "overlap"):
+            yield name, getattr(self, name)
+
+    def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:
+        return self.store.build(stage, inputs, runtime=self.runtime, **spec)
+
+
+def _only(settings: Node, names: tuple[str, ...]) -> Node:
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def _left(settings: Node, out: tuple[str, ...]) -> Node:
+    return {name: value for name, value in settings.items() if name not in out}
+
+
+def _own(settings: Node) -> Node:
+    """A node's own settings, without what calls it."""
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _learned(trainer: Node) -> Node:
+    """The settings of a training that decide what is learned, of the numbers of its budgets the one that counts."""
+    from sddx.training.batches import COUNTED
+
+    idle = set(COUNTED.values()) - {COUNTED.get(trainer.get("budget", ""))}
+    return _left(trainer, (*HOW_RUN, *idle))
