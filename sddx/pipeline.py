@@ -181,10 +181,9 @@ class Run:
     def subjects(self) -> list[Subject]:
         """The models that are judged, first the one that all others are compared with."""
         pruned = {"cut": self.cut, "patch": self.patch}
-        found = [REFERENCE, Subject("pruned", "cut", pruned)]
-        return found + (
-            [Subject("recovered", "student", {**pruned, "student": self.student})] if self.trains else []
-        )
+        recovered = {**pruned, "student": self.student}
+        found = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
+        return found if self.trains else found[:2]
 
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""

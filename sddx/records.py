@@ -36,6 +36,10 @@ class Subject:
     inputs: Mapping[str, Artifact | None]
 
 
+# Of the models that every run judges; a run without training has no student.
+ROLES = {"unpruned": "reference", "pruned": "cut", "recovered": "student"}
+
+
 GRANULARITIES = ("blocks", "attention", "feedforward", "sublayers")
 
 

@@ -81,10 +81,10 @@ def main(act: str, file: Path) -> int:
         file.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
         return 0
     old, new = (flat(each) for each in (json.loads(file.read_text(encoding="utf-8")), found))
-    moved = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    moved = [name for name, value in sorted(old.items()) if new.get(name) != value]
     for name in moved[:40]:
         print(f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}")
-    print(f"{len(old)} numbers, {len(moved)} of them moved")
+    print(f"{len(old)} numbers, {len(moved)} of them moved, {len(new.keys() - old.keys())} are new")
     return 1 if moved else 0
 
 

@@ -18,7 +18,8 @@ LEVELS = [
     },
     {"models", "data", "importance", "surgery", "evaluation"},
     {"training", "report", "tiny", "sweep", "estimate"},
-    {"stages", "compare", "precheck", "export", "bench", "rehearse"},
+    {"stages", "inputs", "compare", "precheck", "export", "bench", "rehearse"},
+    {"pipeline"},
     {"train"},
     {"plan", "fetch", "store.why", "store.__main__"},
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sddx import compare
 from sddx.errors import UserError
-from sddx.records import Rewrite
+from sddx.records import ROLES, Rewrite
 from sddx.report import table
 
 SETTINGS = {"version": 1.0, "shots": 0, "chat_template": "abcd", "filters": [{"name": "strict"}]}
@@ -136,7 +136,7 @@ SUMMARY = {
         "pruned": {"sums": 0.1, "facts": 0.7, "average": 0.4},
         "recovered": {"sums": 0.81, "facts": 0.72, "average": 0.765},
     },
-    "standard_errors": {m: {"sums": 0.01, "facts": 0.02, "average": 0.015} for m in table.MODELS},
+    "standard_errors": {m: {"sums": 0.01, "facts": 0.02, "average": 0.015} for m in ROLES},
     "recovery": 0.9, "recovery_low": 0.88, "recovery_high": 0.93, "recovery_contains": "items",
     "pruned_recovery": 0.4706, "recovery_trained": 0.9, "recovery_held_out": None, "gap_closed": 0.811,
     "trained": ["sums"], "fallback_share": 0.125, "examples": 1500, "supervised_tokens": 64000, "steps": 282,

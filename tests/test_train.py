@@ -23,7 +23,7 @@ from sddx.data.shards import write_rows
 from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS
 from sddx.precheck import _check_family, _check_pruning
-from sddx.records import Artifact, Example
+from sddx.records import ROLES, Artifact, Example
 from sddx.report import table
 from sddx.train import look, run, verify
 
@@ -95,7 +95,7 @@ def test_strict_and_flexible_scores_stand_under_the_table(first: tuple[Path, Pat
     """Of every model, from its answers themselves; the task of choices is not among them."""
     out, store, summary = first
     expected: dict[str, list[str]] = {"flexible (primary)": [], "strict": []}
-    for model in table.MODELS:
+    for model in ROLES:
         (place,) = store.glob(f"evaluate/*/{summary['artifacts'][f'evaluate_{model}']}")
         samples = json.loads((place / "results.json").read_text())["tasks"]["tiny_arithmetic"]["samples"]
         answers = [sample["answers"] for sample in samples]

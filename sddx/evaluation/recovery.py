@@ -19,12 +19,20 @@ from sddx.evaluation.statistics import (
     standard_error,
     task_weights,
 )
+from sddx.records import ROLES
+
+# What is said of every subject, and of the student at the top.
+OF_STUDENT = (
+    *("recovery", "recovery_low", "recovery_high", "recovery_trained", "recovery_held_out"),
+    *("recovery_above_chance", "gap_closed"),
+)
 
 
 def summarise(
     models: Mapping[str, Scores],
     *,
     chance: Mapping[str, float | None],
+    roles: Mapping[str, str] = ROLES,
     trained: Collection[str] = (),
     part_of: Mapping[str, str] | None = None,
     apart: Collection[str] = (),
@@ -35,94 +43,87 @@ def summarise(
 ) -> dict[str, Any]:
     """Scores and recoveries under the names that `summary.json` and W&B use, as fractions (not percent).
 
-    `models` holds the per-item scores of "unpruned" and, where they exist, "pruned" and "recovered", by task
-    and on the same items. `trained` names reported tasks whose skill was trained on; `part_of` maps a task to
-    the reported task that it is a part of. `chance` is a level by task. Reported tasks that stand `apart` have
-    scores and errors and are in no average and no recovery. `clusters` say which items are one draw.
+    `models` holds the per-item scores of every subject, by task and on the same items; `roles` says which of them
+    is the `reference` (the unpruned model), which the `cut` and which a `student`. `trained` names reported tasks
+    whose skill was trained on; `part_of` maps a task to the reported task that it is a part of. `chance` is a level
+    by task. Reported tasks that stand `apart` have scores and errors and are in no average and no recovery.
+    `clusters` say which items are one draw.
 
-    recovery = macro average of recovered / macro average of unpruned; `recovery_low` and `recovery_high`
-    bound it over items. gap_closed = (recovered - pruned) / (unpruned - pruned). recovery_above_chance
-    subtracts the chance level from every score first. None stands where a number is not defined: no such
-    model, no such task, a denominator of 0, a task without a chance level, or the error of a single item.
+    Under `recoveries`, of every subject but the reference: recovery = its macro average / the reference's;
+    `recovery_low` and `recovery_high` bound it over items. gap_closed = (its average - the cut's) / (the
+    reference's - the cut's). recovery_above_chance subtracts the chance level from every score first. The student's
+    stand at the top as well. None stands where a number is not defined: no such model, no such task, a denominator
+    of 0, a task without a chance level, or the error of a single item.
     """
-    every = {task: (part_of or {}).get(task, task) for task in models["unpruned"]}
+    role = {kind: name for name, kind in roles.items() if name in models}
+    reference, cut = role["reference"], role.get("cut")
+    every = {task: (part_of or {}).get(task, task) for task in models[reference]}
     names = {task: name for task, name in every.items() if name not in apart}
-    errors = {model: _standard_errors(scores, every, apart, clusters or {}) for model, scores in models.items()}
     held_out = set(names.values()) - set(trained)
+    interval = {"level": level, "replicates": replicates, "seed": seed}
+    recoveries = {
+        name: {
+            **_interval(scores, models[reference], names, clusters, **interval),
+            "recovery_trained": _ratio(scores, models[reference], names, only=trained),
+            "recovery_held_out": _ratio(scores, models[reference], names, only=held_out),
+            "recovery_above_chance": _above_chance(scores, models[reference], names, chance),
+            "gap_closed": _gap_closed(scores, models[cut], models[reference], names) if cut else None,
+        }
+        for name, scores in models.items()
+        if name != reference
+    }
     return {
         "scores": {model: _reported(scores, every, apart) for model, scores in models.items()},
-        "standard_errors": errors,
-        **_interval(models, names, clusters, level, replicates, seed),
+        "standard_errors": {
+            m: _standard_errors(scores, every, apart, clusters or {}) for m, scores in models.items()
+        },
+        **recoveries.get(role.get("student", ""), dict.fromkeys(OF_STUDENT)),
         "recovery_contains": "items",
-        "pruned_recovery": _ratio(models, "pruned", names),
-        "recovery_trained": _ratio(models, "recovered", names, only=trained),
-        "recovery_held_out": _ratio(models, "recovered", names, only=held_out),
-        "recovery_above_chance": _above_chance(models, names, chance),
-        "gap_closed": _gap_closed(models, names),
+        "pruned_recovery": _ratio(models[cut], models[reference], names) if cut else None,
+        "recoveries": recoveries,
         "trained": sorted(set(trained) & set(every.values())),
         "apart": sorted(set(apart) & set(every.values())),
-        "flipped": {
-            model: _flipped(models["unpruned"], scores) for model, scores in models.items() if model != "unpruned"
-        },
+        "flipped": {name: _flipped(models[reference], models[name]) for name in recoveries},
     }
 
 
 def _interval(
-    models: Mapping[str, Scores],
-    names: Mapping[str, str],
-    clusters: Clusters | None,
-    level: float,
-    replicates: int,
-    seed: int,
+    scores: Scores, reference: Scores, names: Mapping[str, str], clusters: Clusters | None, **settings: Any
 ) -> dict[str, float | None]:
-    if _ratio(models, "recovered", names) is None:
+    if _ratio(scores, reference, names) is None:
         return {"recovery": None, "recovery_low": None, "recovery_high": None}
-    recovered, unpruned = ({task: models[each][task] for task in names} for each in ("recovered", "unpruned"))
-    found = ratio_interval(
-        recovered,
-        unpruned,
-        weights=task_weights(list(names), names),
-        clusters=clusters,
-        level=level,
-        replicates=replicates,
-        seed=seed,
-    )
+    sides = ({task: each[task] for task in names} for each in (scores, reference))
+    found = ratio_interval(*sides, weights=task_weights(list(names), names), clusters=clusters, **settings)
     bounds = {"recovery": found.estimate, "recovery_low": found.low, "recovery_high": found.high}
     return {name: value if math.isfinite(value) else None for name, value in bounds.items()}
 
 
 def _ratio(
-    models: Mapping[str, Scores], model: str, names: Mapping[str, str], only: Collection[str] | None = None
+    scores: Scores, reference: Scores, names: Mapping[str, str], only: Collection[str] | None = None
 ) -> float | None:
     tasks = [task for task, name in names.items() if only is None or name in only]
-    if model not in models or not tasks:
+    if not tasks:
         return None
     weights = task_weights(tasks, names)
-    chosen = {which: {task: models[which][task] for task in tasks} for which in (model, "unpruned")}
-    return _divide(macro_average(chosen[model], weights), macro_average(chosen["unpruned"], weights))
+    return _divide(_average(scores, weights), _average(reference, weights))
 
 
 def _above_chance(
-    models: Mapping[str, Scores], names: Mapping[str, str], chance: Mapping[str, float | None]
+    scores: Scores, reference: Scores, names: Mapping[str, str], chance: Mapping[str, float | None]
 ) -> float | None:
-    if "recovered" not in models:
-        return None
     levels = {task: chance.get(task) for task in names}
     known = {task: value for task, value in levels.items() if value is not None}
     if len(known) < len(levels):
         return None
     weights = task_weights(list(names), names)
     average_chance = sum(weights[task] * value for task, value in known.items())
-    recovered, unpruned = (_average(models[model], weights) for model in ("recovered", "unpruned"))
-    return _divide(recovered - average_chance, unpruned - average_chance)
+    return _divide(_average(scores, weights) - average_chance, _average(reference, weights) - average_chance)
 
 
-def _gap_closed(models: Mapping[str, Scores], names: Mapping[str, str]) -> float | None:
-    if not {"pruned", "recovered"} <= models.keys():
-        return None
+def _gap_closed(scores: Scores, cut: Scores, reference: Scores, names: Mapping[str, str]) -> float | None:
     weights = task_weights(list(names), names)
-    average = {model: _average(scores, weights) for model, scores in models.items()}
-    return _divide(average["recovered"] - average["pruned"], average["unpruned"] - average["pruned"])
+    low = _average(cut, weights)
+    return _divide(_average(scores, weights) - low, _average(reference, weights) - low)
 
 
 def _average(scores: Scores, weights: Mapping[str, float]) -> float:

@@ -16,6 +16,7 @@ from scipy.stats import ttest_1samp
 from sddx.errors import UserError
 from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
 from sddx.report.extraction import Key, Reading, named, readings
+from sddx.report.subjects import having
 from sddx.run_folder import read_samples
 
 Run = dict[str, Any]  # the fields of a summary.json
@@ -112,7 +113,7 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
 
 def is_trained(run: Run) -> bool:
     """Whether the run recovered anything, or judged the pruned model alone."""
-    return "recovered" in run["scores"]
+    return having(run, "student") is not None
 
 
 def value_of(run: Run, name: str) -> Any:
@@ -262,7 +263,7 @@ def reading_differences(runs: Sequence[Run]) -> list[ReadingDifference]:
 
 
 def _readings(run: Run) -> dict[Key, Reading]:
-    return readings(run).get("recovered", {})
+    return readings(run).get(having(run, "student") or "", {})
 
 
 def _read_by(key: Key, run: Run) -> float:
@@ -303,12 +304,16 @@ def _paired_held_out(arm: Sequence[Run], base: Sequence[Run]) -> tuple[Interval 
 
 def average(run: Run) -> float:
     """The recovered model's average over all tasks."""
-    return run["scores"]["recovered"]["average"]
+    return _recovered(run)["average"]
+
+
+def _recovered(run: Run) -> dict[str, float]:
+    return run["scores"][having(run, "student") or ""]
 
 
 def held_out(run: Run) -> float | None:
     """The recovered model's average over the tasks that were not trained on; None where there is none."""
-    scores = run["scores"]["recovered"]
+    scores = _recovered(run)
     left_out = (*run["trained"], *run.get("apart", ()), "average")
     found = [score for task, score in scores.items() if task not in left_out]
     return mean(found) if found else None
@@ -390,7 +395,7 @@ def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDiffere
     for variant in (variant for variant in everything if variant.name != base and variant.where in bases):
         for removed, own in variant.runs.items():
             draws = _by_draw(own, bases[variant.where].runs.get(removed, []), choice)
-            before, after = (_over_draws(draws, model) for model in ("pruned", "recovered"))
+            before, after = (_over_draws(draws, role) for role in ("cut", "student"))
             if before is not None:
                 seeds = {run["choices"]["seed"] for pairs in draws for run, _ in pairs}
                 about = variant.where, variant.name, removed, len(seeds), len(draws)
@@ -409,10 +414,10 @@ def _by_draw(own: Sequence[Run], others: Sequence[Run], choice: str) -> list[lis
     return [list(pairs.values()) for pairs in found.values()]
 
 
-def _over_draws(draws: Sequence[Sequence[Pair]], model: str) -> Interval | None:
+def _over_draws(draws: Sequence[Sequence[Pair]], role: str) -> Interval | None:
     """The difference in one draw, or the mean over several. All draws are held against the same runs, so that only
     they are independent: each counts once, whatever its seeds."""
-    each = [_over_pairs(pairs, model) for pairs in draws]
+    each = [_over_pairs(pairs, role) for pairs in draws]
     found = [interval for interval in each if interval is not None]
     if not found or len(found) < len(each):
         return None
@@ -420,23 +425,23 @@ def _over_draws(draws: Sequence[Sequence[Pair]], model: str) -> Interval | None:
     return replace(t_interval([f.estimate for f in found]), contains="draws") if several else found[0]
 
 
-def _over_pairs(pairs: Sequence[Pair], model: str) -> Interval | None:
-    sides: Any = [[_samples(run, model) for run in side] for side in zip(*pairs, strict=True)]
+def _over_pairs(pairs: Sequence[Pair], role: str) -> Interval | None:
+    sides: Any = [[_samples(run, role) for run in side] for side in zip(*pairs, strict=True)]
     items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
         return None  # no samples, or others
     counted = {task: found for task, found in sides[0][0].items() if not found.get("apart")}
     sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
-    if model == "pruned":  # the same for every seed of training
+    if role == "cut":  # the same for every seed of training
         sides = [side[:1] for side in sides]
     weights = task_weights(list(counted), pairs[0][0].get("part_of"))
     clusters = {task: found.get("clusters") for task, found in counted.items()}
     return paired_difference(*sides, weights=weights, clusters=clusters)
 
 
-def _samples(run: Run, model: str) -> dict[str, dict[str, Any]]:
+def _samples(run: Run, role: str) -> dict[str, dict[str, Any]]:
     """Every item's score and hash by task, from the file beside the run's summary; empty where it has none that can
     be read."""
     with suppress(UserError):
-        return read_samples(Path(run.get("folder", ""))).get(model, {})
+        return read_samples(Path(run.get("folder", ""))).get(having(run, role) or "", {})
     return {}

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,6 +37,7 @@ from sddx.report.curves import (
 from sddx.report.extraction import named, readings
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
+from sddx.report.subjects import reference, roles
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, marked, percent
 from sddx.run_folder import read_summary
 from sddx.store.manifest import find
@@ -166,74 +167,71 @@ def _points(interval: Interval | None) -> str:
 
 
 def task_table(runs: Sequence[Run]) -> Table:
-    """Scores per task, and perplexity on held-out text: of the unpruned model, of every pruned one, and of what
-    every arm recovered from it (means over its seeds)."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]["unpruned"] if task != "average"))
+    """Scores per task, and perplexity on held-out text, of every model (means over seeds)."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"][reference(run)] if task != "average"))
     tasks.append("average")
-    rows: list[list[str]] = []
-    for where, arm, group in arms(runs):
-        model = str(group[0]["choices"].get("model", ""))
-        unpruned = [f"model {model}", "unpruned", *_measured(group[:1], "unpruned", tasks)]
-        pruned = [where, "pruned", *_measured(group[:1], "pruned", tasks)]
-        rows += [row for row in (unpruned, pruned) if row not in rows]
-        rows += [[where, arm, *_measured(group, "recovered", tasks)]] if is_trained(group[0]) else []
+
+    def measured(group: Sequence[Run], model: str) -> list[list[str]]:
+        return [[*(score_of(group, model, task) for task in tasks), perplexity_of(group, model)]]
+
     trained = {task for run in runs for task in run["trained"]}
     apart = {task for run in runs for task in run.get("apart", ())}
     starred = [marked(task, trained, apart) for task in tasks]
-    return {"header": ["runs", "model", *starred, "perplexity"], "rows": rows}
+    return {"header": ["runs", "model", *starred, "perplexity"], "rows": _by_model(runs, measured)}
 
 
-def _measured(runs: Sequence[Run], model: str, tasks: Sequence[str]) -> list[str]:
-    return [*(score_of(runs, model, task) for task in tasks), perplexity_of(runs, model)]
+def _by_model(runs: Sequence[Run], about: Callable[[Sequence[Run], str], list[list[str]]]) -> list[list[str]]:
+    """What there is to say `about` every judged model: the unpruned one and each pruned one once, and what every
+    arm made of that over its seeds, under the arm's name."""
+    rows: list[list[str]] = []
+    for where, arm, group in arms(runs):
+        for model, role in roles(group[0]).items():
+            once = role in ("reference", "cut")
+            place = f"model {group[0]['choices'].get('model', '')}" if role == "reference" else where
+            label = model if once else arm if role == "student" else f"{arm}, {model}"
+            new = [[place, label, *row] for row in about(group[:1] if once else group, model)]
+            rows += [row for row in new if not (once and row in rows)]
+    return rows
 
 
 def likelihood_table(runs: Sequence[Run]) -> Table:
     """What each model has of every measure of likelihood, by task and on average, and its difference to the
-    unpruned one: of every pruned model, and of what every arm recovered from it (means over its seeds)."""
-    rows: list[list[str]] = []
-    for where, arm, group in arms([run for run in runs if run.get("likelihoods")]):
-        model = f"model {group[0]['choices'].get('model', '')}"
-        new = _likelihoods(group[:1], model, "unpruned") + _likelihoods(group[:1], where, "pruned")
-        rows += [row for row in new if row not in rows] + _likelihoods(group, where, "recovered", arm)
+    unpruned one (means over seeds)."""
+    rows = _by_model([run for run in runs if run.get("likelihoods")], _likelihoods)
     return {"header": ["runs", "model", "task", *MEASURED], "rows": rows}
 
 
-def _likelihoods(runs: Sequence[Run], where: str, model: str, name: str | None = None) -> list[list[str]]:
-    found = [run["likelihoods"] for run in runs if model in run["likelihoods"]]
-    tasks = dict.fromkeys(task for each in found for of in each[model].values() for task in of)
-    cells = {task: [_likelihood(found, model, measure, task) for measure in MEASURES] for task in tasks}
-    return [[where, name or model, task, *(cell for pair in of for cell in pair)] for task, of in cells.items()]
+def _likelihoods(runs: Sequence[Run], model: str) -> list[list[str]]:
+    known = [run for run in runs if model in run["likelihoods"]]
+    tasks = dict.fromkeys(task for run in known for of in run["likelihoods"][model].values() for task in of)
+    cells = {task: [_likelihood(known, model, measure, task) for measure in MEASURES] for task in tasks}
+    return [[task, *(cell for pair in of for cell in pair)] for task, of in cells.items()]
 
 
-def _likelihood(found: Sequence[dict[str, Any]], model: str, measure: str, task: str) -> tuple[str, str]:
+def _likelihood(runs: Sequence[Run], model: str, measure: str, task: str) -> tuple[str, str]:
     """The mean of a measure, and of its difference to the unpruned model."""
-    having = [each for each in found if task in each[model][measure]]
-    if not having:
+    both = [(run["likelihoods"][model][measure], run["likelihoods"][reference(run)][measure]) for run in runs]
+    pairs = [(own[task], base[task]) for own, base in both if task in own]
+    if not pairs:
         return ABSENT, ABSENT
-    value, base = (mean(each[which][measure][task] for each in having) for which in (model, "unpruned"))
+    value, base = (mean(side) for side in zip(*pairs, strict=True))
     return f"{value:.3f}", f"{value - base:+.3f}"
 
 
 def reading_table(runs: Sequence[Run]) -> Table:
-    """The score under each filter, and the share of answers that it could not read, of the unpruned model, of every
-    pruned one, and of every arm (means over its seeds); for tasks whose answers can be read in several ways, or not
-    at all."""
-    rows: list[list[str]] = []
-    for where, arm, group in arms(runs):
-        model = f"model {group[0]['choices'].get('model', '')}"
-        new = _read(group[:1], model, "unpruned") + _read(group[:1], where, "pruned")
-        rows += [row for row in new if row not in rows] + _read(group, where, "recovered", arm)
-    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": rows}
+    """The score under each filter, and the share of answers that it could not read, of every model (means over
+    seeds); for tasks whose answers can be read in several ways, or not at all."""
+    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": _by_model(runs, _read)}
 
 
-def _read(runs: Sequence[Run], where: str, model: str, name: str | None = None) -> list[list[str]]:
+def _read(runs: Sequence[Run], model: str) -> list[list[str]]:
     found = [readings(run).get(model, {}) for run in runs]
     rows = []
     for key in dict.fromkeys(key for read in found for key in read):
         read = [each[key] for each in found if key in each]
         shares = [reading.unparsed for reading in read if reading.unparsed is not None]
         score, unparsed = percent(mean(r.score for r in read)), percent(mean(shares) if shares else None)
-        rows.append([where, name or model, key[0], named(runs[0], key), score, unparsed])
+        rows.append([key[0], named(runs[0], key), score, unparsed])
     return rows
 
 

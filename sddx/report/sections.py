@@ -15,6 +15,7 @@ from sddx.records import Units
 from sddx.report import figures
 from sddx.report.agreement import correlation_table, matrix, per_unit, summary_table
 from sddx.report.curves import VARIANTS, Run, Variant, mean_of, score_of, variant_differences, variants
+from sddx.report.subjects import having
 from sddx.report.table import ABSENT, percent
 from sddx.store.manifest import find
 
@@ -172,13 +173,14 @@ def _shares(interval: Any) -> str:
 def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
     """Scores per task of the pruned model before training: whether one choice trades tasks against each other."""
     first = next(iter(found[0].runs.values()))[0]
-    tasks = list(first["scores"]["pruned"])
+    pruned = having(first, "cut") or ""
+    tasks = list(first["scores"][pruned])
     rows = [
         [
             variant.where or "all runs",
             variant.name,
             f"{count:g}",
-            *(score_of(runs, "pruned", task) for task in tasks),
+            *(score_of(runs, pruned, task) for task in tasks),
         ]
         for variant in found
         for count, runs in variant.runs.items()

@@ -83,6 +83,7 @@ def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
+    roles = {each["name"]: each["role"] for each in found.subjects}
     trained = _read(found.data, "dataset.json")["trains"] if found.data else []
     records = results[found.subjects[0]["name"]]["tasks"]
     chance = {task: record["chance"] for task, record in records.items()}
@@ -94,7 +95,9 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
         for model, result in results.items()
     }
     return {
-        **summarise(scores, chance=chance, trained=trained, part_of=part_of, apart=apart, clusters=clusters),
+        **summarise(
+            scores, roles=roles, chance=chance, trained=trained, part_of=part_of, apart=apart, clusters=clusters
+        ),
         "likelihoods": {model: likelihoods(r["tasks"], part_of, apart) for model, r in results.items()},
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),

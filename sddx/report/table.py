@@ -12,8 +12,8 @@ from rich.table import Table
 
 from sddx.records import Rewrite
 from sddx.report.extraction import Reading, named, readings
+from sddx.report.subjects import reference, roles
 
-MODELS = ("unpruned", "pruned", "recovered")
 ABSENT = "-"
 APART = "(apart): in no average and no recovery"
 CHOOSING = "selection items: for choosing, not for reporting"
@@ -24,12 +24,12 @@ def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     the last of them / unpruned in percent. A task that was trained on carries an asterisk, and what stands apart
     says so."""
     scores = summary["scores"]
-    tasks = [task for task in scores["unpruned"] if task != "average"]
+    tasks = [task for task in scores[reference(summary)] if task != "average"]
     return [_row(summary, task) for task in [*tasks, "average"]]
 
 
 def _row(summary: Mapping[str, Any], task: str) -> tuple[str, ...]:
-    models = _models(summary)
+    models = list(roles(summary))
     scores = [summary["scores"][model].get(task) for model in models]
     errors = [summary["standard_errors"].get(model, {}).get(task) for model in models]
     name = marked(task, summary.get("trained", ()), summary.get("apart", ()))
@@ -55,14 +55,10 @@ def percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-def _models(summary: Mapping[str, Any]) -> list[str]:
-    return [model for model in MODELS if model in summary["scores"]]
-
-
 def header(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the columns. What a pruned model keeps is no recovery."""
-    models = _models(summary)
-    return ("task", "chance", *models, "recovery" if "recovered" in models else "kept")
+    models = roles(summary)
+    return ("task", "chance", *models, "kept" if list(models.values())[-1] == "cut" else "recovery")
 
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -100,8 +96,8 @@ def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") 
     """What each model has of a measure of likelihood, with its difference to the unpruned one."""
     found = {model: of.get(measure, {}).get(task) for model, of in summary.get("likelihoods", {}).items()}
     known = {model: value for model, value in found.items() if value is not None}
-    base = known.get("unpruned", 0.0)
-    shown = [f"{m} {v:.3f}" + (f" ({v - base:+.3f})" if m != "unpruned" else "") for m, v in known.items()]
+    first = next(iter(known), "")  # the reference
+    shown = [f"{m} {v:.3f}" + (f" ({v - known[first]:+.3f})" if m != first else "") for m, v in known.items()]
     return ", ".join(shown) + (" nats" if measure == "margin" else "") if shown else ABSENT
 
 
@@ -230,7 +226,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 def is_choosing(summary: Mapping[str, Any]) -> bool:
     """Whether a run was judged on selection items, or on another split of the data than a task's own."""
-    tasks = summary.get("scores", {}).get("unpruned", {})
+    tasks: Mapping[str, Any] = next(iter(summary.get("scores", {}).values()), {})
     choices = summary.get("choices", {})
     of_side = choices.get("side") == "selection"
     return of_side or bool(choices.get("split")) or any(task.endswith("_selection") for task in tasks)
