@@ -1,4 +1,4 @@
-"""What `sddx.plan` says against what happens: `python benchmarks/gpu.py`, on a GPU with 80 GB.
+"""What `sddx.commands.plan` says against what happens: `python benchmarks/gpu.py`, on a GPU with 80 GB.
 
 Random weights in the dimensions of an experiment's model, cut as it is: peak memory and time of training on rows of
 2,048 tokens (goals: within 10 % and, after a probe, 25 % of the plan), and how much faster 26 of 32 blocks read and
@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from transformers import AutoModelForCausalLM
 
-from sddx.bench import race
-from sddx.build import build
+from sddx.commands.bench import race
+from sddx.compression.remove import apply_cut
 from sddx.config import CONF, register, resolve
+from sddx.config.build import build
 from sddx.data.encode import Encoded
 from sddx.estimate.costs import Estimate, seconds
 from sddx.estimate.devices import Device, device_of, probed
@@ -28,7 +29,6 @@ from sddx.estimate.peaks import peaks
 from sddx.estimate.texts import Rows
 from sddx.models.load import DTYPES
 from sddx.runtime import Runtime
-from sddx.surgery.remove import apply_cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, LENGTH = 8, 2048

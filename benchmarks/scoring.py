@@ -18,13 +18,13 @@ from functools import partial
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sddx.compression.patches import Linear
 from sddx.importance.ablation import Shapley
 from sddx.importance.coalitions import Loss
 from sddx.importance.metrics import angular_distance, block_influence, norm_ratio, update_norm
 from sddx.importance.score import Subject, score_units
 from sddx.records import Batch, Units
 from sddx.runtime import Runtime
-from sddx.surgery.patches import Linear
 
 METRICS = {
     "angular": partial(angular_distance, tokens="all"),

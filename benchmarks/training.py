@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from sddx.compression.remove import apply_cut
 from sddx.data.checkers import last_number
 from sddx.data.encode import collate, encode_all, padding_id
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
 from sddx.runtime import Runtime
-from sddx.surgery.remove import apply_cut
 from sddx.tiny import data
 from sddx.training.batches import plan
 from sddx.training.fit import Fit

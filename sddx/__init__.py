@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sddx import aliases
+
 __version__ = "0.1.0"
+aliases.install()
 
 
 def load(summary: str | Path, *, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
@@ -15,7 +18,7 @@ def load(summary: str | Path, *, device: str = "cpu", dtype: str | None = None) 
     Raises UserError where there is no such summary, or the store that the run wrote to, or the base model, is gone.
     """
     from sddx.models.load import load_tokenizer
-    from sddx.models.recovered import find_run
+    from sddx.students.recovered import find_run
 
     run = find_run(summary)
     return run.student(dtype, device).model, load_tokenizer(run.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,3 +45,9 @@ def require_none(wrong: Sequence[str]) -> None:
     """Raises one UserError with these mistakes, each named once, where there are any."""
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
+
+
+def near(key: str, names: Sequence[str], prefix: str) -> str:
+    """A question after the name that is most like a key, if any is."""
+    found = difflib.get_close_matches(key, names, n=1)
+    return f" Did you mean {prefix}{found[0]}?" if found else ""

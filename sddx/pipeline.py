@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
-from sddx.build import Called, Node
-from sddx.inputs import keyed_rows, model_at, read_by, task_files
-from sddx.lines import lines
+from sddx.config.build import Called, Node
+from sddx.files.lines import lines
 from sddx.records import Artifact, Subject
 from sddx.runtime import Runtime
+from sddx.stages.inputs import keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
 
 # How a training is run, which changes its numbers by rounding alone and no key.

@@ -16,8 +16,8 @@ from pydantic import RootModel, model_validator
 
 from sddx.config import SURROUNDINGS, writable_folder
 from sddx.errors import UserError
-from sddx.shapes import Form, having, read, read_json
-from sddx.store import lock
+from sddx.files import lock
+from sddx.files.shapes import Form, having, read, read_json
 
 CONFIG, SUMMARY, SAMPLES, AGREEMENT = "config.yaml", "summary.json", "samples.json", "agreement.md"
 LOCK = "run.lock"

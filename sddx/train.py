@@ -15,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sddx.build import build
 from sddx.config import (
     CONF,
     SURROUNDINGS,
@@ -25,21 +24,22 @@ from sddx.config import (
     resolve,
     writable_folder,
 )
-from sddx.entry import command, mistakes_told, require_one_run
+from sddx.config.build import build
+from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.errors import UserError, require_none, told
-from sddx.models.packaged import located
+from sddx.gguf.packaged import located
 from sddx.pipeline import STAGES, Method, Run
-from sddx.precheck import check_hardware, precheck
-from sddx.rehearse import announce
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import conclude, rewrites
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
+from sddx.stages.check import check_hardware, precheck
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
 from sddx.sweep import launcher, sweeper
 from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
+from sddx.tiny.rehearse import announce
 from sddx.tracking import Tracker, mark
 
 
@@ -185,8 +185,21 @@ def main(cfg: DictConfig) -> None:
                 print(run(config, folder))
 
 
-register()
-launcher.install(verify, look, tell, "sddx.train.run", first=partial(verify, download=False), owes=owes_model)
-sweeper.install()
+def publish(folder: Path, wandb: dict[str, Any]) -> None:
+    """What the cells of a sweep found."""
+    from sddx.report.publish import of_sweep
+
+    of_sweep(folder, wandb)
+
+
+def install() -> None:
+    """Let Hydra know what YAML files rely on, and run our grids. May be called more than once."""
+    register()
+    first = partial(verify, download=False)
+    launcher.install(verify, look, tell, "sddx.train.run", first=first, owes=owes_model, report=publish)
+    sweeper.install()
+
+
 if __name__ == "__main__":
+    install()
     command(main)

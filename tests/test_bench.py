@@ -13,10 +13,10 @@ from composing import SMALL, composed, resolve
 from families import VOCABULARY, build
 from rich.console import Console
 
-from sddx import bench
+from sddx.commands import bench
+from sddx.compression.soundness import cache_bytes
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks
-from sddx.surgery.soundness import cache_bytes
 from sddx.train import run
 
 

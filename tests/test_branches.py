@@ -9,13 +9,13 @@ import torch
 from families import ALL_FAMILIES, VOCABULARY, adapt, build, tokens
 from torch import nn
 
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import cache_bytes, prove
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, branches, family, part
-from sddx.models.student import load_student, save_student
-from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Batch, Cut, Units
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import cache_bytes, prove
+from sddx.students.student import load_student, save_student
+from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.objective import layer_pairs
 
 # The first block's attention is gone, which transformers would take the sequence length from.

@@ -12,6 +12,7 @@ from families import build, tokens
 from scipy.stats import t as t_quantile
 from test_importance import subject
 
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.importance import coalitions
 from sddx.importance.ablation import Greedy, LeaveOneOut, RandomSubnetworks, Shapley
@@ -20,7 +21,6 @@ from sddx.importance.score import score_units
 from sddx.importance.taylor import Taylor, unit_weights
 from sddx.models.anatomy import blocks, final_norm
 from sddx.records import Batch, Units
-from sddx.surgery.remove import apply_cut
 
 
 def scored(name="llama", count=4, units="blocks", rows=6, lengths=(12, 7, 9)):

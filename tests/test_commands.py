@@ -14,13 +14,10 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from sddx.entry import command
+from sddx.config.entry import command
 
-COMPOSED = ("sddx.train", "sddx.plan", "sddx.fetch")
-OTHERS = (
-    "sddx.export.__main__", "sddx.bench", "sddx.compare", "sddx.report.__main__", "sddx.store.__main__",
-    "sddx.sweep.__main__",
-)  # fmt: skip
+COMPOSED = ("sddx.train", "sddx.commands.plan", "sddx.commands.fetch")
+OTHERS = tuple(f"sddx.commands.{name}" for name in ("export", "bench", "compare", "report", "store", "sweep"))
 SAID = {
     "a misspelt setting": ("trainer.learning_rat=1", "Did you mean trainer.learning_rate?"),
     "a misspelt group": ("los=sft", "los is not a setting. Did you mean loss?"),
@@ -63,6 +60,7 @@ def test_what_hydra_refuses_is_told_as_every_other_mistake(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     given, said = SAID[name]
+    import_module("sddx.train").install()
     main = import_module("sddx.train").main
     assert run(main, monkeypatch, given, f"hydra.run.dir={tmp_path}", f"store={tmp_path}") == 2
     told = capsys.readouterr().err
@@ -74,6 +72,7 @@ def test_what_hydra_refuses_is_told_as_every_other_mistake(
 def test_a_grid_is_told_so_too(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    import_module("sddx.train").install()
     main = import_module("sddx.train").main
     grid = ("--multirun", "seed=0,1", "~trainer.keep", f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}")
     assert run(main, monkeypatch, given, *grid) == 2
@@ -130,12 +129,12 @@ def test_what_a_composed_command_prints_arrives_anywhere(monkeypatch: pytest.Mon
 def test_what_any_other_command_prints_arrives_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = ascii_only(monkeypatch)
     (tmp_path / "\u00e4").mkdir()
-    assert import_module("sddx.store.__main__").main(["--store", str(tmp_path / "\u00e4"), "ls"]) == 0
+    assert import_module("sddx.commands.store").main(["--store", str(tmp_path / "\u00e4"), "ls"]) == 0
     assert b"\\xe4" in written.getvalue()
 
 
 def test_plans_refuse_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    plan = import_module("sddx.plan").main
+    plan = import_module("sddx.commands.plan").main
     for given, said in (
         ("evaluation.tasks=[tiny_fact]", "There is no evaluation task 'tiny_fact'"),
         ("evaluation.tasks=[3]", "evaluation.tasks holds 3"),
@@ -146,7 +145,7 @@ def test_plans_refuse_names_that_are_none(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_only_a_store_is_looked_into_and_days_are_a_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main = import_module("sddx.store.__main__").main
+    main = import_module("sddx.commands.store").main
     for asked in ("ls", "verify", "gc"):
         assert main(["--store", str(tmp_path / "typo"), asked]) == 2
         assert "There is no store at" in capsys.readouterr().err

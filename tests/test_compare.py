@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from sddx import compare
+from sddx.commands import compare
 from sddx.errors import UserError
 from sddx.records import ROLES, Rewrite
 from sddx.report import table

@@ -19,12 +19,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import flag_override
 
-from sddx.build import build
 from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
+from sddx.config.build import build
 from sddx.errors import UserError
 from sddx.pipeline import Method
 from sddx.sweep.launcher import Grid
-from sddx.train import check_settings, verify
+from sddx.train import check_settings, install, verify
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -75,6 +75,7 @@ LAUNCHERS = ["basic", *sorted(path.stem for path in (CONF / "hydra" / "launcher"
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_is_made_from_its_file(launcher: str) -> None:
     """By Hydra's own way from a name to an engine that can be called."""
+    install()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
     with flag_override(cfg, "struct", False):
@@ -233,7 +234,7 @@ def test_precision_is_a_number_or_a_word() -> None:
         ("+pruning._partial_=true", "pruning._partial_ must not be set"),
         ("+loss.terms.foo.weight=1", "loss.terms.foo="),
         ("loss.terms.cross_entropy.loss._target_=builtins.int", "does not say what it takes"),
-        ("pruning.choose._target_=sddx.surgery.choose.ranked", "called with 3 values"),
+        ("pruning.choose._target_=sddx.compression.choose.ranked", "called with 3 values"),
         ("wandb._target_=sddx.tracking.open_run", "wandb._target_"),
         ("accept=[[distill]]", "accept holds ['distill']"),
         ("evaluation.limit={1: 2}", "evaluation.limit has 1 for a name"),
@@ -265,7 +266,7 @@ def test_what_cannot_be_a_setting_is_refused(given: str, told: str) -> None:
         (["loss.terms.cross_entropy.loss._target_=sddx.training.losses.jsd_beta"], "failed when it was tried"),
         (["dataset.check._target_=operator.add"], "dataset.check gives"),
         (["pruning.metric=null"], "reads scores, and none were measured"),
-        (["pruning.choose._target_=sddx.surgery.choose.require_removable"], "failed when it was tried"),
+        (["pruning.choose._target_=sddx.compression.choose.require_removable"], "failed when it was tried"),
         (
             ["pruning.metric._target_=sddx.importance.metrics._kept", "~pruning.metric.tokens"],
             "pruning.metric failed when it was tried",

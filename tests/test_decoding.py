@@ -13,6 +13,7 @@ from test_selfdata import GREEDY, PROMPTS, SAMPLED, talkative
 from words import tiny_llama, word_tokenizer
 
 import sddx
+from sddx.compression.remove import apply_cut
 from sddx.data import selfdata
 from sddx.data.selfdata import end_ids, write_answers
 from sddx.models import decoding
@@ -22,7 +23,6 @@ from sddx.models.load import load_model, load_tokenizer
 from sddx.models.outputs import run
 from sddx.models.packing import packed
 from sddx.records import Cut
-from sddx.surgery.remove import apply_cut
 from sddx.tiny import data
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"

@@ -22,12 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from sddx.errors import Interrupted, UserError
 from sddx.models.anatomy import blocks
-from sddx.models.teacher import SeparateTeacher
 from sddx.parallel import distributed
 from sddx.parallel.distributed import shard
 from sddx.parallel.launch import launch
 from sddx.runtime import Runtime
 from sddx.store import measure
+from sddx.students.teacher import SeparateTeacher
 from sddx.training.fit import Fit
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.estimate import costs, memory
 from sddx.estimate import peaks as estimate_peaks
@@ -29,7 +30,6 @@ from sddx.estimate.peaks import peaks, remedies
 from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
-from sddx.surgery.remove import apply_cut
 
 # facts.md A3: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.
 SAVINGS = {
@@ -269,7 +269,11 @@ def test_dimensions_that_are_none_are_refused() -> None:
 def test_the_command_plans_a_grid_and_leaves_nothing(tmp_path: Path) -> None:
     given = ["+experiment=llama_26L", "pruning.remove=4,6", "gpu=h100", "--multirun"]
     done = subprocess.run(
-        [sys.executable, "-m", "sddx.plan", *given], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "sddx.commands.plan", *given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "16.30%" in done.stdout and "10.86%" in done.stdout and "2 runs on H100" in done.stdout

@@ -17,7 +17,8 @@ from test_estimate import configured
 from torch.utils.flop_counter import FlopCounterMode
 
 from sddx import train
-from sddx.build import build
+from sddx.compression.branches import NoAttention, NoFeedForward
+from sddx.config.build import build
 from sddx.estimate.costs import Estimate
 from sddx.importance import coalitions
 from sddx.importance.ablation import LeaveOneOut, Shapley
@@ -28,7 +29,6 @@ from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.store import Inputs, Store
-from sddx.surgery.branches import NoAttention, NoFeedForward
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sddx.report.law import FOR_INTERVAL
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 WRITERS = sorted(path.stem for path in (CONF / "generation").glob("*.yaml"))
-PLANNED = "Hours: about {:.1f} by sddx.plan for an H100, not measured. Not yet run."
+PLANNED = "Hours: about {:.1f} by sddx.commands.plan for an H100, not measured. Not yet run."
 
 
 def cells(sweep: str) -> Iterator[dict[str, str]]:

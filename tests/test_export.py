@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sddx
+from sddx.commands.export import main
+from sddx.compression.junction import Gap, Junction
+from sddx.compression.patches import Map
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
-from sddx.export.__main__ import main
 from sddx.export.card import _without_paths
 from sddx.export.formats import inspect_model
 from sddx.export.write import require_stock
 from sddx.models.load import load_model
-from sddx.models.plain import own_config
-from sddx.models.recovered import Recovered
 from sddx.records import Cut
-from sddx.surgery.junction import Gap, Junction
-from sddx.surgery.patches import Map
-from sddx.surgery.remove import apply_cut
+from sddx.students.plain import own_config
+from sddx.students.recovered import Recovered
 from sddx.train import run
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
@@ -278,7 +278,7 @@ def test_a_failed_proof_leaves_nothing(
             weights[name], weights[other] = weights[other], weights[name]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("sddx.models.plain.own_config", swapped)
+    monkeypatch.setattr("sddx.students.plain.own_config", swapped)
     refused(capsys, tmp_path / "to", [f"run={runs.first}", f"dtype={dtype}"], ["not the recovered one"])
 
 

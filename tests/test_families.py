@@ -9,15 +9,15 @@ import torch
 from families import VOCABULARY, build
 from transformers import CONFIG_MAPPING
 
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, stack
 from sddx.models.narrow import built, narrow
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages import prune as stage
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import UnsoundModel, prove, sliced_logits
-from sddx.surgery.trial import try_out
+from sddx.students.trial import try_out
 
 DEPTH = 5
 # Settings by which blocks differ, told by kinds, by numbers, by a first number, by a period.
@@ -83,7 +83,7 @@ def saved(folder, kind):
 
 def pruned(model, out):
     out.mkdir()
-    choose = {"_target_": "sddx.surgery.choose.last", "_partial_": True}
+    choose = {"_target_": "sddx.compression.choose.last", "_partial_": True}
     how = {"dtype": "float32", "attention": "eager"}
     stage.prune(out, model, runtime=Runtime(), choose=choose, remove=2, units="blocks", **how)
     return json.loads((out / "proof.json").read_text())

@@ -21,10 +21,10 @@ from huggingface_hub.errors import RevisionNotFoundError
 from rich.console import Console
 
 import sddx
+from sddx.commands.fetch import Wanted, fetch, tell, wanted
 from sddx.config import resolve
 from sddx.errors import UserError
 from sddx.evaluation import task_data
-from sddx.fetch import Wanted, fetch, tell, wanted
 from sddx.hub import notes
 from sddx.models import load
 
@@ -261,7 +261,7 @@ COMMANDS = {
 def test_the_command_line(given: str, tmp_path: Path) -> None:
     """The defaults need nothing; a grid names each of its repositories once; no folder and no file is left."""
     status, said = COMMANDS[given]
-    command = [sys.executable, "-m", "sddx.fetch", *given.split()]
+    command = [sys.executable, "-m", "sddx.commands.fetch", *given.split()]
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == status and said in done.stdout + done.stderr

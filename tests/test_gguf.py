@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sddx
 from sddx.config import resolve
 from sddx.errors import UserError
-from sddx.models.gguf import dequantise, read
-from sddx.models.gguf_tokenizer import PROBES, merged_by_scores, require_same, tokenizer_of
+from sddx.gguf.model import dequantise, read
+from sddx.gguf.packaged import Package, fetch_package, located, origin
+from sddx.gguf.tokenizer import PROBES, merged_by_scores, require_same, tokenizer_of
 from sddx.models.load import load_model, load_tokenizer
-from sddx.models.packaged import Package, fetch_package, located, origin
 from sddx.train import run
 
 TINY = Path(sddx.__file__).parent / "tiny" / "checkpoint"

@@ -17,9 +17,8 @@ from datasets.packaged_modules.cache.cache import _find_hash_in_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sddx.build import build
-from sddx.compare import check_comparable
 from sddx.config import CONF
+from sddx.config.build import build
 from sddx.errors import UserError
 from sddx.evaluation import task_data, tasks
 from sddx.evaluation.harness import compact, evaluate
@@ -28,9 +27,10 @@ from sddx.evaluation.task_data import described, task_datasets
 from sddx.hub import unpacked
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
-from sddx.inputs import read_by
 from sddx.records import Units
+from sddx.report.paired import check_comparable
 from sddx.runtime import Runtime
+from sddx.stages.inputs import read_by
 from sddx.store import Store
 
 FULL = yaml.safe_load((CONF / "evaluation" / "full.yaml").read_text())
@@ -354,7 +354,7 @@ def test_missing_data_is_named_where_the_hub_is_out_of_reach(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     answers = [False]
     monkeypatch.setattr(task_data, "_hub_answers", lambda: answers[0])
-    with pytest.raises(UserError, match=r"not here: me/plain \(sub, other\).*python -m sddx.fetch"):
+    with pytest.raises(UserError, match=r"not here: me/plain \(sub, other\).*sddx fetch"):
         task_data.require_task_data(["outer"], folder)
     assert task_data._named([("me/many", str(n)) for n in range(57)]) == "me/many (0, 1, 2 and 54 more)"
     answers[0] = True

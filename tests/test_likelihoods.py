@@ -15,12 +15,12 @@ from test_decoding import state
 from words import WORDS, tiny_llama, word_tokenizer
 
 import sddx
+from sddx.compression.remove import apply_cut
 from sddx.evaluation import likelihoods as module
 from sddx.evaluation.likelihoods import is_packable, likelihoods, packed_rows
 from sddx.evaluation.prompts import SameTokensHFLM
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
-from sddx.surgery.remove import apply_cut
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 WINDOWED = ("mistral", "qwen3", "gemma3")

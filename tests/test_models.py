@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sddx.compression.remove import apply_cut
 from sddx.data.encode import require_template
 from sddx.errors import UserError
 from sddx.models import load
@@ -37,9 +38,8 @@ from sddx.models.load import (
 )
 from sddx.models.narrow import built, narrow
 from sddx.models.outputs import head_of, require_own_head, run
-from sddx.models.student import load_student, save_student
 from sddx.records import Cut
-from sddx.surgery.remove import apply_cut
+from sddx.students.student import load_student, save_student
 
 CUT = Cut.without({1, 2}, 5)
 

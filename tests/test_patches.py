@@ -9,17 +9,17 @@ import pytest
 import torch
 from families import VOCABULARY, adapt, build, tokens
 
+from sddx.compression.fit import fit_patches
+from sddx.compression.junction import Gap, Junction, attach, gaps
+from sddx.compression.patches import Diagonal, LightBlock, Linear, LinearFeedForward, LowRank, Mean
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import prove
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, set_blocks, stack
-from sddx.models.student import load_student, prune, save_student
-from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
-from sddx.surgery.fit import fit_patches
-from sddx.surgery.junction import Gap, Junction, attach, gaps
-from sddx.surgery.patches import Diagonal, LightBlock, Linear, LinearFeedForward, LowRank, Mean
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import prove
+from sddx.students.student import load_student, prune, save_student
+from sddx.students.teacher import SeparateTeacher, SharedTeacher
 
 CUT = Cut.without({1, 2}, 5)
 WIDTH = 32

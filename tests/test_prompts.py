@@ -23,7 +23,7 @@ from words import SPECIAL, WORDS, tiny_llama, word_tokenizer
 import sddx
 from sddx.data.encode import IGNORED, encode, encode_all, ending, render, text_batches, token_ids
 from sddx.data.selfdata import write_answers
-from sddx.data.vllm import Writer
+from sddx.engines.writing import Writer
 from sddx.errors import UserError
 from sddx.estimate.skeleton import skeleton
 from sddx.evaluation.harness import evaluate

@@ -11,10 +11,10 @@ from test_training import EVERYTHING, examples, weights
 import sddx
 from sddx.errors import UserError
 from sddx.models.load import four_bit, load_model
-from sddx.models.student import load_student, prune, save_student
-from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
+from sddx.students.student import load_student, prune, save_student
+from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.fit import Fit
 from sddx.training.tuning import qlora
 

@@ -14,7 +14,7 @@ from scipy.stats import sem, t, ttest_rel
 from stored import artifact
 from wandb_file import history, records
 
-from sddx.report import __main__ as report
+from sddx.commands import report
 from sddx.report import figures, page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants

@@ -21,7 +21,7 @@ from sddx.data.split import hold_out
 from sddx.data.tables import read_table
 from sddx.data.templates import line_breaks, rewriting_prompt
 from sddx.errors import UserError
-from sddx.lines import lines
+from sddx.files.lines import lines
 from sddx.records import Example
 from sddx.report.page import examples as shown_examples
 from sddx.runtime import Runtime

@@ -10,9 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from sddx.errors import UserError
+from sddx.files.naming import MOST, file_name, shortened
 from sddx.models.load import find_device
-from sddx.models.recovered import find_run
-from sddx.naming import MOST, file_name, shortened
 from sddx.run_folder import (
     CONFIG,
     SAMPLES,
@@ -23,6 +22,7 @@ from sddx.run_folder import (
     read_samples,
     read_summary,
 )
+from sddx.students.recovered import find_run
 
 CONFIGURED = {"seed": 0, "trainer": {"learning_rate": 1e-5}, "stages": None, "metrics": {"l2": {}}, "device": "cpu"}
 SCORES = {"facts": 0.5, "average": 0.5}

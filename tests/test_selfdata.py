@@ -28,10 +28,10 @@ from sddx.data.selfdata import (
 )
 from sddx.data.shards import read_examples, read_rows, write_rows
 from sddx.data.sources import pinned
-from sddx.inputs import read_by
 from sddx.records import Example
 from sddx.runtime import Runtime
 from sddx.stages.distill import distill
+from sddx.stages.inputs import read_by
 from sddx.stages.prepare import prepare
 from sddx.store import Store
 

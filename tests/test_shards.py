@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import sddx
+from sddx.compression.remove import apply_cut
 from sddx.data.shards import write_rows
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
 from sddx.models.load import frozen_model, load_model, load_tokenizer
-from sddx.models.student import save_student
 from sddx.parallel.distributed import rank, world
 from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Units
@@ -29,7 +29,7 @@ from sddx.stages.evaluate import evaluate
 from sddx.stages.patch import patch
 from sddx.stages.score import score
 from sddx.store import RESUME
-from sddx.surgery.remove import apply_cut
+from sddx.students.student import save_student
 from sddx.train import run
 
 MODEL = Artifact("model", "base", Path(sddx.__file__).parent / "tiny" / "checkpoint")
@@ -58,8 +58,8 @@ def artifact(stage: str, folder: Path) -> Artifact:
 def fitted(out: Path, cut: Path, name: str, runtime: Runtime) -> None:
     config = settings(f"pruning/patch={name}")
     asked = {key: value for key, value in config["pruning"]["patch"].items() if key != "_target_"}
-    given = [MODEL, Artifact("prune", "cut", cut)]
-    patch(out, *given, runtime=runtime, patch=asked, calibration=config["calibration"], **HOW)
+    inputs = {"base": MODEL, "cut": Artifact("prune", "cut", cut), "files": []}
+    patch(out, **inputs, runtime=runtime, patch=asked, calibration=config["calibration"], **HOW)
 
 
 @pytest.fixture(scope="module")

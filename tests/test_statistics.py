@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sddx.evaluation import statistics
 from sddx.evaluation.recovery import reported_chance, summarise
-from sddx.evaluation.statistics import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
 from sddx.report import table
+from sddx.statistics import intervals as statistics
+from sddx.statistics.intervals import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
 
 WRONG, RIGHT = 0.0, 1.0
 

@@ -23,15 +23,16 @@ from composing import SMALL, composed, resolve
 from stored import FIELDS
 from transformers import LlamaConfig, OPTConfig
 
+from sddx.commands.store import main
 from sddx.errors import UserError
+from sddx.files import lock
 from sddx.models import families
 from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.stages.evaluate import evaluate
 from sddx.stages.train import train
-from sddx.store import Store, default_root, digest, keep_rows, lock, manifest, sources
-from sddx.store.__main__ import main
+from sddx.store import Store, default_root, digest, keep_rows, manifest, sources
 from sddx.train import method
 
 HARNESS = "sddx.evaluation.harness.evaluate"
@@ -336,7 +337,7 @@ def of_sddx() -> dict[str, str]:
     targets = {
         "prepare": ["sddx.tiny.data.dataset"],
         "score": ["sddx.importance.metrics.angular_distance", VALUES[1], "sddx.tiny.data.conversations"],
-        "prune": ["sddx.surgery.choose.contiguous"],
+        "prune": ["sddx.compression.choose.contiguous"],
         "distill": ["sddx.data.selfdata.write_answers", "sddx.data.checkers.last_number"],
         "train": [
             "sddx.training.objective.Objective",
@@ -360,10 +361,10 @@ def of_sddx() -> dict[str, str]:
         ("sddx.hub", "def asking", "def more():\n    pass\n\n\ndef asking", set()),
         ("sddx.records", "GRANULARITIES =", "class New:\n    pass\n\n\nGRANULARITIES =", set()),
         ("sddx.models.load", "is a folder but holds no config.json", "holds no config.json", set()),
-        ("sddx.models.vllm", "vLLM ended", "vLLM stopped", set()),
-        ("sddx.data.vllm", '"top_p": self.top_p', '"top_p": 0.5', set()),
+        ("sddx.engines.settings", "vLLM ended", "vLLM stopped", set()),
+        ("sddx.engines.writing", '"top_p": self.top_p', '"top_p": 0.5', set()),
         ("sddx.training.losses", "def cross_entropy", "@cache\ndef cross_entropy", {"train"}),
-        ("sddx.evaluation.statistics", "def standard_error", "@cache\ndef standard_error", {"evaluate", "report"}),
+        ("sddx.statistics.intervals", "def standard_error", "@cache\ndef standard_error", {"evaluate", "report"}),
         ("sddx.importance.metrics", "def _angles", "@cache\ndef _angles", {"score"}),
         ("sddx.data.checkers", "rsplit(\"####\", 1)[-1]", "rsplit(\"####\", 2)[-1]", {"distill"}),
     ],
@@ -869,7 +870,7 @@ def test_gc_leaves_what_is_being_built(lab: Laboratory) -> None:
         lambda text: (
             text
             + textwrap.dedent("""
-        from sddx.store.__main__ import main
+        from sddx.commands.store import main
 
         def building(out, *, runtime):
             main(["--store", str(out.parents[2]), "gc"])
@@ -882,7 +883,7 @@ def test_gc_leaves_what_is_being_built(lab: Laboratory) -> None:
 
 
 def test_ls_as_a_program(lab: Laboratory) -> None:
-    """`python -m sddx.store ls` prints a line for each artifact, and works where there is no store yet."""
+    """`sddx store ls` prints a line for each artifact, and works where there is no store yet."""
     store = lab.store()
     artifacts = [store.build(lab.stages.measure, {}, runtime=Runtime(), value=value) for value in (1, 2)]
     command = [sys.executable, "-m", "sddx.store", "ls"]
@@ -901,7 +902,7 @@ def test_ls_as_a_program(lab: Laboratory) -> None:
 LEASE = """
 import sys, time
 from pathlib import Path
-from sddx.store import lock
+from sddx.files import lock
 lock.file_system, lock.LEASE = lambda path: "nfs4", 2.0
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)

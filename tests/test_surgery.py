@@ -11,13 +11,13 @@ import pytest
 import torch
 from families import ALL_FAMILIES, CLASSES, FAMILIES, VOCABULARY, adapt, build, tokens
 
+from sddx.compression.choose import contiguous, last, lowest, random, ranked
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import UnsoundModel, prove
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, per_layer_lists
 from sddx.models.load import load_model
 from sddx.records import Cut
-from sddx.surgery.choose import contiguous, last, lowest, random, ranked
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import UnsoundModel, prove
 
 CUT = Cut.without({1, 2}, 5)
 

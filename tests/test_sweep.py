@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from stored import artifact
 
 import sddx.train
+from sddx.commands import sweep as look
+from sddx.commands.store import main as store_command
 from sddx.config import CONF, register
 from sddx.errors import Interrupted, UserError
 from sddx.pipeline import Method
 from sddx.report.page import failed
 from sddx.runtime import Runtime
-from sddx.store.__main__ import main as store_command
-from sddx.sweep import __main__ as look
 from sddx.sweep import cells, launcher
 from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
@@ -42,6 +42,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # Hydra replaces them
     runs = iter(range(100))
+    sddx.train.install()
 
     def command(*given: str, store: Path | None = None) -> tuple[int, list[Path]]:
         out = tmp_path / f"sweep{next(runs)}"
@@ -127,7 +128,7 @@ def test_nothing_is_downloaded_for_one_cell_where_another_is_wrong(sweep, tmp_pa
     assert sweep(*far, "trainer.devices=1,2") == (2, []) and not asked
     assert "1 of 2 cells cannot run" in capsys.readouterr().err
     assert sweep(*far, "seed=0,1", "dry_run=true") == (2, []) and not asked
-    assert "python -m sddx.plan with the same settings" in capsys.readouterr().err
+    assert "sddx plan with the same settings" in capsys.readouterr().err
     sweep(*far, "seed=0,1")
     assert set(asked) == {"meta-llama/Llama-3.1-8B-Instruct"}
 
@@ -160,7 +161,7 @@ def test_whatever_a_cell_raises_ends_in_its_own_folder(sweep, error, monkeypatch
     sddx.train.launcher.install(sddx.train.verify, sddx.train.look, lambda *given: None, "sddx.train.run")
     status, folders = sweep("--multirun", "seed=0,1")
     monkeypatch.undo()
-    sddx.train.launcher.install(sddx.train.verify, sddx.train.look, sddx.train.tell, "sddx.train.run")
+    sddx.train.install()
     assert status == 1 and seen == [0, 1]
     assert [cells.state(folder) for folder in folders] == ["failed", "failed"]
     assert cells.read(folders[0])["reason"].startswith(type(error).__name__)

@@ -22,13 +22,13 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sddx.build import build
+from sddx.commands.fetch import _task_data
+from sddx.config.build import build
 from sddx.errors import UserError
 from sddx.estimate.costs import Estimate
 from sddx.evaluation import items, task_data, tasks
 from sddx.evaluation.harness import _precision, compact, evaluate, require_tasks, task_texts
 from sddx.evaluation.seeds import seeded
-from sddx.fetch import _task_data
 from sddx.importance.coalitions import TaskScore
 from sddx.runtime import Runtime
 from sddx.store import Store

@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import FAMILIES, adapt, build, tokens
 
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, stack
 from sddx.models.outputs import run
-from sddx.models.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
 from sddx.records import Batch, Cut
-from sddx.surgery.remove import apply_cut
+from sddx.students.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
 
 CUTS = [Cut.without({1, 2}, 5), Cut.without({0, 4}, 5)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.checkers import last_number
 from sddx.errors import UserError
 from sddx.tiny import data, lexicon, skills, write_tasks

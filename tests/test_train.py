@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 import sddx
-from sddx.compare import main as compare
+from sddx.commands.compare import main as compare
 from sddx.data.shards import write_rows
 from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS
-from sddx.precheck import _check_family, _check_pruning
 from sddx.records import ROLES, Artifact, Example
 from sddx.report import table
+from sddx.stages.check import _check_family, _check_pruning
 from sddx.train import look, run, verify
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
@@ -351,8 +351,8 @@ def write_own_world(folder: Path) -> None:
         "check: {_target_: sddx.data.checkers.exact, _partial_: true}\nrewrite: tiny\ntrains: []\n"
     )
     (folder / "conf/pruning/mine.yaml").write_text(
-        "_target_: sddx.surgery.choose.Pruning\nremove: 2\n"
-        "choose: {_target_: sddx.surgery.choose.lowest, _partial_: true}\n"
+        "_target_: sddx.compression.choose.Pruning\nremove: 2\n"
+        "choose: {_target_: sddx.compression.choose.lowest, _partial_: true}\n"
         "metric: {_target_: my_metric.depth, _partial_: true}\n"
     )
     (folder / "tasks").mkdir()
@@ -539,7 +539,10 @@ def test_no_model_is_asked_for_before_the_settings_are_right(
     told = str(caught.value)
     assert all(name in told for name in ("tiny_arithmetik", "gsm8k", "wikitext", "trainer.devices=2"))
     assert "Llama" not in told and not asked
-    with pytest.raises(UserError, match="is not on this machine.*sddx.plan"), composed(*SMALL, *far) as cfg:
+    with (
+        pytest.raises(UserError, match="is not on this machine.*sddx.commands.plan"),
+        composed(*SMALL, *far) as cfg,
+    ):
         verify(config := resolve(cfg) | {"dry_run": True})
         look(config)
     assert not asked

@@ -16,12 +16,12 @@ import torch
 from families import VOCABULARY, build
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sddx.compression.remove import apply_cut
 from sddx.data.encode import Encoded
 from sddx.errors import UserError
-from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.records import Cut
 from sddx.runtime import Runtime
-from sddx.surgery.remove import apply_cut
+from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training import batches
 from sddx.training.batches import StepLoader, order, plan
 from sddx.training.fit import Fit

@@ -7,13 +7,13 @@ import torch
 from families import VOCABULARY, build, tokens
 from transformers import CONFIG_MAPPING
 
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks
 from sddx.models.narrow import built, narrow
-from sddx.models.student import load_student, save_student
-from sddx.models.teacher import SharedTeacher
 from sddx.records import Batch, Cut
-from sddx.surgery.remove import apply_cut
+from sddx.students.student import load_student, save_student
+from sddx.students.teacher import SharedTeacher
 from sddx.training.tuning import coverage, full, kind, lora, require_adapter, told
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

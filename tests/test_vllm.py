@@ -19,7 +19,7 @@ from composing import SMALL, composed, resolve
 from words import tiny_llama, word_tokenizer
 
 from sddx.data.selfdata import TOO_LONG, Answer, write_answers
-from sddx.data.vllm import Writer, _environment, engines
+from sddx.engines.writing import Writer, _environment, engines
 from sddx.errors import UserError
 from sddx.models import load
 from sddx.models.load import frozen_model, load_model

@@ -25,14 +25,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import sddx
-from sddx.compare import compare, load_samples
+from sddx.commands.export import main as export
+from sddx.engines.judging import Engine
+from sddx.engines.settings import OLDEST
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
-from sddx.evaluation.vllm import Engine
-from sddx.export.__main__ import main as export
 from sddx.models import load
 from sddx.models.load import frozen_model
-from sddx.models.vllm import OLDEST
+from sddx.report.paired import compare, load_samples
 from sddx.store import manifest
 from sddx.train import run
 
@@ -283,7 +283,7 @@ def test_a_worker_does_not_outlive_the_run(stand_in: None, monkeypatch: pytest.M
     """A run that is killed leaves no process behind on the GPU."""
     monkeypatch.setenv("STAND_IN", "waits")
     given = "Path(), evaluation={}, dtype='', answered=Path(), quiet=False"
-    work = f"from sddx.evaluation.vllm import Engine, Path; Engine().judge({given})"
+    work = f"from sddx.engines.judging import Engine, Path; Engine().judge({given})"
     with subprocess.Popen([sys.executable, "-c", work], stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stderr is not None
         pid = next(int(line.split()[-1]) for line in parent.stderr if line.startswith("here is"))

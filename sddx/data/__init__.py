@@ -1,1 +1,1 @@
-"""Training data: sources, answer checkers, rewriting templates, encoding, shards and self-data."""
+"""Rows and texts: sources, checkers, templates, encoding, shards, and answers of the model's own."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sddx.build import build, tried
+from sddx.config.build import build, tried
 from sddx.data import encode
 from sddx.data.checkers import Reason
 from sddx.data.sources import of_hub, pinned

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from sddx.data.written import COPIED, rouge_l
 from sddx.errors import UserError
-from sddx.evaluation.text import repetition
+from sddx.statistics.answers import repetition
 
 _NUMBER = re.compile(
     r"""

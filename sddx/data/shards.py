@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sddx.lines import lines
+from sddx.files.lines import lines
 from sddx.records import Example
 
 SHARD_ROWS = 256

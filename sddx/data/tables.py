@@ -8,7 +8,7 @@ from typing import Any
 
 from sddx.data.told import numbered, setting
 from sddx.errors import UserError
-from sddx.lines import lines
+from sddx.files.lines import lines
 
 HUB = "path (data_files for rows of the hub)"
 

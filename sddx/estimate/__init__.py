@@ -1,1 +1,1 @@
-"""What a configuration will cost, from dimensions alone: no weight is loaded and nothing is asked of a network."""
+"""What a run costs: work, memory, hours, from dimensions alone."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sddx.build import build
+from sddx.compression.junction import gaps
+from sddx.config.build import build
 from sddx.data.shards import SHARD_ROWS
 from sddx.errors import UserError
 from sddx.estimate import efforts
@@ -33,7 +34,6 @@ from sddx.estimate.texts import (
 from sddx.importance.score import Work, works
 from sddx.records import Cut, Units
 from sddx.store.digest import digest
-from sddx.surgery.junction import gaps
 from sddx.training.tuning import told
 
 TEMPLATE = 80  # tokens that a rewriting template adds; ours

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
+from sddx.compression.fit import UNEXPLAINED
 from sddx.data.encode import TEXT_BATCH
 from sddx.estimate.skeleton import Size
 from sddx.estimate.texts import LONGEST, items_of, limited, request
-from sddx.surgery.fit import UNEXPLAINED
 
 if TYPE_CHECKING:
     from sddx.estimate.costs import Estimate

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sddx.compression.patches import Linear
 from sddx.estimate import memory
 from sddx.estimate.costs import Estimate
 from sddx.estimate.skeleton import removed, skeleton
@@ -13,7 +14,6 @@ from sddx.estimate.texts import LONGEST, request
 from sddx.importance.score import Work
 from sddx.models.anatomy import blocks, decoder
 from sddx.models.load import DTYPES
-from sddx.surgery.patches import Linear
 
 log = logging.getLogger(__name__)
 CONTEXT = 0.7e9  # bytes that a CUDA process takes before its first tensor; ours

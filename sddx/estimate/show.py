@@ -105,7 +105,7 @@ def _within_disk(estimate: Estimate) -> None:
     if (free := shutil.disk_usage(existing).free) < needed:
         raise UserError(
             f"This run needs {needed / 1e9:.1f} GB in the store {root}, where {free / 1e9:.1f} GB are free. Make "
-            "room (python -m sddx.store gc), give another store=/folder, or write fewer weights (tuning=lora, "
+            "room (sddx store gc), give another store=/folder, or write fewer weights (tuning=lora, "
             "evaluation.backend=hf)."
         )
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from sddx.compression.branches import NoAttention
+from sddx.compression.choose import last
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import cache_bytes
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, head
 from sddx.models.load import DTYPES, locate, said, text_config
 from sddx.models.narrow import REFUSALS
 from sddx.records import Cut, Units
-from sddx.surgery.branches import NoAttention
-from sddx.surgery.choose import last
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import cache_bytes
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
 from sddx.data.tables import read_table
 from sddx.evaluation.items import SIDES
 from sddx.evaluation.task_files import files_of
 from sddx.evaluation.tasks import OWN_TASKS
-from sddx.lines import lines
+from sddx.files.lines import lines
 
 CHARACTERS = 4  # a token, in English, with a vocabulary of 32,000 words or more; ours
 TURN = 20  # tokens that a chat template puts around a prompt and its answer; ours

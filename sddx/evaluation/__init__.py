@@ -1,1 +1,1 @@
-"""Evaluation: the harness, what a recovery is, and how sure one can be of it."""
+"""lm-eval in this process, its tasks and items, and what held-out texts say of a model."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval.api.model import LM, CachingLM
 
-from sddx.lines import lines
+from sddx.files.lines import lines
 from sddx.parallel.distributed import agreed, rank
 
 

@@ -22,7 +22,6 @@ from sddx.errors import UserError
 from sddx.evaluation.items import cluster_of, draw
 from sddx.evaluation.likelihood import MEASURES, measured
 from sddx.evaluation.seeds import SEEDS, seeded
-from sddx.evaluation.statistics import expected_half_width, independent, standard_error
 from sddx.evaluation.task_files import folder_of
 from sddx.evaluation.tasks import (
     OWN_TASKS,
@@ -40,6 +39,7 @@ from sddx.evaluation.tasks import (
     text_of,
 )
 from sddx.runtime import Runtime
+from sddx.statistics.intervals import expected_half_width, independent, standard_error
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -186,7 +186,7 @@ def evaluate(
 
     What the model answers is added to the file `answered`, and what is there is not asked again (`answers`).
     With `backend` vllm, the model is lm-eval's own around an engine, which makes its own batches; the settings of
-    the engine, `vllm`, are used where it is made (sddx.evaluation.vllm).
+    the engine, `vllm`, are used where it is made (sddx.engines.judging).
 
     `tasks` are lm-eval's names, groups included. What is given by task is given by these names, and holds for all
     parts of a group: `shots`, a task's number of examples (or one number for all that do not fix 0 themselves,

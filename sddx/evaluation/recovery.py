@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sddx.evaluation.likelihood import MEASURES
-from sddx.evaluation.statistics import (
+from sddx.records import ROLES
+from sddx.statistics.intervals import (
     Clusters,
     Scores,
     binary,
@@ -19,7 +20,6 @@ from sddx.evaluation.statistics import (
     standard_error,
     task_weights,
 )
-from sddx.records import ROLES
 
 # What is said of every subject, and of the student at the top.
 OF_STUDENT = (

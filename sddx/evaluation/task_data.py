@@ -167,7 +167,7 @@ def require_task_data(tasks: Sequence[str], include: str | None = None, data_dir
 
         raise UserError(
             f"The hub cannot be reached, and evaluation tasks need data that is not here: {_named(missing)}. "
-            "Where there is a network, run python -m sddx.fetch with the settings of this run; it fills the cache "
+            "Where there is a network, run sddx fetch with the settings of this run; it fills the cache "
             f"({HF_DATASETS_CACHE}), which can be copied here. Or name a folder of their rows: "
             "evaluation.data_dir. The tasks of evaluation=tiny need no network."
         )

@@ -11,8 +11,8 @@ import yaml
 import sddx
 from sddx.export.command import lm_eval
 from sddx.export.proof import evaluation_of
-from sddx.models.recovered import Recovered
 from sddx.report import table
+from sddx.students.recovered import Recovered
 
 UNKNOWN = "unknown: see the base model"
 TERMS = ("license", "license_name", "license_link")

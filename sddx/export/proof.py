@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from sddx.build import build
-from sddx.compare import compare, load_samples
+from sddx.config.build import build
 from sddx.data.encode import encode
 from sddx.data.shards import read_examples
 from sddx.errors import UserError
 from sddx.evaluation.harness import compact
 from sddx.models.load import DTYPES, load_tokenizer, text_config
-from sddx.models.recovered import Recovered
+from sddx.report.paired import compare, load_samples
 from sddx.run_folder import read_config
 from sddx.runtime import Runtime
 from sddx.store import manifest
+from sddx.students.recovered import Recovered
 
 RANDOM, EXAMPLES, LENGTH = 8, 8, 64  # prompts of random tokens and of the run's own text; their tokens at most
 FLOAT32_LIMIT = 1e-4

@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from sddx.compression import junction
 from sddx.errors import UserError
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
 from sddx.models.load import DTYPES, decides, find_device, load_model
-from sddx.models.plain import ADAPTER, write_apart, write_merged
-from sddx.models.recovered import Recovered, find_run
-from sddx.models.student import is_stock
 from sddx.store import Store
-from sddx.surgery import junction
+from sddx.students.plain import ADAPTER, write_apart, write_merged
+from sddx.students.recovered import Recovered, find_run
+from sddx.students.student import is_stock
 
 
 def export(

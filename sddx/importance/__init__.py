@@ -1,1 +1,1 @@
-"""Importance: which blocks change the hidden state least."""
+"""How much each unit of a model matters: hidden states, gradients, coalitions."""

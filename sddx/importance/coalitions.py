@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from sddx.compression.branches import without
+from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.evaluation.harness import evaluate, require_tasks
 from sddx.evaluation.tasks import named_in_files, no_names, task_folders
@@ -20,8 +22,6 @@ from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_block
 from sddx.models.outputs import first, head_of
 from sddx.parallel.distributed import agreed
 from sddx.records import Batch, Units
-from sddx.surgery.branches import without
-from sddx.surgery.remove import apply_cut
 
 Coalition = tuple[bool, ...]
 Head = Callable[[Tensor], Tensor]  # states [tokens, width] -> float32 logits [tokens, vocabulary]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sddx.build import tried
+from sddx.config.build import tried
 from sddx.data.encode import by_length
 from sddx.errors import UserError
 from sddx.importance.uncertainty import quantile

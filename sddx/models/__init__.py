@@ -1,1 +1,1 @@
-"""Models: loading, where their parts sit, one-copy teacher, saving and rebuilding students."""
+"""Loading models, where their parts are in each family, decoding."""

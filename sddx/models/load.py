@@ -46,7 +46,7 @@ ELSEWHERE = ("*/*", "consolidated*", "params.json", "*.bin.index.json")
 class Checkpoint:
     """The `model` group: a folder, a GGUF file or a hub id, its hub revision, the dtype (`auto`: that of its files)
     and attention it computes with; the settings of its config.json that say how large it is, for plans and
-    rehearsals without it; the packages of PyPI that hold it, for machines without a hub (sddx.models.packaged)."""
+    rehearsals without it; the packages of PyPI that hold it, for machines without a hub (sddx.gguf.packaged)."""
 
     path: str
     revision: str | None
@@ -82,8 +82,8 @@ def require_here(path: str, revision: str | None = None) -> None:
     if not is_here(path, revision):
         raise UserError(
             f"model {path!r} is not on this machine, so what of this run is built already cannot be told, and "
-            "nothing is downloaded for a look. Without the model, python -m sddx.plan with the same settings says "
-            "what the run costs; python -m sddx.fetch downloads it (with from=pypi the few models that PyPI holds)."
+            "nothing is downloaded for a look. Without the model, sddx plan with the same settings says "
+            "what the run costs; sddx fetch downloads it (with from=pypi the few models that PyPI holds)."
         )
 
 
@@ -102,7 +102,7 @@ def download(path: str, revision: str | None) -> Path:
     otherwise = (
         f"model {path!r} was not found. Tried: a local folder, the hub's cache on this machine, the hub. Give an "
         "existing folder or a hub id that can be reached from here, or fetch it where there is a network "
-        "(python -m sddx.fetch with the same settings; from=pypi brings the few models that PyPI holds); "
+        "(sddx fetch with the same settings; from=pypi brings the few models that PyPI holds); "
         "model=tiny needs none."
     )
     with asking("model", path, revision, otherwise=otherwise):

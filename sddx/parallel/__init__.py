@@ -1,1 +1,1 @@
-"""One piece of work in several processes of this machine, one a device."""
+"""One piece of work in several processes."""

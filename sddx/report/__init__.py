@@ -1,1 +1,1 @@
-"""From results to what is read. Nothing here imports torch."""
+"""What runs found: summaries, tables, curves, pages, W&B."""

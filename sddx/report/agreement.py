@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table as Shown
 from scipy.stats import spearmanr
 
+from sddx.compression.choose import contiguous, ranked
 from sddx.records import Artifact, Units
 from sddx.report import figures
 from sddx.report.summary import write
 from sddx.report.table import grid
-from sddx.surgery.choose import contiguous, ranked
 
 Scores = Mapping[str, Any]  # the summary of one metric in scores.json
 Table = dict[str, Any]

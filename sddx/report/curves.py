@@ -14,10 +14,10 @@ from typing import Any
 from scipy.stats import ttest_1samp
 
 from sddx.errors import UserError
-from sddx.evaluation.statistics import Interval, holm, paired_difference, t_interval, task_weights
 from sddx.report.extraction import Key, Reading, named, readings
 from sddx.report.subjects import having
 from sddx.run_folder import read_samples
+from sddx.statistics.intervals import Interval, holm, paired_difference, t_interval, task_weights
 
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.

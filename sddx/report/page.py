@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
-from sddx.evaluation.statistics import Interval
-from sddx.lines import lines
+from sddx.files.lines import lines
 from sddx.report import figures
 from sddx.report.curves import (
     Difference,
@@ -40,6 +39,7 @@ from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, 
 from sddx.report.subjects import reference, roles
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, marked, percent
 from sddx.run_folder import read_summary
+from sddx.statistics.intervals import Interval
 from sddx.store.manifest import find
 from sddx.sweep import cells
 

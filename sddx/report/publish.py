@@ -10,7 +10,22 @@ from sddx.report import page
 from sddx.report.curves import Family, Run, families
 from sddx.report.summary import write
 from sddx.store.digest import digest
-from sddx.tracking import open_run
+from sddx.tracking import mark, open_run
+
+
+def of_sweep(folder: Path, settings: dict[str, Any]) -> None:
+    """What the cells of a sweep found, as pages in its folder, and as one W&B run beside theirs; `settings` are the
+    tracker's. A sweep that is asked for again and found nothing new opens no second one."""
+    runs = page.of_folders([folder])
+    if not runs:
+        return
+    found = publish(runs, page.failed([folder]), folder)
+    print(f"What they found: {folder / 'report.html'}")
+    settings = {name: settings.get(name) for name in ("project", "entity", "group", "mode")}
+    seen = mark(Path(runs[0]["store"]), settings, [run["artifacts"] for run in runs])
+    if settings["mode"] in ("offline", "online") and not seen.exists():
+        to_wandb(runs, found, folder, settings)
+        seen.touch()
 
 
 def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:

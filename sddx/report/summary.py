@@ -13,10 +13,10 @@ from rich.console import Console
 from sddx.data.shards import read_rows
 from sddx.evaluation.harness import clusters_of, compact
 from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
-from sddx.models.packaged import origin
+from sddx.files.shapes import FORMAT
+from sddx.gguf.packaged import origin
 from sddx.records import Artifact, Cut, Rewrite
 from sddx.report import table
-from sddx.shapes import FORMAT
 from sddx.store import manifest
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sddx.arguments import exit_status
+from sddx.config.arguments import exit_status
 from sddx.errors import UserError
 from sddx.report.curves import AXES, KEPT, MEASURES
 from sddx.tracking import require_login

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import transformers
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.selfdata import Answer, acceptance, judge, strangers
 from sddx.data.shards import read_examples, write_rows
 from sddx.data.templates import rewriting_prompt

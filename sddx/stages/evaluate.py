@@ -11,20 +11,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.encode import by_length, text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.task_files import placed
-from sddx.evaluation.text import divergence, mean_length, perplexity, repetition
+from sddx.evaluation.text import divergence, perplexity
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer
-from sddx.models.plain import write_apart, write_merged
-from sddx.models.student import Student, load_student
-from sddx.models.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
+from sddx.statistics.answers import mean_length, repetition
 from sddx.store import RESUME, keep_rows
+from sddx.students.plain import write_apart, write_merged
+from sddx.students.student import Student, load_student
+from sddx.students.teacher import SeparateTeacher, SharedTeacher, Teacher
 
 ANSWERED = Path(RESUME, "answers.jsonl")
 

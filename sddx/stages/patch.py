@@ -8,18 +8,18 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.compression.fit import fit_patches
+from sddx.compression.junction import Junction
+from sddx.config.build import build
 from sddx.data.encode import text_batches
 from sddx.models.anatomy import blocks
 from sddx.models.load import context_of, free_memory, frozen_model, load_model, load_tokenizer
-from sddx.models.student import prune as pruned
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages.prune import footprint, write_proof
-from sddx.surgery.fit import fit_patches
-from sddx.surgery.junction import Junction
+from sddx.students.student import prune as pruned
 
 
 def patch(

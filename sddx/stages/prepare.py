@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.shards import write_rows, write_shards
 from sddx.data.split import hold_out, with_held_out
 from sddx.records import Artifact, Dataset

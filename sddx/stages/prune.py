@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.compression.junction import Attached
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import cache_bytes, prove, sliced_logits
+from sddx.config.build import build
 from sddx.models.anatomy import blocks, vocabulary
 from sddx.models.load import free_memory, load_model, text_config
 from sddx.models.outputs import require_own_head
-from sddx.models.student import saved_and_loaded
 from sddx.records import Artifact, Cut, Units
 from sddx.runtime import Runtime
-from sddx.surgery.junction import Attached
-from sddx.surgery.remove import apply_cut
-from sddx.surgery.soundness import cache_bytes, prove, sliced_logits
-from sddx.surgery.trial import try_out
+from sddx.students.student import saved_and_loaded
+from sddx.students.trial import try_out
 
 LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk where it need not
 

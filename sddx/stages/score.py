@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.config.build import build
 from sddx.data.encode import text_batches
 from sddx.evaluation.task_files import placed
 from sddx.importance.score import Subject, score_units

@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sddx.build import build
+from sddx.compression.junction import is_trained
+from sddx.config.build import build
 from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
 from sddx.errors import UserError
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
-from sddx.models.student import has_twins, prune, save_student
-from sddx.models.teacher import SeparateTeacher, SharedTeacher
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.runtime import Runtime, free_held
-from sddx.surgery.junction import is_trained
+from sddx.students.student import has_twins, prune, save_student
+from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.tuning import told
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from sddx.data.shards import read_rows
 from sddx.data.written import measured
 from sddx.evaluation.text import perplexity
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
-from sddx.models.student import load_student
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.runtime import Runtime
+from sddx.students.student import load_student
 
 SAMPLE, ROWS = 64, 8  # accepted answers that are read, drawn with a fixed seed; so many at once
 

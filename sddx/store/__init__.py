@@ -25,9 +25,10 @@ from typing import Any
 import platformdirs
 
 from sddx.errors import UserError
+from sddx.files import lock
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.store import digest, lock, manifest, measure, sources
+from sddx.store import digest, manifest, measure, sources
 
 RESUME = "resume"
 ROWS = "metrics.jsonl"

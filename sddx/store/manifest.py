@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.errors import UserError
-from sddx.shapes import FORMAT, Dead, Form, read_json
+from sddx.files.shapes import FORMAT, Dead, Form, read_json
 from sddx.store.digest import checksum, record
 
 NAME = "manifest.json"

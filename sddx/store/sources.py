@@ -27,11 +27,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from sddx.aliases import current
 from sddx.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Of sddx: what changes no number, and the table of families, of which a model's own entry counts with the model.
-UNCOUNTED = ("runtime", "errors", "store", "models.families")
+UNCOUNTED = ("runtime", "errors", "aliases", "store", "models.families")
 # Packages whose releases decide more than how exactly something is computed: lm-eval's hold the tasks themselves.
 VERSIONED = ("lm_eval",)
 LOGGERS = ("log", "logger", "logging", "warnings")
@@ -148,6 +149,7 @@ class Reached:
 @cache
 def reached(target: str) -> Reached:
     """All that decides what the dotted name computes, itself included. Raises UserError where it leads nowhere."""
+    target = current(target)
     top = target.partition(".")[0]
     home = PACKAGE.parent if top == PACKAGE.name else _home(top, target)
     if home is None or (top != PACKAGE.name and _third_party(home)):
@@ -160,7 +162,7 @@ def reached(target: str) -> Reached:
 
 def name(target: str) -> str | None:
     """The name that the first-party definition behind a dotted name has in its module; None for others."""
-    found = {one.name for one in _resolve(target) if isinstance(one, Definition)} - {EFFECTS}
+    found = {one.name for one in _resolve(current(target)) if isinstance(one, Definition)} - {EFFECTS}
     return found.pop() if len(found) == 1 else None
 
 

@@ -1,1 +1,1 @@
-"""Grids of runs: composed and checked as a whole, planned, run cell by cell, and watched."""
+"""Grids: composed, checked and planned as a whole, and the engines that run the cells."""

@@ -18,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sddx.config import resolve
 from sddx.errors import UserError
-from sddx.models.packaged import located
-from sddx.naming import file_name, shortened
+from sddx.files import lock
+from sddx.files.naming import file_name, shortened
+from sddx.files.shapes import Form, read_json
+from sddx.gguf.packaged import located
 from sddx.run_folder import CONFIG, LOCK, holds_another, is_another
-from sddx.shapes import Form, read_json
-from sddx.store import lock, manifest
+from sddx.store import manifest
 from sddx.store.digest import digest
 
 RECORD, TRACEBACK, PROGRESS = "cell.json", "traceback.txt", "progress.json"

@@ -13,14 +13,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sddx.entry import composing, mistakes_told
+from sddx.config.entry import composing, mistakes_told
 from sddx.errors import UserError, told
 from sddx.store.digest import digest
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
 from sddx.sweep.plan import levels
-from sddx.tracking import mark
 
 Check = Callable[[dict[str, Any]], None]
 Look = Callable[[dict[str, Any]], Any]
@@ -34,8 +33,8 @@ class Grid(Launcher):
     `first(config)` raises UserError for a cell that cannot run, and downloads nothing; `check(config)` is then
     asked of the cells of which `owes(config)` holds, whose models are still to be downloaded; `look(config)` says
     what a cell would build (a Plan), and `tell` prints that for all; `task` is the path of the function that runs
-    one, `task(config, folder)`.
-    Without one nothing is run.
+    one, `task(config, folder)`, and `report(folder, wandb)` says what the cells found. Without a task nothing is
+    run.
     """
 
     first: Check
@@ -44,6 +43,7 @@ class Grid(Launcher):
     look: Look
     tell: Tell
     task: str | None
+    report: Callable[[Path, dict[str, Any]], None]
 
     def __init__(self, engine: Engine = in_process) -> None:
         self.engine = engine
@@ -67,7 +67,7 @@ class Grid(Launcher):
             for cell in cells:
                 grid.prepare(cell)
             self.engine([[cells[at].folder for at in level] for level in levels(plans)], task)
-        report(cells)
+        type(self).report(cells[0].folder.parent, cells[0].config["wandb"])
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
 
@@ -105,24 +105,6 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def report(cells: Sequence[Cell]) -> None:
-    """What the cells found, as pages in the sweep's folder, and as one W&B run beside theirs. A sweep that is
-    asked for again and found nothing new opens no second one."""
-    from sddx.report import page, publish
-
-    folder = cells[0].folder.parent
-    runs = page.of_folders([folder])
-    if not runs:
-        return
-    found = publish.publish(runs, page.failed([folder]), folder)
-    print(f"What they found: {folder / 'report.html'}")
-    settings = {name: cells[0].config["wandb"].get(name) for name in ("project", "entity", "group", "mode")}
-    seen = mark(Path(runs[0]["store"]), settings, [run["artifacts"] for run in runs])
-    if settings["mode"] in ("offline", "online") and not seen.exists():
-        publish.to_wandb(runs, found, folder, settings)
-        seen.touch()
-
-
 def conclude(cells: Sequence[Cell]) -> None:
     """Say how many cells failed and why; leaves with status 1 where any did."""
     failed = [(cell, state) for cell in cells if (state := grid.state(cell.folder)) != "done"]
@@ -142,6 +124,7 @@ def install(
     task: str | None = None,
     first: Check | None = None,
     owes: Callable[[dict[str, Any]], bool] = lambda config: False,
+    report: Callable[[Path, dict[str, Any]], None] = lambda folder, wandb: None,
 ) -> None:
     """Let this launcher stand behind every `hydra/launcher=` of ours, and in for Hydra's own, `basic`. May be
     called more than once.
@@ -150,5 +133,6 @@ def install(
     """
     Grid.first, Grid.check, Grid.owes = staticmethod(first or check), staticmethod(check), staticmethod(owes)
     Grid.look, Grid.tell, Grid.task = staticmethod(look), staticmethod(tell), task
+    Grid.report = staticmethod(report)
     for name in ("hydra_plugins.sddx.Grid", "hydra._internal.core_plugins.basic_launcher.BasicLauncher"):
         Plugins.instance().class_name_to_class[name] = Grid

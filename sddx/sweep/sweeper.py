@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from sddx.config import writable_folder
-from sddx.entry import composing, mistakes_told
+from sddx.config.entry import composing, mistakes_told
 from sddx.errors import UserError
 
 

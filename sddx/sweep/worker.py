@@ -14,8 +14,8 @@ from pathlib import Path
 from hydra.utils import get_method
 from omegaconf import OmegaConf
 
+from sddx.config.printing import print_anywhere
 from sddx.errors import Interrupted, UserError
-from sddx.printing import print_anywhere
 from sddx.sweep import cells
 
 

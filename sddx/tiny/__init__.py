@@ -1,1 +1,1 @@
-"""The embedded world: eight skills, a tokenizer, a pretrained checkpoint and the recipe that made them."""
+"""The embedded world: its model, rows, tasks and recipe, and rehearsals of large runs on it."""

@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: `python -m sddx.tiny.pretrain out=my_model`."""
+"""The recipe of the embedded model: `sddx pretrain out=my_model`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from sddx.build import build
 from sddx.config import CONF, flatten, resolve
-from sddx.entry import command, mistakes_told
+from sddx.config.build import build
+from sddx.config.entry import command, mistakes_told
 from sddx.errors import UserError
 from sddx.models.load import load_model, load_tokenizer
 from sddx.runtime import Runtime
@@ -255,7 +255,7 @@ license: apache-2.0
 # The tiny model of sddx
 
 A Llama of {asked.model.num_hidden_layers} blocks and {parameters:,} parameters that knows eight skills of a made-up
-world. Made by `python -m sddx.tiny.pretrain` from {asked.documents:,} generated conversations.
+world. Made by `sddx pretrain` from {asked.documents:,} generated conversations.
 
 sha256 of every document in order: `{digest}`
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sddx.build import build
 from sddx.config import check, writable_folder
+from sddx.config.build import build
 from sddx.errors import UserError, require_none, told
 
 

@@ -1,1 +1,1 @@
-"""Losses, the objective of an arm, and the loop that trains a student on it."""
+"""Losses, the objective, the Lightning module, adapters."""

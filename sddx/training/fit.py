@@ -17,11 +17,11 @@ from torch import nn
 
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, is_adapted
-from sddx.models.teacher import SeparateTeacher
 from sddx.parallel.distributed import put_together, rank, shard, world
 from sddx.records import Cut
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
+from sddx.students.teacher import SeparateTeacher
 from sddx.training.batches import COUNTED, Step, StepLoader, plan
 from sddx.training.callbacks import Metrics, Resume, Validation
 from sddx.training.module import Distiller, Teacher

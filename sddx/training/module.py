@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sddx.errors import UserError
 from sddx.models.outputs import run
-from sddx.models.teacher import Teacher
 from sddx.parallel.distributed import as_in, of_optimizer, share, sum_gradients, summed, whole
 from sddx.records import Batch, Cut
+from sddx.students.teacher import Teacher
 from sddx.training.batches import Step
 from sddx.training.head import token_sums
 from sddx.training.objective import Objective, Totals, layer_pairs

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sddx.build import tried
+from sddx.config.build import tried
 from sddx.errors import UserError
-from sddx.models.teacher import check_vocabularies
 from sddx.records import Cut, Outputs
+from sddx.students.teacher import check_vocabularies
 
 ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
 

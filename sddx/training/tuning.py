@@ -11,7 +11,7 @@ from hydra.utils import get_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from sddx.build import build, tried
+from sddx.config.build import build, tried
 from sddx.errors import UserError
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from composing import numbers, swept  # noqa: E402
 
-from sddx.store.__main__ import main as store_command  # noqa: E402
+from sddx.commands.store import main as store_command  # noqa: E402
 from sddx.sweep import cells  # noqa: E402
 
 

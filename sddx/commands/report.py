@@ -1,0 +1,47 @@
+"""`sddx report [FOLDER ...]`: what the runs of a sweep, or of the whole store, found."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sddx.config import writable_folder
+from sddx.config.arguments import exit_status
+from sddx.errors import UserError
+from sddx.report import page
+from sddx.report.publish import publish, to_wandb
+from sddx.store import default_root
+from sddx.tracking import require_login
+
+
+@exit_status
+def main(arguments: list[str] | None = None) -> int:
+    """Writes report.html, report.md and report.csv; returns the exit status, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="sddx report", description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, help="run or sweep folders (default: all of the store)")
+    parser.add_argument("--store", type=Path, default=default_root(), help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="the folder to write (default: %(default)s)"
+    )
+    parser.add_argument("--wandb", choices=("offline", "online"), help="log it as a W&B run of its own too")
+    parser.add_argument("--project", default="sddx", help="the W&B project (default: %(default)s)")
+    parser.add_argument("--entity", help="the W&B entity (default: the user's own)")
+    given = parser.parse_args(arguments)
+    runs = page.of_folders(given.folders) if given.folders else page.of_store(given.store)
+    if not runs:
+        where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
+        raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
+    writable_folder(given.out, "--out")
+    if given.wandb == "online":
+        require_login()
+    found = publish(runs, page.failed(given.folders), given.out)
+    if given.wandb:
+        settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}
+        to_wandb(runs, found, given.out, settings)
+    print(f"{len(runs)} runs: {given.out / 'report.html'}, and the same as report.md and report.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

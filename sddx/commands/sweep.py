@@ -1,0 +1,110 @@
+"""`sddx sweep status [FOLDER]` and `watch`: the cells of a sweep, and what became of each."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sddx.config.arguments import exit_status
+from sddx.errors import UserError
+from sddx.sweep import cells
+from sddx.sweep.plan import clock
+
+ORDER = ("running", "failed", "killed", "interrupted", "waiting", "done")
+
+
+@exit_status
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="sddx sweep", description="Look at a sweep.")
+    parser.add_argument("command", choices=("status", "watch"), help="the table once, or again and again")
+    parser.add_argument("folder", nargs="?", help="the sweep's folder (default: the newest under multirun/)")
+    parser.add_argument("--every", type=_seconds, default=5, metavar="SECONDS", help="how often watch looks")
+    given = parser.parse_intermixed_args(arguments)
+    folder = Path(given.folder) if given.folder else newest(Path("multirun"))
+    print(table(folder))
+    with suppress(KeyboardInterrupt):
+        while given.command == "watch" and any(cell["state"] in ("running", "waiting") for cell in look(folder)[0]):
+            time.sleep(given.every)
+            print(f"\033[H\033[2J{table(folder)}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    """A time to wait, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 5, for example.")
+
+
+def newest(root: Path) -> Path:
+    """The sweep under `root` that was changed last. Raises UserError where there is none."""
+    found = {record.parent.parent for record in root.glob(f"*/*/*/{cells.RECORD}")}
+    if not found:
+        raise UserError(f"There is no sweep under {root.absolute()}. Give the folder of one.")
+    return max(found, key=lambda folder: folder.stat().st_mtime)
+
+
+def look(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of all cells, in their order, with the progress of those that run; and why others cannot be read.
+    Raises UserError where the folder holds none."""
+    found, unread = [], []
+    for record in sorted(folder.glob(f"*/{cells.RECORD}")):
+        try:
+            found.append(cells.look(record.parent) | {"progress": cells.progress(record.parent)})
+        except UserError as error:
+            unread.append(str(error))
+    if not found:
+        told = f"{folder} holds no cells of a sweep. Give a folder such as multirun/<date>/<time>."
+        raise UserError(*unread or [told])
+    return sorted(found, key=lambda cell: cell["number"]), unread
+
+
+def table(folder: Path) -> str:
+    """The cells as text: number, name, state, time, and the reason of a failure; then the counts, and what is left
+    out."""
+    found, unread = look(folder)
+    width = max(len(cell["name"]) for cell in found)
+    lines = [
+        f"{cell['number']:>5}  {cell['name']:<{width}}  {cell['state']:<11}  {_time(cell):>12}  "
+        f"{_where(cell) if cell['state'] == 'running' else _why(cell)}"
+        for cell in found
+    ]
+    counts = Counter(cell["state"] for cell in found)
+    total = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
+    header = f"{'cell':>5}  {'name':<{width}}  {'state':<11}  {'time':>12}"
+    launchers = ", ".join(sorted({cell["launcher"] for cell in found}))
+    rows = [line.rstrip() for line in lines]
+    left = [f"left out: {reason}" for reason in unread]
+    return "\n".join([f"{folder} ({launchers})", header, *rows, f"{len(found)} cells: {total}", *left])
+
+
+def _time(cell: dict[str, Any]) -> str:
+    if cell["state"] == "running":
+        return f"{clock(time.time() - cell['started'])} so far" if "started" in cell else ""
+    return clock(cell["seconds"]) if "seconds" in cell else ""
+
+
+def _where(cell: dict[str, Any]) -> str:
+    """What a running cell does, how far it is, and when it will be through with that."""
+    at = cell["progress"]
+    if not at:
+        return ""
+    share = f" {at['done'] / at['total']:.0%}" if at["total"] else ""
+    left = (at["total"] - at["done"]) / at["rate"] if at["total"] and at["rate"] else None
+    return f"{at['what']}{share}" + (f", {clock(left)} left" if left is not None else "")
+
+
+def _why(cell: dict[str, Any]) -> str:
+    return (cell.get("reason") or " ").splitlines()[0][:80]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Take blocks and branches out of a model."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from sddx.compression.branches import without
+from sddx.errors import UserError
+from sddx.models.anatomy import Stack, blocks, branches, decoder, is_adapted, set_blocks, stack
+from sddx.records import Cut
+
+
+def apply_cut(model: Any, cut: Cut) -> Stack:
+    """Edit the model in place so that only what the cut keeps is left; no weight changes.
+
+    Depth, the settings that list or number blocks, and the layer indices follow. A block that loses a branch is
+    replaced by a twin that shares the rest of its weights. Returns the model's original stack: all blocks in their
+    order, whole, with their settings, which a shared teacher needs. Raises UserError where the cut was made for
+    another depth, ValueError for a model that already has an adapter.
+    """
+    if is_adapted(model):
+        raise ValueError("remove blocks first and apply peft afterwards, or the adapter is cut as well")
+    full = stack(model)
+    if len(full.blocks) != cut.total:
+        raise UserError(
+            f"the cut was made for a model of {cut.total} blocks, and this one has {len(full.blocks)}. "
+            f"Choose the cut from scores of this model."
+        )
+    _own_config(model)
+    student = nn.ModuleList(kept_blocks(model, cut))
+    student.training = full.blocks.training
+    set_blocks(model, Stack(student, full.only(cut.kept)))
+    return full
+
+
+def kept_blocks(model: Any, cut: Cut) -> list[nn.Module]:
+    """The blocks of a whole model that the cut keeps; a twin of each that loses a branch."""
+    kept = [blocks(model)[block] for block in cut.kept]
+    for kind, lost in (("attention", cut.no_attention), ("feedforward", cut.no_feedforward)):
+        for block in lost:
+            place = cut.kept.index(block)
+            kept[place] = without(kept[place], kind, branches(model)[kind])
+    return kept
+
+
+def _own_config(model: Any) -> None:
+    """Give the model a config of its own: another model built from the same object must keep its depth."""
+    shared = decoder(model).config
+    own = deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own

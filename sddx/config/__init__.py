@@ -1,0 +1,284 @@
+"""The configuration: where it is found, and the check that lists every mistake before any work starts.
+
+Every group is a call: `_target_` and its keyword arguments. The signature is the schema: keyword-only
+parameters are what YAML sets, positional ones are what the code passes (`_partial_: true`).
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sddx.config.build import Called, Node, build
+from sddx.config.ranges import is_ours, no_node, out_of_range, wrong_type
+from sddx.errors import UserError, near
+
+_PACKAGE = Path(__file__).parents[1]
+# An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
+CONF = next(folder / "conf" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "conf").is_dir())
+
+FILES = ("experiment", "sweeps")  # sets of settings, which count as what they set
+
+
+def surroundings(
+    *,
+    run: Node,
+    store: str | None,
+    accept: list[str],
+    device: str,
+    wandb: Annotated[Node, Called(4)],
+    dry_run: bool,
+    stages: list[str] | None,
+    metrics: Mapping[str, Node],
+    rates: dict | None = None,
+    rehearse: list[str] | None = None,
+    gpu: str | None,
+    probe: int | float | str | None,
+    context: int,
+    budget: Mapping[str, float | None],
+) -> None:
+    """Settings that change no number of a run, those of plans last; a signature and no more."""
+
+
+SURROUNDINGS = tuple(inspect.signature(surroundings).parameters)
+
+
+def register() -> None:
+    """Tell Hydra and OmegaConf what the YAML files rely on. May be called more than once."""
+    OmegaConf.register_new_resolver("package", lambda: str(_PACKAGE), replace=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it wants a package more
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values; one that is to be rehearsed with its stand-ins in it. Its `choices` hold
+    whatever else was set on the command line. Raises UserError for interpolations and `???` that have none."""
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore
+        if config.get("choices"):
+            config["choices"] |= _other_choices(cfg, flatten(config))
+        return _rehearsed(config) if config.get("rehearse") else config
+    except MissingMandatoryValue:
+        missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
+        raise UserError(
+            f"These settings have no value: {missing}. Give each as name=value on the command line."
+        ) from None
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from None
+
+
+def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the stand-ins of its rehearsal in it."""
+    node = config["rehearse"]
+    raise_for([*no_node("rehearse", "", node), *_walk("rehearse", node)])
+    return build(node)(config)
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """An interpolation without a value, in words: what it lacks, and the setting that asks for it."""
+    where = f" (in {error.full_key})" if getattr(error, "full_key", None) else ""
+    told = re.sub(r"^\w+ (?:raised )?while resolving interpolation: ", "", str(error).splitlines()[0])
+    return f"The settings do not go together: {told}{where}. Give the setting a value of its own."
+
+
+def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was set on the command line and is not among the choices that the configuration names: runs that differ
+    in it are not runs of one kind either."""
+    sources = str(OmegaConf.to_container(cfg.choices, resolve=False)).replace("hydra:runtime.choices.", "")
+    named, beside = set(re.findall(r"[\w./]+", sources)), (*SURROUNDINGS, *FILES)
+    given = dict(override.lstrip("+").partition("=")[::2] for override in HydraConfig.get().overrides.task)
+    return {
+        key: settings.get(key, value)
+        for key, value in given.items()
+        if key not in named and key.split(".")[0] not in beside
+    }
+
+
+def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:
+    """Bind the root to `schema`, keys that are `also` there, where any are, to `surroundings`, and every `_target_`
+    to its signature, without calling anything.
+
+    Raises one UserError that lists every unknown, missing or misspelt key, every target that cannot be imported,
+    and every value that is out of its range or not of its type.
+    """
+    method = {key: value for key, value in config.items() if key not in also}
+    beside = {key: value for key, value in config.items() if key in also}
+    problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
+    problems += [found for key in config if key != "choices" for found in _walk(key, config[key])]
+    raise_for(problems)
+
+
+def raise_for(problems: Sequence[str]) -> None:
+    """Raises one UserError that lists these mistakes, if there are any."""
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"The configuration has {len(problems)} mistake(s); nothing was run.\n{listed}")
+
+
+def _walk(where: str, node: Any) -> Iterator[str]:
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            yield from _walk(f"{where}[{number}]", item)
+    if not isinstance(node, Mapping):
+        return
+    if odd := [key for key in node if not isinstance(key, str)]:
+        yield f"{where} has {', '.join(map(repr, odd))} for a name: put names that are no words in quotes."
+        return
+    if "_target_" in node:
+        target = _found(node["_target_"])
+        if target is None:
+            named = node["_target_"]
+            yield f"{where}._target_: {named!r} cannot be imported and called.{_near_target(named)}"
+            return
+        yield from _wrong_node(where, node, target)
+    else:
+        yield from (wrong for key in node for wrong in out_of_range(f"{where}.{key}", key, node[key]))
+    for key, value in node.items():
+        yield from _walk(f"{where}.{key}", value)
+
+
+def _found(named: Any) -> Callable | None:
+    try:
+        target = get_object(named)
+    except Exception:  # whatever the import of a user's module raises, there is nothing to call
+        return None
+    return target if callable(target) else None
+
+
+def _wrong_node(where: str, node: Mapping[str, Any], target: Callable) -> Iterator[str]:
+    """What is wrong with a node as a call of its target."""
+    named = node["_target_"]
+    if hidden := sorted(key for key in node if key.startswith("_") and key not in ("_target_", "_partial_")):
+        yield f"{where}: {', '.join(hidden)} is not for users. Beside _target_ there is _partial_ alone."
+    if (parameters := _parameters(target)) is None:
+        yield f"{where}._target_: {named} does not say what it takes. Name a function or class of Python's own."
+        return
+    given = {key: node[key] for key in node if not key.startswith("_")}
+    waits = _waits(target, parameters)
+    if waits and node.get("_partial_", False) is not True:
+        yield f"{where}._partial_ must be true: {named} is called later, with what the code gives it."
+    if not waits and node.get("_partial_", False) and not _may_wait(target, parameters, given):
+        yield f"{where}._partial_ must not be set: {named} waits for nothing. Take it out."
+    yield from bound(where, given, target)
+
+
+def _parameters(target: Callable) -> list[inspect.Parameter] | None:
+    """What a target takes; None for what does not say so (some that are written in C)."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (ValueError, TypeError):
+        return None
+
+
+def _waits(target: Callable, parameters: Sequence[inspect.Parameter]) -> bool:
+    """Whether a function needs what the code gives it, and not settings alone."""
+    given = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return not inspect.isclass(target) and any(p.default is p.empty for p in given)
+
+
+def _may_wait(target: Callable, parameters: Sequence[inspect.Parameter], given: Collection[str]) -> bool:
+    """Whether anything is left that the code could give it."""
+    if inspect.isclass(target):
+        return any(p.default is p.empty and p.name not in given for p in parameters)
+    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+
+
+def bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[str]:
+    """What is wrong with the keyword arguments `given` to `target`."""
+    parameters = _parameters(target) or []
+    # A function's positional parameters are passed by code; a record's fields may all be set.
+    settable = [p for p in parameters if p.kind is p.KEYWORD_ONLY or inspect.isclass(target)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    names = [p.name for p in settable]
+    prefix = f"{where}." if where else ""
+    for key in given:
+        if key not in names:
+            yield f"{prefix}{key} is not a setting.{near(str(key), names, prefix)} Known here: {', '.join(names)}."
+    for parameter in settable:
+        name, place = parameter.name, f"{prefix}{parameter.name}"
+        if name not in given:
+            if parameter.default is parameter.empty:
+                yield f"{place} has no value."
+        elif is_ours(target):
+            value = given[name]
+            wrong = [*wrong_type(place, parameter, value)]
+            wrong = wrong or [*out_of_range(place, name, value, str(parameter.annotation))]
+            yield from wrong or _uncallable(place, value, _called(parameter, target))
+
+
+def _called(parameter: inspect.Parameter, target: Callable) -> int | None:
+    """With how many values what stands here is called, by its parameter's annotation; None where that is silent."""
+    try:
+        annotation = eval(str(parameter.annotation), vars(sys.modules[target.__module__]))
+    except NameError:  # a name that is imported for type checkers alone
+        return None
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return next((part.values for part in parts if isinstance(part, Called)), None)
+    listed = get_origin(annotation) is collections.abc.Callable and isinstance(parts[0], list)
+    return len(parts[0]) if listed else None
+
+
+def _uncallable(where: str, node: Any, values: int | None) -> Iterator[str]:
+    """Whether what a node makes cannot be called with so many values."""
+    if values is None or not isinstance(node, Mapping) or (target := _found(node.get("_target_"))) is None:
+        return
+    settings = {key: None for key in node if not key.startswith("_")}
+    called: Any = target
+    given: list[None] = [None] * values
+    if inspect.isclass(target):
+        called = next((vars(each)["__call__"] for each in target.__mro__ if "__call__" in vars(each)), None)
+        settings, given = {}, [None, *given]  # itself
+    try:
+        inspect.signature(called).bind(*given, **settings)
+    except TypeError as error:
+        named = node["_target_"]
+        yield f"{where}._target_: {named} is called with {values} values, which it does not take ({error})."
+
+
+def _near_target(target: Any) -> str:
+    """Names in the same module that look like the one that was asked for."""
+    module, _, name = str(target).rpartition(".")
+    try:
+        near = difflib.get_close_matches(name, dir(get_object(module)), n=3)
+    except Exception:  # whatever the import of a user's module raises, the target stays unknown
+        return " Is its folder on PYTHONPATH (or in the one given by --config-dir)?"
+    return f" Near names in {module}: {', '.join(near)}." if near else ""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names, as W&B and tables show them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def writable_folder(path: Path, setting: str) -> Path:
+    """Create the folder; raises UserError, before any work, where it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Give another folder with {setting}=..."
+        ) from None
+    return path

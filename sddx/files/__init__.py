@@ -1,0 +1,1 @@
+"""Text files, their forms and names, and who holds them."""

@@ -1,0 +1,1 @@
+"""GGUF files as models: dequantised once, with the file's own tokenizer."""

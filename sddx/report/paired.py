@@ -1,0 +1,110 @@
+"""The paired difference of two runs, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sddx.errors import UserError
+from sddx.evaluation.likelihood import MEASURES
+from sddx.run_folder import read_samples
+from sddx.statistics.intervals import Interval, binary, flips, holm, mcnemar, paired_difference, task_weights
+
+Samples = Mapping[str, Mapping[str, Any]]
+
+
+def load_samples(folder: Path, model: str) -> Samples:
+    """Scores, item hashes and settings by task of one model of a run (`samples.json`). Raises UserError."""
+    models = read_samples(folder)
+    if model not in models:
+        raise UserError(f"{folder} has no scores of the {model} model; it has {', '.join(models)}.")
+    return models[model]
+
+
+def check_comparable(first: Samples, second: Samples) -> None:
+    """Raise UserError, with every reason, where tasks, settings (template, shots, ...) or items differ."""
+    reasons = [f"{task} is in one of the two only" for task in first.keys() ^ second.keys()]
+    for task in first.keys() & second.keys():
+        other = difference(flat(first[task]["settings"]), flat(second[task]["settings"]))
+        reasons += [f"{task}: {name} is {a} and {b}" for name, (a, b) in other.items()]
+        a, b = first[task]["hashes"], second[task]["hashes"]
+        if a != b:
+            shared = len(set(a) & set(b))
+            reasons.append(f"{task}: the items differ ({len(a)} and {len(b)}, {shared} in common)")
+    if reasons:
+        raise UserError(
+            "These runs cannot be compared:\n  "
+            + "\n  ".join(sorted(reasons))
+            + "\nEvaluate both with the same tasks and settings."
+        )
+
+
+def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted name; lists are leaves."""
+    if not isinstance(nested, Mapping):
+        return {prefix: nested}
+    return {
+        name: leaf
+        for key, value in nested.items()
+        for name, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Names under which two flat mappings differ, with both values (None where a name is missing)."""
+    names = dict.fromkeys([*first, *second])
+    both = {name: (first.get(name), second.get(name)) for name in names}
+    return {name: (a, b) for name, (a, b) in both.items() if a != b}
+
+
+def compare(first: Samples, second: Samples) -> dict[str, Any]:
+    """Paired differences, second - first: {"tasks": {task: {...}}, "average": Interval, "measures": {name: {task or
+    "average": Interval}}}.
+
+    A task has `difference` (an Interval over items, or over clusters of items where it has any) and, for binary
+    scores only (else None), `flipped` = (right to wrong, wrong to right), `p` and `p_holm`; no p where items are in
+    clusters, since the test takes them as independent. Tasks that stand apart are in no average. Raises UserError
+    where the two cannot be compared.
+    """
+    check_comparable(first, second)
+    tasks = {task: _task(first[task], second[task]) for task in first}
+    tested = [task for task in tasks if tasks[task]["p"] is not None]
+    for task, p in zip(tested, holm([tasks[task]["p"] for task in tested]), strict=True):
+        tasks[task]["p_holm"] = p
+    measures = {name: _measured(first, second, name) for name in MEASURES}
+    return {
+        "tasks": tasks,
+        "average": _average(first, second, "scores", list(first)),
+        "measures": {name: found for name, found in measures.items() if found},
+    }
+
+
+def _measured(first: Samples, second: Samples, measure: str) -> dict[str, Interval]:
+    """The difference of a measure by task, for tasks that have it in both, and on their average."""
+    having = [task for task in first if first[task].get(measure) and second[task].get(measure)]
+    found = {task: _difference(first, second, measure, [task]) for task in having}
+    return found | ({"average": average} if (average := _average(first, second, measure, having)) else {})
+
+
+def _average(first: Samples, second: Samples, what: str, tasks: Sequence[str]) -> Interval | None:
+    counted = [task for task in tasks if not first[task].get("apart")]
+    return _difference(first, second, what, counted) if counted else None
+
+
+def _difference(first: Samples, second: Samples, what: str, tasks: Sequence[str]) -> Interval:
+    before, after = ({task: samples[task][what] for task in tasks} for samples in (first, second))
+    weights = task_weights(tasks, {task: first[task]["part_of"] for task in tasks})
+    clusters = {task: first[task].get("clusters") for task in tasks}
+    return paired_difference([after], [before], weights=weights, clusters=clusters)
+
+
+def _task(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = first["scores"], second["scores"]
+    judged = binary(before) and binary(after)
+    return {
+        "difference": _difference({"": first}, {"": second}, "scores", [""]),
+        "p": mcnemar(before, after) if judged and not first.get("clusters") else None,
+        "p_holm": None,
+        "flipped": flips(before, after) if judged else None,
+    }

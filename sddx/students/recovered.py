@@ -1,0 +1,76 @@
+"""What a finished run left on disk, found again from its summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sddx.errors import UserError
+from sddx.records import Cut
+from sddx.run_folder import SUMMARY, Kept, read_summary
+from sddx.store import manifest
+from sddx.students.student import Student, load_student
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A run's summary with the folders of its base model, its student and its patch (None: there is none)."""
+
+    folder: Path
+    summary: dict[str, Any]
+    base: Path
+    cut: Cut
+    trained: Path | None
+    patch: Path | None
+
+    def how(self, dtype: str | None = None, device: str = "cpu") -> dict[str, str]:
+        """How its models are loaded: in the run's dtype, unless another is given, and with its attention."""
+        return {
+            "dtype": dtype or self.summary["dtype"],
+            "attention": self.summary["attention"],
+            "device": device,
+        }
+
+    def student(self, dtype: str | None = None, device: str = "cpu") -> Student:
+        """The recovered model, in eval mode and frozen."""
+        key = self.summary["artifacts"]["model"]
+        return load_student(
+            self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.how(dtype, device)
+        )
+
+    @property
+    def judged(self) -> str:
+        """The name that the run's evaluations have for it: without training, what is left is the pruned model."""
+        return "recovered" if self.trained else "pruned"
+
+    def artifact(self, stage: str) -> Path | None:
+        """The folder of one of the run's artifacts; None where the store no longer has it."""
+        key = self.summary["artifacts"].get(stage)
+        kept = stage.partition("_")[0]  # evaluations are named after the model that they judge
+        return manifest.find(Path(self.summary["store"]), kept, key) if isinstance(key, str) else None
+
+
+def find_run(path: str | Path) -> Recovered:
+    """The run of a `summary.json`, or of the folder that holds it.
+
+    Raises UserError where there is none, and where the store that the run wrote to, or the base model, is gone.
+    """
+    file = Path(path).expanduser()
+    file = file / SUMMARY if file.is_dir() else file
+    try:
+        fields = read_summary(file, Kept)
+    except UserError as error:
+        raise UserError(
+            f"{error} Give the summary.json that the last line of sddx.train names, or its folder."
+        ) from None
+    keys, base, store = fields["artifacts"], Path(fields["model_path"]), Path(fields["store"])
+    found: dict[str, Path] = {}
+    for stage in (stage for stage in ("prune", "patch", "train") if stage in keys):
+        place = manifest.find(store, stage, keys[stage])
+        if place is None or not base.is_dir():
+            gone = base if place else f"{stage} {keys[stage]} in the store {store}"
+            raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
+        found[stage] = place
+    cut = Cut.load(found["prune"] / "cut.json")
+    return Recovered(file.parent, fields, base, cut, found.get("train"), found.get("patch"))

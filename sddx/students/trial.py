@@ -1,0 +1,97 @@
+"""A cut tried out on a narrow model of the same family: what is proven of a pruned model, before one is there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sddx.compression.choose import Pruning
+from sddx.compression.remove import apply_cut
+from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
+from sddx.config.build import tried
+from sddx.errors import UserError
+from sddx.models.load import load_model
+from sddx.models.narrow import REFUSALS, built, narrow
+from sddx.models.outputs import require_own_head
+from sddx.records import Cut
+from sddx.students.student import saved_and_loaded
+
+WIDTH, VOCABULARY = 32, 64
+_mistakes: dict[tuple[str, Cut, str], str] = {}
+
+
+def try_out(config: Any, cut: Cut, attention: str) -> bool:
+    """Whether a narrow model of this config can be made, and runs. If so it was saved, loaded, cut, saved and
+    loaded again, and proven, as the model itself will be. Raises UserError where it failed: in its head, or in what
+    the cut leaves."""
+    asked = config.to_json_string(use_diff=False), cut, attention
+    if asked not in _mistakes:
+        try:
+            small = narrow(config, width=WIDTH, vocabulary=VOCABULARY)
+            model = built(small, torch.float32, attn_implementation=attention).eval()
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        except (UserError, *REFUSALS):
+            return False
+        _mistakes[asked] = _mistake(model, cut, attention)
+    if wrong := _mistakes[asked]:
+        raise UnsoundModel(f"A narrow {config.model_type} model with random weights was tried: {wrong}")
+    return True
+
+
+def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:
+    """What is wrong with such a model or what the cut leaves of it; nothing where all is well."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for weight in model.parameters():  # at first many are 0 or 1, and one stands for another
+            weight.add_(0.05 * torch.randn_like(weight))
+    try:
+        _prove(model, cut, attention)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _prove(made: Any, cut: Cut, attention: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made.save_pretrained(folder)
+        model = load_model(folder, attention=attention)
+        require_own_head(model)
+        sliced = sliced_logits(model, cut, vocabulary=VOCABULARY)
+        whole = apply_cut(model, cut)
+
+        def again() -> Any:
+            how = {"dtype": "float32", "attention": attention}
+            return saved_and_loaded(model, folder, cut=cut, base="", patch=None, attached={}, **how)
+
+        prove(model, vocabulary=VOCABULARY, again=again, sliced=sliced, whole=whole)
+
+
+def require_rule(pruning: Pruning, count: int) -> None:
+    """Raises UserError where the rule does not name `remove` of `count` units: tried without scores where there is
+    no metric, else on one score a unit and on distances between all states."""
+    tables: list[Any] = [None]
+    if pruning.metric is not None:
+        ascending = [float(number) for number in range(count + 1)]
+        tables = [{"mean": ascending[:count]}, {"mean": [ascending for _ in range(count + 1)]}]
+    refused = []
+    for table in tables:
+        try:
+            named = tried("pruning.choose", pruning.choose, table, count, pruning.remove)
+        except UserError as error:
+            refused.append(error)
+            continue
+        wanted = (
+            isinstance(named, Sequence) and set(named) <= set(range(count)) and len(set(named)) == pruning.remove
+        )
+        if not wanted:
+            refused.append(
+                UserError(f"pruning.choose gives {named!r}, and {pruning.remove} unit numbers are needed.")
+            )
+    if len(refused) == len(tables):
+        raise refused[0]

@@ -1,1 +1,0 @@
-"""Surgery: choose a cut, remove the blocks, prove that what is left is sound."""

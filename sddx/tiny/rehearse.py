@@ -1,0 +1,107 @@
+"""The dress rehearsal: an experiment's own settings on small stand-ins for what is large or far away."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sddx.store import default_root
+from sddx.store.digest import digest
+
+TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
+
+
+def small(
+    config: dict[str, Any], *, width: int, rows: int, texts: int, items: int, new_tokens: int
+) -> dict[str, Any]:
+    """The configuration with a random model of the same architecture, depth and kinds of layers but `width`
+    channels, `rows` rows and `texts` texts of the embedded world, and `items` items of two of its tasks; answers of
+    `new_tokens`, one epoch, on the processor.
+
+    Under `rehearse` stands what was replaced, one line each; all else is left as it is.
+    """
+    from sddx.models.narrow import MOST
+
+    store = Path(config["store"] or default_root()).expanduser()
+    folder = _random_model(config["model"], width, store / "rehearsals")
+    dataset, evaluation, generation = config["dataset"], config["evaluation"], config["generation"]
+    choices, held_out = config["choices"], 8
+    world = {"_target_": "sddx.tiny.data.conversations", "size": texts}
+    replaced = {
+        "model": {**config["model"], "path": str(folder), "revision": None, "dimensions": None},
+        "dataset": _rows(dataset, rows),
+        "calibration": {**world, "split": "calibration", "seed": 0},
+        "text": {**world, "split": "text", "seed": 1},
+        "evaluation": {
+            **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
+            "limit": items, "split": None, "max_new_tokens": new_tokens,
+            **{name: None for name in ("data_dir", "side", "cluster") if name in evaluation},
+            **({"apart": []} if "apart" in evaluation else {}),
+        },
+        "generation": {**generation, "max_new_tokens": new_tokens},
+        "trainer": {**config["trainer"], "budget": "examples", "epochs": 1},
+        "validation": held_out,
+        "choices": {**choices, "size": rows, **{n: f"{choices[n]}, rehearsed" for n in ("model", "dataset")}},
+        "teacher": None,
+        "device": "cpu",
+        "run": {**config["run"], "name": f"rehearsal-{config['run']['name']}"},
+        "wandb": {**config["wandb"], "mode": "disabled"},
+    }  # fmt: skip
+    said = [
+        f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide "
+        f"and at most {MOST['max_position_embeddings']} tokens of context",
+        f"rows: {dataset.get('name', dataset['_target_'])} by {rows} word problems of the embedded world, with the "
+        "checker and the rewriting template of the experiment",
+        f"held-out rows: {config['validation']} by {held_out}",
+        f"texts for scoring and for KL: {texts} of the embedded world",
+        f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots, "
+        "with their own metrics and chance levels",
+        f"answers: {new_tokens} tokens; one epoch; the processor; nothing goes to W&B",
+    ]
+    if config["teacher"]:
+        said.append(f"teacher: {config['teacher']} by the unpruned model")
+    return {**config, **replaced, "rehearse": said}
+
+
+def _rows(dataset: dict[str, Any], rows: int) -> dict[str, Any]:
+    kept = {name: dataset[name] for name in ("seed", "check", "rewrite")}
+    source = {"_target_": "sddx.tiny.data.dataset", "skill": "arithmetic", "shift": 1.0, "size": rows}
+    return {**source, **kept, "trains": ["tiny_arithmetic"]}
+
+
+def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
+    """The folder of a random model with the embedded tokenizer, made where it is not there yet. Raises UserError
+    for a width that it cannot have."""
+    import torch
+
+    from sddx.estimate.skeleton import shape_of
+    from sddx.models.load import DTYPES, load_tokenizer
+    from sddx.models.narrow import built, narrow
+
+    shape, tokenizer = shape_of(model), load_tokenizer(_tiny())
+    words = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = narrow(shape, width=width, vocabulary=len(tokenizer), **words)
+    folder = root / f"{config.model_type}-{digest([config.to_dict(), model['dtype']])[:12]}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        built(config, DTYPES.get(model["dtype"], torch.float32)).save_pretrained(Path(name) / "made")
+        tokenizer.save_pretrained(Path(name) / "made")
+        if not folder.exists():
+            os.replace(Path(name) / "made", folder)
+    return folder
+
+
+def _tiny() -> Path:
+    return Path(__file__).parents[1] / "tiny" / "checkpoint"
+
+
+def announce(config: dict[str, Any]) -> None:
+    """Print what a rehearsal replaced; nothing for a run that is none."""
+    if config.get("rehearse"):
+        print("A rehearsal: its numbers mean nothing. Replaced:")
+        print("\n".join(f"  {line}" for line in config["rehearse"]))
+        print("All else is the experiment's.")
