@@ -371,3 +371,30 @@ def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     estimates = [Estimate(config), Estimate({**config, "seed": 1})]
     show(estimates, config, Console(file=StringIO()))
     assert len(traced) == 1 and sorted(read) == ["rows_of"] * 2 + ["texts_of"] * 4
+
+
+OWN_TUNING = """
+from sddx.training.tuning import lora
+
+def adapted(model, seed, *, size):
+    return lora(model, seed, rank=size)
+
+def half(model, seed):
+    for place, weight in enumerate(model.parameters()):
+        weight.requires_grad_(place % 2 == 0)
+    return model
+"""
+
+
+def test_a_tuning_of_the_users_own_is_planned_by_what_it_makes(tmp_path: Path, monkeypatch) -> None:
+    """Whatever it and its settings are called: the parameters that it trains, and whether they are an adapter's."""
+    (tmp_path / "of_my_own.py").write_text(OWN_TUNING)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configured()
+    usual = Estimate(config)
+    assert usual.trained == 161_280 and not usual.is_full
+    large = usual.varied(tuning={"_target_": "of_my_own.adapted", "_partial_": True, "size": 64})
+    assert large.trained == 8 * 161_280 and not large.is_full
+    part = usual.varied(tuning={"_target_": "of_my_own.half", "_partial_": True})
+    assert part.is_full and 0 < part.trained < part.pruned.parameters
+    assert usual.trained == 161_280

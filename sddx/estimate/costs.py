@@ -32,9 +32,10 @@ from sddx.estimate.texts import (
     texts_of,
 )
 from sddx.importance.score import Work, works
+from sddx.models.anatomy import is_adapted
 from sddx.records import Cut, Units
 from sddx.store.digest import digest
-from sddx.training.tuning import told
+from sddx.training.tuning import lora, told
 
 TEMPLATE = 80  # tokens that a rewriting template adds; ours
 WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
@@ -85,6 +86,8 @@ class Estimate:
         """The same model under the same cut, with other settings of its training."""
         made = copy(self)
         made.config = {**self.config, **changes}
+        for known in ("trained", "adapter", "is_full") if "tuning" in changes else ():
+            vars(made).pop(known, None)
         return made
 
     def _student(self) -> tuple[Any, Cut]:
@@ -157,18 +160,17 @@ class Estimate:
     def student(self) -> Any:
         """The pruned model on the meta device, as it is trained."""
         tuning = self.config["tuning"]
-
-        # An adapter has the same weights on a quantised model.
-        settings = {name: tuning[name] for name in ("_partial_", *ADAPTER) if name in tuning}
-        target = "full" if self.is_full else "lora"
         student, _ = self._student()
         with torch.device("meta"):
-            return build({"_target_": f"sddx.training.tuning.{target}", **settings})(student, 0)
+            if "quantization" not in tuning:
+                return build(tuning)(student, 0)
+            # An adapter has the same weights on a model in 4 bit, which this is not.
+            return lora(student, 0, **{name: tuning[name] for name in ADAPTER if name in tuning})
 
-    @property
+    @cached_property
     def is_full(self) -> bool:
-        """Whether every weight is trained."""
-        return self.config["tuning"]["_target_"].endswith(".full")
+        """Whether the student's own weights are trained, and no adapter on them."""
+        return not is_adapted(self.student())
 
     @property
     def by_vllm(self) -> bool:
@@ -183,8 +185,7 @@ class Estimate:
     @property
     def needs_teacher(self) -> bool:
         """Whether a term looks at a teacher."""
-        terms = self.config["loss"]["terms"].values()
-        return any(not term["_target_"].endswith(".Supervised") for term in terms)
+        return build(self.config["loss"]).needs_teacher
 
     @property
     def shares_teacher(self) -> bool:

@@ -148,7 +148,7 @@ def _unsharded(estimate: Estimate) -> float:
         return pruned + teacher + 2 * each * estimate.trained
     frozen = unpruned if needed and shared else pruned
     head = 2 * estimate.unpruned.head * each  # stays in its dtype, as do embeddings
-    quantised = estimate.config["tuning"]["_target_"].endswith("qlora")
+    quantised = "quantization" in estimate.config["tuning"]
     # The adapter and its moments are float32.
     return (head + NF4 * (frozen - head) if quantised else frozen) + teacher + 3 * 4 * estimate.trained
 
@@ -180,7 +180,7 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
     rows, steps = trainer["batch_size"], trainer["accumulate"]
     found = [
         ("trainer.gradient_checkpointing=true", {"trainer": {**trainer, "gradient_checkpointing": True}}),
-        ("tuning=qlora", {"tuning": {**tuning, "_target_": "sddx.training.tuning.qlora"}}),
+        ("tuning=qlora", {"tuning": {**tuning, "quantization": {}}}),
     ]
     fitting = [name for name, change in found if _fits(estimate.varied(**change), room)]
     while rows > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from sddx.models.load import DTYPES
 from sddx.store import default_root
 from sddx.store.digest import digest
 from sddx.sweep.plan import clock
+from sddx.training.tuning import lora, qlora
 
 # Settings on which memory hangs, beside what is removed.
 HELD = ("model", "calibration", "metrics", "generation", "tuning", "max_length", "teacher", "evaluation", "text")
@@ -93,8 +95,11 @@ def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
 
 def _writes_weights(config: Mapping[str, Any]) -> bool:
     """Whether all of a model's weights are written: by full tuning, or for vLLM. (An adapter is small.)"""
-    full = config["tuning"]["_target_"].endswith(".full") and config["loss"]["terms"]
-    return not config["stages"] and bool(full or config["evaluation"].get("backend") == "vllm")
+    if config["stages"]:
+        return False
+    adapts = get_object(config["tuning"]["_target_"]) in (lora, qlora)  # of any other, only the model tells
+    by_vllm = config["evaluation"].get("backend") == "vllm"
+    return by_vllm or bool(config["loss"]["terms"] and not adapts and Estimate(config).is_full)
 
 
 def _within_disk(estimate: Estimate) -> None:
