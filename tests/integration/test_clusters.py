@@ -63,15 +63,16 @@ def test_a_sweep_on_slurm(slurm: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def ray() -> Iterator[str]:
+def ray(tmp_path: Path) -> Iterator[str]:
     if not importlib.util.find_spec("ray"):
         pytest.skip("needs Ray: pip install 'sddx[ray]'")
+    folder = tmp_path / "nodes"
     surroundings = os.environ | {"RAY": str(Path(sys.executable).with_name("ray"))}
     try:
-        subprocess.run([HERE / "ray.sh", "start", "6391"], check=True, timeout=120, env=surroundings)
+        subprocess.run([HERE / "ray.sh", "start", folder, "6391"], check=True, timeout=120, env=surroundings)
         yield "127.0.0.1:6391"
     finally:
-        subprocess.run([HERE / "ray.sh", "stop"], check=False, timeout=60, env=surroundings)
+        subprocess.run([HERE / "ray.sh", "stop", folder], check=False, timeout=60, env=surroundings)
 
 
 def test_a_sweep_on_two_nodes_of_ray(ray: str, tmp_path: Path) -> None:
