@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 BAR = re.compile(rb"(?:scoring|distilling|training):\s+\d+%")
-IMPORTS = "import lightning, peft, torch, transformers, wandb, sddx.stages.evaluate, sddx.stages.train, sddx.train"
+IMPORTS = "import lightning, peft, torch, transformers, wandb, sddx.stages.evaluate.run, sddx.train"
 
 
 def timed(command: list[str], folder: Path) -> tuple[float, float | None, dict]:

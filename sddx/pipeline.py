@@ -72,7 +72,7 @@ class Run:
     @cached_property
     def data(self) -> Artifact | None:
         """The rows of the data set in their order."""
-        from sddx.stages.prepare import prepare
+        from sddx.stages.prepare.run import prepare
 
         if not self.trains:
             return None
@@ -87,7 +87,7 @@ class Run:
 
     def scored(self, metrics: dict[str, Any]) -> Artifact:
         """The scores of every unit under each of these metrics, on the calibration texts."""
-        from sddx.stages.score import score
+        from sddx.stages.score.run import score
 
         files = [*read_by(self.store, self.calibration), *task_files(self.store, metrics)]
         spec = {"metrics": keyed_rows(self.store, metrics), "units": self.units, "calibration": self.calibration}
@@ -96,7 +96,7 @@ class Run:
     @cached_property
     def pruned(self) -> Artifact:
         """The cut that the scores led to, with the proof that the model stays sound under it."""
-        from sddx.stages.prune import prune
+        from sddx.stages.prune.run import prune
 
         pruning = self.method.pruning
         spec = {"choose": pruning["choose"], "remove": pruning["remove"], "units": self.units}
@@ -110,7 +110,7 @@ class Run:
     @cached_property
     def patch(self) -> Artifact | None:
         """What stands in for the removed parts."""
-        from sddx.stages.patch import patch
+        from sddx.stages.patch.run import patch
 
         settings = self.method.pruning["patch"]
         if settings["fit"] is None or not self.method.pruning["remove"]:
@@ -131,7 +131,7 @@ class Run:
 
     def _distilled(self, shards: list[Artifact]) -> Iterator[Artifact]:
         """The same rows with the unpruned model's own answers."""
-        from sddx.stages.distill import distill
+        from sddx.stages.distill.run import distill
 
         style, selfdata = self.method.loss["data"], self.method.selfdata
         spec = {"guided": style == "self", "rewrite": self.dataset["rewrite"]}
@@ -155,7 +155,7 @@ class Run:
     @cached_property
     def student(self) -> Artifact | None:
         """The pruned model after it learned from the rows."""
-        from sddx.stages.train import train
+        from sddx.stages.train.run import train
 
         if not self.trains:
             return None
@@ -170,7 +170,7 @@ class Run:
     @cached_property
     def written(self) -> Artifact | None:
         """What the unpruned model wrote, looked at."""
-        from sddx.stages.written import written
+        from sddx.stages.written.run import written
 
         if not self.is_self_data:
             return None
@@ -187,7 +187,7 @@ class Run:
 
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""
-        from sddx.stages.evaluate import evaluate
+        from sddx.stages.evaluate.run import evaluate
 
         if subject.name not in self._results:
             inputs: Inputs = {"base": self.base, **subject.inputs}
@@ -206,7 +206,7 @@ class Run:
     @cached_property
     def overlap(self) -> Artifact | None:
         """What the training rows share with the evaluation's items."""
-        from sddx.stages.overlap import overlap
+        from sddx.stages.overlap.run import overlap
 
         if self.data is None:
             return None
@@ -218,7 +218,7 @@ class Run:
     @cached_property
     def report(self) -> Artifact:
         """What was found, from all of it."""
-        from sddx.stages.report import report
+        from sddx.stages.report.run import report
 
         choices = self.method.choices
         if "evaluation.data_dir" in choices:

@@ -33,7 +33,7 @@ from sddx.report.agreement import show_agreement
 from sddx.report.summary import conclude, rewrites
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
-from sddx.stages.check import check_hardware, precheck
+from sddx.stages.check import precheck
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
 from sddx.sweep import launcher, sweeper
@@ -120,11 +120,12 @@ def run(config: dict[str, Any], folder: Path) -> Path:
     from transformers.utils.logging import disable_progress_bar
 
     from sddx.models.load import find_device, free_memory
+    from sddx.stages.train.check import on_device
 
     verify(config)
     disable_progress_bar()  # a bar for every loaded model hides those that matter
     device = find_device(config["device"])
-    check_hardware(config, device)
+    on_device(config, device)
     writable_folder(folder, "hydra.run.dir")
     OmegaConf.save(OmegaConf.create(config), folder / CONFIG)
     store = Store(Path(config["store"] or default_root()), config["accept"])

@@ -25,7 +25,7 @@ from sddx.files.lines import lines
 from sddx.records import Example
 from sddx.report.page import examples as shown_examples
 from sddx.runtime import Runtime
-from sddx.stages.prepare import prepare
+from sddx.stages.prepare.run import prepare
 from sddx.train import verify
 
 

@@ -30,9 +30,9 @@ from sddx.data.shards import read_examples, read_rows, write_rows
 from sddx.data.sources import pinned
 from sddx.records import Example
 from sddx.runtime import Runtime
-from sddx.stages.distill import distill
+from sddx.stages.distill.run import distill
 from sddx.stages.inputs import read_by
-from sddx.stages.prepare import prepare
+from sddx.stages.prepare.run import prepare
 from sddx.store import Store
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"

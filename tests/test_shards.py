@@ -24,10 +24,10 @@ from sddx.parallel.distributed import rank, world
 from sddx.parallel.launch import launch
 from sddx.records import Artifact, Cut, Example, Units
 from sddx.runtime import Runtime
-from sddx.stages.distill import distill
-from sddx.stages.evaluate import evaluate
-from sddx.stages.patch import patch
-from sddx.stages.score import score
+from sddx.stages.distill.run import distill
+from sddx.stages.evaluate.run import evaluate
+from sddx.stages.patch.run import patch
+from sddx.stages.score.run import score
 from sddx.store import RESUME
 from sddx.students.student import save_student
 from sddx.train import run

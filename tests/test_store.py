@@ -30,8 +30,8 @@ from sddx.models import families
 from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.stages.evaluate import evaluate
-from sddx.stages.train import train
+from sddx.stages.evaluate.run import evaluate
+from sddx.stages.train.run import train
 from sddx.store import Store, default_root, digest, keep_rows, manifest, sources
 from sddx.train import method
 

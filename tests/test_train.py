@@ -24,7 +24,7 @@ from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS
 from sddx.records import ROLES, Artifact, Example
 from sddx.report import table
-from sddx.stages.check import _check_family, _check_pruning
+from sddx.stages.prune.check import _check_family, _check_pruning
 from sddx.train import look, run, verify
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
@@ -72,7 +72,7 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     stage looks at the same items as the evaluation, and the table says so."""
     from sddx.evaluation.harness import task_texts
     from sddx.runtime import Runtime
-    from sddx.stages.overlap import overlap
+    from sddx.stages.overlap.run import overlap
 
     _, store, summary = first
     found = summary["overlap"]["tasks"]
@@ -581,7 +581,7 @@ def test_the_notebook_reads_a_run(first: tuple[Path, Path, dict], monkeypatch: p
 
 def prepared(out: Path, size: int) -> Path:
     from sddx.runtime import Runtime
-    from sddx.stages.prepare import prepare
+    from sddx.stages.prepare.run import prepare
 
     out.mkdir()
     with composed(f"dataset.size={size}", "run.name=x") as cfg:

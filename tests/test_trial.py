@@ -17,7 +17,7 @@ from sddx.evaluation.harness import json_lines, require_tasks
 from sddx.evaluation.tasks import OWN_TASKS, check_tasks, is_mean, named_in_files
 from sddx.importance.ablation import Greedy, Shapley
 from sddx.importance.coalitions import Loss, TaskScore
-from sddx.stages.check import check_names
+from sddx.stages.evaluate.check import check_names
 
 ROW = {"question": "a", "choices": ["x", "y"], "answer": 1}
 YAML = {

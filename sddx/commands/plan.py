@@ -14,7 +14,7 @@ from sddx.config.entry import command, mistakes_told, require_one_run, without_r
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.gguf.packaged import located
-from sddx.stages.check import check_names
+from sddx.stages.evaluate.check import check_names
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 

@@ -1,1 +1,1 @@
-"""The stages of a run, one plain function each: `stage(out, *, named inputs, runtime, **spec)`."""
+"""The stages of a run, a folder each: `run` (a function of named inputs and settings), `check` (what it refuses)."""

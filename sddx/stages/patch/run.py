@@ -18,7 +18,7 @@ from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
-from sddx.stages.prune import footprint, write_proof
+from sddx.stages.prune.run import footprint, write_proof
 from sddx.students.student import prune as pruned
 
 

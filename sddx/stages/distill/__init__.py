@@ -1,0 +1,1 @@
+"""distill: the unpruned model writes its own answer to every prompt of one shard."""

@@ -1,0 +1,1 @@
+"""evaluate: any model, unpruned, pruned or recovered, through the same harness."""

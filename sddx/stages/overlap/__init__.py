@@ -1,0 +1,1 @@
+"""overlap: which share of every evaluation task stands in the training rows."""

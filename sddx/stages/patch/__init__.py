@@ -1,0 +1,1 @@
+"""patch: what stands in for the removed parts, fitted on calibration text."""

@@ -1,0 +1,1 @@
+"""prepare: a dataset as rows on disk, in their seeded order."""

@@ -1,0 +1,1 @@
+"""report: what a run found, from everything that it built."""

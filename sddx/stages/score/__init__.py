@@ -1,0 +1,1 @@
+"""score: how much each unit of a model matters, by one metric or by several."""

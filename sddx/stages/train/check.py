@@ -1,0 +1,138 @@
+"""What training refuses before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sddx.config import bound, raise_for
+from sddx.config.build import build, made
+from sddx.errors import UserError
+from sddx.stages.local_model import Check, LocalModel, Node
+
+ADAPTER = ("rank", "dropout", "targets")
+
+
+def of_settings(method: Node) -> list[Check]:
+    """The terms give what is summed, the settings go together, and weights can be held as they are asked to be."""
+    return [
+        lambda: _check_loss(method["loss"]),
+        lambda: _check_training(method),
+        lambda: _check_quantization(method),
+    ]
+
+
+def of_model(method: Node, model: LocalModel) -> list[Check]:
+    """Rows can be told in the model's tokens and form, an adapter finds its layers, another teacher fits."""
+    from sddx.data.encode import ending
+    from sddx.training.tuning import require_adapter, require_tuning
+
+    tuning = method["tuning"]
+    checks: list[Check] = [lambda: _check_tokens(method, model)]
+    if method["loss"]["terms"]:
+        checks += [lambda: ending(model.tokenizer), lambda: require_tuning(tuning, model.bare)]
+    if method["loss"]["terms"] and "targets" in tuning:
+        checks.append(lambda: require_adapter(model.bare(), **_given(tuning, ADAPTER)))
+    if method["teacher"]:
+        checks.append(lambda: _check_teacher(method, model.config))
+    return checks
+
+
+def on_device(config: dict[str, Any], device: str) -> None:
+    """Where the run itself takes place (a sweep may be started elsewhere): there are as many CUDA devices as are
+    asked for, and they compute in what weights and training are to be in. Raises UserError."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return
+    trainer = config["trainer"]
+    devices, there = trainer.get("devices", 1), torch.cuda.device_count()
+    if trainer.get("strategy", "single") != "single" and (":" in device or devices > there):
+        raise UserError(
+            f"trainer.devices={devices} with device={device}, but torch finds {there} CUDA devices. Ask for no "
+            "more, with device=cuda; CUDA_VISIBLE_DEVICES chooses which."
+        )
+    quantization = config["tuning"].get("quantization") or {}
+    asked = [
+        ("trainer.precision", trainer.get("precision"), "32"),
+        ("model.dtype", config["model"]["dtype"], "float32"),
+        ("tuning.quantization.compute", quantization.get("compute"), "float32"),
+    ]
+    half = [(f"{name}={given}", f"{name}={full}") for name, given, full in asked if given in ("bf16", "bfloat16")]
+    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        given, instead = zip(*half, strict=True)
+        raise UserError(
+            f"{', '.join(given)}, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
+            f"{' '.join(instead)}."
+        )
+
+
+def _given(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of these settings those that the node gives; the others have their defaults."""
+    return {name: node[name] for name in names if name in node}
+
+
+def _check_loss(loss: dict[str, Any]) -> None:
+    """The terms give what is summed. Raises UserError."""
+    from sddx.training.objective import Objective, require_terms
+
+    require_terms(made(loss, Objective, "loss"))
+
+
+def _check_training(method: dict[str, Any]) -> None:
+    """The settings of the training go together, there are rows to choose the best by, and one process alone was
+    started. Raises UserError."""
+    trainer = method["trainer"]
+    started = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if started != "1":
+        raise UserError(
+            f"torchrun started {started} processes of the whole run. Start it once, with `python -m sddx.train`: "
+            f"trainer.strategy=ddp trainer.devices={started} starts its own processes."
+        )
+    if trainer.get("keep") == "best" and not method["validation"]:
+        raise UserError("trainer.keep=best chooses by held-out rows, and validation=0 holds out none. Use last.")
+    build(trainer)
+
+
+def _check_quantization(method: dict[str, Any]) -> None:
+    """4-bit weights can be had, and nothing is asked of them that they cannot do. Raises UserError."""
+    from sddx.models.load import four_bit
+
+    quantization, patch = method["tuning"].get("quantization"), build(method["pruning"]).patch
+    if quantization is None:
+        return
+    raise_for([*bound("tuning.quantization", quantization, four_bit)])
+    four_bit(**quantization)
+    if method["trainer"].get("strategy") == "fsdp":
+        raise UserError("4-bit weights cannot be cut into shards: use trainer.strategy=ddp or tuning=lora.")
+    if patch.fit is not None and method["pruning"]["remove"] and (patch.fold or patch.fit.reads == "preceding"):
+        raise UserError(
+            "4-bit weights can take up no patch: set pruning.patch.fold=false (pruning/patch=block cannot be), or "
+            "use tuning=lora."
+        )
+
+
+def _check_tokens(method: Node, model: LocalModel) -> None:
+    """The model has an embedding for every token that it is given, and a row has an answer left within max_length
+    and the context; of rows, those that are here. Raises UserError."""
+    from sddx.data.check import examples_here, require_trainable
+    from sddx.models.load import context_of, require_embedded
+
+    tokenizer, config, length = model.tokenizer, model.config, method["max_length"]
+    held_out, training = (
+        examples_here(method["dataset"], method["validation"]) if method["loss"]["terms"] else ([], [])
+    )
+    require_embedded(tokenizer, config, (row.prompt + row.response for row in (*held_out, *training)))
+    if training and tokenizer.chat_template:
+        require_trainable(tokenizer, held_out, training, min(length, context_of(config) or length))
+
+
+def _check_teacher(method: dict[str, Any], config: Any) -> None:
+    """Another teacher loads, and can be compared with the student. Raises UserError."""
+    from sddx.models.load import locate, require_loadable, text_config
+    from sddx.training.objective import require_comparable
+
+    folder = locate(method["teacher"])[0]
+    require_comparable(build(method["loss"]), config, text_config(folder))
+    require_loadable(folder, method["model"]["attention"])
