@@ -540,7 +540,7 @@ def test_no_model_is_asked_for_before_the_settings_are_right(
     assert all(name in told for name in ("tiny_arithmetik", "gsm8k", "wikitext", "trainer.devices=2"))
     assert "Llama" not in told and not asked
     with (
-        pytest.raises(UserError, match="is not on this machine.*sddx.commands.plan"),
+        pytest.raises(UserError, match="is not on this machine.*sddx plan"),
         composed(*SMALL, *far) as cfg,
     ):
         verify(config := resolve(cfg) | {"dry_run": True})

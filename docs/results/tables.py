@@ -19,12 +19,17 @@ COLUMNS = ("removed", "cut", "arm", "rate", "seed")
 def runs(name: str) -> list[dict[str, Any]]:
     """The kept runs, by blocks removed and then as their choices say."""
     lines = (DATA / name / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    return sorted(map(json.loads, lines), key=lambda run: [str(part).rjust(8) for part in about(run)])
+    return sorted(map(json.loads, lines), key=_place)
+
+
+def _place(run: dict[str, Any]) -> tuple[int, str, str, float, int]:
+    choices = run["choices"]
+    return choices["removed"], choices["pruning"], choices["loss"], choices["learning_rate"], choices["seed"]
 
 
 def about(run: dict[str, Any]) -> list[Any]:
     choices, trained = run["choices"], "recovered" in run["scores"]
-    rate = f"{choices['learning_rate']:g}" if trained else "-"
+    rate = f"{choices['learning_rate']:.0e}".replace("e-0", "e-") if trained else "-"
     arm = choices["loss"] if trained else "pruned"
     return [choices["removed"], choices["pruning"], arm, rate, choices["seed"] if trained else "-"]
 

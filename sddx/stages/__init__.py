@@ -1,1 +1,1 @@
-"""The stages of a run, a folder each: `run` (a function of named inputs and settings), `check` (what it refuses)."""
+"""The stages of a run, a folder each: `run`, what it does to named inputs, and `check`, what it refuses before."""

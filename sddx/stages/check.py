@@ -3,8 +3,14 @@ checks."""
 
 from __future__ import annotations
 
+import pkgutil
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
+from sddx import stages
 from sddx.errors import require_none, told
 from sddx.stages.local_model import Check, LocalModel, Node
 from sddx.tracking import require as require_tracked
@@ -34,18 +40,20 @@ def precheck(method: Node, wandb: Node, *, download: bool, device: str = "auto",
 
 
 def _of_settings(method: Node) -> list[Check]:
-    from sddx.stages.distill import check as distill
-    from sddx.stages.evaluate import check as evaluate
-    from sddx.stages.prepare import check as prepare
-    from sddx.stages.score import check as score
-    from sddx.stages.train import check as train
-
-    return [check for stage in (train, evaluate, score, prepare, distill) for check in stage.of_settings(method)]
+    """What each stage refuses of the settings alone."""
+    return [check for stage in _stages() for check in getattr(stage, "of_settings", _nothing)(method)]
 
 
 def _of_model(method: Node, model: LocalModel) -> list[Check]:
-    from sddx.stages.evaluate import check as evaluate
-    from sddx.stages.prune import check as prune
-    from sddx.stages.train import check as train
+    """What each stage refuses of the settings with this model."""
+    return [check for stage in _stages() for check in getattr(stage, "of_model", _nothing)(method, model)]
 
-    return [check for stage in (prune, evaluate, train) for check in stage.of_model(method, model)]
+
+def _nothing(*given: Any) -> list[Check]:
+    return []
+
+
+def _stages() -> list[ModuleType]:
+    """The checks of all stages that have any: whoever adds a stage adds them in its folder."""
+    names = [f"{stages.__name__}.{each.name}.check" for each in pkgutil.iter_modules(stages.__path__) if each.ispkg]
+    return [import_module(name) for name in names if find_spec(name)]
