@@ -21,6 +21,7 @@ from sddx.evaluation import items as sampling
 from sddx.evaluation.likelihood import MEASURES
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
+from sddx.statistics import answers
 
 WORDS = [f"w{index}" for index in range(40)]
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
@@ -497,10 +498,10 @@ def test_perplexity_counts_every_labelled_token_once(model) -> None:
 
 def test_repetition_and_length_by_hand() -> None:
     """'a b c d' twice over has five 4-grams, one of them seen before; short answers have none."""
-    assert text.repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
-    assert text.repetition(["a b c d", "a b c d"]) == 0.0
-    assert text.repetition(["a b"]) is None
-    assert text.mean_length(["a b", "a b c d"]) == 3.0 and text.mean_length([]) is None
+    assert answers.repetition(["a b c d a b c d"]) == pytest.approx(1 / 5)
+    assert answers.repetition(["a b c d", "a b c d"]) == 0.0
+    assert answers.repetition(["a b"]) is None
+    assert answers.mean_length(["a b", "a b c d"]) == 3.0 and answers.mean_length([]) is None
 
 
 def watched(model, stop: int, patch: pytest.MonkeyPatch) -> tuple[LlamaForCausalLM, list[int]]:

@@ -16,7 +16,7 @@ from sddx.models.anatomy import blocks, stack
 from sddx.models.narrow import built, narrow
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
-from sddx.stages import prune as stage
+from sddx.stages.prune import run as stage
 from sddx.students.trial import try_out
 
 DEPTH = 5

@@ -79,7 +79,7 @@ def test_where_the_hub_cannot_be_asked_what_was_fetched_counts(
     """The commit noted for this very revision, with one line that says so; without one, what to do."""
     asked = answers(monkeypatch, failure)
     node = {"name": "a/b", "revision": None}
-    with pytest.raises(UserError, match="sddx.commands.fetch"):
+    with pytest.raises(UserError, match="sddx fetch"):
         pinned(node)
     hub.note({("a/b", None): "1" * 40, ("a/b", "v2"): "2" * 40})
     hub.note({("c/d", None): "3" * 40})
@@ -92,7 +92,7 @@ def test_where_the_hub_cannot_be_asked_what_was_fetched_counts(
         pinned({**node, "revision": "v3"})
     hub.notes().write_text("{ cut sh")
     hub.commit.cache_clear()
-    with pytest.raises(UserError, match="sddx.commands.fetch"):
+    with pytest.raises(UserError, match="sddx fetch"):
         pinned(node)
 
 

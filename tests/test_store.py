@@ -349,7 +349,8 @@ def of_sddx() -> dict[str, str]:
         "report": [],
     }
     stages = {
-        name: digest.stage_source(importlib.import_module(f"sddx.stages.{name}").__dict__[name]) for name in targets
+        name: digest.stage_source(importlib.import_module(f"sddx.stages.{name}.run").__dict__[name])
+        for name in targets
     }
     parts = {name: [stages[name], *map(sources.reached, given)] for name, given in targets.items()}
     return {name: digest.digest(digest._summed(sources.together(part))) for name, part in parts.items()}

@@ -31,8 +31,9 @@ from sddx.evaluation.harness import _precision, compact, evaluate, require_tasks
 from sddx.evaluation.seeds import seeded
 from sddx.importance.coalitions import TaskScore
 from sddx.runtime import Runtime
+from sddx.stages.inputs import keyed_rows, read_by
 from sddx.store import Store
-from sddx.train import _by_content, _files, look, run
+from sddx.train import look, run
 
 QUIET = Runtime(quiet=True)
 LETTERS = {"text": ["hot", "wet", "tall", "loud"], "label": ["A", "B", "C", "D"]}
@@ -305,7 +306,7 @@ def test_a_key_holds_what_is_read_and_no_path(folder: str, tmp_path: Path) -> No
 
     def keys(data_dir: Any) -> tuple[list[str], Any]:
         given = {**node, "data_dir": str(data_dir)}
-        return [file.key for file in _files(store, given)], _by_content(store, {"inner": given})
+        return [file.key for file in read_by(store, given)], keyed_rows(store, {"inner": given})
 
     assert keys(moved) == keys(folder) and str(tmp_path) not in json.dumps(keys(moved))
     (moved / "piqa.jsonl").rename(moved / "piqa.validation.jsonl")
