@@ -85,7 +85,7 @@ def pruned(model, out):
     out.mkdir()
     choose = {"_target_": "sddx.compression.choose.last", "_partial_": True}
     how = {"dtype": "float32", "attention": "eager"}
-    stage.prune(out, model, runtime=Runtime(), choose=choose, remove=2, units="blocks", **how)
+    stage.prune(out, base=model, runtime=Runtime(), choose=choose, remove=2, units="blocks", **how)
     return json.loads((out / "proof.json").read_text())
 
 

@@ -348,10 +348,8 @@ def of_sddx() -> dict[str, str]:
         "evaluate": [HARNESS, "sddx.tiny.data.conversations"],
         "report": [],
     }
-    stages = {
-        name: digest.stage_source(importlib.import_module(f"sddx.stages.{name}.run").__dict__[name])
-        for name in targets
-    }
+    modules = {name: importlib.import_module(f"sddx.stages.{name}.run") for name in targets}
+    stages = {name: digest.stage_source(vars(module)[name]) for name, module in modules.items()}
     parts = {name: [stages[name], *map(sources.reached, given)] for name, given in targets.items()}
     return {name: digest.digest(digest._summed(sources.together(part))) for name, part in parts.items()}
 

@@ -151,7 +151,7 @@ def require_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         rows = sorted(theirs["samples"][task], key=lambda row: row["doc_id"])
         for sample, row in zip(record["samples"], rows, strict=True):
             assert sample["doc_hash"] == row["doc_hash"] and sample["prompt_hash"] == row["prompt_hash"]
-            assert sample["likelihoods"] == pytest.approx([each[0][0] for each in row["resps"]], abs=1e-5)
+            assert sample["likelihoods"] == pytest.approx([each[0][0] for each in row["resps"]], rel=1e-6, abs=1e-5)
 
 
 def test_rows_of_files_score_as_lm_eval_scores_them(model, tokenizer, folder: str, monkeypatch) -> None:
