@@ -16,14 +16,21 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
+def imported(path: Path) -> set[str]:
+    """The modules and rooms of ours that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    named = [(node.module, node.names) for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    whole += [f"sddx.{alias.name}" for module, names in named if module == "sddx" for alias in names]
+    ours = [name for name in [*whole, *(module for module, _ in named)] if name.startswith("sddx.")]
+    return {name.removeprefix("sddx.") for name in ours}
+
+
 def imports() -> dict[str, set[str]]:
     """By room, or module beside the rooms, those that it imports."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sddx":
-                below = node.module.split(".")[1:] or [alias.name for alias in node.names]  # type: ignore[union-attr]
-                found[room(path)] |= {below[0]} - {room(path)}
+        found[room(path)] |= {name.split(".")[0] for name in imported(path)} - {room(path)}
     found.pop("__init__")
     return found
 

@@ -46,29 +46,23 @@ MOVED = {
     "sddx.store.__main__": "sddx.commands.store",
     "sddx.store.lock": "sddx.files.lock",
     "sddx.store.why": "sddx.commands.why",
-    "sddx.surgery.branches": "sddx.compression.branches",
-    "sddx.surgery.choose": "sddx.compression.choose",
-    "sddx.surgery.fit": "sddx.compression.fit",
-    "sddx.surgery.junction": "sddx.compression.junction",
-    "sddx.surgery.patches": "sddx.compression.patches",
-    "sddx.surgery.remove": "sddx.compression.remove",
-    "sddx.surgery.soundness": "sddx.compression.soundness",
+    "sddx.surgery": "sddx.compression",  # with all that is in it
     "sddx.surgery.trial": "sddx.students.trial",
     "sddx.sweep.__main__": "sddx.commands.sweep",
 }
-ROOMS = {"sddx.surgery": "sddx.compression"}
 
 
 class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        new = MOVED.get(name) or ROOMS.get(name)
-        if new is None:
+        if not name.startswith("sddx.") or (new := current(name)) == name:
             return None
-        found = importlib.util.find_spec(new)
-        origin = found.origin if found else None  # which `python -m` gives to Hydra
-        return importlib.util.spec_from_loader(name, _Alias(name, new), origin=origin, is_package=name in ROOMS)
+        if (found := importlib.util.find_spec(new)) is None:
+            return None
+        is_room = found.submodule_search_locations is not None
+        # the origin is what `python -m` gives to Hydra
+        return importlib.util.spec_from_loader(name, _Alias(name, new), origin=found.origin, is_package=is_room)
 
 
 class _Alias(Loader):
@@ -101,7 +95,7 @@ def current(dotted: str) -> str:
     parts = dotted.split(".")
     for length in range(len(parts), 1, -1):
         old = ".".join(parts[:length])
-        if new := MOVED.get(old) or ROOMS.get(old):
+        if new := MOVED.get(old):
             return ".".join([new, *parts[length:]])
     return dotted
 

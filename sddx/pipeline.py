@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
-from sddx.config.build import Called, Node
+from sddx.config.build import Called, Node, only
 from sddx.files.lines import lines
 from sddx.records import Artifact, Subject
 from sddx.runtime import Runtime
@@ -56,7 +56,7 @@ class Run:
         from sddx.data.sources import pinned
 
         self.store, self.method = store, method
-        self.runtime = replace(runtime, training=_only(method.trainer, HOW_RUN))
+        self.runtime = replace(runtime, training=only(method.trainer, HOW_RUN))
         self.calibration, self.text = pinned(method.calibration), pinned(method.text)
         self.trains = bool(method.loss["terms"])
         self.dataset = pinned(method.dataset) if self.trains else method.dataset
@@ -239,10 +239,6 @@ class Run:
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:
         return self.store.build(stage, inputs, runtime=self.runtime, **spec)
-
-
-def _only(settings: Node, names: tuple[str, ...]) -> Node:
-    return {name: value for name, value in settings.items() if name in names}
 
 
 def _left(settings: Node, out: tuple[str, ...]) -> Node:

@@ -9,10 +9,11 @@ from importlib import import_module
 import pytest
 from composing import SMALL, composed, resolve
 
-from sddx.aliases import MOVED, ROOMS, current
+from sddx.aliases import MOVED, current
 from sddx.store import digest
 from sddx.store.sources import name, reached
 
+OF_SURGERY = ("branches", "choose", "fit", "junction", "patches", "remove", "soundness")
 TARGETS = {
     "sddx.surgery.choose.Pruning": "sddx.compression.choose.Pruning",
     "sddx.surgery.patches.Linear": "sddx.compression.patches.Linear",
@@ -22,7 +23,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("old", [*MOVED, *ROOMS])
+@pytest.mark.parametrize("old", [*MOVED, *(f"sddx.surgery.{name}" for name in OF_SURGERY)])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_old_module_is_the_new_one(old: str) -> None:
     if old.endswith("__main__"):

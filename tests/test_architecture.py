@@ -28,6 +28,8 @@ LEVELS = [
     {"train"},
     {"commands"},
 ]
+PAGE = runpy.run_path(str(ROOT.parent / "docs" / "architecture.py"))
+imported = PAGE["imported"]
 PURE = {"importance.metrics", "compression.choose", "training.losses", "statistics.intervals", "statistics.answers"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -38,16 +40,6 @@ def dotted(path: Path) -> str:
 
 def level(module: str) -> int:
     return next(number for number, rooms in enumerate(LEVELS) if module.split(".")[0] in rooms)
-
-
-def imported(path: Path) -> set[str]:
-    """The modules and rooms of ours that a file imports, wherever in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    named = [(node.module, node.names) for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    whole += [f"sddx.{alias.name}" for module, names in named if module == "sddx" for alias in names]
-    ours = [name for name in [*whole, *(module for module, _ in named)] if name.startswith("sddx.")]
-    return {name.removeprefix("sddx.") for name in ours}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -65,10 +57,8 @@ def test_a_circle_of_rooms_would_be_seen(tmp_path: Path) -> None:
 
 def test_the_page_on_architecture_says_what_is_so() -> None:
     """Its table is that of today's imports; else: python docs/architecture.py."""
-    folder = ROOT.parent / "docs"
-    made = runpy.run_path(str(folder / "architecture.py"))
-    text = (folder / "architecture.md").read_text(encoding="utf-8")
-    assert made["page"](text) == text
+    text = PAGE["PAGE"].read_text(encoding="utf-8")
+    assert PAGE["page"](text) == text
 
 
 @pytest.mark.parametrize("module", sorted(PURE))

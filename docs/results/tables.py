@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sddx.report.curves import is_trained
+from sddx.report.table import ABSENT, grid
+
 DATA = Path(__file__).parent / "data"
 COLUMNS = ("removed", "cut", "arm", "rate", "seed")
 
@@ -27,39 +30,28 @@ def _place(run: dict[str, Any]) -> tuple[int, str, str, float, int]:
     return choices["removed"], choices["pruning"], choices["loss"], choices["learning_rate"], choices["seed"]
 
 
-def about(run: dict[str, Any]) -> list[Any]:
-    choices, trained = run["choices"], "recovered" in run["scores"]
-    rate = f"{choices['learning_rate']:.0e}".replace("e-0", "e-") if trained else "-"
-    arm = choices["loss"] if trained else "pruned"
-    return [choices["removed"], choices["pruning"], arm, rate, choices["seed"] if trained else "-"]
+def about(run: dict[str, Any]) -> list[str]:
+    choices = run["choices"]
+    if not is_trained(run):
+        return [str(choices["removed"]), choices["pruning"], "pruned", ABSENT, ABSENT]
+    rate = f"{choices['learning_rate']:.0e}".replace("e-0", "e-")
+    return [str(choices["removed"]), choices["pruning"], choices["loss"], rate, str(choices["seed"])]
 
 
 def scored(run: dict[str, Any], model: str) -> list[str]:
     """A model's scores, and what is less noisy than they are."""
-    scores, errors = run["scores"][model], run["standard_errors"][model]
+    scores, error = run["scores"][model], run["standard_errors"][model]["average"]
     tasks = [f"{100 * scores[task]:.1f}" for task in scores if task != "average"]
-    average = f"{100 * scores['average']:.1f} ± {100 * errors['average']:.1f}"
-    return [
-        *tasks,
-        average,
-        f"{run['likelihoods'][model]['bits_per_byte']['average']:.3f}",
-        f"{run['text'][model]['kl']:.2f}",
-    ]
+    bits, kl = run["likelihoods"][model]["bits_per_byte"]["average"], run["text"][model]["kl"]
+    return [*tasks, f"{100 * scores['average']:.1f} ± {100 * error:.1f}", f"{bits:.3f}", f"{kl:.2f}"]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    tasks = [task.replace("_", "\\_") for task in found[0]["scores"]["unpruned"] if task != "average"]
-    rows = [["0", "-", "unpruned", "-", "-", *scored(found[0], "unpruned")]]
-    rows += [
-        [*map(str, about(run)), *scored(run, "recovered" if "recovered" in run["scores"] else "pruned")]
-        for run in found
-    ]
-    header = [*COLUMNS, *tasks, "average", "bits per byte", "KL"]
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("block_", "block\\_") for cell in line) + " |" for line in lines
-    )
+    tasks = [task for task in found[0]["scores"]["unpruned"] if task != "average"]
+    rows = [["0", ABSENT, "unpruned", ABSENT, ABSENT, *scored(found[0], "unpruned")]]
+    rows += [[*about(run), *scored(run, "recovered" if is_trained(run) else "pruned")] for run in found]
+    return grid([*COLUMNS, *tasks, "average", "bits per byte", "KL"], rows)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sddx.config import flatten
 from sddx.config.arguments import exit_status
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
-from sddx.report.paired import compare, difference, flat, load_samples
+from sddx.report.paired import compare, difference, load_samples
 from sddx.run_folder import CONFIG, SAMPLES, read_config
 from sddx.statistics.intervals import Interval
 
@@ -71,7 +72,7 @@ def _points(interval: Any) -> tuple[str, str]:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    return flat(read_config(folder)) if (folder / CONFIG).is_file() else {}
+    return flatten(read_config(folder)) if (folder / CONFIG).is_file() else {}
 
 
 @exit_status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,11 @@ from hydra.utils import instantiate
 from sddx.errors import UserError
 
 Node = dict[str, Any]  # settings with the `_target_` that they are for
+
+
+def only(node: Mapping[str, Any], names: Collection[str]) -> Node:
+    """Of a node's settings those of these names; others have their defaults."""
+    return {name: value for name, value in node.items() if name in names}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sddx.compression.junction import gaps
-from sddx.config.build import build
+from sddx.config.build import build, only
 from sddx.data.shards import SHARD_ROWS
 from sddx.errors import UserError
 from sddx.estimate import efforts
@@ -86,8 +86,8 @@ class Estimate:
         """The same model under the same cut, with other settings of its training."""
         made = copy(self)
         made.config = {**self.config, **changes}
-        for known in ("trained", "adapter", "is_full") if "tuning" in changes else ():
-            vars(made).pop(known, None)
+        if "tuning" in changes:
+            vars(made).pop("_tuned", None)
         return made
 
     def _student(self) -> tuple[Any, Cut]:
@@ -148,14 +148,21 @@ class Estimate:
         return bool(self.config["loss"]["terms"])
 
     @cached_property
+    def _tuned(self) -> tuple[int, str, bool]:
+        """What there is to say of the student as it is trained; itself it is not kept, once for every cell."""
+        student = self.student()
+        trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
+        return trained, told(student), is_adapted(student)
+
+    @property
     def trained(self) -> int:
         """Parameters that are trained, patches apart."""
-        return sum(w.numel() for w in self.student().parameters() if w.requires_grad) if self.trains else 0
+        return self._tuned[0] if self.trains else 0
 
-    @cached_property
+    @property
     def adapter(self) -> str:
         """Which kinds of weights have an adapter and which have none."""
-        return told(self.student())
+        return self._tuned[1]
 
     def student(self) -> Any:
         """The pruned model on the meta device, as it is trained."""
@@ -165,12 +172,12 @@ class Estimate:
             if "quantization" not in tuning:
                 return build(tuning)(student, 0)
             # An adapter has the same weights on a model in 4 bit, which this is not.
-            return lora(student, 0, **{name: tuning[name] for name in ADAPTER if name in tuning})
+            return lora(student, 0, **only(tuning, ADAPTER))
 
-    @cached_property
+    @property
     def is_full(self) -> bool:
         """Whether the student's own weights are trained, and no adapter on them."""
-        return not is_adapted(self.student())
+        return not self._tuned[2]
 
     @property
     def by_vllm(self) -> bool:

@@ -68,11 +68,12 @@ def require(configs: Sequence[Mapping[str, Any]]) -> None:
     first = configs[0]
     limited = first["budget"]["gpu_hours"] is not None
     on_gpu = first["device"] != "cpu" and torch.cuda.is_available()
-    if not (limited or on_gpu or any(map(_writes_weights, configs))):
+    if not (limited or on_gpu or any(map(_may_write_weights, configs))):
         return
     estimates = [Estimate(config) for config in configs]
-    for estimate in filter(lambda each: _writes_weights(each.config), estimates):
-        _within_disk(estimate)
+    for estimate in estimates:
+        if _may_write_weights(estimate.config) and (estimate.by_vllm or estimate.is_full):
+            _within_disk(estimate)
     if limited:
         _within_budget(first, hours(estimates, device_for(first, estimates[0])))
     if on_gpu:
@@ -93,13 +94,13 @@ def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
         )
 
 
-def _writes_weights(config: Mapping[str, Any]) -> bool:
-    """Whether all of a model's weights are written: by full tuning, or for vLLM. (An adapter is small.)"""
+def _may_write_weights(config: Mapping[str, Any]) -> bool:
+    """Whether all of a model's weights may be written: for vLLM, or by a tuning that is not known to make an
+    adapter, which is small; of any other, only the model tells."""
     if config["stages"]:
         return False
-    adapts = get_object(config["tuning"]["_target_"]) in (lora, qlora)  # of any other, only the model tells
-    by_vllm = config["evaluation"].get("backend") == "vllm"
-    return by_vllm or bool(config["loss"]["terms"] and not adapts and Estimate(config).is_full)
+    adapts = get_object(config["tuning"]["_target_"]) in (lora, qlora)
+    return config["evaluation"].get("backend") == "vllm" or bool(config["loss"]["terms"] and not adapts)
 
 
 def _within_disk(estimate: Estimate) -> None:

@@ -55,7 +55,10 @@ def summarise(
     stand at the top as well. None stands where a number is not defined: no such model, no such task, a denominator
     of 0, a task without a chance level, or the error of a single item.
     """
-    role = {kind: name for name, kind in roles.items() if name in models}
+    role: dict[str, str] = {}  # the first of each
+    for name, kind in roles.items():
+        if name in models:
+            role.setdefault(kind, name)
     reference, cut = role["reference"], role.get("cut")
     every = {task: (part_of or {}).get(task, task) for task in models[reference]}
     names = {task: name for task, name in every.items() if name not in apart}

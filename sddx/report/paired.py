@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sddx.config import flatten
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.run_folder import read_samples
@@ -26,7 +27,7 @@ def check_comparable(first: Samples, second: Samples) -> None:
     """Raise UserError, with every reason, where tasks, settings (template, shots, ...) or items differ."""
     reasons = [f"{task} is in one of the two only" for task in first.keys() ^ second.keys()]
     for task in first.keys() & second.keys():
-        other = difference(flat(first[task]["settings"]), flat(second[task]["settings"]))
+        other = difference(*(flatten(each[task]["settings"]) for each in (first, second)))
         reasons += [f"{task}: {name} is {a} and {b}" for name, (a, b) in other.items()]
         a, b = first[task]["hashes"], second[task]["hashes"]
         if a != b:
@@ -38,17 +39,6 @@ def check_comparable(first: Samples, second: Samples) -> None:
             + "\n  ".join(sorted(reasons))
             + "\nEvaluate both with the same tasks and settings."
         )
-
-
-def flat(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted name; lists are leaves."""
-    if not isinstance(nested, Mapping):
-        return {prefix: nested}
-    return {
-        name: leaf
-        for key, value in nested.items()
-        for name, leaf in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -45,13 +45,12 @@ class Found:
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they judged."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
-        stages = {stage: [made] for stage, made in one.items() if made}
-        stages |= (
-            {"distill": distilled} if (distilled := [each for each in self.rows if each.stage == "distill"]) else {}
-        )
         late = {"train": self.student, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
-        return stages | {stage: [made] for stage, made in late.items() if made}
+        stages = {stage: [made] if made else [] for stage, made in one.items()}
+        stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
+        stages |= {stage: [made] if made else [] for stage, made in late.items()}
+        return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
 
 def rewrites(shards: Sequence[Artifact]) -> list[Rewrite]:
@@ -121,10 +120,8 @@ def _cost(found: Found) -> dict[str, Any]:
     cut = Cut.load(found.pruned.path / "cut.json")
     training: dict[str, Any] = _read(found.student, "training.json") if found.student else {}
     answers = rewrites(found.rows[1:])
-    manifests = {
-        stage: [manifest.read(artifact.path) or {} for artifact in artifacts]
-        for stage, artifacts in found.built().items()
-    }
+    stages = found.built()
+    manifests = {stage: [manifest.read(each.path) or {} for each in made] for stage, made in stages.items()}
     built = manifests.get("train", manifests["prune"])[0]
     size = _read(found.pruned, "size.json") | (_read(found.patch, "size.json") if found.patch else {})
     return {
@@ -147,10 +144,7 @@ def _cost(found: Found) -> dict[str, Any]:
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
         "artifacts": {
             "model": found.base.key,
-            **{
-                stage: [a.key for a in made] if len(made) > 1 else made[0].key
-                for stage, made in found.built().items()
-            },
+            **{stage: [a.key for a in made] if len(made) > 1 else made[0].key for stage, made in stages.items()},
         },
         "model_path": str(found.base.path),
         "dequantised": origin(found.base.path),

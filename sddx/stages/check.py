@@ -4,15 +4,16 @@ checks."""
 from __future__ import annotations
 
 import pkgutil
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from sddx import stages
+from sddx.config.build import Node
 from sddx.errors import require_none, told
-from sddx.stages.local_model import Check, LocalModel, Node
+from sddx.stages.local_model import Check, LocalModel
 from sddx.tracking import require as require_tracked
 
 
@@ -53,6 +54,7 @@ def _nothing(*given: Any) -> list[Check]:
     return []
 
 
+@cache
 def _stages() -> list[ModuleType]:
     """The checks of all stages that have any: whoever adds a stage adds them in its folder."""
     names = [f"{stages.__name__}.{each.name}.check" for each in pkgutil.iter_modules(stages.__path__) if each.ispkg]

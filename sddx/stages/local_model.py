@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-Node = dict[str, Any]
 Check = Callable[[], Any]
 
 
@@ -33,6 +32,14 @@ class LocalModel:
         from sddx.models.load import load_tokenizer
 
         return load_tokenizer(self.folder)
+
+    @cached_property
+    def ending(self) -> Any:
+        """How an answer ends in the model's own chat form. Raises UserError where prompts and answers cannot be put
+        into it, or not be told apart there."""
+        from sddx.data.encode import ending
+
+        return ending(self.tokenizer)
 
     def bare(self) -> Any:
         """The model without weights, anew at every call."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sddx.config.build import build
-from sddx.stages.local_model import Check, Node
+from sddx.config.build import Node, build
+from sddx.stages.local_model import Check
 
 
 def of_settings(method: Node) -> list[Check]:

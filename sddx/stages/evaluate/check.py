@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from sddx.config.build import build
+from sddx.config.build import Node, build, only
 from sddx.errors import UserError, require_none, told
-from sddx.stages.local_model import Check, LocalModel, Node
+from sddx.stages.local_model import Check, LocalModel
 from sddx.stages.prepare.check import check_trained
 
 
@@ -24,19 +24,17 @@ def of_settings(method: Node) -> list[Check]:
 
 def of_model(method: Node, model: LocalModel) -> list[Check]:
     """The context has room for what is asked, and the chat template carries it."""
-    from sddx.data.encode import ending
-
     evaluation, checks = method["evaluation"], list[Check]()
     if tasks_exist := not told([lambda: check_names(method)]):
         checks.append(lambda: _check_room(evaluation, model))
     if evaluation["chat_template"]:
-        checks.append(lambda: ending(model.tokenizer))
+        checks.append(lambda: model.ending)
     if evaluation["chat_template"] and tasks_exist:
         checks.append(lambda: _check_descriptions(evaluation, model.tokenizer))
     return checks
 
 
-def check_names(config: dict[str, Any]) -> None:
+def check_names(config: Node) -> None:
     """The tasks that are evaluated, that settings are given for and whose skill rows are said to train exist.
     Raises UserError."""
     from sddx.evaluation.tasks import check_tasks
@@ -47,15 +45,15 @@ def check_names(config: dict[str, Any]) -> None:
     require_none(told([check_evaluated, lambda: check_trained(config)]))
 
 
-def _check_evaluation(evaluation: dict[str, Any]) -> None:
+def _check_evaluation(evaluation: Node) -> None:
     """The tasks can be evaluated by these settings, and what they read is there. Raises UserError."""
     from sddx.evaluation.harness import require_tasks
 
     read = ("tasks", "include", "split", "shots", "primary", "chance", "limit", "cluster", "apart", "data_dir")
-    require_tasks("evaluation", **{key: evaluation[key] for key in read if key in evaluation})
+    require_tasks("evaluation", **only(evaluation, read))
 
 
-def _check_backend(method: dict[str, Any]) -> None:
+def _check_backend(method: Node) -> None:
     """What judges the models is installed, and can load what is left of them. Raises UserError."""
     from sddx.evaluation.harness import BACKENDS
 
@@ -94,9 +92,8 @@ def _check_room(evaluation: Node, model: LocalModel) -> None:
     answers = written(evaluation["tasks"], evaluation["include"], longest)
     require_room(answers, resolve_max_length(config, tokenizer))
     names = ("tasks", "include", "chat_template", "shots", "split", "max_new_tokens", "data_dir")
-    asked = {name: evaluation[name] for name in names if name in evaluation}
     if context := context_of(config):
-        require_prompts_fit(tokenizer, context, **asked)
+        require_prompts_fit(tokenizer, context, **only(evaluation, names))
 
 
 def _check_descriptions(evaluation: Node, tokenizer: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sddx.config.build import Node
 from sddx.errors import UserError
-from sddx.stages.local_model import Check, Node
+from sddx.stages.local_model import Check
 
 
 def of_settings(method: Node) -> list[Check]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sddx.config.build import build, made
+from sddx.config.build import Node, build, made
 from sddx.errors import UserError
 from sddx.records import Units
-from sddx.stages.local_model import Check, LocalModel, Node
+from sddx.stages.local_model import Check, LocalModel
 
 
 def of_model(method: Node, model: LocalModel) -> list[Check]:
@@ -24,7 +24,7 @@ def of_model(method: Node, model: LocalModel) -> list[Check]:
     return checks
 
 
-def _check_pruning(method: dict[str, Any], config: Any) -> None:
+def _check_pruning(method: Node, config: Any) -> None:
     """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
     from sddx.compression.choose import Pruning, require_removable
     from sddx.compression.junction import require_patch
@@ -48,7 +48,7 @@ def _check_pruning(method: dict[str, Any], config: Any) -> None:
         require_junction(build(method["loss"]), retrained=moved)
 
 
-def _check_family(method: dict[str, Any], config: Any, attention: str) -> None:
+def _check_family(method: Node, config: Any, attention: str) -> None:
     """Blocks can be taken out of a model of this kind: tried on a narrow one where no test has. Raises
     UserError."""
     from sddx.models.anatomy import FAMILIES

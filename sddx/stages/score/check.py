@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-from sddx.config.build import build
-from sddx.stages.local_model import Check, Node
+from sddx.config.build import Node, build
+from sddx.stages.local_model import Check
 
 
 def of_settings(method: Node) -> list[Check]:
@@ -21,7 +20,7 @@ def of_settings(method: Node) -> list[Check]:
     return [*checks, partial(require_texts, "calibration", method["calibration"])]
 
 
-def _check_looked_at(pruning: dict[str, Any]) -> None:
+def _check_looked_at(pruning: Node) -> None:
     """The tasks that a metric looks at can be evaluated, and what they read is there. Raises UserError."""
     require = getattr(getattr(build(pruning).metric, "value", None), "require", None)
     if require:

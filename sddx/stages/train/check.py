@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from sddx.config import bound, raise_for
-from sddx.config.build import build, made
+from sddx.config.build import Node, build, made, only
 from sddx.errors import UserError
-from sddx.stages.local_model import Check, LocalModel, Node
+from sddx.stages.local_model import Check, LocalModel
 
 ADAPTER = ("rank", "dropout", "targets")
 
@@ -25,21 +24,20 @@ def of_settings(method: Node) -> list[Check]:
 
 def of_model(method: Node, model: LocalModel) -> list[Check]:
     """Rows can be told in the model's tokens and form, an adapter finds its layers, another teacher fits."""
-    from sddx.data.encode import ending
     from sddx.training.tuning import require_adapter, require_tuning
 
     tuning = method["tuning"]
     checks: list[Check] = [lambda: _check_tokens(method, model)]
     if method["loss"]["terms"]:
-        checks += [lambda: ending(model.tokenizer), lambda: require_tuning(tuning, model.bare)]
+        checks += [lambda: model.ending, lambda: require_tuning(tuning, model.bare)]
     if method["loss"]["terms"] and "targets" in tuning:
-        checks.append(lambda: require_adapter(model.bare(), **_given(tuning, ADAPTER)))
+        checks.append(lambda: require_adapter(model.bare(), **only(tuning, ADAPTER)))
     if method["teacher"]:
         checks.append(lambda: _check_teacher(method, model.config))
     return checks
 
 
-def on_device(config: dict[str, Any], device: str) -> None:
+def on_device(config: Node, device: str) -> None:
     """Where the run itself takes place (a sweep may be started elsewhere): there are as many CUDA devices as are
     asked for, and they compute in what weights and training are to be in. Raises UserError."""
     import torch
@@ -68,19 +66,14 @@ def on_device(config: dict[str, Any], device: str) -> None:
         )
 
 
-def _given(node: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Of these settings those that the node gives; the others have their defaults."""
-    return {name: node[name] for name in names if name in node}
-
-
-def _check_loss(loss: dict[str, Any]) -> None:
+def _check_loss(loss: Node) -> None:
     """The terms give what is summed. Raises UserError."""
     from sddx.training.objective import Objective, require_terms
 
     require_terms(made(loss, Objective, "loss"))
 
 
-def _check_training(method: dict[str, Any]) -> None:
+def _check_training(method: Node) -> None:
     """The settings of the training go together, there are rows to choose the best by, and one process alone was
     started. Raises UserError."""
     trainer = method["trainer"]
@@ -95,7 +88,7 @@ def _check_training(method: dict[str, Any]) -> None:
     build(trainer)
 
 
-def _check_quantization(method: dict[str, Any]) -> None:
+def _check_quantization(method: Node) -> None:
     """4-bit weights can be had, and nothing is asked of them that they cannot do. Raises UserError."""
     from sddx.models.load import four_bit
 
@@ -128,7 +121,7 @@ def _check_tokens(method: Node, model: LocalModel) -> None:
         require_trainable(tokenizer, held_out, training, min(length, context_of(config) or length))
 
 
-def _check_teacher(method: dict[str, Any], config: Any) -> None:
+def _check_teacher(method: Node, config: Any) -> None:
     """Another teacher loads, and can be compared with the student. Raises UserError."""
     from sddx.models.load import locate, require_loadable, text_config
     from sddx.training.objective import require_comparable
