@@ -8,7 +8,9 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import pytest
 from scipy.stats import sem, t, ttest_rel
 from stored import artifact
@@ -17,10 +19,14 @@ from wandb_file import history, records
 from sddx.commands import report
 from sddx.report import figures, page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
-from sddx.report.curves import AXES, KEPT, MEASURES, arms, differences, families, variant_differences, variants
+from sddx.report.contrasts import differences
+from sddx.report.curves import AXES, KEPT, MEASURES, arms, families, variant_differences, variants
+from sddx.report.headline import SAME, headline, verdict
 from sddx.report.publish import publish, to_wandb
 from sddx.report.sections import heat_maps, variant_sections
+from sddx.report.tasks import scores, task_table, tasks_of
 from sddx.report.workspace import workspace
+from sddx.statistics.intervals import paired_difference
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -97,9 +103,10 @@ def test_a_place_without_a_recovery_is_left_out(places: tuple[int, ...]) -> None
     runs = [each | missing if each["choices"]["removed"] in places else each for each in grid()]
     (family,) = families(runs)
     assert [x for x, _ in family.pruned()] == [x for x in (2, 3) if x not in places]
-    assert page.html(page.contents(runs, [])).count("<svg") == 1 + sum(
-        any(family.curve(arm, measure) for arm in family.arms) for measure in MEASURES
-    )
+    drawn = {section.name: section.figures for section in page.contents(runs, [])["sections"]}
+    measured = [any(family.curve(arm, measure) for arm in family.arms) for measure in MEASURES]
+    assert len(drawn["curves 1"]) == sum(measured) and len(drawn["cost"]) == 1
+    assert page.html(page.contents(runs, [])).count("<svg") == sum(map(len, drawn.values()))
     assert "</svg>" in figures.curves(family, "recovery", "Recovery")
 
 
@@ -245,12 +252,156 @@ def test_differences_are_paired_and_adjusted() -> None:
     assert found[0].held_out.estimate == pytest.approx(found[0].average.estimate)
 
 
+def arm(loss: str, gains: list[float], **choices: object) -> list[dict]:
+    """One run a seed."""
+    return [run(loss, seed=seed, gain=gain, **choices) for seed, gain in enumerate(gains)]
+
+
+SFT = [0.0, 0.02, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([0.10, 0.13, 0.11], "sdd scored higher than sft (+10.3 points, +8.9 to +11.8) in "),
+        ([-0.1, -0.07, -0.09], "sdd scored lower than sft (-9.7 points, -11.1 to -8.2) in "),
+        ([0.03, -0.02, 0.03], "sdd and sft are not told apart (+0.3 points, -9.1 to +9.7) in "),
+    ],
+)
+def test_one_sentence_says_what_was_found(gains: list[float], said: str) -> None:
+    """The difference with its interval, seeds and what was equal, at the top of the page and of the Markdown."""
+    runs = [*arm("sft", SFT), *arm("sdd", gains)]
+    found = page.contents(runs, [])
+    assert found["headline"].startswith(said + "the average over 3 tasks (95 % over 3 seeds);")
+    assert found["headline"].endswith("; examples equal, supervised tokens equal.")
+    assert page.markdown(found).startswith(found["headline"]) and found["headline"] in page.html(found)
+    unequal = [each | {"examples": 99, "supervised_tokens": 800} for each in runs[3:]]
+    assert headline([*runs[:3], *unequal]).endswith("; examples equal, supervised tokens unequal.")
+
+
+@pytest.mark.parametrize(
+    ("runs", "reason"),
+    [
+        (arm("sdd", SFT), "sdd is the only one"),
+        ([*arm("sdd", SFT), *arm("kd", SFT)], "no run of sft is here to hold kd and sdd against"),
+        ([run("sft"), run("sdd", gain=0.4)], "none has two seeds in common with sft"),
+        ([*arm("sft", SFT), run("sdd", seed=1), run("sdd", seed=9)], "none has two seeds in common with sft"),
+        (
+            [*arm("sft", SFT, side="selection"), *arm("sdd", [0.4, 0.41, 0.43], side="selection")],
+            "all runs were judged on selection items",
+        ),
+    ],
+)
+def test_nothing_is_said_of_arms_without_a_reason_to(runs: list[dict], reason: str) -> None:
+    assert headline(runs).startswith(f"Nothing is said of arms: {reason}")
+
+
+def test_untrained_runs_say_nothing_of_arms() -> None:
+    assert (
+        headline([untrained(2, 0.8, 20.0), untrained(4, 0.3, 40.0)]) == "Nothing is said of arms: no run trained."
+    )
+
+
+def test_no_sentence_claims_where_the_interval_holds_zero() -> None:
+    """Over grids of noise, and where Holm leaves nothing of several differences; every comparison is counted."""
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        runs = [
+            each
+            for removed in (2, 3)
+            for name in ("sft", "sdd", "kd")
+            for each in arm(name, list(generator.normal(0.0, 0.05, size=3)), removed=removed)
+        ]
+        found = differences(runs)
+        for d in found:
+            holds_zero = d.average.low <= 0 <= d.average.high
+            assert verdict(d) == SAME if holds_zero or d.p_average >= 0.05 else verdict(d) != SAME
+        counts = {kind: sum(verdict(d) == kind for d in found) for kind in ("higher", "lower", SAME)}
+        said = headline(runs)
+        for kind, count in counts.items():
+            assert sum(map(int, re.findall(rf"{kind} in (\d) of 2", said))) == count
+
+
+def test_of_one_seed_the_interval_is_over_items(tmp_path: Path) -> None:
+    """As by hand, without a p, and it says so; the sentence claims nothing of it."""
+    runs = [judged(tmp_path / name, 5, right, loss=name) for name, right in (("sft", 8), ("sdd", 15))]
+    (found,) = differences(runs)
+    sides = [{"held": [1.0] * right + [0.0] * (20 - right)} for right in (15, 8)]
+    hand = paired_difference([sides[0]], [sides[1]])
+    assert (found.seeds, found.items, found.p_average, found.average.contains) == (1, 20, None, "items")
+    assert found.average.estimate == pytest.approx(35) and found.average.low == pytest.approx(100 * hand.low)
+    assert verdict(found) == SAME and "Nothing is said" in headline(runs)
+    (row,) = page.difference_table([found])["rows"]
+    assert row[5].endswith(" over items") and row[6:] == ["-", "20"]
+    assert "one seed, over items" in page.forests([found])[0].svg.replace("\n", " ")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Every figure that is drawn, by its label."""
+    kept: dict = {}
+    plain = figures._svg
+    monkeypatch.setattr(
+        figures, "_svg", lambda figure, label: kept.setdefault(label, figure) and plain(figure, label)
+    )
+    return kept
+
+
+def bars(figure: object) -> list[tuple[float, float, float]]:
+    """(middle, low, high) of every error bar from top to bottom."""
+    (axis,) = figure.axes  # type: ignore[attr-defined]
+    lines = [(each.lines[0].get_xdata()[0], each.lines[2][0].get_segments()[0]) for each in axis.containers]
+    return [(middle, ends[0][0], ends[1][0]) for middle, ends in lines]
+
+
+def test_a_forest_has_the_rows_and_the_numbers_of_its_table(drawn: dict) -> None:
+    """One a comparison, beside a line at zero; held-out tasks by themselves where they are another picture."""
+    runs = [*grid(), *(run("kd", seed, removed=2, gain=0.01 * seed) for seed in (0, 1, 2))]
+    for each in runs[3:6]:
+        each["scores"]["recovered"]["held"] += 0.1
+    found = differences(runs)
+    titles = [figure.title for figure in page.forests(found)]
+    assert titles == ["All tasks", "Tasks that were not trained on"]
+    for title, column in zip(titles, (5, 3), strict=True):
+        figure = drawn[f"Paired differences to SFT: {title}"]
+        shown = [f"{middle:+.1f} ({low:+.1f} to {high:+.1f})" for middle, low, high in bars(figure)]
+        rows = page.difference_table(found)["rows"]
+        assert shown == [row[column] for row in rows] and len(shown) == 3
+        labels = [text.get_text().replace("\n", " ") for text in figure.axes[0].get_yticklabels()]
+        assert labels == [f"{row[1]}, {row[0]}" for row in rows]
+        assert any(line.get_xdata()[0] == line.get_xdata()[1] == 0 for line in figure.axes[0].lines)
+
+
+def test_every_task_has_a_plot_of_the_tables_numbers(drawn: dict) -> None:
+    """The unpruned model once, then of each setting the pruned one and every arm, with their errors and chance."""
+    errors = {"unpruned": 0.0, "pruned": 0.03, "recovered": 0.02}
+    runs = [each | {"chance": {"held": 0.25}, "standard_errors": {}} for each in grid()]
+    for each in runs:
+        each["standard_errors"] = {model: {"held": error} for model, error in errors.items()}
+    table_of, (section,) = task_table(runs), [s for s in page.sections(runs, []) if s.name == "tasks"]
+    assert [figure.title for figure in section.figures] == table_of["header"][2:-1]
+    assert tasks_of(runs) == [*TASKS, "average"]
+    for place, task in enumerate(tasks_of(runs), start=2):
+        shown = scores(runs, task)
+        assert [[s.where, s.model, str(s)] for s in shown] == [[*row[:2], row[place]] for row in table_of["rows"]]
+    assert [s.model for s in scores(runs, "held")] == ["unpruned", *["pruned", "sft", "sdd"] * 2]
+    figure = drawn["Scores in held"]
+    held = [(mean(s.seeds), s.error) for s in scores(runs, "held")]
+    assert [bar[0] for bar in bars(figure)] == pytest.approx([middle for middle, _ in held])
+    assert [bar[2] - bar[0] for bar in bars(figure)] == pytest.approx([error for _, error in held])
+    assert any(list(line.get_xdata()) == [25, 25] for line in figure.axes[0].lines)
+    assert not any(list(line.get_xdata()) == [25, 25] for line in drawn["Scores in other"].axes[0].lines)
+
+
 def test_where_every_task_was_trained_on_nothing_is_held_out() -> None:
     """The average is compared all the same, and a dash stands where there is nothing to compare."""
     runs = [each | {"trained": list(TASKS), "recovery_held_out": None} for each in grid()]
     found = rows_of(page.contents(runs, []))["differences"]
     assert [row[3:5] for row in found] == [["-", "-"]] * 2
     assert [row[5] for row in found] == [row[5] for row in page.difference_table(differences(grid()))["rows"]]
+
+
+FIGURES = 1 + 1 + len(TASKS) + 1  # cost; differences; each task and the average
 
 
 class Outside(HTMLParser):
@@ -273,7 +424,7 @@ def test_the_page_stands_alone_and_shows_every_figure_with_its_numbers() -> None
     seen = Outside()
     seen.feed(text)
     assert not seen.fetched and "<script" not in text
-    assert seen.counted["svg"] == len(MEASURES) + 1 and seen.counted["details"] == len(MEASURES)
+    assert seen.counted["svg"] == len(MEASURES) + FIGURES and seen.counted["details"] == len(MEASURES)
     assert "&lt;b&gt;no room" in text and "currentColor" in text and "#010203" not in text
     assert all(
         f'href="#{name}"' in text and f'id="{name}"' in text for name in ("arms", "differences", "cost", "failed")
@@ -304,7 +455,7 @@ def test_the_three_files_hold_the_same_runs(tmp_path: Path, capsys: pytest.Captu
     assert float(rows[0]["recovery"]) == pytest.approx(grid()[0]["recovery"])
     tables = (tmp_path / "out/report.md").read_text()
     assert "| removed 2 | sdd | 3 |" in tables and "no room" in tables
-    assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + 1
+    assert len(re.findall("<figure>", (tmp_path / "out/report.html").read_text())) == len(MEASURES) + FIGURES
 
 
 def read(found: dict, strict: float, flexible: float, unparsed: float) -> dict:
@@ -369,7 +520,7 @@ def test_what_a_cut_costs_has_curves_without_training() -> None:
     assert perplexity == [["0", "10.00"], ["2", "20.00"], ["4", "4,000.00"]]
     assert {row[1] for row in rows_of(found)["tasks"]} == {"unpruned", "pruned"}
     assert not {"differences", "arms"} & rows_of(found).keys()
-    assert page.html(found).count("<svg") == 2
+    assert page.html(found).count("<svg") == 2 + len(TASKS) + 1
 
 
 def test_a_value_stands_inside_its_interval() -> None:
@@ -553,7 +704,7 @@ def test_what_counts_chance_does_not_lead() -> None:
     apart = run() | {"apart": ["other"], "standard_errors": {}}
     assert [label for label, _ in table.lines(apart)][0] == "gap closed"
     assert [row[0] for row in table.rows(apart)] == ["trained *", "held", "other (apart)", "average"]
-    assert "other (apart)" in page.task_table([apart])["header"]
+    assert "other (apart)" in task_table([apart])["header"]
     assert table.is_choosing(apart | {"choices": {"side": "selection"}})
 
 

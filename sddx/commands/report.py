@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.wandb:
         settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}
         to_wandb(runs, found, given.out, settings)
+    print(found["headline"])
     print(f"{len(runs)} runs: {given.out / 'report.html'}, and the same as report.md and report.csv")
     return 0
 

@@ -1,23 +1,16 @@
-"""From runs to curves and comparisons: what varies becomes an axis, seeds become bands."""
+"""From runs to curves and variants: what varies becomes an axis, seeds become bands."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
-from sddx.errors import UserError
-from sddx.report.extraction import Key, Reading, named, readings
+from sddx.report.paired import Pair, over_pairs
 from sddx.report.subjects import having
-from sddx.run_folder import read_samples
-from sddx.statistics.intervals import Interval, holm, paired_difference, t_interval, task_weights
+from sddx.statistics.intervals import Interval, t_interval
 
 Run = dict[str, Any]  # the fields of a summary.json
 # What can be the horizontal axis of a curve, with its label.
@@ -153,9 +146,9 @@ def families(runs: Sequence[Run]) -> list[Family]:
     """The curves that these runs can draw: for every axis, the runs that share all other choices."""
     found = []
     for axis in AXES:
-        groups = _alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
+        groups = alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
         drawn = {key: group for key, group in groups.items() if not _one_each(group, axis)}
-        found += [Family(axis, _apart(key, list(drawn)), group) for key, group in drawn.items()]
+        found += [Family(axis, distinction(key, list(drawn)), group) for key, group in drawn.items()]
     return found
 
 
@@ -168,25 +161,25 @@ def losses(runs: Sequence[Run]) -> list[str]:
 DEFAULTS = {"units": "blocks", "patch": "none", "patch_trained": False, "patch_fold": False, "oracle": False}
 
 
-def _alike(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
+def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
     """Runs by all their choices but these. A setting in `OWN` of which every arm of a group has one value belongs
     to the arm, not to what tells groups apart."""
     names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
-    own = sorted(names) if "loss" in apart_from else []
+    own = sorted(names) if "loss" in besides else []
     found: dict[tuple, list[Run]] = {}
-    for key, group in _grouped(runs, *apart_from, *own).items():
+    for key, group in _grouped(runs, *besides, *own).items():
         if all(_one_each(group, name) for name in own):
             found[key] = group
         else:
-            found |= _grouped(group, *apart_from)
+            found |= _grouped(group, *besides)
     return found
 
 
-def _grouped(runs: Sequence[Run], *apart_from: str) -> dict[tuple, list[Run]]:
+def _grouped(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         chosen = {name: value for name, value in run["choices"].items() if value is not None}
-        others = [(name, _plain(v)) for name, v in (DEFAULTS | chosen).items() if name not in apart_from]
+        others = [(name, _plain(v)) for name, v in (DEFAULTS | chosen).items() if name not in besides]
         groups[tuple(sorted(others))].append(run)
     return groups
 
@@ -204,130 +197,25 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _apart(key: tuple, keys: Sequence[tuple]) -> str:
+def distinction(key: tuple, keys: Sequence[tuple]) -> str:
     """What tells this group from the others, in words."""
     shared = set(key).intersection(*map(set, keys))
     return ", ".join(f"{name} {value}" for name, value in key if (name, value) not in shared)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """An arm against SFT, paired by seed, in points; p is adjusted by Holm over the column that it stands in.
-    Where every task was trained on, nothing is held out."""
-
-    where: str
-    arm: str
-    seeds: int
-    average: Interval
-    held_out: Interval | None
-    p_average: float | None
-    p_held_out: float | None
-
-
-def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Every arm against SFT, wherever both were run with two seeds in common and all else equal."""
-    pairs = list(_pairs([run for run in runs if is_trained(run)]))
-    averages = [_paired(arm, base, average) for *_, arm, base in pairs]
-    others = [_paired_held_out(arm, base) for *_, arm, base in pairs]
-    adjusted = [_holm([p for _, p in column]) for column in (averages, others)]
-    return [
-        Difference(where, arm, len(ours), averages[n][0], others[n][0], adjusted[0][n], adjusted[1][n])
-        for n, (where, arm, ours, _) in enumerate(pairs)
-    ]
-
-
-@dataclass(frozen=True)
-class ReadingDifference:
-    """An arm against SFT in one task's score under one filter, paired by seed, in points; p is adjusted by Holm
-    over all of them."""
-
-    where: str
-    arm: str
-    seeds: int
-    task: str
-    read_by: str
-    interval: Interval
-    p: float | None
-
-
-def reading_differences(runs: Sequence[Run]) -> list[ReadingDifference]:
-    """As `differences`, for every task whose answers can be read in several ways, or not at all."""
-    found = []
-    for where, arm, ours, theirs in _pairs([run for run in runs if is_trained(run)]):
-        for key in _readings(ours[0]):
-            if all(key in _readings(run) for run in (*ours, *theirs)):
-                interval, p = _paired(ours, theirs, partial(_read_by, key))
-                found.append(ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p))
-    adjusted = _holm([difference.p for difference in found])
-    return [replace(difference, p=p) for difference, p in zip(found, adjusted, strict=True)]
-
-
-def _readings(run: Run) -> dict[Key, Reading]:
-    return readings(run).get(having(run, "student") or "", {})
-
-
-def _read_by(key: Key, run: Run) -> float:
-    return _readings(run)[key].score
-
-
-def _pairs(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[Run], list[Run]]]:
-    """(where, arm, its runs, those of SFT with the same seeds)."""
-    groups = _alike(runs, "loss", "seed")
-    for key, group in sorted(groups.items()):
-        seeded = {(run["choices"]["loss"], run["choices"]["seed"]): run for run in group}
-        for arm in losses(group):
-            seeds = sorted(seed for loss, seed in seeded if loss == arm and ("sft", seed) in seeded)
-            if arm != "sft" and len(seeds) > 1:
-                where = _apart(key, list(groups)) or "all runs"
-                yield where, arm, [seeded[arm, seed] for seed in seeds], [seeded["sft", seed] for seed in seeds]
-
-
-def _holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment of those that are defined."""
-    adjusted = iter(holm([p for p in p_values if p is not None]))
-    return [None if p is None else next(adjusted) for p in p_values]
-
-
-def _paired(arm: Sequence[Run], base: Sequence[Run], score: Callable[[Run], Any]) -> tuple[Interval, float | None]:
-    points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
-    # With the same difference in every seed, to rounding, the t test has no variance to divide by.
-    defined = max(points) - min(points) > 1e-9
-    return t_interval(points), float(ttest_1samp(points, 0).pvalue) if defined else None
-
-
-def _paired_held_out(arm: Sequence[Run], base: Sequence[Run]) -> tuple[Interval | None, float | None]:
-    """The same over the tasks that were not trained on, where every run has any."""
-    if any(held_out(run) is None for run in (*arm, *base)):
-        return None, None
-    return _paired(arm, base, held_out)
-
-
-def average(run: Run) -> float:
-    """The recovered model's average over all tasks."""
-    return _recovered(run)["average"]
-
-
-def _recovered(run: Run) -> dict[str, float]:
-    return run["scores"][having(run, "student") or ""]
-
-
-def held_out(run: Run) -> float | None:
-    """The recovered model's average over the tasks that were not trained on; None where there is none."""
-    scores = _recovered(run)
-    left_out = (*run["trained"], *run.get("apart", ()), "average")
-    found = [score for task, score in scores.items() if task not in left_out]
-    return mean(found) if found else None
-
-
 def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """(where, arm, runs) for every set of runs that differ in their seed alone."""
-    groups = _alike(runs, "loss", "seed")
-    along = sorted(groups.items(), key=lambda entry: [entry[1][0]["choices"].get(axis) or 0 for axis in AXES])
+    groups = alike(runs, "loss", "seed")
+    along = sorted(groups.items(), key=lambda entry: (_place(entry[1][0]), entry[0]))
     return [
-        (_apart(key, list(groups)) or "all runs", arm, [run for run in group if run["choices"]["loss"] == arm])
+        (distinction(key, list(groups)) or "all runs", arm, [run for run in group if run["choices"]["loss"] == arm])
         for key, group in along
         for arm in losses(group)
     ]
+
+
+def _place(run: Run) -> list[float]:
+    return [run["choices"].get(axis) or 0 for axis in AXES]
 
 
 @dataclass(frozen=True)
@@ -345,11 +233,11 @@ def variants(runs: Sequence[Run], choice: str) -> list[Variant]:
     choice does not vary."""
     _, details, _ = VARIANTS[choice]
     cut = [run for run in runs if run["choices"].get(choice) and run["choices"]["removed"]]
-    groups = _alike(cut, choice, *details, *DRAWS.get(choice, ()), "removed", "seed")
+    groups = alike(cut, choice, *details, *DRAWS.get(choice, ()), "removed", "seed")
     named = [(key, _by_variant(group, choice, details)) for key, group in groups.items()]
     varying = [(key, names) for key, names in named if len(names) > 1]
     keys = [key for key, _ in varying]
-    return [Variant(_apart(key, keys), name, found) for key, names in varying for name, found in names.items()]
+    return [Variant(distinction(key, keys), name, found) for key, names in varying for name, found in names.items()]
 
 
 def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dict[str, dict[float, list[Run]]]:
@@ -380,9 +268,6 @@ class VariantDifference:
     draws: int
     before: Interval
     after: Interval | None
-
-
-Pair = tuple[Run, Run]  # of a variant and of what it is held against
 
 
 def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDifference]:
@@ -417,31 +302,9 @@ def _by_draw(own: Sequence[Run], others: Sequence[Run], choice: str) -> list[lis
 def _over_draws(draws: Sequence[Sequence[Pair]], role: str) -> Interval | None:
     """The difference in one draw, or the mean over several. All draws are held against the same runs, so that only
     they are independent: each counts once, whatever its seeds."""
-    each = [_over_pairs(pairs, role) for pairs in draws]
+    each = [over_pairs(pairs, role) for pairs in draws]
     found = [interval for interval in each if interval is not None]
     if not found or len(found) < len(each):
         return None
     several = len(found) > 1
     return replace(t_interval([f.estimate for f in found]), contains="draws") if several else found[0]
-
-
-def _over_pairs(pairs: Sequence[Pair], role: str) -> Interval | None:
-    sides: Any = [[_samples(run, role) for run in side] for side in zip(*pairs, strict=True)]
-    items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
-    if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
-        return None  # no samples, or others
-    counted = {task: found for task, found in sides[0][0].items() if not found.get("apart")}
-    sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
-    if role == "cut":  # the same for every seed of training
-        sides = [side[:1] for side in sides]
-    weights = task_weights(list(counted), pairs[0][0].get("part_of"))
-    clusters = {task: found.get("clusters") for task, found in counted.items()}
-    return paired_difference(*sides, weights=weights, clusters=clusters)
-
-
-def _samples(run: Run, role: str) -> dict[str, dict[str, Any]]:
-    """Every item's score and hash by task, from the file beside the run's summary; empty where it has none that can
-    be read."""
-    with suppress(UserError):
-        return read_samples(Path(run.get("folder", ""))).get(having(run, role) or "", {})
-    return {}

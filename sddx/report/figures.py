@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import Any
 
+from sddx.report.contrasts import Difference
 from sddx.report.curves import Family, Run, Variant, is_share, losses, removed_label
+from sddx.report.subjects import Score
+from sddx.statistics.intervals import Interval
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that is lost on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -38,7 +44,7 @@ def _svg(figure: Any, label: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    start = f'<svg role="img" aria-label="{label}" '
+    start = f'<svg role="img" aria-label="{html.escape(label)}" '
     return start + text[text.index("<svg ") + len("<svg ") :].replace(INK, "currentColor")
 
 
@@ -62,7 +68,8 @@ def curves(family: Family, measure: str, title: str) -> str:
     axis.set_ylabel("%" if is_share(measure) else "perplexity")
     if not is_share(measure):
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
         axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
     if family.axis in ("size", "learning_rate", "rank"):
@@ -134,3 +141,81 @@ def quality_against_cost(runs: Sequence[Run]) -> str:
     axis.set_ylabel("recovery, %")
     axis.legend(frameon=False, fontsize=10)
     return _svg(figure, "Recovery over seconds of training and self-data")
+
+
+def forest(found: Sequence[tuple[Difference, Interval]], title: str) -> str:
+    """Differences to SFT with their intervals, a row for each, beside the line of no difference. A row whose
+    interval is over items, as there is one seed, has a hollow point and a thin line, and says so."""
+    rows = [f"{d.arm}, {d.where}" if d.where != "all runs" else d.arm for d, _ in found]
+    colours = _colours(d.arm for d, _ in found)
+    figure, axis = _figure(6, 1 + 0.4 * len(rows))
+    axis.axvline(0, color=INK, lw=0.8)
+    for place, (d, interval) in enumerate(found):
+        alone = interval.contains == "items"
+        style: dict[str, Any] = {"mfc": "none", "elinewidth": 0.8} if alone else {"elinewidth": 1.8}
+        reach = [[interval.estimate - interval.low], [interval.high - interval.estimate]]
+        axis.errorbar(interval.estimate, place, xerr=reach, fmt="o", ms=5, color=colours[d.arm], **style)
+        rows[place] += " (one seed, over items)" if alone else ""
+    _rows(axis, range(len(rows)), rows, len(rows) - 1)
+    axis.set_xlabel("points minus sft")
+    return _svg(figure, f"Paired differences to SFT: {title}")
+
+
+def dots(scores: Sequence[Score], chance: float | None, title: str) -> str:
+    """One task's scores with their standard errors, a row for each model; of several settings, some rows for each,
+    with colours for the models."""
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(score.model if score.role == "reference" else score.where, []).append(score)
+    several = len({score.where for score in scores if score.role != "reference"}) > 1
+    places = _places(list(groups.values()), gap=several)
+    figure, axis = _figure(6, 1.2 + 0.22 * (1 + places[-1][-1]))
+    colours = _colours(score.model for score in scores if score.role not in ("reference", "cut"))
+    rows = [score for group in groups.values() for score in group]
+    heights = [height for group in places for height in group]
+    for score, height in zip(rows, heights, strict=True):
+        _dot(axis, score, height, colours.get(score.model, INK if score.role == "reference" else COLOURS[-1]))
+    if chance is not None:
+        axis.axvline(100 * chance, color=INK, ls=":", lw=1, label="chance")
+    if several:
+        _rows(axis, [mean(group) for group in places], list(groups), heights[-1])
+        _legend_above(figure, axis)
+    else:
+        _rows(axis, heights, [score.model for score in rows], heights[-1])
+    axis.set_xlabel("score, %" + (", dotted: chance" if chance is not None and not several else ""))
+    return _svg(figure, f"Scores in {title}")
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each arm, SFT's own kept for it, so that arms look alike in all figures of a page."""
+    arms = sorted({"sft", *names}, key=lambda arm: (arm != "sft", arm))
+    return {arm: _style(number)[0] for number, arm in enumerate(arms)}
+
+
+def _places(groups: Sequence[Sequence[Any]], *, gap: bool) -> list[list[float]]:
+    """The height at which each member of each group stands, with room between groups."""
+    places, at = [], 0.0
+    for group in groups:
+        places.append([at + number for number in range(len(group))])
+        at += len(group) + 0.8 * gap
+    return places
+
+
+def _dot(axis: Any, score: Score, place: float, colour: str) -> None:
+    """The mean with its error, over the seeds that it is made of."""
+    if len(score.seeds) > 1:
+        axis.plot(score.seeds, [place] * len(score.seeds), "o", ms=2.5, color=colour, alpha=0.5, mew=0)
+    label = None if score.role == "reference" else score.model
+    axis.errorbar(mean(score.seeds), place, xerr=score.error, fmt="o", ms=5, color=colour, label=label)
+
+
+def _rows(axis: Any, places: Sequence[float], labels: Sequence[str], last: float) -> None:
+    """Rows from top to bottom, down to the last one, with names at some places."""
+    axis.set_ylim(last + 0.7, -0.7)
+    axis.set_yticks(places, [textwrap.fill(label, 30) for label in labels], fontsize=9)
+
+
+def _legend_above(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside upper left", ncols=5, frameon=False, fontsize=9)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,26 +18,16 @@ from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.files.lines import lines
 from sddx.report import figures
-from sddx.report.curves import (
-    Difference,
-    Family,
-    Point,
-    Run,
-    arms,
-    differences,
-    families,
-    is_share,
-    is_trained,
-    mean_of,
-    perplexity_of,
-    reading_differences,
-    score_of,
-)
+from sddx.report.contrasts import Difference, differences, reading_differences
+from sddx.report.curves import Family, Point, Run, arms, families, is_share, is_trained, mean_of
 from sddx.report.extraction import named, readings
+from sddx.report.headline import headline
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
-from sddx.report.subjects import reference, roles
-from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, marked, percent
+from sddx.report.subjects import reference
+from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
+from sddx.report.tasks import by_model
+from sddx.report.tasks import section as task_section
 from sddx.run_folder import read_summary
 from sddx.statistics.intervals import Interval
 from sddx.store.manifest import find
@@ -52,7 +42,8 @@ COLUMNS = (
 
 # What must be known to read a table.
 PAIRED = """Same items and same seeds; 95 % intervals over seeds, p of the paired t test adjusted by Holm within its
-column. A claim needs equal examples and equal supervised tokens, and each arm at its own learning rate."""
+column. Of one seed the interval is over items, which does not say what another training run would give. A claim
+needs equal examples and equal supervised tokens, and each arm at its own learning rate."""
 LAW = """Recovery over training examples n, fitted to the mean over seeds; intervals are 95 % over resampled
 seed-curves. Where the data carries no law, that is said."""
 MEASURED = ("bits per byte", "minus unpruned", "margin, nats", "minus unpruned")
@@ -64,7 +55,6 @@ the references, or flexibly. References teach that format and self-written answe
 favours SFT: hold arms against each other under both. Unparsed is the share of answers in which the filter found
 nothing; the primary reading is the score of all other tables."""
 READ_PAIRED = "Same items and same seeds; 95 % intervals over seeds, p adjusted by Holm over this table."
-TASKS = "* trained on. (apart): in no average. Means over seeds."
 COST = "Seconds of each stage when it was built, means over seeds."
 
 
@@ -135,7 +125,7 @@ def _plain(value: float | None) -> str:
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
-    """Every arm minus SFT, in points with 95 % intervals over seeds."""
+    """Every arm minus SFT, in points with 95 % intervals."""
     rows = [
         [
             d.where,
@@ -145,13 +135,20 @@ def difference_table(found: Sequence[Difference]) -> Table:
             _p(d.p_held_out),
             _points(d.average),
             _p(d.p_average),
+            ABSENT if d.items is None else f"{d.items:,}",
         ]
         for d in found
     ]
-    return {
-        "header": ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average"],
-        "rows": rows,
-    }
+    header = ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average", "items"]
+    return {"header": header, "rows": rows}
+
+
+def forests(found: Sequence[Difference]) -> list[Figure]:
+    """The same, drawn: over all tasks, and over those that were not trained on where that is another picture."""
+    columns = {"All tasks": [(d, d.average) for d in found]}
+    if any(d.held_out and _points(d.held_out) != _points(d.average) for d in found):
+        columns["Tasks that were not trained on"] = [(d, d.held_out) for d in found if d.held_out]
+    return [Figure(title, Markup(figures.forest(rows, title))) for title, rows in columns.items() if rows]
 
 
 def _p(value: float | None) -> str:
@@ -163,41 +160,14 @@ def _p(value: float | None) -> str:
 def _points(interval: Interval | None) -> str:
     if interval is None:
         return ABSENT
-    return f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
-
-
-def task_table(runs: Sequence[Run]) -> Table:
-    """Scores per task, and perplexity on held-out text, of every model (means over seeds)."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"][reference(run)] if task != "average"))
-    tasks.append("average")
-
-    def measured(group: Sequence[Run], model: str) -> list[list[str]]:
-        return [[*(score_of(group, model, task) for task in tasks), perplexity_of(group, model)]]
-
-    trained = {task for run in runs for task in run["trained"]}
-    apart = {task for run in runs for task in run.get("apart", ())}
-    starred = [marked(task, trained, apart) for task in tasks]
-    return {"header": ["runs", "model", *starred, "perplexity"], "rows": _by_model(runs, measured)}
-
-
-def _by_model(runs: Sequence[Run], about: Callable[[Sequence[Run], str], list[list[str]]]) -> list[list[str]]:
-    """What there is to say `about` every judged model: the unpruned one and each pruned one once, and what every
-    arm made of that over its seeds, under the arm's name."""
-    rows: list[list[str]] = []
-    for where, arm, group in arms(runs):
-        for model, role in roles(group[0]).items():
-            once = role in ("reference", "cut")
-            place = f"model {group[0]['choices'].get('model', '')}" if role == "reference" else where
-            label = model if once else arm if role == "student" else f"{arm}, {model}"
-            new = [[place, label, *row] for row in about(group[:1] if once else group, model)]
-            rows += [row for row in new if not (once and row in rows)]
-    return rows
+    over = "" if interval.contains == "seeds" else f" over {interval.contains}"
+    return f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f}){over}"
 
 
 def likelihood_table(runs: Sequence[Run]) -> Table:
     """What each model has of every measure of likelihood, by task and on average, and its difference to the
     unpruned one (means over seeds)."""
-    rows = _by_model([run for run in runs if run.get("likelihoods")], _likelihoods)
+    rows = by_model([run for run in runs if run.get("likelihoods")], _likelihoods)
     return {"header": ["runs", "model", "task", *MEASURED], "rows": rows}
 
 
@@ -221,7 +191,7 @@ def _likelihood(runs: Sequence[Run], model: str, measure: str, task: str) -> tup
 def reading_table(runs: Sequence[Run]) -> Table:
     """The score under each filter, and the share of answers that it could not read, of every model (means over
     seeds); for tasks whose answers can be read in several ways, or not at all."""
-    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": _by_model(runs, _read)}
+    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": by_model(runs, _read)}
 
 
 def _read(runs: Sequence[Run], model: str) -> list[list[str]]:
@@ -342,6 +312,7 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
     """Everything that the page shows."""
     return {
         "runs": runs,
+        "headline": headline(runs),
         "choosing": choosing(runs),
         "sections": sections(runs, failures),
         "examples": examples(runs),
@@ -351,12 +322,19 @@ def contents(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> d
 def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> list[Section]:
     """The parts of the report, in their order; those that have nothing to show are left out."""
     cells = {"header": ["cell", "state", "reason"], "rows": [list(cell) for cell in failures]}
+    compared = differences(runs)
     found = [
         *curve_sections(runs),
         Section("arms", "What each arm brought back", arm_table(runs), "Means over seeds."),
-        Section("differences", "Paired differences to SFT, in points", difference_table(differences(runs)), PAIRED),
+        Section(
+            "differences",
+            "Paired differences to SFT, in points",
+            difference_table(compared),
+            PAIRED,
+            forests(compared),
+        ),
         Section("laws", "Scaling laws", law_table(runs), LAW),
-        Section("tasks", "Scores per task, per cent", task_table(runs), TASKS),
+        task_section(runs),
         Section("likelihoods", "Likelihood of right answers", likelihood_table(runs), LIKELY),
         Section("readings", "Scores under each filter", reading_table(runs), READ),
         Section(
@@ -409,7 +387,7 @@ def html(found: dict[str, Any]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables of the page."""
-    parts = [found["choosing"]] if found["choosing"] else []
+    parts = [found["headline"], *([found["choosing"]] if found["choosing"] else [])]
     for section in found["sections"]:
         parts += [f"## {title}\n\n{grid(**table)}" for title, table in section.tables.items()]
     return "\n\n".join(parts) + "\n"

@@ -1,18 +1,21 @@
-"""The paired difference of two runs, item by item."""
+"""Paired differences of runs, item by item."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sddx.config import flatten
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
+from sddx.report.subjects import having
 from sddx.run_folder import read_samples
 from sddx.statistics.intervals import Interval, binary, flips, holm, mcnemar, paired_difference, task_weights
 
 Samples = Mapping[str, Mapping[str, Any]]
+Pair = tuple[dict[str, Any], dict[str, Any]]  # the summaries of a run and of the one that it is held against
 
 
 def load_samples(folder: Path, model: str) -> Samples:
@@ -98,3 +101,35 @@ def _task(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
         "p_holm": None,
         "flipped": flips(before, after) if judged else None,
     }
+
+
+def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) -> Interval | None:
+    """Averages of the models of a role, first - second, over pairs of runs that differ in their seed alone: shares,
+    over seeds, or over items where there is one pair. `without` names reported tasks to leave out of the average.
+    None where no task is left, or where a run has no samples or was judged on other items."""
+    sides: Any = [[samples_of(run, role) for run in side] for side in zip(*pairs, strict=True)]
+    items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
+    if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
+        return None
+    counted = {task: found for task, found in in_average(sides[0][0]).items() if found["part_of"] not in without}
+    if not counted:
+        return None
+    sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
+    if role == "cut":  # the same for every seed of training
+        sides = [side[:1] for side in sides]
+    weights = task_weights(list(counted), pairs[0][0].get("part_of"))
+    clusters = {task: found.get("clusters") for task, found in counted.items()}
+    return paired_difference(*sides, weights=weights, clusters=clusters)
+
+
+def samples_of(run: Mapping[str, Any], role: str) -> Samples:
+    """Every item's score and hash by task, from the file beside the run's summary; empty where it has none that can
+    be read."""
+    with suppress(UserError):
+        return read_samples(Path(run.get("folder", ""))).get(having(run, role) or "", {})
+    return {}
+
+
+def in_average(samples: Samples) -> Samples:
+    """The tasks that count in the average: those that do not stand apart."""
+    return {task: found for task, found in samples.items() if not found.get("apart")}

@@ -20,7 +20,7 @@ def of_sweep(folder: Path, settings: dict[str, Any]) -> None:
     if not runs:
         return
     found = publish(runs, page.failed([folder]), folder)
-    print(f"What they found: {folder / 'report.html'}")
+    print(f"{found['headline']}\nWhat they found: {folder / 'report.html'}")
     settings = {name: settings.get(name) for name in ("project", "entity", "group", "mode")}
     seen = mark(Path(runs[0]["store"]), settings, [run["artifacts"] for run in runs])
     if settings["mode"] in ("offline", "online") and not seen.exists():

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from sddx.records import ROLES
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scored in one task, in per cent: each seed's, and the standard error over items, the mean over
+    seeds (None where no run says). `where` is what tells its runs from others."""
+
+    where: str
+    model: str
+    role: str
+    seeds: list[float]
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{mean(self.seeds):.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
 
 
 def roles(run: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,167 @@
+"""Arms held against SFT: paired differences on the same items and seeds, and the sentence that they allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import mean
+from typing import Any
+
+from scipy.stats import ttest_1samp
+
+from sddx.report.curves import Run, alike, distinction, is_trained, losses
+from sddx.report.extraction import Key, Reading, named, readings
+from sddx.report.paired import in_average, over_pairs, samples_of
+from sddx.report.subjects import having
+from sddx.statistics.intervals import Interval, holm, t_interval
+
+Runs = Sequence[Run]
+Compared = tuple[Interval | None, float | None]  # a difference in points, and its p
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus SFT, paired by seed, in points. The interval is over seeds, or over `items` where there is one
+    seed; p, of the t test over seeds, is adjusted by Holm over the column that it stands in. Where every task was
+    trained on, nothing is held out. `equal` names what the arms had as much of."""
+
+    where: str
+    arm: str
+    seeds: int
+    tasks: int
+    items: int | None
+    average: Interval
+    held_out: Interval | None
+    p_average: float | None
+    p_held_out: float | None
+    equal: frozenset[str]
+
+
+def differences(runs: Runs) -> list[Difference]:
+    """Every arm minus SFT, wherever both were run with a seed in common and all else equal. Pairs of one seed whose
+    samples are not at hand have no interval and are left out."""
+    found = []
+    for where, arm, ours, theirs in _pairs(runs, seeds=1):
+        whole, others = _averaged(ours, theirs), _held_out(ours, theirs)
+        if whole[0] is not None:
+            about = where, arm, len(ours), len(_tasks(ours[0])), _items(ours[0])
+            found.append(Difference(*about, whole[0], others[0], whole[1], others[1], _equal(ours, theirs)))
+    adjusted = zip(_holm([d.p_average for d in found]), _holm([d.p_held_out for d in found]), strict=True)
+    return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(found, adjusted, strict=True)]
+
+
+def _averaged(arm: Runs, base: Runs) -> Compared:
+    return _paired(arm, base, average) if len(arm) > 1 else _of_one_seed(arm[0], base[0])
+
+
+def _held_out(arm: Runs, base: Runs) -> Compared:
+    """The same over the tasks that were not trained on, where every run has any."""
+    if any(held_out(run) is None for run in (*arm, *base)):
+        return None, None
+    return _paired(arm, base, held_out) if len(arm) > 1 else _of_one_seed(arm[0], base[0], arm[0]["trained"])
+
+
+def _of_one_seed(arm: Run, base: Run, without: Sequence[str] = ()) -> Compared:
+    """Over items: what another training run would give is not in it, so that there is no test."""
+    shares = over_pairs([(arm, base)], "student", without)
+    if shares is None:
+        return None, None
+    estimate, low, high = (100 * share for share in (shares.estimate, shares.low, shares.high))
+    return Interval(estimate, low, high, shares.contains, shares.level), None
+
+
+def _items(run: Run) -> int | None:
+    """How many items the average is over; None where that is not at hand."""
+    return sum(len(found["scores"]) for found in in_average(samples_of(run, "student")).values()) or None
+
+
+def _equal(arm: Runs, base: Runs) -> frozenset[str]:
+    """What both arms trained on as much of, to a hundredth: a budget of tokens ends with a whole step."""
+    sums = {name: [sum(run[name] for run in side) for side in (arm, base)] for name in COUNTED}
+    return frozenset(name for name, (ours, theirs) in sums.items() if abs(ours - theirs) <= max(sums[name]) / 100)
+
+
+COUNTED = ("examples", "supervised_tokens")
+
+
+@dataclass(frozen=True)
+class ReadingDifference:
+    """An arm minus SFT in one task's score under one filter, paired by seed, in points; p is adjusted by Holm over
+    all of them."""
+
+    where: str
+    arm: str
+    seeds: int
+    task: str
+    read_by: str
+    interval: Interval
+    p: float | None
+
+
+def reading_differences(runs: Runs) -> list[ReadingDifference]:
+    """As `differences`, over two seeds at least, for every task whose answers can be read in several ways, or not
+    at all."""
+    found = []
+    for where, arm, ours, theirs in _pairs(runs, seeds=2):
+        for key in _readings(ours[0]):
+            if all(key in _readings(run) for run in (*ours, *theirs)):
+                interval, p = _paired(ours, theirs, partial(_read_by, key))
+                found.append(ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p))
+    adjusted = _holm([difference.p for difference in found])
+    return [replace(difference, p=p) for difference, p in zip(found, adjusted, strict=True)]
+
+
+def _readings(run: Run) -> dict[Key, Reading]:
+    return readings(run).get(having(run, "student") or "", {})
+
+
+def _read_by(key: Key, run: Run) -> float:
+    return _readings(run)[key].score
+
+
+def _pairs(runs: Runs, *, seeds: int) -> Iterator[tuple[str, str, list[Run], list[Run]]]:
+    """(where, arm, its runs, those of SFT with the same seeds), of runs that trained, where both have at least so
+    many `seeds` in common."""
+    groups = alike([run for run in runs if is_trained(run)], "loss", "seed")
+    for key, group in sorted(groups.items()):
+        seeded = {(run["choices"]["loss"], run["choices"]["seed"]): run for run in group}
+        for arm in losses(group):
+            common = sorted(seed for loss, seed in seeded if loss == arm and ("sft", seed) in seeded)
+            if arm != "sft" and len(common) >= seeds:
+                where = distinction(key, list(groups)) or "all runs"
+                yield where, arm, [seeded[arm, seed] for seed in common], [seeded["sft", seed] for seed in common]
+
+
+def _holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment of those that are defined."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def _paired(arm: Runs, base: Runs, score: Callable[[Run], Any]) -> tuple[Interval, float | None]:
+    points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
+    # With the same difference in every seed, to rounding, the t test has no variance to divide by.
+    defined = max(points) - min(points) > 1e-9
+    return t_interval(points), float(ttest_1samp(points, 0).pvalue) if defined else None
+
+
+def average(run: Run) -> float:
+    """The recovered model's average over all tasks that count in it."""
+    return _recovered(run)["average"]
+
+
+def held_out(run: Run) -> float | None:
+    """The recovered model's average over the tasks that were not trained on; None where there is none."""
+    found = [score for task, score in _tasks(run).items() if task not in run["trained"]]
+    return mean(found) if found else None
+
+
+def _tasks(run: Run) -> dict[str, float]:
+    """The recovered model's scores of the tasks that count in its average."""
+    left_out = (*run.get("apart", ()), "average")
+    return {task: score for task, score in _recovered(run).items() if task not in left_out}
+
+
+def _recovered(run: Run) -> dict[str, float]:
+    return run["scores"][having(run, "student") or ""]
