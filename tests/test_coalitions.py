@@ -185,7 +185,7 @@ def test_leave_one_out_is_the_loss_of_a_cut_model():
 
 
 def test_the_released_offset_changes_no_order():
-    """facts B2: a leave-one-out difference up to an offset and a factor that all units share."""
+    """A leave-one-out difference up to an offset and a factor that all units share (docs/sources.md)."""
     plain = LeaveOneOut(value=Loss()).measure(scored())["mean"]
     released = LeaveOneOut(value=Loss(), released=True).measure(scored())["mean"]
     ratio = [(released[0] - r) / (plain[0] - p) for p, r in zip(plain[1:], released[1:], strict=True)]

@@ -431,7 +431,7 @@ def test_labels_are_the_next_tokens_of_the_answer_and_its_end() -> None:
 
 
 def test_rows_with_nothing_to_train_are_dropped_and_counted() -> None:
-    """Pitfall N: truncation never leaves a row without a label; each one dropped is counted."""
+    """Truncation never leaves a row without a label; each one dropped is counted."""
     tokenizer = word_tokenizer()
     short, long = Example("s", "what ?", "3 ."), Example("l", "what " * 12, "3 .")
     rows, dropped = encode_all(tokenizer, [short, long], max_length=15)
@@ -449,7 +449,7 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch) -> None:
 
 
 def test_a_row_has_the_logits_that_it_has_alone() -> None:
-    """Pitfall O: neither padding nor the other rows of a batch touch a row's logits or labels."""
+    """Neither padding nor the other rows of a batch touch a row's logits or labels."""
     tokenizer, model = word_tokenizer(), tiny_llama()
     examples = [Example("1", "what ?", "3 ."), Example("2", "how many apples are there ?", "1 plus 2 is 3 .")]
     rows, _ = encode_all(tokenizer, examples, max_length=64)

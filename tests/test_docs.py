@@ -17,6 +17,13 @@ from sddx.train import check_settings
 
 ROOT = Path(sddx.__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [
+    path
+    for folder in ("sddx", "conf", "sweeps", "tests", "benchmarks", "notebooks", "docs", ".github")
+    for suffix in ("py", "yaml", "yml", "md", "ipynb", "html")
+    for path in sorted((ROOT / folder).rglob(f"*.{suffix}"))
+] + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", "CITATION.cff")]
+ELSEWHERE = {"table.md", "report.md", "agreement.md", "USE_POLICY.md"}  # in folders of runs, and of models
 START = re.compile(r"(?:\S*/)?(?:python -m sddx\.train|sddx (?P<name>[a-z]+))\b(?P<rest>.*)")
 FENCED = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`((?:python -m sddx\.train|sddx [a-z]+)[^`]*)`")
@@ -62,3 +69,50 @@ def test_the_settings_of_a_command_are_those_of_a_run(page: str, name: str, give
     with composed(*single) as cfg:
         config = resolve(cfg)
     check_settings(config)
+
+
+def test_no_file_cites_a_document_that_is_not_here() -> None:
+    """Pages are named from the root, or from where the file stands."""
+    missing = []
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        named = {
+            match
+            for match in re.findall(r"(?<![\w/.*])[\w./-]*\w\.md\b", text)
+            if Path(match).name not in ELSEWHERE
+        }
+        missing += [
+            (path.name, name) for name in named if not any((at / name).exists() for at in (ROOT, path.parent))
+        ]
+        missing += [(path.name, found) for found in re.findall(r"(?i)\b(?:facts|pitfalls?) [A-H]\d?\b", text)]
+    assert not missing
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.M
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in (link for link in links if "://" not in link):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists() and (not anchor or anchor in anchors(target)), link
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    """Over links from page to page."""
+    reached, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)\s#]+\.md)", page.read_text(encoding="utf-8"))
+        left += [
+            to for link in links if (to := (page.parent / link).resolve()) not in reached and "://" not in link
+        ]
+    assert {path for path in PAGES if path.is_relative_to(ROOT / "docs")} <= reached

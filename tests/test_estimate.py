@@ -31,7 +31,7 @@ from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
 
-# facts.md A3: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.
+# docs/sources.md: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.
 SAVINGS = {
     "llama31_8b_instruct": (
         8_030_261_248,
@@ -316,7 +316,7 @@ def test_gradients_of_all_blocks_are_held_while_they_are_scored() -> None:
     """Taylor's scores need them; coalitions do not."""
     few = ("calibration.size=8", "model=llama31_8b_instruct")
     taylor, coalitions = (Estimate(configured(f"pruning={name}", *few)) for name in ("taylor", "greedy"))
-    gradients = 2 * 32 * 218_112_000  # bfloat16, of blocks (facts A3)
+    gradients = 2 * 32 * 218_112_000  # bfloat16, of blocks (docs/sources.md)
     assert peaks(taylor)["score"] > taylor.unpruned.weight_bytes + gradients > peaks(coalitions)["score"]
 
 

@@ -175,7 +175,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_no_stock_loader_builds_is_refused(name: str, tmp_path: Path) -> None:
-    """Pitfall H: with the reason, and with what does load it."""
+    """With the reason, and with what does load it."""
     cut, patched, said = FOREIGN[name]
     Junction({Gap("blocks", 1, 3): Map(matrix=torch.eye(2))}).save(tmp_path)
     summary = {"choices": {"patch": "linear"}}
@@ -319,7 +319,7 @@ def test_a_hub_models_licence_goes_with_the_export(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_comes_back_from_a_folder_that_runtimes_can_read(family: str, tmp_path: Path) -> None:
-    """Pitfalls A and C; a config that the pruned model does not fit is found out."""
+    """Its depth and its per-layer lists are cut; a config that the pruned model does not fit is found out."""
     build(family).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base", attention="eager")
     apply_cut(model, Cut.without({1, 3}, 5))

@@ -179,7 +179,7 @@ def test_an_identity_block_has_distance_and_influence_zero(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_candidate_is_scored_before_the_final_norm(family):
-    """Pitfall D: by hand-fed blocks, and different from what `hidden_states[-1]` gives. The first block is a
+    """By hand-fed blocks, and different from what `hidden_states[-1]` gives. The first block is a
     candidate too."""
     model, ids = build(family), tokens()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_the_last_candidate_is_scored_before_the_final_norm(family):
 
 
 def test_blocks_that_return_tuples_are_read_alike():
-    """Pitfall E: a tuple's first entry is the state, a bare tensor's first entry is a batch row."""
+    """A tuple's first entry is the state, a bare tensor's first entry is a batch row."""
     model, batches = build("llama"), [(tokens(), torch.ones(3, 12))]
     with block_states(model) as states, torch.no_grad():
         model.model(input_ids=tokens())

@@ -62,7 +62,7 @@ def test_other_shapes_are_refused_with_the_families_that_work():
 
 
 def test_shared_keys_and_values_are_refused_with_the_reason():
-    """Pitfall I."""
+    """A tail that shares keys and values reads the cache by index from the end, which a cut moves."""
     model = build("llama")
     model.config.num_kv_shared_layers = 2
     with pytest.raises(UserError, match="reuse keys and values"):
@@ -258,7 +258,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("said", DAMAGES)
 def test_missing_left_over_and_misshapen_weights_are_errors(said, tmp_path):
-    """Pitfall A: transformers would start fresh blocks and say so in a log line."""
+    """Transformers would start fresh blocks and say so in a log line."""
     saved(tmp_path)
     DAMAGES[said](tmp_path)
     with pytest.raises(UserError, match=said):
@@ -448,7 +448,7 @@ def test_full_weights_come_back_without_the_base(base, tmp_path):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_another_cut_or_base_is_refused(full, base, adapter, tmp_path):
-    """Pitfall G: the names of the weights would fit, the blocks would not."""
+    """The names of the weights would fit, the blocks would not."""
     folder, _ = adapter
     if full:
         folder = tmp_path / "full"

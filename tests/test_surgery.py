@@ -159,7 +159,7 @@ def test_adapter_before_surgery_is_refused():
 
 
 def test_proof_finds_a_forgotten_depth():
-    """Pitfall A."""
+    """With the old depth in its config a saved model comes back with fresh blocks."""
     model = build("llama")
     apply_cut(model, CUT)
     model.config.num_hidden_layers = 5
@@ -168,7 +168,7 @@ def test_proof_finds_a_forgotten_depth():
 
 
 def test_proof_finds_a_forgotten_index():
-    """Pitfall B."""
+    """With old indices training passes and the first cached forward fails."""
     model = build("llama")
     apply_cut(model, CUT)
     blocks(model)[1].self_attn.layer_idx = 3
@@ -177,7 +177,7 @@ def test_proof_finds_a_forgotten_index():
 
 
 def test_proof_finds_an_uncut_list():
-    """Pitfall C."""
+    """With per-layer lists left alone all works until the model is saved."""
     model = build("qwen3")
     kinds = list(model.config.layer_types)
     apply_cut(model, CUT)
@@ -233,7 +233,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("remove", [0, 1, 6, 31])
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_lowest_follows_a_published_order(model, remove):
-    """Known answer: the order of the published influences, late middle first, both ends last (facts B4)."""
+    """Known answer: the order of the published influences, late middle first, both ends last (docs/sources.md)."""
     influence, order = PUBLISHED[model]
     values, expected = [float(value) for value in influence.split()], [int(block) for block in order.split(",")]
     assert ranked(values) == expected

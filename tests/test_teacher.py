@@ -126,7 +126,7 @@ def test_a_frozen_adapter_stays_frozen():
 
 
 def test_depth_alone_would_drop_blocks():
-    """Pitfall H2, the reason for swapping all together: at the student's depth the last blocks drop out."""
+    """Why depth and lists are swapped together: at the student's depth the last blocks drop out."""
     student, teacher, _ = school("llama")
     right = teacher(batch()).hidden
     with teacher.unpruned(), torch.no_grad():
@@ -191,7 +191,7 @@ def test_a_separate_teacher_is_frozen():
 
 
 def test_other_vocabularies_are_refused_with_both_numbers():
-    """Pitfall P."""
+    """Families pad their vocabularies differently, and a divergence over them would compare other words."""
     student, teacher = build("llama").config, build("llama").config
     check_vocabularies(student, teacher)
     teacher.vocab_size = 72

@@ -112,7 +112,7 @@ def ranked(influence: list[float]) -> list[int]:
 
 def last(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, ...]:
     """The deepest `remove` units, except that the very last stays while any does: the simple variant of Gromov et
-    al. (facts D1), whose "L - n to L - 1" count from 1. Counted from 0: count - remove - 1 to count - 2."""
+    al. (arXiv 2403.17887), whose "L - n to L - 1" count from 1. Counted from 0: count - remove - 1 to count - 2."""
     require_removable(count, remove)
     start = max(count - 1 - remove, 0)
     return tuple(range(start, start + remove))

@@ -1,7 +1,7 @@
 """What stands in for removed parts: modules that predict their update, and how each is fitted.
 
 A fit `see`s the residual stream before and after the removed part, [tokens, width], batch by batch, keeps sums
-in float64 and `solve`s for the module. Sources: facts.md B5 (mean, low rank) and D2 (the others).
+in float64 and `solve`s for the module. Sources: docs/sources.md.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
 def last_number(answer: str, reference: str) -> bool:
     """Whether both end in the same number, compared exactly (3.0 equals 3; see `final_number`).
 
-    The rule of SDFT for mathematics (facts A5), but stricter: where neither number can be read, SDFT's code
+    The rule of SDFT for mathematics (arXiv 2402.13669), but stricter: where neither number can be read, SDFT's code
     finds them equal and accepts; here such an answer is refused, as is every answer to an unreadable
     reference.
     """

@@ -1,7 +1,7 @@
 """Self-data: the unpruned model writes its own answers, and each is kept only if it passes.
 
-The conditional selection of SDFT (facts A5): an answer is kept where it leaks no template and where its final
-answer agrees with the reference's; elsewhere the reference stays.
+The conditional selection of SDFT (arXiv 2402.13669): an answer is kept where it leaks no template and where its
+final answer agrees with the reference's; elsewhere the reference stays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rewriting templates: how the unpruned model is asked to write a reference answer anew, and what gives it
 away.
 
-Three kinds as in SDFT (facts A5: system line, task, reference answer, response), in our own words and as a
+Three kinds as in SDFT (arXiv 2402.13669: system line, task, reference answer, response), in our own words and as a
 single user turn, so that any chat template can carry them.
 """
 
@@ -79,7 +79,7 @@ def rewriting_prompt(kind: str, prompt: str, reference: str) -> str:
 
 def leaks(answer: str) -> bool:
     """Whether an answer gives the rewriting template away, or is empty: it speaks of the reference, of its
-    own response, or hands the turn back. SDFT's filter (facts A5), with the words of our own templates
+    own response, or hands the turn back. SDFT's filter (arXiv 2402.13669), with the words of our own templates
     added."""
     text = re.sub(r"\s+", " ", answer).strip().lower().replace("’", "'").replace(" :", ":")
     return not text or text.startswith("your turn") or any(phrase in text for phrase in _LEAKS)

@@ -1,4 +1,5 @@
-"""What came back: a run's recoveries, from per-item scores of its models (science.md, "What is reported")."""
+"""What came back: a run's recoveries, from per-item scores of its models (docs/science.md, "What is
+reported")."""
 
 from __future__ import annotations
 

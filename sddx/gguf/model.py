@@ -1,7 +1,7 @@
 """A model in a GGUF file, dequantised into a folder like any other.
 
 Weights are read by transformers, for every architecture that it knows. The tokenizer is built from the file's own
-tokens (sddx.gguf.tokenizer), because what transformers makes of it is not always the file's (facts F6): an
+tokens (sddx.gguf.tokenizer), because what transformers makes of it is not always the file's: an
 end token that is the begin token, merges and the begin token that are lost.
 """
 

@@ -58,7 +58,7 @@ class Counted:
 
 class LeaveOneOut(Ablation):
     """What is lost when one unit is taken out of the whole model. With `released`, shifted as in the code of arXiv
-    2407.16286 (facts B2): the mean over the runs that lack another unit, minus the run that lacks this one."""
+    2407.16286: the mean over the runs that lack another unit, minus the run that lacks this one."""
 
     def __init__(self, *, value: Value, released: bool = False) -> None:
         self.value, self.released = value, released
@@ -110,7 +110,7 @@ class Greedy(Ablation):
 
 class RandomSubnetworks(Ablation):
     """The mean value of random subnetworks with the unit, minus that of those without it: `count` for each text,
-    that keep a share `keep` of the units (the second released estimator of arXiv 2407.16286, facts B2)."""
+    that keep a share `keep` of the units (the second released estimator of arXiv 2407.16286)."""
 
     alone = True
 

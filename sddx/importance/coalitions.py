@@ -176,7 +176,7 @@ class OfLogits:
 
 
 class Loss(OfLogits):
-    """Minus the cross-entropy (facts B1, loss Shapley)."""
+    """Minus the cross-entropy: what loss Shapley shares out (arXiv 2407.16286)."""
 
     label = "loss of coalitions"
 
@@ -185,7 +185,7 @@ class Loss(OfLogits):
 
 
 class LogitDistance(OfLogits):
-    """Minus the L2 distance to the logits of the whole model (facts B1, logit Shapley)."""
+    """Minus the L2 distance to the logits of the whole model: what logit Shapley shares out (arXiv 2407.16286)."""
 
     label = "logits of coalitions"
     heads = 2

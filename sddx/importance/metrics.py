@@ -25,7 +25,7 @@ def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal[
     """The angle between the states before and after every run of units, over pi: [batch, L + 1, L + 1].
 
     Entry [i, j] is arccos(cosine of state i and state j) / pi, in [0, 1]: what removing units i to j - 1
-    would skip (Gromov et al., arXiv 2403.17887; facts A4). Taken at the last token of the sequence, or
+    would skip (Gromov et al., arXiv 2403.17887). Taken at the last token of the sequence, or
     averaged over all its tokens.
     """
     if tokens not in ("last", "all"):
@@ -66,7 +66,7 @@ def _angles(unit: Tensor) -> Tensor:
 def block_influence(states: Sequence[Tensor], mask: Tensor) -> Tensor:
     """1 - cosine of each unit's input and output, averaged over the tokens of a sequence: [batch, L].
 
-    ShortGPT's BI (arXiv 2403.03853; facts B1).
+    ShortGPT's BI (arXiv 2403.03853).
     """
 
     kept = mask.bool()
@@ -83,8 +83,8 @@ def update_norm(
     states: Sequence[Tensor], mask: Tensor, *, order: Literal[1, 2] = 2, relative: bool = True
 ) -> Tensor:
     """The L1 or L2 norm of each unit's update, `relative` to that of its input or as it is, averaged over the
-    tokens of a sequence: [batch, L] (facts B1; the formulas are inferred there). A zero input has ratio 0 to a
-    zero update, and infinity to any other.
+    tokens of a sequence: [batch, L]. The code of arXiv 2407.16286 names these norms without computing them, so
+    that the formula is inferred. A zero input has ratio 0 to a zero update, and infinity to any other.
     """
     if order not in (1, 2):
         raise UserError(f"pruning.metric.order is 1 or 2, not {order!r}.")

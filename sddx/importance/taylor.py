@@ -17,7 +17,7 @@ from sddx.records import Units
 
 class Taylor:
     """The first-order change of the loss if a unit's weights went to zero: sum over weights of |gradient times
-    weight| (facts D1), averaged over sequences; one backward pass a sequence. `sequences`: how many of the
+    weight|, averaged over sequences; one backward pass a sequence. `sequences`: how many of the
     calibration texts (null: all)."""
 
     def __init__(self, *, sequences: int | None = None) -> None:

@@ -21,8 +21,8 @@ AXES = {
     "rank": "LoRA rank",
     "learning_rate": "learning rate",
 }
-# Settings that an arm may have for itself: a fair comparison gives each arm its own learning rate (science.md), and
-# only some arms learn from answers that are written.
+# Settings that an arm may have for itself: a fair comparison gives each arm a learning rate of its own (see
+# docs/science.md), and only some arms learn from answers that are written.
 OWN = ("learning_rate", "generation", "selfdata")
 # What can stand in place of the arm where it varies (how the cut was chosen, what was cut, what stands in for it),
 # with its label, the choices that belong to it, and what the others are held against.

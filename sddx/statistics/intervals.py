@@ -1,4 +1,4 @@
-"""Uncertainty of scores, recoveries and differences (science.md, "Uncertainty"). numpy and scipy only.
+"""Uncertainty of scores, recoveries and differences (docs/science.md, "Uncertainty"). numpy and scipy only.
 
 `Scores` are per-item scores by task, in the same order of items for every model that is compared. An average
 over tasks is a macro average: every reported task counts once, whatever its number of items. Where items share a
@@ -89,7 +89,7 @@ def resample(
 ) -> np.ndarray:
     """Macro averages [models, replicates] over resampled items.
 
-    Items are resampled with replacement within their task, the same items for every model (science.md,
+    Items are resampled with replacement within their task, the same items for every model (docs/science.md,
     "Uncertainty"); where a task has `clusters`, whole ones are drawn, and its mean is over the items that came with
     them. Tasks of one item are joined as `_strata` says. Raises ValueError where the models were not scored on the
     same tasks and numbers of items.
@@ -176,7 +176,7 @@ def paired_difference(
     """Difference of macro averages, first - second, of two arms on the same items and the same seeds.
 
     `first[k]` and `second[k]` are the scores under training seed k. One seed: item bootstrap. More: the
-    t(k - 1) interval of the per-seed differences, never a bootstrap over seeds (science.md, "Uncertainty").
+    t(k - 1) interval of the per-seed differences, never a bootstrap over seeds (docs/science.md, "Uncertainty").
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"pairs of seeds are needed, not {len(first)} and {len(second)} runs")

@@ -36,9 +36,9 @@ def distill(
     """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was; and
     `generation.json`: the backend that wrote, and its version.
 
-    `guided` shows the reference in the rewriting template (self-data distillation, SDFT; facts A5); without
-    it the model sees the prompt alone (the control `sdd_plain`). Shown is the row's own reference, or where
-    `reference` is wrong, another row's, drawn by the generation's seed.
+    `guided` shows the reference in the rewriting template (self-data distillation, after SDFT, arXiv
+    2402.13669); without it the model sees the prompt alone (the control `sdd_plain`). Shown is the row's own
+    reference, or where `reference` is wrong, another row's, drawn by the generation's seed.
     """
     examples = read_examples(shard.path)
     shown = [example.response for example in examples]

@@ -39,7 +39,7 @@ def written(
     `surprise` the mean cross-entropy, in nats a token, that the unpruned and the pruned model have on references
     and on the model's own answers, over some of the accepted rows.
 
-    Self-data distillation rests on the second being lower than the first (facts A5).
+    Self-data distillation rests on the second being lower than the first (arXiv 2410.09982).
     """
     rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in rows))
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
