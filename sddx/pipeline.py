@@ -145,6 +145,7 @@ class Run:
 
     @property
     def is_self_data(self) -> bool:
+        """Whether the student learns from answers that the unpruned model writes."""
         return self.trains and self.method.loss["data"] != "reference"
 
     @cached_property

@@ -136,10 +136,12 @@ class Cut:
         return f"{len(self.kept)}L" + (f"-{lost}" if lost else "")
 
     def save(self, path: Path) -> None:
+        """Write the cut as JSON."""
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Cut:
+        """The cut that `save` wrote; what an older file does not name is nothing."""
         fields = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(fields.get(name, ())) for name in ("kept", "no_attention", "no_feedforward")}
         return cls(total=fields["total"], **lists)
@@ -202,4 +204,5 @@ class Batch:
     labels: torch.Tensor
 
     def to(self, device: Any) -> Batch:
+        """The same rows on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))

@@ -141,6 +141,7 @@ class Judged(Form):
 
     @model_validator(mode="after")
     def pair(self) -> Judged:
+        """The record, if every list has an entry for each item. Raises ValueError otherwise."""
         if len(self.scores) != len(self.hashes):
             raise ValueError(f"{len(self.scores)} scores of {len(self.hashes)} items")
         for name in ("clusters", "bits_per_byte", "margin"):

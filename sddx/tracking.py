@@ -30,6 +30,7 @@ class Tracker:
         self._table, self._run = table, run
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Append a row of metrics to the table, one line a number, and to the W&B run."""
         values = {name: value for name, value in row.items() if name != "step"}
         for name, value in values.items():
             self._table.writerow([row.get("step", ""), name, value])

@@ -172,6 +172,7 @@ def method(config: dict[str, Any]) -> Method:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
+    """Run one configuration from its check to its report."""
     logging.captureWarnings(True)
     with mistakes_told():
         require_one_run("run them all")

@@ -73,6 +73,25 @@ def test_reports_need_no_torch() -> None:
         assert "import torch" not in path.read_text() and "from torch" not in path.read_text()
 
 
+def undocumented(body: list[ast.stmt], where: str = "") -> list[str]:
+    """The public functions, classes and methods without a docstring, by their dotted names."""
+    found = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
+            "_"
+        ):
+            found += [] if ast.get_docstring(node) else [where + node.name]
+            found += undocumented(node.body, f"{where}{node.name}.") if isinstance(node, ast.ClassDef) else []
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_what_is_public_says_what_it_is(path: Path) -> None:
+    """Every module, function, class and method that others may use has a docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) and not undocumented(tree.body)
+
+
 TEXT = ("read_text", "write_text", "open", "fdopen", "FileHandler")
 
 

@@ -33,6 +33,7 @@ def tell(estimates: Sequence[Estimate], configs: Sequence[dict[str, Any]]) -> No
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
+    """Print what a run, or each run of a grid, would cost."""
     with mistakes_told():
         require_one_run("plan them all")
         config = located(resolve(cfg))

@@ -35,6 +35,7 @@ class NoAttention(nn.Module):
         self.patch: nn.Module | None = None
 
     def forward(self, hidden_states: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        """The update of the patch, or zeros, and no attention weights; the cache is told how many tokens passed."""
         cache = next(
             (named[name] for name in ("past_key_values", "layer_past") if named.get(name) is not None), None
         )
@@ -52,6 +53,7 @@ class NoFeedForward(nn.Module):
         self.patch: nn.Module | None = None
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The update of the patch, or zeros, on top of the `residual` where the family adds it here."""
         update = _update(self.patch, hidden_states)
         return update if residual is None else residual + update
 

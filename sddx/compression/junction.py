@@ -46,6 +46,7 @@ class Gap:
 
     @property
     def name(self) -> str:
+        """What a patch for this gap is kept under."""
         return f"{self.kind}-{self.start}-{self.end}"
 
 

@@ -26,9 +26,11 @@ class Patch(nn.Module):
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
 
     def update(self, x: Tensor) -> Tensor:
+        """What is added to the stream: [..., width], in its dtype."""
         raise TypeError(f"{type(self).__name__} gives no update")
 
     def forward(self, x: Tensor) -> Tensor:
+        """The stream with the update: [..., width]."""
         return x + self.update(x)
 
     def _wide(self, x: Tensor) -> Tensor:
@@ -41,6 +43,7 @@ class Shift(Patch):
     bias: Tensor
 
     def update(self, x: Tensor) -> Tensor:
+        """The bias at every token."""
         return self.bias.to(x.dtype).expand_as(x)
 
 
@@ -50,6 +53,7 @@ class Scale(Patch):
     factors: Tensor
 
     def update(self, x: Tensor) -> Tensor:
+        """x times (factors - 1), so that the stream comes out as x times the factors."""
         return (self._wide(x) * (self.factors - 1)).to(x.dtype)
 
 
@@ -59,6 +63,7 @@ class Map(Patch):
     matrix: Tensor
 
     def update(self, x: Tensor) -> Tensor:
+        """x M, computed in the precision of M."""
         return (self._wide(x) @ self.matrix).to(x.dtype)
 
 
@@ -69,6 +74,7 @@ class LowRankMap(Patch):
     up: Tensor
 
     def update(self, x: Tensor) -> Tensor:
+        """x A B, computed in the precision of A."""
         return (self._wide(x) @ self.down @ self.up).to(x.dtype)
 
 
@@ -78,6 +84,7 @@ class FeedForwardMap(Patch):
     matrix: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """f T, in the place of f: [..., width]."""
         return (self._wide(x) @ self.matrix).to(x.dtype)
 
 
@@ -127,9 +134,11 @@ class Mean(Fit):
         self.total = torch.zeros(())
 
     def take(self, before: Tensor, after: Tensor) -> None:
+        """Add the tokens' updates to their sum."""
         self.total = self.total + (after - before).sum(0)
 
     def solve(self) -> Shift:
+        """A shift by the mean update. Raises UserError where no token was seen."""
         self._require(1)
         return Shift(bias=self.total / self.tokens)
 
@@ -145,9 +154,11 @@ class Diagonal(Fit):
         self.before, self.after = torch.zeros(()), torch.zeros(())
 
     def take(self, before: Tensor, after: Tensor) -> None:
+        """Add the tokens' magnitudes, channel by channel, to both sums."""
         self.before, self.after = self.before + before.abs().sum(0), self.after + after.abs().sum(0)
 
     def solve(self) -> Scale:
+        """A scale of every channel. Raises UserError where no token was seen."""
         self._require(1)
         ratio = self.after / self.before
         return Scale(factors=torch.where(self.before > 0, ratio, torch.ones_like(ratio)))
@@ -170,6 +181,7 @@ class Linear(Fit):
         self.moments: tuple[Tensor, Tensor] | None = None
 
     def take(self, before: Tensor, after: Tensor) -> None:
+        """Add the tokens to X'X and X'D."""
         if self.moments is None:
             square = before.new_zeros(before.shape[1], before.shape[1])
             self.moments = square, square.clone()
@@ -177,6 +189,7 @@ class Linear(Fit):
         self.moments[1].addmm_(before.T, after - before)
 
     def solve(self) -> Patch:
+        """The regression as a map. Raises UserError for fewer tokens than channels."""
         return Map(matrix=self._regression())
 
     def _regression(self) -> Tensor:
@@ -205,6 +218,8 @@ class LowRank(Linear):
         self.rank, self.epochs, self.learning_rate = rank, epochs, learning_rate
 
     def solve(self) -> Patch:
+        """The regression's projection on its strongest directions. Raises UserError for fewer tokens than
+        channels."""
         whole = self._regression()
         assert self.moments is not None
         # The directions in which the fitted updates vary most; their projection is the best fit of this rank.
@@ -221,6 +236,7 @@ class LinearFeedForward(Linear):
     reads: Reads = "feedforward"
 
     def solve(self) -> Patch:
+        """The regression and the identity, so that T maps the branch's output to what it stands for."""
         update = self._regression()
         return FeedForwardMap(matrix=update + torch.eye(len(update), dtype=update.dtype, device=update.device))
 

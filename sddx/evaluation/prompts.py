@@ -35,6 +35,8 @@ class SameTokens:
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """The conversation as one text in the model's template, ready to be answered if a turn is to be
+        generated."""
         return conversation(self.tokenizer, chat_history, unfinished=not add_generation_prompt)
 
     def tok_encode(
@@ -110,6 +112,7 @@ class Reader(SameTokens):
         self.tokenizer, self.max_length = tokenizer, context
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """No answers: the requests were read when they were made."""
         return []
 
 
@@ -126,11 +129,13 @@ class Fitting:
         return getattr(self.lm, name)
 
     def loglikelihood(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+        """The model's own answers, after all requests were looked at. Raises UserError as `require_fit` does."""
         room = self.lm.max_length + self.spare
         self._look((each, "".join(each.args), room) for each in requests)
         return self.lm.loglikelihood(requests, **how)
 
     def generate_until(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+        """The same for answers that are written: a prompt must leave room for its answer."""
         rooms = (self.lm.max_length - answer_length(each.args[1]) for each in requests)
         self._look((each, each.args[0], room) for each, room in zip(requests, rooms, strict=True))
         return self.lm.generate_until(requests, **how)

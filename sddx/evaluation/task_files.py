@@ -206,6 +206,8 @@ def _of_datasets(error: BaseException) -> bool:
 
 
 class Lacking(KeyError):
+    """A document has no such column."""
+
     pass
 
 

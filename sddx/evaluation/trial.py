@@ -20,12 +20,15 @@ class Mute(LM):
     """A model that answers every request at once, and like every other."""
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """The same likelihood for every request, and that none is what the model would say."""
         return [(-1.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """The same likelihood for every text."""
         return [-1.0] * len(requests)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
+        """The same answer to every prompt."""
         return ["1"] * len(requests)
 
 

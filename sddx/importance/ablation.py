@@ -26,6 +26,7 @@ class Ablation:
     alone = False  # whether each text is read by itself
 
     def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary over the units, as `sddx.importance.score.score_units` gives it."""
         raise TypeError(f"{type(self).__name__} measures nothing")
 
     def require(self, units: int) -> None:
@@ -52,6 +53,7 @@ class Counted:
         self.noise = torch.Generator().manual_seed(0)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        """Noise in place of values, [coalitions, sequences]; what they would take is noted in `asked`."""
         self.asked.append(self.value.work(subject, coalitions))
         return torch.rand(len(coalitions), subject.sequences, generator=self.noise, dtype=torch.float64)
 

@@ -30,9 +30,13 @@ Head = Callable[[Tensor], Tensor]  # states [tokens, width] -> float32 logits [t
 class Value(Protocol):
     """What coalitions are worth, more being better: one number per coalition and item, [coalitions, items]."""
 
-    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor: ...
+    def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        """What each coalition is worth on each item, [coalitions, items] in float64; more is better."""
+        ...
 
-    def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work: ...
+    def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
+        """What `of` runs."""
+        ...
 
 
 class Replay:
@@ -181,6 +185,7 @@ class Loss(OfLogits):
     label = "loss of coalitions"
 
     def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        """log p(label) of each token, in nats: [tokens]."""
         return -nn.functional.cross_entropy(to_logits(hidden), labels, reduction="none")
 
 
@@ -191,6 +196,7 @@ class LogitDistance(OfLogits):
     heads = 2
 
     def token_values(self, to_logits: Head, hidden: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+        """Minus the distance between each token's two rows of logits: [tokens]."""
         return -torch.linalg.vector_norm(to_logits(hidden) - to_logits(full), dim=-1)
 
 
@@ -242,6 +248,7 @@ class TaskScore:
         require_tasks(WHERE, tasks=self.tasks, limit=self.limit, **given)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
+        """Each item's score under each coalition, [coalitions, items] in float64."""
         known: dict[Coalition, Tensor] = {}
         quiet = replace(subject, runtime=replace(subject.runtime, quiet=True))
         with subject.runtime.progress(total=len(set(coalitions)), what="tasks of coalitions", unit="model") as bar:

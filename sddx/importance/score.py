@@ -35,6 +35,7 @@ class Subject:
 
     @property
     def sequences(self) -> int:
+        """How many calibration texts there are."""
         return sum(len(batch.input_ids) for batch in self.batches)
 
     def first(self, sequences: int | None) -> list[Batch]:
@@ -74,9 +75,13 @@ class Work:
 class Measures(Protocol):
     """A metric that runs the model as it needs to, and says how much that is on so many texts."""
 
-    def measure(self, subject: Subject) -> dict[str, Any]: ...
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """The summary over the units, as `score_units` gives it."""
+        ...
 
-    def work(self, units: Units, texts: int) -> Work: ...
+    def work(self, units: Units, texts: int) -> Work:
+        """What `measure` runs over so many units and texts."""
+        ...
 
 
 def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) -> dict[str, dict[str, Any]]:

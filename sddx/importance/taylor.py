@@ -24,6 +24,7 @@ class Taylor:
         self.sequences = sequences
 
     def work(self, units: Units, texts: int) -> Work:
+        """A forward and a backward pass for each text, apart from the other metrics."""
         return Work(learned=texts if self.sequences is None else min(self.sequences, texts), alone=True)
 
     def measure(self, subject: Subject) -> dict[str, Any]:

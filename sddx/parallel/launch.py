@@ -121,6 +121,7 @@ class Group:
             return _listen(self._workers, runtime)
 
     def end(self) -> None:
+        """End the processes that this group started, and wait for them."""
         for process in self._workers.values():
             process.kill()
             process.join()

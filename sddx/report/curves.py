@@ -72,6 +72,7 @@ class Family:
 
     @property
     def arms(self) -> list[str]:
+        """The arms of these runs, SFT first."""
         return losses(self.runs)
 
     @property

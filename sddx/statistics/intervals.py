@@ -32,6 +32,7 @@ class Interval:
 
     @property
     def half_width(self) -> float:
+        """Half the distance between the bounds."""
         return (self.high - self.low) / 2
 
 

@@ -52,6 +52,7 @@ class Recipe:
 
     @cached_property
     def key(self) -> str:
+        """The key of the artifact: a digest of settings, inputs and the code that a number can hang on."""
         inputs = [[name, each.reading] for name, each in self.inputs]
         return digest([self.settings, self.wired, inputs, _summed(self.source)])
 

@@ -54,6 +54,7 @@ class Definition:
 
     @property
     def digest(self) -> str:
+        """The digest of the statements that no comment or message is part of."""
         return self.module.digest(self.name)
 
 
@@ -77,6 +78,7 @@ class Module:
 
     @cached_property
     def file(self) -> str:
+        """The file, relative to where its package lies."""
         return self.path.relative_to(self.home).as_posix()
 
     @cached_property
@@ -112,6 +114,7 @@ class Module:
         return self._bare[name]
 
     def digest(self, name: str) -> str:
+        """The SHA-256 of a definition's `bare` statements, as text."""
         if name not in self._digests:
             # unparsed text, because the tree's own dump differs between versions of Python
             text = "\n".join(ast.unparse(statement) for statement in self.bare(name))

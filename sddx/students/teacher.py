@@ -109,6 +109,7 @@ class SeparateTeacher:
         return blocks(self.model)
 
     def to(self, device: torch.device | str) -> SeparateTeacher:
+        """The teacher itself, its model moved to a device."""
         self.model.to(device)
         return self
 

@@ -83,10 +83,12 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The run's name, made of what varies."""
         return self.config["run"]["name"]
 
     @property
     def folder(self) -> Path:
+        """The folder of this cell below that of its sweep."""
         HydraConfig.instance().set_config(self.composed)  # the folder's name is an interpolation
         sweep = self.composed.hydra.sweep
         return (Path(sweep.dir) / file_name(str(sweep.subdir))).absolute()

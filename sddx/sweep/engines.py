@@ -97,6 +97,8 @@ class Job:
         perform(self.folder, self.task)
 
     def checkpoint(self) -> Any:
+        """What submitit queues again where a job is preempted or out of time: the same cell, which waits once
+        more."""
         from submitit.helpers import DelayedSubmission
 
         cells.write(self.folder, state="waiting")

@@ -49,9 +49,12 @@ class Grid(Launcher):
         self.engine = engine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook: keeps its context and the configuration."""
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose, check and plan all cells, then let the engine run them; returns Hydra's records of them. Raises
+        UserError before any work where a cell is wrong."""
         with mistakes_told():
             if not callable(self.engine):
                 raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")

@@ -37,6 +37,7 @@ class Plan(Store):
         self.steps: list[Step] = []
 
     def build(self, stage: Stage, inputs: Inputs, /, *, runtime: Runtime, **spec: Any) -> Artifact:
+        """The artifact that the stage would make, present or not; `prepare` alone is built."""
         if stage.__name__ == "prepare":
             return super().build(stage, inputs, runtime=runtime, **spec)
         recipe = digest.recipe(stage, inputs, spec)

@@ -39,6 +39,7 @@ class Grids(Sweeper):
                 )
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook: keeps where the sweep goes and makes the launcher."""
         self.folder, self.loader = Path(config.hydra.sweep.dir), hydra_context.config_loader
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -46,6 +47,7 @@ class Grids(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Take the grid apart into cells and launch them. Raises UserError, with every reason, before any work."""
         with mistakes_told():
             self.require_values(arguments)
             with composing():

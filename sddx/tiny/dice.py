@@ -24,9 +24,11 @@ class Dice:
         return low + self.below(high - low + 1)
 
     def chance(self, probability: float) -> bool:
+        """True in so many of all throws."""
         return self._random() < probability
 
     def pick(self, items: Sequence[T]) -> T:
+        """One of the items, each as likely."""
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
@@ -35,4 +37,5 @@ class Dice:
         return [pool.pop(self.below(len(pool))) for _ in range(count)]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
+        """All items in random order."""
         return self.sample(items, len(items))

@@ -156,6 +156,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step for all weights, those of a shape at once: momentum, made orthogonal."""
         group = self.param_groups[0]
         for shape in dict.fromkeys(weight.shape for weight in group["params"]):
             weights = [weight for weight in group["params"] if weight.shape == shape]
@@ -276,6 +277,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 @hydra.main(version_base=None, config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
+    """Pretrain an embedded model into a folder."""
     with mistakes_told():
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise UserError("One command makes one model. Leave --multirun out, and give a folder to each: out=...")

@@ -34,6 +34,7 @@ def lines(skill: str, split: str) -> list[str]:
 
 
 def main() -> None:
+    """Write the items of every skill and split into the package."""
     for skill in SKILLS:
         for split in COUNTS:
             (FOLDER / f"{skill}.{split}.jsonl").write_text("\n".join(lines(skill, split)) + "\n", encoding="utf-8")

@@ -36,6 +36,7 @@ class Step:
 
     @property
     def examples(self) -> int:
+        """How many rows the step trains on."""
         return sum(len(part) for part in self.micro_batches)
 
 
@@ -118,9 +119,11 @@ class StepLoader:
             yield step, micro_batches(self.rows, step, self.pad_id)
 
     def state_dict(self) -> dict[str, Any]:
+        """The number of steps that were taken, from which the loader goes on."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the steps of a saved state."""
         self.position = state["position"]
 
 

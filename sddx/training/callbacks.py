@@ -33,12 +33,14 @@ class Metrics(lightning.Callback):
         self.runtime, self.planned, self.every = runtime, planned, every
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Draw the bar, from the step that training goes on from, and start the clock."""
         self.bar = self.runtime.progress(total=len(self.planned), what="training", unit="step")
         self.bar.update(trainer.global_step)
         self.started = self.logged_at = time.perf_counter()
         self.tokens = self.tokens_logged = 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
+        """Move the bar; every so many steps log the losses and the tokens a second."""
         step = index + 1
         self.tokens += item[0].totals.attended
         self.bar.update(1)
@@ -50,10 +52,12 @@ class Metrics(lightning.Callback):
             self.runtime.log(_row(step, "train", module.last | {"tokens_per_second": rate}))
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Keep the tokens a second of the whole training."""
         self.tokens_per_second = self.tokens / (time.perf_counter() - self.started)
         self.bar.close()
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Close the bar, so that the error stands below it."""
         if hasattr(self, "bar"):
             self.bar.close()
 
@@ -77,6 +81,7 @@ class Validation(lightning.Callback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
+        """Where it is due, log the loss on held-out rows, and keep the weights if they are the best so far."""
         step = index + 1
         due = step == module.steps_total or (self.every and step % self.every == 0)
         if not (due and self.rows):
@@ -98,9 +103,11 @@ class Validation(lightning.Callback):
                     value.copy_(as_in(value, self.weights[name]))
 
     def state_dict(self) -> dict[str, Any]:
+        """The best loss, its step and its weights."""
         return {"kept": self.kept, "kept_step": self.kept_step, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
         self.kept, self.kept_step, self.weights = state["kept"], state["kept_step"], state["weights"]
 
 
@@ -118,16 +125,20 @@ class Resume(lightning.Callback):
         self.before = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Listen for SIGTERM."""
         # Over Lightning's own handler, which would end without saving; Lightning puts back what was before.
         if current_thread() is main_thread():
             signal.signal(signal.SIGTERM, self.notice)
 
     def notice(self, number: int, frame: Any) -> None:
+        """The handler of SIGTERM: note it for the end of the step, and call the one that was there before."""
         self.told = True
         if callable(self.before):
             self.before(number, frame)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
+        """Save where it is due or SIGTERM came. Raises Interrupted in the second case, where nobody else
+        decides."""
         step, told = index + 1, any_of_us(self.told, module.device)
         if step == module.steps_total or not (told or step % self.every == 0):
             return

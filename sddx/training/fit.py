@@ -196,6 +196,7 @@ class OneOfSeveral(SingleDeviceStrategy):
 
     @property
     def is_global_zero(self) -> bool:
+        """Whether this is the process that speaks for all."""
         return rank() == 0
 
     def teardown(self) -> None:

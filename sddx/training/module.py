@@ -87,6 +87,7 @@ class Distiller(lightning.LightningModule):
         return {name: value * weight for name, value in self(batch.to(self.device), step.totals).items()}
 
     def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
+        """One optimiser step over this process's share of the micro-batches."""
         step, batches = item
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
@@ -119,6 +120,7 @@ class Distiller(lightning.LightningModule):
         return {name: value.item() for name, value in (total | {"loss": self._weighted(total)}).items()}
 
     def configure_optimizers(self) -> Any:
+        """AdamW over what is trained, with a linear warm-up and a cosine decay."""
         optimizer = torch.optim.AdamW(
             self.trainable().values(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
@@ -126,9 +128,11 @@ class Distiller(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch as it is."""
         return batch  # micro-batches move one at a time
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained alone, whole even where it lies in shards, and the supervised tokens so far."""
         trainable = self.trainable()
         checkpoint["state_dict"] = {n: whole(v) for n, v in checkpoint["state_dict"].items() if n in trainable}
         states = checkpoint["optimizer_states"]
@@ -136,6 +140,7 @@ class Distiller(lightning.LightningModule):
         checkpoint["supervised_tokens"] = self.supervised_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put weights and optimiser back, cut as they are held here. Raises UserError for other parameters."""
         weights = self.trainable()
         if checkpoint["state_dict"].keys() != weights.keys():
             raise UserError("the checkpoint to resume from holds other parameters than this student trains")

@@ -35,6 +35,7 @@ class Supervised:
     weight: float = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """The loss of each labelled token: [rows]."""
         return self.loss(logits, labels)
 
 
@@ -46,6 +47,7 @@ class Distilled:
     weight: float = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """The divergence of each labelled token: [rows]."""
         return self.loss(logits, teacher_logits)
 
 
@@ -92,18 +94,22 @@ class Objective:
 
     @property
     def token_terms(self) -> dict[str, Supervised | Distilled]:
+        """The terms that give a value for each labelled token, by name."""
         return {name: term for name, term in self.terms.items() if not isinstance(term, Layerwise)}
 
     @property
     def layer_terms(self) -> dict[str, Layerwise]:
+        """The terms on hidden states, by name."""
         return {name: term for name, term in self.terms.items() if isinstance(term, Layerwise)}
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether any term looks at a teacher."""
         return any(not isinstance(term, Supervised) for term in self.terms.values())
 
     @property
     def needs_states(self) -> bool:
+        """Whether any term looks at hidden states."""
         return bool(self.layer_terms)
 
 
