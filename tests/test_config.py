@@ -26,8 +26,11 @@ from sddx.pipeline import Method
 from sddx.sweep.launcher import Grid
 from sddx.train import check_settings, install, verify
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "sweeps"))
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+FILES = [path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml")) if path.stem != "base"]
+GROUPED = [path for path in FILES if path.parts[0] not in ("hydra", "sweeps", path.name)]
+OPTIONS = [(path.parent.as_posix(), path.stem) for path in GROUPED]
+# What is added: an experiment, and a term beside those of a loss.
+ADDED = {"experiment": "+experiment", "rehearse": "+rehearse", "loss/term": "+loss/term@loss.terms.one_more"}
 OWED = {
     ("model", "local"): ["model.path=x"],
     ("dataset", "jsonl"): ["dataset.path=x"],
@@ -52,8 +55,7 @@ def composed_plain(*overrides: str) -> dict:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes_and_binds(group: str, option: str) -> None:
     """Each file of conf/ is a configuration that the code accepts."""
-    sign = "+" if group in ("experiment", "rehearse") else ""
-    config = checked(f"{sign}{group}={option}", *OWED.get((group, option), []))
+    config = checked(f"{ADDED.get(group, group)}={option}", *OWED.get((group, option), []))
     assert set(config["loss"]) >= {"data", "terms"}
 
 
@@ -115,14 +117,42 @@ def test_what_a_user_brings_is_checked_like_our_own(tmp_path: Path, monkeypatch:
     """A loss of the user's own module, named in a file outside the package, binds to its signature."""
     (tmp_path / "my_losses.py").write_text("def focal(logits, labels, *, gamma):\n    return logits\n")
     (tmp_path / "loss").mkdir()
-    text = (CONF / "loss" / "sft.yaml").read_text()
-    mine = text.replace("sddx.training.losses.cross_entropy", "my_losses.focal")
-    (tmp_path / "loss" / "focal.yaml").write_text(mine)
+    (tmp_path / "loss" / "focal.yaml").write_text(
+        "defaults: [none, _self_]\nterms:\n  focal:\n    _target_: sddx.training.objective.Supervised\n"
+        "    weight: 1.0\n    loss: {_target_: my_losses.focal, _partial_: true}\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="gamma has no value"):
         checked("loss=focal", config_dir=tmp_path)
-    config = checked("loss=focal", "+loss.terms.cross_entropy.loss.gamma=2", config_dir=tmp_path)
-    assert config["loss"]["terms"]["cross_entropy"]["loss"]["gamma"] == 2
+    config = checked("loss=focal", "+loss.terms.focal.loss.gamma=2", config_dir=tmp_path)
+    assert config["loss"]["terms"]["focal"]["loss"]["gamma"] == 2
+
+
+def test_one_file_is_a_term_of_every_loss_and_a_metric_of_every_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added beside a loss's own terms, put in the place of a metric, or compared with the others; told apart from
+    runs without it."""
+    (tmp_path / "mine.py").write_text(
+        "def focal(logits, labels, *, gamma):\n    return logits\ndef depth(states, mask):\n    return states\n"
+    )
+    for group in ("loss/term", "pruning/metric"):
+        (tmp_path / group).mkdir(parents=True)
+    (tmp_path / "loss/term/focal.yaml").write_text(
+        "_target_: sddx.training.objective.Supervised\nweight: 0.5\n"
+        "loss: {_target_: mine.focal, _partial_: true, gamma: 2}\n"
+    )
+    (tmp_path / "pruning/metric/depth.yaml").write_text("_target_: mine.depth\n_partial_: true\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = checked(
+        "loss=sdd", "+loss/term@loss.terms.focal=focal", "pruning=block_influence", "pruning/metric=depth",
+        "+pruning/metric@metrics.depth=depth", config_dir=tmp_path,
+    )  # fmt: skip
+    assert list(config["loss"]["terms"]) == ["cross_entropy", "focal"] and config["loss"]["data"] == "self"
+    depth = {"_target_": "mine.depth", "_partial_": True}
+    assert config["pruning"]["metric"] == config["metrics"]["depth"] == depth and len(config["metrics"]) == 17
+    assert config["choices"]["pruning/metric"] == "depth"
+    assert config["choices"]["loss/term@loss.terms.focal"] == "focal"
 
 
 def test_what_was_set_by_hand_is_a_choice() -> None:

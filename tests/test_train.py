@@ -351,9 +351,7 @@ def write_own_world(folder: Path) -> None:
         "check: {_target_: sddx.data.checkers.exact, _partial_: true}\nrewrite: tiny\ntrains: []\n"
     )
     (folder / "conf/pruning/mine.yaml").write_text(
-        "_target_: sddx.compression.choose.Pruning\nremove: 2\n"
-        "choose: {_target_: sddx.compression.choose.lowest, _partial_: true}\n"
-        "metric: {_target_: my_metric.depth, _partial_: true}\n"
+        "defaults: [base, _self_]\nremove: 2\nmetric: {_target_: my_metric.depth, _partial_: true}\n"
     )
     (folder / "tasks").mkdir()
     (folder / "tasks/capitals.jsonl").write_text('{"q": "Where is Rome?", "c": ["Italy", "Peru"], "a": 0}\n' * 3)

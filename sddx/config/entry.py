@@ -92,7 +92,8 @@ def _require_choices(arguments: list[str]) -> None:
 
 
 def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """What may be chosen; `base` is what the others have in common."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
 
 
 def _in_our_words(error: Exception, root: str) -> str:
