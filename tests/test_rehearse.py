@@ -1,4 +1,5 @@
-"""Every experiment runs from end to end on small stand-ins, with all other settings its own."""
+"""Every experiment runs from end to end on small stand-ins, with all other settings its own: one of each kind is
+run, and every other is one of these but for its model and the number of blocks that go."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from sddx.estimate.skeleton import shape_of
 from sddx.train import run
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Few and many blocks go, attention alone goes, a large and a small model's recipe, nothing is trained.
+RUN = ("llama2_depth_curve", "llama_22L", "mistral_attention", "qwen3_8b_34L", "smollm2_26L")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,27 @@ def rehearsed(experiment: str, store: Path, *given: str) -> tuple[dict[str, Any]
         return plain, resolve(cfg)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_can_be_rehearsed(experiment: str, store: Path, tmp_path: Path) -> None:
+def settings(*given: str) -> dict[str, Any]:
+    """The whole configuration under these settings."""
+    with composed(*given) as cfg:
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*RUN}))
+def test_an_experiment_that_is_not_run_is_one_that_is_with_other_blocks_or_model(experiment: str) -> None:
+    """Setting by setting, so that what the rehearsal of one shows holds for the other."""
+    family, _, blocks = experiment.rpartition("_")
+    like = {"llama": "llama_22L", "mistral": "llama_22L", "qwen3_8b": "qwen3_8b_34L", "smollm2": "smollm2_26L"}[
+        family
+    ]
+    found = settings(f"+experiment={experiment}")
+    remove = found["model"]["dimensions"]["num_hidden_layers"] - int(blocks.removesuffix("L"))
+    given = [f"model={found['choices']['model']}"] if family == "mistral" else []
+    assert found == settings(f"+experiment={like}", f"pruning.remove={remove}", *given)
+
+
+@pytest.mark.parametrize("experiment", RUN)
+def test_an_experiment_of_each_kind_can_be_rehearsed(experiment: str, store: Path, tmp_path: Path) -> None:
     """All stages run; the cut takes what the experiment's does, out of as many blocks."""
     plain, config = rehearsed(experiment, store)
     summary = json.loads(run(config, tmp_path).read_text())
