@@ -26,6 +26,7 @@ from sddx.config import (
 )
 from sddx.config.build import build
 from sddx.config.entry import command, mistakes_told, require_one_run
+from sddx.config.shared import sharing
 from sddx.errors import UserError, require_none, told
 from sddx.gguf.packaged import located
 from sddx.pipeline import STAGES, Method, Run
@@ -43,6 +44,7 @@ from sddx.tiny.rehearse import announce
 from sddx.tracking import Tracker, mark
 
 
+@sharing()
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises one UserError with all that is wrong with a configuration, before any work; without `download` and in
     a dry_run, with what can be told of a model that is not here."""

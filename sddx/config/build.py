@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from sddx.errors import UserError
 
 Node = dict[str, Any]  # settings with the `_target_` that they are for
+Settings = Mapping[str, Any]  # the same where they are only looked at
 
 
 def only(node: Mapping[str, Any], names: Collection[str]) -> Node:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from sddx.config.build import build, tried
+from sddx.config.shared import once
 from sddx.data import encode
 from sddx.data.checkers import Reason
 from sddx.data.sources import of_hub, pinned
@@ -85,9 +84,4 @@ def _made(node: Mapping[str, Any]) -> Any:
     if of_hub(node):
         pinned(node)
         return None
-    return _built(json.dumps(node, sort_keys=True))
-
-
-@lru_cache(maxsize=8)  # asked for every cell of a grid
-def _built(node: str) -> Any:
-    return build(json.loads(node))
+    return once(["made", node], lambda: build(node))

@@ -13,6 +13,7 @@ import torch
 
 from sddx.compression.junction import gaps
 from sddx.config.build import build, only
+from sddx.config.shared import once
 from sddx.data.shards import SHARD_ROWS
 from sddx.errors import UserError
 from sddx.estimate import efforts
@@ -75,12 +76,12 @@ class Estimate:
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Raises UserError where the model's dimensions are not known or too much is removed."""
         self.config, self.model = config, config["model"]
-        self.shape = shape_of(self.model)
-        self.unpruned = size_of(skeleton(self.shape, self.model["dtype"]))
-        student, self.cut = self._student()
-        self.pruned = size_of(student)
+        self.shape = once(["shape", self.model], lambda: shape_of(self.model))
+        self.unpruned = once(["size", self.model], lambda: size_of(skeleton(self.shape, self.model["dtype"])))
+        self.cut, self.pruned = once(["pruned", *self._cutting], self._sized)
         folder = Path(str(self.model["path"])).expanduser()
-        self.tokens, self.turn = counter(folder if folder.is_dir() else None)
+        here = folder if folder.is_dir() else None
+        self.tokens, self.turn = once(["counter", here], lambda: counter(here))
 
     def varied(self, **changes: Any) -> Estimate:
         """The same model under the same cut, with other settings of its training."""
@@ -89,6 +90,15 @@ class Estimate:
         if "tuning" in changes:
             vars(made).pop("_tuned", None)
         return made
+
+    @property
+    def _cutting(self) -> list[Any]:
+        """All that the pruned model hangs on."""
+        return [self.model, self.units, self.config["pruning"]["remove"]]
+
+    def _sized(self) -> tuple[Cut, Size]:
+        student, cut = self._student()
+        return cut, size_of(student)
 
     def _student(self) -> tuple[Any, Cut]:
         student = skeleton(self.shape, self.model["dtype"])
@@ -102,17 +112,22 @@ class Estimate:
     @cached_property
     def rows(self) -> Rows:
         """The rows that are trained on."""
-        return rows_of(self.config["dataset"], self.config["validation"], self.tokens, self.turn)
+        about = self.config["dataset"], self.config["validation"]
+        return once(["rows", self.model["path"], *about], lambda: rows_of(*about, self.tokens, self.turn))
 
     @cached_property
     def calibration(self) -> Texts:
         """The texts on which units are scored and patches fitted."""
-        return texts_of(self.config["calibration"], self.tokens)
+        return self._texts("calibration")
 
     @cached_property
     def text(self) -> Texts:
         """The held-out texts."""
-        return texts_of(self.config["text"], self.tokens)
+        return self._texts("text")
+
+    def _texts(self, group: str) -> Texts:
+        node = self.config[group]
+        return once(["texts", self.model["path"], node], lambda: texts_of(node, self.tokens))
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -149,10 +164,14 @@ class Estimate:
 
     @cached_property
     def _tuned(self) -> tuple[int, str, bool]:
-        """What there is to say of the student as it is trained; itself it is not kept, once for every cell."""
-        student = self.student()
-        trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
-        return trained, told(student), is_adapted(student)
+        """What there is to say of the student as it is trained; itself it is not kept."""
+
+        def look() -> tuple[int, str, bool]:
+            student = self.student()
+            trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
+            return trained, told(student), is_adapted(student)
+
+        return once(["tuned", *self._cutting, self.config["tuning"]], look)
 
     @property
     def trained(self) -> int:

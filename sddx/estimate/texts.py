@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.config.build import build
+from sddx.config.shared import once
 from sddx.data.encode import TEXT_BATCH, TEXT_LENGTH, render, text_spans
 from sddx.data.tables import read_table
 from sddx.evaluation.items import SIDES
@@ -122,6 +123,10 @@ def texts_of(node: Mapping[str, Any], tokens: Tokens) -> Texts:
 
 def items_of(task: str, data_dir: str | None = None) -> Items | None:
     """A task's items, as many as a file in `data_dir` has rows; None for one that is not known here."""
+    return once(["items", task, data_dir], lambda: _items_of(task, data_dir))
+
+
+def _items_of(task: str, data_dir: str | None) -> Items | None:
     if task in TASKS:
         files = files_of(task, data_dir)
         judged = files.get("") or files.get("test") or files.get("validation")

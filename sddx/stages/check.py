@@ -4,6 +4,7 @@ checks."""
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,43 +12,64 @@ from types import ModuleType
 from typing import Any
 
 from sddx import stages
-from sddx.config.build import Node
+from sddx.config.build import Settings
+from sddx.config.shared import once, once_as_read
 from sddx.errors import require_none, told
 from sddx.stages.local_model import Check, LocalModel
 from sddx.tracking import require as require_tracked
 
+Listed = Callable[..., list[Check]]
 
-def precheck(method: Node, wandb: Node, *, download: bool, device: str = "auto", shaky: bool = False) -> None:
+
+def precheck(
+    method: Settings, wandb: Settings, *, download: bool, device: str = "auto", shaky: bool = False
+) -> None:
     """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
     with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
     downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
     where the run takes place. `shaky`: other mistakes are known, which checks may stumble over."""
-    from sddx.models.load import is_here, locate, require_known, require_loadable
+    from sddx.models.load import is_here, require_known
 
-    path, revision = method["model"]["path"], method["model"]["revision"]
-    device_known: list[Check] = [partial(require_known, device)]
-    wrong = told([*device_known, *_of_settings(method), lambda: require_tracked(wandb)], shaky=shaky)
-    if is_here(path, revision) or (download and not wrong):
+    model = method["model"]
+    wrong = told([partial(require_known, device)], shaky=shaky)
+    wrong += _refused("of_settings", method, shaky=shaky)
+    wrong += told([lambda: require_tracked(wandb)], shaky=shaky)
+    if is_here(model["path"], model["revision"]) or (download and not wrong):
         found: list[LocalModel] = []
-
-        def find() -> None:
-            folder, _ = locate(path, revision=revision)
-            require_loadable(folder, method["model"]["attention"])
-            found.append(LocalModel(folder, method["model"]["dtype"], method["model"]["attention"]))
-
-        wrong += told([find], shaky=shaky)
-        wrong += [mistake for model in found for mistake in told(_of_model(method, model), shaky=shaky)]
+        wrong += told([lambda: found.append(_local(model))], shaky=shaky)
+        wrong += [mistake for local in found for mistake in _refused("of_model", method, local, shaky=shaky)]
     require_none(wrong)
 
 
-def _of_settings(method: Node) -> list[Check]:
-    """What each stage refuses of the settings alone."""
-    return [check for stage in _stages() for check in getattr(stage, "of_settings", _nothing)(method)]
+def _local(node: Settings) -> LocalModel:
+    """The model of a `model` node, which is downloaded where it is not here. Raises UserError for one that cannot
+    be loaded."""
+    from sddx.models.load import locate, require_loadable
+
+    def find() -> LocalModel:
+        folder, _ = locate(node["path"], revision=node["revision"])
+        require_loadable(folder, node["attention"])
+        return LocalModel(folder, node["dtype"], node["attention"])
+
+    return once(["local model", *(node[name] for name in ("path", "revision", "dtype", "attention"))], find)
 
 
-def _of_model(method: Node, model: LocalModel) -> list[Check]:
-    """What each stage refuses of the settings with this model."""
-    return [check for stage in _stages() for check in getattr(stage, "of_model", _nothing)(method, model)]
+def _refused(kind: str, method: Settings, *model: LocalModel, shaky: bool) -> list[str]:
+    """What all stages refuse of the settings alone (`of_settings`), or with this model (`of_model`). Of the cells
+    of a grid, a check is asked once of those that are alike in what it looks at."""
+    wrong: list[str] = []
+    for stage in _stages():
+        listed: Listed = getattr(stage, kind, _nothing)
+        for number in range(len(listed(method, *model))):
+            about = [stage.__name__, kind, number, *model, shaky]
+            wrong += once_as_read(about, method, partial(_asked, listed, number, *model, shaky=shaky))
+    return wrong
+
+
+def _asked(listed: Listed, number: int, *given: Any, shaky: bool) -> list[str]:
+    """What one of a stage's checks finds wrong; the settings come last."""
+    *model, method = given
+    return told([listed(method, *model)[number]], shaky=shaky)
 
 
 def _nothing(*given: Any) -> list[Check]:

@@ -14,6 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from sddx.config.entry import composing, mistakes_told
+from sddx.config.shared import sharing
 from sddx.errors import UserError, told
 from sddx.store.digest import digest
 from sddx.sweep import cells as grid
@@ -58,11 +59,9 @@ class Grid(Launcher):
         with mistakes_told():
             if not callable(self.engine):
                 raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")
-            cells = grid.compose(self._load, job_overrides, initial_job_idx)
-            check_all(cells, type(self).first)
-            check_all([cell for cell in cells if type(self).owes(cell.config)], type(self).check)
-            plans = [type(self).look(cell.config) for cell in cells]
-            type(self).tell(plans, [cell.config for cell in cells])
+            with sharing():
+                cells = grid.compose(self._load, job_overrides, initial_job_idx)
+                plans = self._plans(cells)
             task = type(self).task
             if cells[0].config["dry_run"] or task is None:
                 return []
@@ -73,6 +72,14 @@ class Grid(Launcher):
         type(self).report(cells[0].folder.parent, cells[0].config["wandb"])
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
+
+    def _plans(self, cells: Sequence[Cell]) -> list[Any]:
+        """What the cells would build, once all are found sound, told to the user."""
+        check_all(cells, type(self).first)
+        check_all([cell for cell in cells if type(self).owes(cell.config)], type(self).check)
+        plans = [type(self).look(cell.config) for cell in cells]
+        type(self).tell(plans, [cell.config for cell in cells])
+        return plans
 
     def _load(self, overrides: list[str]) -> DictConfig:
         with composing():

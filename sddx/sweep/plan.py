@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sddx.config.shared import once
 from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.store import Inputs, Stage, Store, digest, manifest
@@ -45,6 +47,11 @@ class Plan(Store):
         amount = work(stage.__name__, [made.stage for _, made in recipe.inputs], spec)
         self.steps.append(Step(stage.__name__, artifact.key, present, amount, recipe.described))
         return artifact
+
+    def source(self, name: str, path: Path, counts: Callable[[str], bool] = bool) -> Artifact:
+        """As in a store; what is used whole is read once for all cells of a grid."""
+        find = partial(super().source, name, path, counts)
+        return once(["source", self.root, name, path], find) if counts is bool else find()
 
     def by_content(self, artifact: Artifact, file: str) -> Artifact:
         """As in a store; itself where it is still to be built, whose content nobody knows."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sddx.config.build import Node, build
+from sddx.config.build import Settings, build
 from sddx.stages.local_model import Check
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """There is a template to rewrite by, and what writes the answers is installed."""
     from sddx.data.templates import rewriting_prompt
 

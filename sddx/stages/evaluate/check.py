@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from sddx.config.build import Node, build, only
+from sddx.config.build import Settings, build, only
 from sddx.errors import UserError, require_none, told
 from sddx.stages.local_model import Check, LocalModel
 from sddx.stages.prepare.check import check_trained
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """The tasks exist and their data is there, what judges is installed, and held-out texts can be had."""
     from sddx.data.check import require_texts
 
@@ -22,7 +22,7 @@ def of_settings(method: Node) -> list[Check]:
     ]
 
 
-def of_model(method: Node, model: LocalModel) -> list[Check]:
+def of_model(method: Settings, model: LocalModel) -> list[Check]:
     """The context has room for what is asked, and the chat template carries it."""
     evaluation, checks = method["evaluation"], list[Check]()
     if tasks_exist := not told([lambda: check_names(method)]):
@@ -34,7 +34,7 @@ def of_model(method: Node, model: LocalModel) -> list[Check]:
     return checks
 
 
-def check_names(config: Node) -> None:
+def check_names(config: Settings) -> None:
     """The tasks that are evaluated, that settings are given for and whose skill rows are said to train exist.
     Raises UserError."""
     from sddx.evaluation.tasks import check_tasks
@@ -45,7 +45,7 @@ def check_names(config: Node) -> None:
     require_none(told([check_evaluated, lambda: check_trained(config)]))
 
 
-def _check_evaluation(evaluation: Node) -> None:
+def _check_evaluation(evaluation: Settings) -> None:
     """The tasks can be evaluated by these settings, and what they read is there. Raises UserError."""
     from sddx.evaluation.harness import require_tasks
 
@@ -53,7 +53,7 @@ def _check_evaluation(evaluation: Node) -> None:
     require_tasks("evaluation", **only(evaluation, read))
 
 
-def _check_backend(method: Node) -> None:
+def _check_backend(method: Settings) -> None:
     """What judges the models is installed, and can load what is left of them. Raises UserError."""
     from sddx.evaluation.harness import BACKENDS
 
@@ -79,7 +79,7 @@ def _check_backend(method: Node) -> None:
     engine.require()
 
 
-def _check_room(evaluation: Node, model: LocalModel) -> None:
+def _check_room(evaluation: Settings, model: LocalModel) -> None:
     """The context has room for what tasks ask the model to write, and their prompts beside it. Raises UserError."""
     from lm_eval.models.utils import resolve_max_length
 
@@ -96,7 +96,7 @@ def _check_room(evaluation: Node, model: LocalModel) -> None:
         require_prompts_fit(tokenizer, context, **only(evaluation, names))
 
 
-def _check_descriptions(evaluation: Node, tokenizer: Any) -> None:
+def _check_descriptions(evaluation: Settings, tokenizer: Any) -> None:
     """The chat template carries what tasks say before their items. Raises UserError."""
     from sddx.data.encode import require_system_turn
     from sddx.evaluation.task_data import described

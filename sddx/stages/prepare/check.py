@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sddx.config.build import Node
+from sddx.config.build import Settings
 from sddx.errors import UserError
 from sddx.stages.local_model import Check
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """There are rows, and the tasks whose skill they are said to train exist."""
     from sddx.data.check import require_rows
 
@@ -16,7 +16,7 @@ def of_settings(method: Node) -> list[Check]:
     return [lambda: require_rows(method["dataset"], method["validation"]), lambda: check_trained(method)]
 
 
-def check_trained(method: Node) -> None:
+def check_trained(method: Settings) -> None:
     """The tasks whose skill the rows are said to train exist: else none would be marked. Raises UserError."""
     from sddx.evaluation.tasks import missing, not_texts
 

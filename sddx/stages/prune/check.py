@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sddx.config.build import Node, build, made
+from sddx.config.build import Settings, build, made
 from sddx.errors import UserError
 from sddx.records import Units
 from sddx.stages.local_model import Check, LocalModel
 
 
-def of_model(method: Node, model: LocalModel) -> list[Check]:
+def of_model(method: Settings, model: LocalModel) -> list[Check]:
     """Something is left to train, metric and patch can be what they are asked to be, blocks can be taken out of a
     model of this kind, and it has one head."""
     from sddx.models.load import require_one_head
@@ -24,7 +24,7 @@ def of_model(method: Node, model: LocalModel) -> list[Check]:
     return checks
 
 
-def _check_pruning(method: Node, config: Any) -> None:
+def _check_pruning(method: Settings, config: Any) -> None:
     """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
     from sddx.compression.choose import Pruning, require_removable
     from sddx.compression.junction import require_patch
@@ -48,7 +48,7 @@ def _check_pruning(method: Node, config: Any) -> None:
         require_junction(build(method["loss"]), retrained=moved)
 
 
-def _check_family(method: Node, config: Any, attention: str) -> None:
+def _check_family(method: Settings, config: Any, attention: str) -> None:
     """Blocks can be taken out of a model of this kind: tried on a narrow one where no test has. Raises
     UserError."""
     from sddx.models.anatomy import FAMILIES

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from sddx.config.build import Node, build
+from sddx.config.build import Settings, build
 from sddx.stages.local_model import Check
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """The tasks that the metric looks at are there, what the metric gives can be used, and its texts can be had."""
     from sddx.data.check import require_texts
     from sddx.importance.score import require_metric
@@ -20,7 +20,7 @@ def of_settings(method: Node) -> list[Check]:
     return [*checks, partial(require_texts, "calibration", method["calibration"])]
 
 
-def _check_looked_at(pruning: Node) -> None:
+def _check_looked_at(pruning: Settings) -> None:
     """The tasks that a metric looks at can be evaluated, and what they read is there. Raises UserError."""
     require = getattr(getattr(build(pruning).metric, "value", None), "require", None)
     if require:

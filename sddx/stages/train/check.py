@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 from sddx.config import bound, raise_for
-from sddx.config.build import Node, build, made, only
+from sddx.config.build import Settings, build, made, only
 from sddx.errors import UserError
 from sddx.stages.local_model import Check, LocalModel
 
 ADAPTER = ("rank", "dropout", "targets")
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """The terms give what is summed, the settings go together, and weights can be held as they are asked to be."""
     return [
         lambda: _check_loss(method["loss"]),
@@ -22,7 +22,7 @@ def of_settings(method: Node) -> list[Check]:
     ]
 
 
-def of_model(method: Node, model: LocalModel) -> list[Check]:
+def of_model(method: Settings, model: LocalModel) -> list[Check]:
     """Rows can be told in the model's tokens and form, an adapter finds its layers, another teacher fits."""
     from sddx.training.tuning import require_adapter, require_tuning
 
@@ -37,7 +37,7 @@ def of_model(method: Node, model: LocalModel) -> list[Check]:
     return checks
 
 
-def on_device(config: Node, device: str) -> None:
+def on_device(config: Settings, device: str) -> None:
     """Where the run itself takes place (a sweep may be started elsewhere): there are as many CUDA devices as are
     asked for, and they compute in what weights and training are to be in. Raises UserError."""
     import torch
@@ -66,14 +66,14 @@ def on_device(config: Node, device: str) -> None:
         )
 
 
-def _check_loss(loss: Node) -> None:
+def _check_loss(loss: Settings) -> None:
     """The terms give what is summed. Raises UserError."""
     from sddx.training.objective import Objective, require_terms
 
     require_terms(made(loss, Objective, "loss"))
 
 
-def _check_training(method: Node) -> None:
+def _check_training(method: Settings) -> None:
     """The settings of the training go together, there are rows to choose the best by, and one process alone was
     started. Raises UserError."""
     trainer = method["trainer"]
@@ -88,7 +88,7 @@ def _check_training(method: Node) -> None:
     build(trainer)
 
 
-def _check_quantization(method: Node) -> None:
+def _check_quantization(method: Settings) -> None:
     """4-bit weights can be had, and nothing is asked of them that they cannot do. Raises UserError."""
     from sddx.models.load import four_bit
 
@@ -106,7 +106,7 @@ def _check_quantization(method: Node) -> None:
         )
 
 
-def _check_tokens(method: Node, model: LocalModel) -> None:
+def _check_tokens(method: Settings, model: LocalModel) -> None:
     """The model has an embedding for every token that it is given, and a row has an answer left within max_length
     and the context; of rows, those that are here. Raises UserError."""
     from sddx.data.check import examples_here, require_trainable
@@ -121,7 +121,7 @@ def _check_tokens(method: Node, model: LocalModel) -> None:
         require_trainable(tokenizer, held_out, training, min(length, context_of(config) or length))
 
 
-def _check_teacher(method: Node, config: Any) -> None:
+def _check_teacher(method: Settings, config: Any) -> None:
     """Another teacher loads, and can be compared with the student. Raises UserError."""
     from sddx.models.load import locate, require_loadable, text_config
     from sddx.training.objective import require_comparable
