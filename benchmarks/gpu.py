@@ -57,7 +57,7 @@ def random_model(estimate: Estimate, *, cut: bool) -> Any:
 
 
 def train(config: dict[str, Any], estimate: Estimate) -> tuple[float, float]:
-    """Seconds of all steps, and the peak bytes of memory (0 on a processor)."""
+    """Seconds of all steps, and the peak bytes of memory (0 on a CPU)."""
     student = build(config["tuning"])(random_model(estimate, cut=True), 0)
     per_step = config["trainer"]["batch_size"] * config["trainer"]["accumulate"]
     length = min(LENGTH, estimate.shape.max_position_embeddings)
@@ -70,7 +70,7 @@ def train(config: dict[str, Any], estimate: Estimate) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         given = (student, None, build(config["loss"]), estimate.cut, rows, [], 0, 0, Path(folder), runtime)
         found = build(config["trainer"])(*given)
-    # Of the loop alone: Lightning takes the model back to the computer's memory afterwards.
+    # Of the loop alone: Lightning takes the model back to host memory afterwards.
     spent = found["attended_tokens"] / found["tokens_per_second"]
     return spent, torch.cuda.max_memory_reserved() if DEVICE == "cuda" else 0
 

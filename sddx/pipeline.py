@@ -49,8 +49,9 @@ class Method:
 
 class Run:
     """Every artifact of one run, built where the store lacks it when it is first asked for; None where the method
-    has none. A loss without terms trains nothing: the pruned model is judged as it is. With a store that only looks
-    (sddx.sweep.plan) the same properties name what would be built. All raise UserError for a user's mistake."""
+    has none. A loss without terms trains nothing: the pruned model is evaluated as it is. With a store that only
+    looks (sddx.sweep.plan) the same properties name what would be built. All raise UserError for a user's
+    mistake."""
 
     def __init__(self, store: Store, runtime: Runtime, method: Method) -> None:
         from sddx.data.sources import pinned
@@ -180,7 +181,7 @@ class Run:
 
     @cached_property
     def subjects(self) -> list[Subject]:
-        """The models that are judged, first the one that all others are compared with."""
+        """The models that are evaluated, first the one that all others are compared with."""
         pruned = {"cut": self.cut, "patch": self.patch}
         recovered = {**pruned, "student": self.student}
         found = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
@@ -199,7 +200,7 @@ class Run:
 
     @cached_property
     def evaluation(self) -> Node:
-        """The settings of the evaluation, of vLLM's where it judges; local rows by what they hold."""
+        """The settings of the evaluation, of vLLM's where it evaluates; local rows by what they hold."""
         asked = self.method.evaluation
         asked = asked if asked.get("backend") == "vllm" else _left(asked, ("vllm",))
         return keyed_rows(self.store, asked)

@@ -28,15 +28,15 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is judged: its name, its role (`reference`, `cut` or `student`), and by name what it is made of
-    beside the unpruned model."""
+    """A model that is evaluated: its name, its role (`reference`, `cut` or `student`), and by name what it is made
+    of beside the unpruned model."""
 
     name: str
     role: str
     inputs: Mapping[str, Artifact | None]
 
 
-# Of the models that every run judges; a run without training has no student.
+# Of the models that every run evaluates; a run without training has no student.
 ROLES = {"unpruned": "reference", "pruned": "cut", "recovered": "student"}
 
 
@@ -172,7 +172,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in their seeded order, with what is needed to distil and to judge them.
+    """Examples in their seeded order, with what is needed to distil and to evaluate them.
 
     `check(answer, reference) -> bool` compares final answers; `rewrite` names the rewriting template;
     `trains` names the evaluation tasks whose skill these examples train.

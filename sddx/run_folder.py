@@ -128,7 +128,7 @@ class Kept(Reported):
 
 
 class Judged(Form):
-    """The items of one task: each one's score and hash, and how they were judged."""
+    """The items of one task: each one's score and hash, and how they were evaluated."""
 
     scores: list[float]
     hashes: list[str]

@@ -60,7 +60,7 @@ class Runtime:
 
     @property
     def roomy(self) -> str:
-        """The device for work on whole weights: the computer's memory where no other holds them."""
+        """The device for work on whole weights: host memory where no other holds them."""
         return self.device if self.shards == 1 else "cpu"
 
     def progress(self, items: Iterable | None = None, *, total: int | None = None, what: str, unit: str) -> Any:

@@ -198,7 +198,7 @@ def test_more_than_the_budget_is_refused() -> None:
 
 
 def test_a_probe_measures_this_machine() -> None:
-    """A speed that is measured gives hours where a processor's stated one gives none."""
+    """A speed that is measured gives hours where a CPU's stated one gives none."""
     estimate = Estimate(configured())
     device = device_of("cpu")
     assert seconds(estimate.parts(), device) is None
@@ -211,7 +211,7 @@ def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = Estimate(configured())
     with pytest.raises(UserError, match="no GPU, and gpu=h100"):
         device_for(configured("gpu=h100", "probe=0.1s"), estimate)
-    assert "processor, probed" in device_for(configured("probe=0.1s"), estimate).name
+    assert "CPU, probed" in device_for(configured("probe=0.1s"), estimate).name
     card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=42e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card.name)
@@ -237,7 +237,7 @@ def test_large_data_is_counted_on_disk() -> None:
 
 def test_shards_hold_a_share_of_the_weights() -> None:
     """Over four devices less than half of what one holds: a quarter, the pass itself and the block at hand. What a
-    proof holds whole is in the computer's memory."""
+    proof holds whole is in host memory."""
     alone = configured("model=llama31_8b_instruct", "tuning=full", "trainer.batch_size=1")
     shared = {**alone, "trainer": {**alone["trainer"], "strategy": "fsdp", "devices": 4}}
     one, four = (peaks(Estimate(config)) for config in (alone, shared))

@@ -288,7 +288,7 @@ def test_one_sentence_says_what_was_found(gains: list[float], said: str) -> None
         ([*arm("sft", SFT), run("sdd", seed=1), run("sdd", seed=9)], "none has two seeds in common with sft"),
         (
             [*arm("sft", SFT, side="selection"), *arm("sdd", [0.4, 0.41, 0.43], side="selection")],
-            "all runs were judged on selection items",
+            "all runs were evaluated on selection items",
         ),
     ],
 )
@@ -572,7 +572,7 @@ def test_selection_items_are_never_reported_without_a_word() -> None:
     named |= {"standard_errors": {}, "trained": [], "name": "mine"}
     for chosen in ([run(split={"mmlu": "validation"})], [named], [run(), named]):
         found = page.contents(chosen, [])
-        said = f"1 of {len(chosen)} runs were judged on selection items: for choosing, not for reporting."
+        said = f"1 of {len(chosen)} runs were evaluated on selection items: for choosing, not for reporting."
         assert said in page.html(found) and said in page.markdown(found)
     assert table.markdown(named).startswith(
         "Scores in percent ± standard error, mine (selection items: for choosing"

@@ -125,7 +125,7 @@ def race(
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether a device or the computer has no memory left, which torch has three ways to say."""
+    """Whether a device or the host has no memory left, which torch has three ways to say."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 

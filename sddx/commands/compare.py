@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sddx compare", description="Set two runs side by side.")
     parser.add_argument("first", metavar="A", help="a run's folder, or its summary.json")
     parser.add_argument("second", metavar="B", help="the run that is held against it")
-    parser.add_argument("--model", default="recovered", help="which of the judged models (default: %(default)s)")
+    parser.add_argument("--model", default="recovered", help="which of the evaluated models (default: %(default)s)")
     given = parser.parse_args(arguments)
     folders = [run_folder(path) for path in (given.first, given.second)]
     compared = compare(*(load_samples(folder, given.model) for folder in folders))

@@ -22,7 +22,7 @@ IGNORED = -100
 TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
 
 # Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained, written and
-# judged without thinking, and the same text is rendered on every day. Other templates ignore these names.
+# evaluated without thinking, and the same text is rendered on every day. Other templates ignore these names.
 TEMPLATE_SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 ALTERED = (

@@ -1,1 +1,1 @@
-"""Other programs that write and judge, each in a process of its own: vLLM."""
+"""Other programs that write and evaluate, each in a process of its own: vLLM."""

@@ -1,4 +1,4 @@
-"""What writing and judging with vLLM share: whether it can run here, and why it ended."""
+"""What writing and evaluating with vLLM share: whether it can run here, and why it ended."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ DEVICES = {
 
 def device_of(name: str | None) -> Device:
     """The device of this name; without one the GPU of this machine, or an H100 where it has none. `cpu` is this
-    machine's processor, whose speed only a probe can tell. Raises UserError for an unknown name."""
+    machine's CPU, whose speed only a probe can tell. Raises UserError for an unknown name."""
     if name == "cpu":
-        return Device("this machine's processor", psutil.virtual_memory().total, None, None, None, 0.0)
+        return Device("this machine's CPU", psutil.virtual_memory().total, None, None, None, 0.0)
     if name is None and torch.cuda.is_available():
         return _here()
     if (name := name or "h100") not in DEVICES:
@@ -66,13 +66,13 @@ def device_of(name: str | None) -> Device:
 
 
 def this_machine(name: str | None) -> Device:
-    """What a probe measures: this machine's GPU, called `name` where it is in no table, or else its processor.
+    """What a probe measures: this machine's GPU, called `name` where it is in no table, or else its CPU.
     Raises UserError where another device is named."""
     if not torch.cuda.is_available():
         if name not in (None, "cpu"):
             raise UserError(
                 f"probe measures this machine, which has no GPU, and gpu={name}. Leave out probe to plan for that "
-                "GPU by its maker's figures, or gpu to measure the processor."
+                "GPU by its maker's figures, or gpu to measure the CPU."
             )
         return device_of("cpu")
     known = _known(torch.cuda.get_device_name())

@@ -26,7 +26,7 @@ def peaks(estimate: Estimate) -> dict[str, float]:
     max_length allows."""
     found = {"score": _scoring(estimate)} if estimate.scored else {}
     if not estimate.config["stages"]:
-        # Where models are in shards, the proof of a pruned one is in the computer's memory.
+        # Where models are in shards, the proof of a pruned one is in host memory.
         found |= {} if _in_shards(estimate) else {"prune": estimate.unpruned.weight_bytes}
         found |= _later(estimate)
     return {stage: FRAGMENTS * held for stage, held in found.items()}

@@ -84,7 +84,7 @@ def _within_budget(config: Mapping[str, Any], needed: float | None) -> None:
     limit = config["budget"]["gpu_hours"]
     if limit is not None and needed is None:
         raise UserError(
-            f"budget.gpu_hours={limit} cannot be kept: the speed of a processor is not known. Measure it with "
+            f"budget.gpu_hours={limit} cannot be kept: the speed of a CPU is not known. Measure it with "
             "probe=60s, name a GPU with gpu=..., or leave the budget out."
         )
     if limit is not None and needed is not None and needed > limit:
@@ -262,7 +262,7 @@ def _notes(estimate: Estimate, held: Mapping[str, float], device: Device) -> lis
         stage = max(held, key=lambda name: held[name])
         notes.append(f"{stage} does not fit on the {device.name}. {_way_out(estimate, stage, device.memory)}")
     if device.reading is None:
-        notes.append("Hours are not known for a processor: probe=60s measures it.")
+        notes.append("Hours are not known for a CPU: probe=60s measures it.")
     elif "probed" not in device.name:
         notes.append(
             "Hours rest on the maker's peak and shares of it that are ours: probe=60s measures them instead."

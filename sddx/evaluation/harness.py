@@ -193,11 +193,11 @@ def evaluate(
     which is lm-eval's rule); `primary`, the reported metric ("acc_norm,none"); `chance`, the score of guessing
     (null: not known), where the task's own metadata does not say; `limit`, how many items (or one number for
     each), drawn with a fixed seed and in equal numbers from the parts of a group; `split`, the split of its data
-    whose items are judged (not named: the task's own), of which none is an example for itself; `cluster`, a column
-    of its documents: items that share its value are one draw for errors and intervals, not several.
+    whose items are evaluated (not named: the task's own), of which none is an example for itself; `cluster`, a
+    column of its documents: items that share its value are one draw for errors and intervals, not several.
 
     `data_dir` is a folder of rows in the hub's columns, which is then not asked (task_files). Of the items, those
-    on one `side` alone are judged, about seven of nine for the report and two for the selection of anything,
+    on one `side` alone are evaluated, about seven of nine for the report and two for the selection of anything,
     whatever the limit (items.side_of); None: all. Tasks that stand `apart` are evaluated as the others and left out
     of all averages.
 

@@ -162,7 +162,7 @@ def answer_length(settings: Mapping[str, Any]) -> int:
 
 
 def require_fit(cut: Mapping[str, int], total: Mapping[str, int], context: int) -> None:
-    """Raises UserError for tasks of whose requests more than half would be cut: what is judged then is another
+    """Raises UserError for tasks of whose requests more than half would be cut: what is evaluated then is another
     task."""
     wrong = [
         f"The task {task!r} does not fit the model: {count} of {total[task]} requests are longer than its context "

@@ -1,6 +1,6 @@
 """Rows of evaluation tasks in local files, in the columns that the hub has, in place of the hub.
 
-`FOLDER/<task>.jsonl` (or .json, .parquet) holds the rows of the split that a task judges, `<task>.<split>.jsonl`
+`FOLDER/<task>.jsonl` (or .json, .parquet) holds the rows of the split that a task evaluates, `<task>.<split>.jsonl`
 those of one that is named. The task's own YAML does with them what it does with the hub's: only where the rows
 come from is another. Importing this module is cheap; behaviour that is relied on was read in lm-eval 0.4.13.
 """
@@ -38,8 +38,8 @@ def folder_of(data_dir: str | None, setting: str = "evaluation") -> Path | None:
 
 
 def files_of(task: str, data_dir: str | None) -> dict[str, Path]:
-    """The files of a task by split; under "" that of the split which it judges. Empty where there is none. Raises
-    UserError for two files of one split."""
+    """The files of a task by split; under "" that of the split which it evaluates. Empty where there is none.
+    Raises UserError for two files of one split."""
     folder, found = folder_of(data_dir), dict[str, Path]()
     for path in sorted(folder.glob(f"{task}.*")) if folder else ():
         split = path.name.removesuffix(path.suffix).removeprefix(task).removeprefix(".")
@@ -83,7 +83,7 @@ def no_file(tasks: list[str], data_dir: str) -> str:
 
 def reading(manager: Any, data_dir: str | None, asked: str | None = None) -> Any:
     """lm-eval's TaskManager with tasks that take their rows from `data_dir` (None: the manager as it is). `asked`
-    is the split that will be judged in place of their own."""
+    is the split that will be evaluated in place of their own."""
     if data_dir is None:
         return manager
     folder = data_dir
@@ -120,7 +120,7 @@ def _local(config: dict[str, Any], data_dir: str, asked: str | None) -> dict[str
     wanted = asked or judged
     if wanted not in rows:
         raise UserError(f"{folder_of(data_dir)} lacks the split that is judged: {task}.{wanted}.jsonl.")
-    # lm-eval looks at the first row of the task's own split, also where another one will be judged.
+    # lm-eval looks at the first row of the task's own split, also where another one will be evaluated.
     rows = {**dict.fromkeys(_splits(config), rows[wanted].select([])), judged: rows[wanted], **rows}
     return {**config, "custom_dataset": Rows(rows, folder_of(data_dir)), "dataset_kwargs": None}
 

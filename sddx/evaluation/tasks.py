@@ -222,8 +222,8 @@ def load(
     data_dir: str | None = None,
 ) -> tuple[Any, dict[str, str]]:
     """lm-eval's loaded tasks and groups, and for each task the asked-for name that it belongs to. `split` names, by
-    asked-for task, the split of its data that is judged instead of the task's own; `data_dir` is a folder of rows
-    that stand in for the hub's (task_files).
+    asked-for task, the split of its data that is evaluated instead of the task's own; `data_dir` is a folder of
+    rows that stand in for the hub's (task_files).
 
     Raises UserError for a task that cannot be loaded, and for one that is asked for twice.
     """
@@ -271,7 +271,7 @@ def claim(part_of: dict[str, str], name: str, parts: Iterable[str]) -> None:
 
 
 def judged(task: Any) -> str | None:
-    """The split whose items are judged, by lm-eval's rule: the test split, else the validation split."""
+    """The split whose items are evaluated, by lm-eval's rule: the test split, else the validation split."""
     return task.get_config("test_split") or task.get_config("validation_split")
 
 

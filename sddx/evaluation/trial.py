@@ -78,7 +78,7 @@ def mistakes(tasks: Mapping[str, Any], setting: str = "evaluation", *, every: bo
     were made (`tasks.configure`): documents that give no prompt, no answer or an answer that is none of the
     choices; more examples than there are; a primary metric that is not there, or is no mean over items.
 
-    With `every`, all documents that are judged or shown as examples are looked at, else the first of them. The
+    With `every`, all documents that are evaluated or shown as examples are looked at, else the first of them. The
     tasks are as they were afterwards, their seeds included.
     """
     for name, task in tasks.items():
@@ -161,7 +161,7 @@ def _of_clusters(task: Any, setting: str) -> Iterator[str]:
 
 def _of_examples(name: str, task: Any, setting: str) -> Iterator[str]:
     """Whether there are as many documents as are to be shown. An item is no example for itself where lm-eval takes
-    its examples from the split that is judged."""
+    its examples from the split that is evaluated."""
     shots = task.get_config("num_fewshot") or 0
     if not shots or not hasattr(task, "sampler"):
         return

@@ -1,4 +1,4 @@
-"""The command line of lm-eval that judges an exported model as its run did, as far as it can be told to.
+"""The command line of lm-eval that evaluates an exported model as its run did, as far as it can be told to.
 
 What its arguments do was read in lm-eval 0.4.13.
 """

@@ -18,7 +18,7 @@ from sddx.errors import UserError
 
 # Below this squared chord, float32 cosines are too coarse and the difference itself is taken.
 NEAR = 1e-2
-CHUNK = 256  # tokens whose directions are held at once: few enough for a processor's cache
+CHUNK = 256  # tokens whose directions are held at once: few enough for a CPU's cache
 
 
 def angular_distance(states: Sequence[Tensor], mask: Tensor, *, tokens: Literal["last", "all"] = "last") -> Tensor:

@@ -129,7 +129,7 @@ def _cut(parts: Iterable[nn.Module], device: torch.device, divide: float) -> Non
 
 
 def whole(value: Any) -> Any:
-    """A sharded tensor put together, in the computer's memory; anything else as it is. All processes call it."""
+    """A sharded tensor put together, in host memory; anything else as it is. All processes call it."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 

@@ -106,7 +106,7 @@ def _interval(runs: Sequence[Run], measure: str) -> Interval:
 
 
 def is_trained(run: Run) -> bool:
-    """Whether the run recovered anything, or judged the pruned model alone."""
+    """Whether the run recovered anything, or evaluated the pruned model alone."""
     return having(run, "student") is not None
 
 

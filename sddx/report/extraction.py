@@ -29,7 +29,7 @@ def readings(summary: Mapping[str, Any]) -> dict[str, dict[Key, Reading]]:
 
 
 def _all(summary: Mapping[str, Any], model: str) -> dict[Key, Reading]:
-    """Every metric of every task that a model was judged on."""
+    """Every metric of every task that a model was evaluated on."""
     scores: dict[Key, list[float]] = {}
     shares: dict[Key, list[float]] = {}
     for part, metrics in summary["metrics"][model].items():

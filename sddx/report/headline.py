@@ -32,7 +32,7 @@ def _silent(
     if not trained:
         return "no run trained"
     if not reported:
-        return "all runs were judged on selection items, which are for choosing"
+        return "all runs were evaluated on selection items, which are for choosing"
     if len(arms) == 1:
         return f"{arms[0]} is the only one"
     if "sft" not in arms:

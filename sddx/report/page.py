@@ -374,9 +374,9 @@ def cost_figures(runs: Sequence[Run]) -> list[Figure]:
 
 
 def choosing(runs: Sequence[Run]) -> str:
-    """What must be said where runs were judged on selection items; empty where none was."""
+    """What must be said where runs were evaluated on selection items; empty where none was."""
     found = [run for run in runs if is_choosing(run)]
-    return f"{len(found)} of {len(runs)} runs were judged on {CHOOSING}." if found else ""
+    return f"{len(found)} of {len(runs)} runs were evaluated on {CHOOSING}." if found else ""
 
 
 def html(found: dict[str, Any]) -> str:

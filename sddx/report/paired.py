@@ -106,7 +106,7 @@ def _task(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]
 def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) -> Interval | None:
     """Averages of the models of a role, first - second, over pairs of runs that differ in their seed alone: shares,
     over seeds, or over items where there is one pair. `without` names reported tasks to leave out of the average.
-    None where no task is left, or where a run has no samples or was judged on other items."""
+    None where no task is left, or where a run has no samples or was evaluated on other items."""
     sides: Any = [[samples_of(run, role) for run in side] for side in zip(*pairs, strict=True)]
     items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):

@@ -1,4 +1,4 @@
-"""The models that a run judged, by their role in it: tables, pages and comparisons loop over them."""
+"""The models that a run evaluated, by their role in it: tables, pages and comparisons loop over them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Found:
         return {each["name"]: result for each, result in zip(self.subjects, self.results, strict=True)}
 
     def built(self) -> dict[str, list[Artifact]]:
-        """The artifacts that stages made, by stage; evaluations by what they judged."""
+        """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
         late = {"train": self.student, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
@@ -54,7 +54,7 @@ class Found:
 
 
 def rewrites(shards: Sequence[Artifact]) -> list[Rewrite]:
-    """The judged answers of these shards; none of reference data."""
+    """The checked answers of these shards; none of reference data."""
     return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards if shard.stage == "distill"))
 
 

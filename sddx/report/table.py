@@ -225,7 +225,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 
 def is_choosing(summary: Mapping[str, Any]) -> bool:
-    """Whether a run was judged on selection items, or on another split of the data than a task's own."""
+    """Whether a run was evaluated on selection items, or on another split of the data than a task's own."""
     tasks: Mapping[str, Any] = next(iter(summary.get("scores", {}).values()), {})
     choices = summary.get("choices", {})
     of_side = choices.get("side") == "selection"

@@ -18,7 +18,7 @@ error, a small dot a seed, the dotted line what chance gives. * trained on. (apa
 
 
 def by_model(runs: Sequence[Run], about: Callable[[Sequence[Run], str], list[list[str]]]) -> list[list[str]]:
-    """What there is to say `about` every judged model: the unpruned one and each pruned one once, and what every
+    """What there is to say `about` every evaluated model: the unpruned one and each pruned one once, and what every
     arm made of that over its seeds, under the arm's name."""
     rows: list[list[str]] = []
     for where, label, role, model, group in _judged(runs):
@@ -27,7 +27,7 @@ def by_model(runs: Sequence[Run], about: Callable[[Sequence[Run], str], list[lis
     return rows
 
 
-ONCE = ("reference", "cut")  # the same whatever arm it was judged beside
+ONCE = ("reference", "cut")  # the same whatever arm it was evaluated beside
 
 
 def _judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, Sequence[Run]]]:
@@ -40,7 +40,7 @@ def _judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, Sequence[
 
 
 def scores(runs: Sequence[Run], task: str) -> list[Score]:
-    """What every judged model scored in a task; those that were not judged on it are left out."""
+    """What every evaluated model scored in a task; those that were not evaluated on it are left out."""
     found: list[Score] = []
     for where, label, role, model, group in _judged(runs):
         score = _score(where, label, role, model, group, task)

@@ -47,7 +47,7 @@ class Recovered:
     def artifact(self, stage: str) -> Path | None:
         """The folder of one of the run's artifacts; None where the store no longer has it."""
         key = self.summary["artifacts"].get(stage)
-        kept = stage.partition("_")[0]  # evaluations are named after the model that they judge
+        kept = stage.partition("_")[0]  # evaluations are named after the model that they evaluate
         return manifest.find(Path(self.summary["store"]), kept, key) if isinstance(key, str) else None
 
 

@@ -19,7 +19,7 @@ MIXTURE = {
 STYLED = ("arithmetic", "comparison")
 REWRITE_SHARE = 0.13  # of the two skills with two styles: about one document in twenty
 FOREIGN_SHOWN = 0.7  # of rewriting prompts; the others show an answer that is in the own style already
-PARTS = ("calibration", "text")  # of the split `calibration`: what scores blocks, and what judges models
+PARTS = ("calibration", "text")  # of the split `calibration`: what scores blocks, and what evaluates models
 SCORED = 256  # first documents of calibration, seed 0: they chose cuts before the split had parts, and stay
 FOREIGN_UNTIL = 0.7  # of pretraining; until then half of the styled answers are in the references' style
 

@@ -18,7 +18,7 @@ def small(
 ) -> dict[str, Any]:
     """The configuration with a random model of the same architecture, depth and kinds of layers but `width`
     channels, `rows` rows and `texts` texts of the embedded world, and `items` items of two of its tasks; answers of
-    `new_tokens`, one epoch, on the processor.
+    `new_tokens`, one epoch, on the CPU.
 
     Under `rehearse` stands what was replaced, one line each; all else is left as it is.
     """
@@ -58,7 +58,7 @@ def small(
         f"texts for scoring and for KL: {texts} of the embedded world",
         f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots, "
         "with their own metrics and chance levels",
-        f"answers: {new_tokens} tokens; one epoch; the processor; nothing goes to W&B",
+        f"answers: {new_tokens} tokens; one epoch; on the CPU; nothing goes to W&B",
     ]
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")

@@ -104,7 +104,7 @@ class Fit:
         runtime: Runtime,
     ) -> dict[str, Any]:
         """Trains the student in place and gives a summary. Student and teacher are on `runtime.device` already;
-        with `fsdp` they may be in the computer's memory, and afterwards what is saved of the student (an adapter,
+        with `fsdp` they may be in host memory, and afterwards what is saved of the student (an adapter,
         or all weights) is whole in the first process alone.
 
         `out/resume` holds a checkpoint of every `checkpoint_every` steps, and of the step in which SIGTERM came
@@ -200,7 +200,7 @@ class OneOfSeveral(SingleDeviceStrategy):
         return rank() == 0
 
     def teardown(self) -> None:
-        """Lightning's own without its move to the computer's memory: shards are put together where they are."""
+        """Lightning's own without its move to host memory: shards are put together where they are."""
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

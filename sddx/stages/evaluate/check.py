@@ -12,7 +12,7 @@ from sddx.stages.prepare.check import check_trained
 
 
 def of_settings(method: Settings) -> list[Check]:
-    """The tasks exist and their data is there, what judges is installed, and held-out texts can be had."""
+    """The tasks exist and their data is there, what evaluates is installed, and held-out texts can be had."""
     from sddx.data.check import require_texts
 
     return [
@@ -54,7 +54,7 @@ def _check_evaluation(evaluation: Settings) -> None:
 
 
 def _check_backend(method: Settings) -> None:
-    """What judges the models is installed, and can load what is left of them. Raises UserError."""
+    """What evaluates the models is installed, and can load what is left of them. Raises UserError."""
     from sddx.evaluation.harness import BACKENDS
 
     backend = method["evaluation"].get("backend", "hf")

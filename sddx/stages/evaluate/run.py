@@ -32,7 +32,7 @@ ANSWERED = Path(RESUME, "answers.jsonl")
 
 @dataclass(frozen=True)
 class Made:
-    """What the judged model is made of."""
+    """What the evaluated model is made of."""
 
     base: Artifact
     cut: Artifact | None

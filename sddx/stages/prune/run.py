@@ -40,7 +40,7 @@ def prune(
     """
     found = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
-    # takes its time in the computer's memory, beside the processes that hold them.
+    # takes its time in host memory, beside the processes that hold them.
     how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
     if runtime.shards == 1:
         free_memory()  # a second copy of a large model has no room
