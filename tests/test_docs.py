@@ -44,6 +44,11 @@ def commands() -> list[tuple[str, str, str]]:
     return sorted(set(found))
 
 
+def test_every_command_has_its_line() -> None:
+    text = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert all(f"| `sddx {name}` |" in text for name in COMMANDS)
+
+
 def test_commands_are_found() -> None:
     assert len(commands()) > 40 and {"train", "plan", "fetch", "store"} <= {name for _, name, _ in commands()}
 
