@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import sddx
 from sddx.commands.__main__ import COMMANDS
-from sddx.config import resolve
+from sddx.config import CONF, resolve
 from sddx.train import check_settings
 
 ROOT = Path(sddx.__file__).parents[1]
@@ -47,6 +47,21 @@ def commands() -> list[tuple[str, str, str]]:
 def test_every_command_has_its_line() -> None:
     text = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
     assert all(f"| `sddx {name}` |" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("page", "groups"),
+    [
+        ("commands", "model pruning/patch dataset loss tuning generation trainer evaluation"),
+        ("pruning", "pruning"),
+        ("sweeps", "sweeps hydra/launcher"),
+    ],
+)
+def test_every_option_is_named_on_the_page_of_its_group(page: str, groups: str) -> None:
+    """All but `base`, which the others rest on."""
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    options = {path.stem for group in groups.split() for path in (CONF / group).glob("*.yaml")} - {"base"}
+    assert not {name for name in options if f"`{name}`" not in text and f"`{name} " not in text}
 
 
 def test_commands_are_found() -> None:
