@@ -11,7 +11,7 @@ from families import FAMILIES, adapt, build, tokens
 from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, stack
-from sddx.models.outputs import run
+from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut
 from sddx.students.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
 
@@ -30,6 +30,9 @@ def school(family, cut=CUTS[0], targets="all-linear"):
     separate = deepcopy(model)
     full = apply_cut(model, cut)
     student = adapt(model, targets=targets)
+    with student.disable_adapter():
+        bare = student(tokens()).logits
+    assert not torch.allclose(student(tokens()).logits, bare, atol=0.1)  # else none would see it left on
     return student, SharedTeacher(student, full, cut), separate
 
 
@@ -53,10 +56,12 @@ def test_shared_teacher_equals_a_separate_one_bit_for_bit(family, cut):
 
 
 def test_an_adapter_on_the_head_is_not_the_teachers():
-    """Llama with lm_head among the targets: the teacher's head is the bare projection, after the pass too."""
+    """Llama with lm_head among the targets: the teacher's head is the bare projection, after the pass too, where
+    the student's own says something else of the same states."""
     student, teacher, model = school("llama", targets=["q_proj", "lm_head"])
     outputs = teacher(batch())
     logits = model(batch().input_ids, attention_mask=batch().attention_mask).logits
+    assert not torch.allclose(head_of(student)(outputs.hidden), logits, atol=0.1)
     assert torch.equal(outputs.head(outputs.hidden), logits)
 
 
@@ -65,6 +70,7 @@ def test_a_scaled_head_is_scaled_for_the_teacher_too():
     student, teacher, model = school("granite", targets=["q_proj", "lm_head"])
     outputs = teacher(batch())
     logits = model(batch().input_ids, attention_mask=batch().attention_mask).logits
+    assert not torch.allclose(head_of(student)(outputs.hidden), logits, atol=0.1)
     assert torch.equal(outputs.head(outputs.hidden), logits)
     assert not torch.allclose(model.lm_head(outputs.hidden), logits)
 

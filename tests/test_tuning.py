@@ -52,13 +52,15 @@ def model_of(name, **settings):
 
 
 def shaken(student):
-    """The adapter with random matrices: B starts at 0 and changes nothing."""
+    """The adapter with random matrices: B starts at 0 and changes nothing, and now it does."""
     torch.manual_seed(0)
+    bare = student.eval()(input_ids=tokens()).logits
     with torch.no_grad():
         for name, weight in student.named_parameters():
             if "lora_" in name:
                 weight.add_(0.1 * torch.randn_like(weight))
-    return student.eval()
+    assert not torch.allclose(student(input_ids=tokens()).logits, bare, atol=1e-2)
+    return student
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -150,6 +152,7 @@ def test_an_untied_head_can_be_adapted(tmp_path):
     model.save_pretrained(tmp_path / "base")
     apply_cut(model, CUT5 := Cut.without({1}, 5))
     student = shaken(lora(model, 0, targets=["q_proj", "lm_head"]))
+    assert set(coverage(student)[0]) == {"self_attn.q_proj", "lm_head"}
     save_student(student, tmp_path / "student", cut=CUT5, base="key")
     again = load_student(tmp_path / "base", tmp_path / "student", cut=CUT5, base="key").model
     assert torch.equal(again(tokens()).logits, student(tokens()).logits) and len(blocks(again)) == 4
