@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -65,19 +66,46 @@ def test_a_configuration_with_old_targets_has_the_same_keys_and_no_mistakes() ->
     assert digest.recipe(stage, {}, {"pruning": config["pruning"]}).key == before
 
 
-@pytest.mark.parametrize(
-    "old", ["sddx.plan", "sddx.store", "sddx.report", "sddx.sweep", "sddx.export", "sddx.compare"]
-)
-def test_an_old_command_still_runs(old: str) -> None:
-    done = subprocess.run([sys.executable, "-m", old, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr
+OLD_COMMANDS = ("sddx.plan", "sddx.store", "sddx.report", "sddx.sweep", "sddx.export", "sddx.compare")
+# As `python -m` does it, in one process, which imports once what all of them need.
+MAIN = """
+import contextlib, io, json, runpy, sys
+from hydra.core.global_hydra import GlobalHydra
+found = {}
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv, status = [module, *arguments], 0
+    GlobalHydra.instance().clear()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            status = ended.code or 0
+    found[" ".join([module, *arguments])] = status, out.getvalue(), err.getvalue()
+print(json.dumps(found))
+"""
+ASKED = [[old, "--help"] for old in OLD_COMMANDS] + [
+    ["sddx.commands", "--help"], ["sddx.commands", "plam"], ["sddx.commands", "store", "--help"]
+]  # fmt: skip
 
 
-def test_the_console_script_knows_its_commands() -> None:
-    run = [sys.executable, "-m", "sddx.commands"]
-    said = subprocess.run([*run, "--help"], capture_output=True, text=True)
-    assert said.returncode == 0 and "  plan " in said.stdout
-    wrong = subprocess.run([*run, "plam"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "Did you mean plan?" in wrong.stderr and "Traceback" not in wrong.stderr
-    listed = subprocess.run([*run, "store", "--help"], capture_output=True, text=True)
-    assert listed.returncode == 0 and "sddx store" in listed.stdout
+@pytest.fixture(scope="module")
+def ended() -> dict[str, tuple[int, str, str]]:
+    """Status, output and errors of each of these commands."""
+    done = subprocess.run([sys.executable, "-c", MAIN, json.dumps(ASKED)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("old", OLD_COMMANDS)
+def test_an_old_command_still_runs(old: str, ended: dict[str, tuple[int, str, str]]) -> None:
+    status, said, wrong = ended[f"{old} --help"]
+    assert status == 0 and said, wrong
+
+
+def test_the_console_script_knows_its_commands(ended: dict[str, tuple[int, str, str]]) -> None:
+    status, said, _ = ended["sddx.commands --help"]
+    assert status == 0 and "  plan " in said
+    status, _, told = ended["sddx.commands plam"]
+    assert status == 2 and "Did you mean plan?" in told and "Traceback" not in told
+    status, said, _ = ended["sddx.commands store --help"]
+    assert status == 0 and "sddx store" in said
