@@ -17,6 +17,7 @@ MOVED = {
     "sddx.bench": "sddx.commands.bench",
     "sddx.build": "sddx.config.build",
     "sddx.compare": "sddx.commands.compare",
+    "sddx.data.told": "sddx.data.remarks",
     "sddx.data.vllm": "sddx.engines.writing",
     "sddx.data.vllm_worker": "sddx.engines.writing_worker",
     "sddx.entry": "sddx.config.entry",

@@ -26,7 +26,7 @@ class Interrupted(SystemExit):
         super().__init__(status)
 
 
-def told(checks: Sequence[Callable[[], Any]], *, shaky: bool = False) -> list[str]:
+def mistakes_of(checks: Sequence[Callable[[], Any]], *, shaky: bool = False) -> list[str]:
     """The mistakes that these checks raise, in their order. On `shaky` ground, where other mistakes are known, a
     check may fail in any other way, which says nothing."""
     wrong: list[str] = []

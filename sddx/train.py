@@ -27,7 +27,7 @@ from sddx.config import (
 from sddx.config.build import build
 from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
-from sddx.errors import UserError, require_none, told
+from sddx.errors import UserError, mistakes_of, require_none
 from sddx.gguf.packaged import located
 from sddx.pipeline import STAGES, Method, Run
 from sddx.report.agreement import show_agreement
@@ -48,14 +48,14 @@ from sddx.tracking import Tracker, mark
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises one UserError with all that is wrong with a configuration, before any work; without `download` and in
     a dry_run, with what can be told of a model that is not here."""
-    wrong = told([partial(check_settings, config)])
+    wrong = mistakes_of([partial(check_settings, config)])
 
     def look_further() -> None:
         download_now = download and not (config["dry_run"] or wrong)
         asked = {"download": download_now, "device": config["device"], "shaky": bool(wrong)}
         precheck(settings(config), config["wandb"], **asked)
 
-    require_none([*wrong, *told([look_further], shaky=bool(wrong))])
+    require_none([*wrong, *mistakes_of([look_further], shaky=bool(wrong))])
 
 
 def owes_model(config: dict[str, Any]) -> bool:
@@ -98,7 +98,7 @@ def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
     from sddx.estimate.show import require
 
-    if not told([partial(check_settings, config)]):
+    if not mistakes_of([partial(check_settings, config)]):
         require([config])  # first: it needs no model
     verify(config)
 

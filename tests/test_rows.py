@@ -13,7 +13,7 @@ from composing import SMALL, composed, resolve
 from stored import artifact
 from words import word_tokenizer
 
-from sddx.data import checkers, told
+from sddx.data import checkers, remarks
 from sddx.data.check import examples_here, require_rows, require_texts, require_trainable
 from sddx.data.shards import read_examples
 from sddx.data.sources import jsonl, texts
@@ -31,7 +31,7 @@ from sddx.train import verify
 
 @pytest.fixture(autouse=True)
 def _remarks_anew() -> None:
-    told.remark.cache_clear()
+    remarks.remark.cache_clear()
 
 
 def written(path: Path, rows: list, **how) -> Path:
@@ -168,10 +168,10 @@ def test_a_file_that_cannot_be_read_is_named_with_its_setting(
     make, complaint = UNREADABLE[name]
     make(tmp_path / name, monkeypatch)
     texts_of = {"_target_": "sddx.data.sources.texts", "path": str(tmp_path / name), "column": "q", "size": 1}
-    with pytest.raises(UserError, match=complaint) as told_:
+    with pytest.raises(UserError, match=complaint) as refused:
         require_texts("calibration", {**texts_of, "seed": 0})
     if "cannot be read:" in complaint or "not there" in complaint:
-        assert "Mend calibration.path" in str(told_.value)
+        assert "Mend calibration.path" in str(refused.value)
 
 
 def test_every_mistake_of_every_group_is_told_at_once_by_its_own_setting(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_every_mistake_of_every_group_is_told_at_once_by_its_own_setting(tmp_pat
         "calibration=texts", "calibration.path=/nope", "text=texts", f"text.path={rows}", "text.column=tekst",
         "dataset=jsonl", f"dataset.path={rows}", "dataset.prompt=w", "dataset.response=a",
     ]  # fmt: skip
-    with pytest.raises(UserError) as told_, composed(*SMALL, *wrong) as cfg:
+    with pytest.raises(UserError) as refused, composed(*SMALL, *wrong) as cfg:
         verify(resolve(cfg))
-    said = str(told_.value)
+    said = str(refused.value)
     for part in ("calibration.path", "text.column='tekst'", "dataset.prompt='w'", "row 1: a cell is a list"):
         assert part in said
 

@@ -11,7 +11,7 @@ from composing import composed, resolve
 from sddx import train
 from sddx.config.shared import once, once_as_read, sharing
 from sddx.data import check as data_check
-from sddx.errors import UserError, told
+from sddx.errors import UserError, mistakes_of
 from sddx.estimate.costs import Estimate
 
 RATES = [
@@ -116,7 +116,7 @@ def test_every_cell_is_told_its_own_mistakes() -> None:
     cells = [settings(*cell) for cell in [*RATES[:2], *WRONG]]
 
     def mistakes() -> list[list[str]]:
-        return [told([lambda cell=cell: train.verify(cell)]) for cell in cells]
+        return [mistakes_of([lambda cell=cell: train.verify(cell)]) for cell in cells]
 
     alone = mistakes()
     with sharing():

@@ -238,7 +238,7 @@ def bench(
         student = run.student(dtype, device).model
         return student.merge_and_unload() if is_adapted(student) else student
 
-    found = race(lambda: load_model(run.base, **run.how(dtype, device)), recovered, **work)
+    found = race(lambda: load_model(run.base, **run.loading(dtype, device)), recovered, **work)
     found = {"depth": run.cut.name, "pruned_is": "recovered, adapter merged", **found}
     place = run.folder / "bench.json"
     replace_text(place, json.dumps(found, indent=1) + "\n")

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     private = one_of(values, "private", ("true", "false")) == "true"
     one_of(values, "adapter", ("merged", "apart"))
     from sddx.export import push
-    from sddx.export.proof import told
+    from sddx.export.proof import in_words
     from sddx.export.write import export
 
     if values["push"]:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     to = Path(values["to"]).expanduser().absolute()
     how = {name: values[name] for name in ("adapter", "dtype", "device")}
     proof = export(values["run"], to, **how, evaluated=values["check"] == "eval")
-    print(told(proof))
+    print(in_words(proof))
     if values["push"]:
         print(push.push(to, values["push"], private=private))
     print(to)

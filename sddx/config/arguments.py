@@ -17,7 +17,7 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates an entry point: where it raises UserError, that is printed and the exit status is 2."""
 
     @wraps(main)
-    def told(*given: Any) -> int:
+    def guarded(*given: Any) -> int:
         print_anywhere()
         try:
             return main(*given)
@@ -25,21 +25,20 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
             print(f"error: {error}", file=sys.stderr)
             return 2
 
-    return told
+    return guarded
 
 
-def plain_arguments(given: Sequence[str], told: str | None, **defaults: str | None) -> dict[str, Any]:
+def plain_arguments(arguments: Sequence[str], usage: str | None, **defaults: str | None) -> dict[str, Any]:
     """The values of `key=value` arguments, as text, over their defaults; `null` is None where that is the
-    default. Where help is asked for it
-    is `told`, and the program ends.
+    default. Where help is asked for, `usage` is printed and the program ends.
 
     Raises UserError, with all that is wrong at once, for a key that is not among the defaults, one that is given
     twice, and one that has no value.
     """
-    if {"-h", "--help"} & set(given):
-        print(told)
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
         raise SystemExit(0)
-    pairs = [argument.partition("=") for argument in given]
+    pairs = [argument.partition("=") for argument in arguments]
     keys = [key for key, _, _ in pairs]
     wrong = [f"{key!r} is no setting of the form key=value." for key, sign, _ in pairs if not sign]
     wrong += [_unknown(key, list(defaults)) for key, sign, _ in pairs if sign and key not in defaults]

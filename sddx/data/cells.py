@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
+from sddx.data.remarks import numbered, remark, setting
 from sddx.data.templates import line_breaks
-from sddx.data.told import numbered, remark, setting
 from sddx.errors import UserError
 
 Row = Mapping[str, Any]

@@ -11,9 +11,9 @@ from sddx.config.build import build, tried
 from sddx.config.shared import once
 from sddx.data import encode
 from sddx.data.checkers import Reason
+from sddx.data.remarks import numbered, of_group, remark
 from sddx.data.sources import of_hub, pinned
 from sddx.data.split import hold_out, with_held_out
-from sddx.data.told import numbered, of_group, remark
 from sddx.errors import UserError
 from sddx.records import Dataset, Example
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sddx.data.cells import fill
+from sddx.data.remarks import numbered, remark, setting
 from sddx.data.tables import read_table
-from sddx.data.told import numbered, remark, setting
 from sddx.errors import UserError
 from sddx.hub import COMMIT, commit, unpacked
 from sddx.records import Dataset, Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sddx.data.told import remark, setting
+from sddx.data.remarks import remark, setting
 from sddx.errors import UserError
 from sddx.records import Example
 

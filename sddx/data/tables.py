@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sddx.data.told import numbered, setting
+from sddx.data.remarks import numbered, setting
 from sddx.errors import UserError
 from sddx.files.lines import lines
 

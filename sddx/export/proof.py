@@ -139,7 +139,7 @@ def _settings(run: Recovered) -> dict[str, Any]:
     return evaluation
 
 
-def told(proof: dict[str, Any]) -> str:
+def in_words(proof: dict[str, Any]) -> str:
     """The proof in a few lines."""
     same = "equal bit for bit" if proof["equal"] else f"different by {proof['largest_difference']:.3g} at most"
     what = "base and adapter" if proof["adapter"] == "apart" else "the merged model"

@@ -46,7 +46,7 @@ def export(
     if evaluated:
         proof.require_evaluation(run)
     disable_progress_bar()
-    how = run.how(dtype, device)
+    how = run.loading(dtype, device)
     with _appearing(to) as folder:
         prompts = proof.prompts(run)
         expected = _write_weights(run, folder, to, adapter, how, prompts)

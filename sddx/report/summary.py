@@ -21,7 +21,7 @@ from sddx.store import manifest
 
 
 @dataclass(frozen=True)
-class Found:
+class RunArtifacts:
     """What a run built, or found in the store, by name (`sddx.pipeline.Run` says what each is); of `results`, one
     for each of `subjects`, which are records of name and role."""
 
@@ -72,7 +72,7 @@ def conclude(report: Artifact, written: list[Rewrite], folder: Path, about: dict
     return summary
 
 
-def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarised(found: RunArtifacts) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the run's artifacts say: the summary, and by model what comparisons need of every item."""
     results = {model: _read(result, "results.json") for model, result in found.judged.items()}
     return {"subjects": found.subjects, **_quality(found, results), **_cost(found)}, {
@@ -80,7 +80,7 @@ def summarised(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
+def _quality(found: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
     roles = {each["name"]: each["role"] for each in found.subjects}
     trained = _read(found.data, "dataset.json")["trains"] if found.data else []
@@ -115,7 +115,7 @@ def _quality(found: Found, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cost(found: Found) -> dict[str, Any]:
+def _cost(found: RunArtifacts) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
     cut = Cut.load(found.pruned.path / "cut.json")
     training: dict[str, Any] = _read(found.student, "training.json") if found.student else {}

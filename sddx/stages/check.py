@@ -14,7 +14,7 @@ from typing import Any
 from sddx import stages
 from sddx.config.build import Settings
 from sddx.config.shared import once, once_as_read
-from sddx.errors import require_none, told
+from sddx.errors import mistakes_of, require_none
 from sddx.stages.local_model import Check, LocalModel
 from sddx.tracking import require as require_tracked
 
@@ -31,12 +31,12 @@ def precheck(
     from sddx.models.load import is_here, require_known
 
     model = method["model"]
-    wrong = told([partial(require_known, device)], shaky=shaky)
+    wrong = mistakes_of([partial(require_known, device)], shaky=shaky)
     wrong += _refused("of_settings", method, shaky=shaky)
-    wrong += told([lambda: require_tracked(wandb)], shaky=shaky)
+    wrong += mistakes_of([lambda: require_tracked(wandb)], shaky=shaky)
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         found: list[LocalModel] = []
-        wrong += told([lambda: found.append(_local(model))], shaky=shaky)
+        wrong += mistakes_of([lambda: found.append(_local(model))], shaky=shaky)
         wrong += [mistake for local in found for mistake in _refused("of_model", method, local, shaky=shaky)]
     require_none(wrong)
 
@@ -69,7 +69,7 @@ def _refused(kind: str, method: Settings, *model: LocalModel, shaky: bool) -> li
 def _asked(listed: Listed, number: int, *given: Any, shaky: bool) -> list[str]:
     """What one of a stage's checks finds wrong; the settings come last."""
     *model, method = given
-    return told([listed(method, *model)[number]], shaky=shaky)
+    return mistakes_of([listed(method, *model)[number]], shaky=shaky)
 
 
 def _nothing(*given: Any) -> list[Check]:

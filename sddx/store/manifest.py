@@ -29,7 +29,7 @@ class Recorded(Form):
     mtime_ns: int
 
 
-class Given(Form):
+class InputRecord(Form):
     """An input of a stage."""
 
     stage: str
@@ -45,7 +45,7 @@ class Manifest(Form):
     seconds: float
     peak_memory: int
     spec: dict[str, Any]
-    inputs: list[Given]
+    inputs: list[InputRecord]
     sources: dict[str, str]
     files: dict[str, Recorded]
 

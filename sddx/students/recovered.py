@@ -24,7 +24,7 @@ class Recovered:
     trained: Path | None
     patch: Path | None
 
-    def how(self, dtype: str | None = None, device: str = "cpu") -> dict[str, str]:
+    def loading(self, dtype: str | None = None, device: str = "cpu") -> dict[str, str]:
         """How its models are loaded: in the run's dtype, unless another is given, and with its attention."""
         return {
             "dtype": dtype or self.summary["dtype"],
@@ -36,7 +36,7 @@ class Recovered:
         """The recovered model, in eval mode and frozen."""
         key = self.summary["artifacts"]["model"]
         return load_student(
-            self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.how(dtype, device)
+            self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.loading(dtype, device)
         )
 
     @property

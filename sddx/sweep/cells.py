@@ -77,7 +77,7 @@ class Cell:
     config: dict[str, Any]
 
     @property
-    def given(self) -> dict[str, str]:
+    def overridden(self) -> dict[str, str]:
         """The overrides by name, without Hydra's signs for adding."""
         return dict(override.lstrip("+").partition("=")[::2] for override in self.overrides)
 
@@ -158,8 +158,8 @@ def _cell(composed: DictConfig, overrides: tuple[str, ...], number: int) -> Cell
 
 def varying(cells: Sequence[Cell]) -> list[str]:
     """The groups and settings that the cells were given different values of."""
-    keys = dict.fromkeys(key for cell in cells for key in cell.given)
-    return sorted([key for key in keys if len({cell.given.get(key) for cell in cells}) > 1], key=_place)
+    keys = dict.fromkeys(key for cell in cells for key in cell.overridden)
+    return sorted([key for key in keys if len({cell.overridden.get(key) for cell in cells}) > 1], key=_place)
 
 
 def _place(part: str) -> tuple[int, str]:
@@ -168,9 +168,9 @@ def _place(part: str) -> tuple[int, str]:
 
 
 def _name(cell: Cell, parts: Sequence[str]) -> str:
-    if "run.name" in cell.given or not parts:
+    if "run.name" in cell.overridden or not parts:
         return cell.name
-    return "-".join(_short(part, cell.given[part]) for part in parts if part in cell.given)
+    return "-".join(_short(part, cell.overridden[part]) for part in parts if part in cell.overridden)
 
 
 def _short(key: str, value: str) -> str:

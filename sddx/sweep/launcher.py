@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from sddx.config.entry import composing, mistakes_told
 from sddx.config.shared import sharing
-from sddx.errors import UserError, told
+from sddx.errors import UserError, mistakes_of
 from sddx.store.digest import digest
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
@@ -94,7 +94,7 @@ def check_all(cells: Sequence[Cell], check: Check) -> None:
         alike.setdefault(_checked(cell.config), []).append(cell)
     mistakes: dict[str, list[str]] = {}
     for same in alike.values():
-        for mistake in told([partial(check, same[0].config)]):
+        for mistake in mistakes_of([partial(check, same[0].config)]):
             mistakes.setdefault(str(mistake), []).extend(cell.name for cell in same)
     if mistakes:
         wrong = len({name for names in mistakes.values() for name in names})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Literal
 
-from sddx.data.told import setting
+from sddx.data.remarks import setting
 from sddx.errors import UserError
 from sddx.records import Dataset, Example
 from sddx.tiny.corpus import STYLED, documents

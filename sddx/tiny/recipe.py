@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sddx.config import check, writable_folder
 from sddx.config.build import build
-from sddx.errors import UserError, require_none, told
+from sddx.errors import UserError, mistakes_of, require_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ def recipe(config: dict[str, Any]) -> Recipe:
     """The recipe of a configuration as plain values. Raises UserError, with all that can be told, for settings that
     are unknown, of another type or out of their range, for tasks that cannot be evaluated, and for a folder that is
     there already or cannot be written."""
-    require_none(told([lambda: check(config, Recipe), lambda: _require_new(config.get("out"))]))
+    require_none(mistakes_of([lambda: check(config, Recipe), lambda: _require_new(config.get("out"))]))
     made = Recipe(**config | {"model": build(config["model"])})
-    require_none([*made.mistakes(), *told([lambda: _require_tasks(made.evaluation)])])
+    require_none([*made.mistakes(), *mistakes_of([lambda: _require_tasks(made.evaluation)])])
     return made
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from sddx.config.build import Settings, build, only
-from sddx.errors import UserError, require_none, told
+from sddx.errors import UserError, mistakes_of, require_none
 from sddx.stages.local_model import Check, LocalModel
 from sddx.stages.prepare.check import check_trained
 
@@ -25,7 +25,7 @@ def of_settings(method: Settings) -> list[Check]:
 def of_model(method: Settings, model: LocalModel) -> list[Check]:
     """The context has room for what is asked, and the chat template carries it."""
     evaluation, checks = method["evaluation"], list[Check]()
-    if tasks_exist := not told([lambda: check_names(method)]):
+    if tasks_exist := not mistakes_of([lambda: check_names(method)]):
         checks.append(lambda: _check_room(evaluation, model))
     if evaluation["chat_template"]:
         checks.append(lambda: model.ending)
@@ -42,7 +42,7 @@ def check_names(config: Settings) -> None:
     evaluation = config["evaluation"]
     given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split", "cluster")}
     check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
-    require_none(told([check_evaluated, lambda: check_trained(config)]))
+    require_none(mistakes_of([check_evaluated, lambda: check_trained(config)]))
 
 
 def _check_evaluation(evaluation: Settings) -> None:

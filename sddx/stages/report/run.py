@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.records import Artifact
-from sddx.report.summary import Found, summarised, write
+from sddx.report.summary import RunArtifacts, summarised, write
 from sddx.runtime import Runtime
 
 
@@ -24,8 +24,8 @@ def report(
 ) -> None:
     """Writes `summary.json` (the run's choices, recoveries with their intervals, scores, costs) and `samples.json`
     (every item's score and hash, for comparisons). `results` are those of the `subjects`, in their order, the one
-    that all others are compared with first; what `further` there may be, `Found` says."""
-    found = Found(base, pruned, subjects, results, **further)
+    that all others are compared with first; what `further` there may be, `RunArtifacts` says."""
+    found = RunArtifacts(base, pruned, subjects, results, **further)
     summary, samples = summarised(found)
     write(out / "summary.json", {"choices": choices, **summary})
     write(out / "samples.json", samples)
