@@ -24,7 +24,6 @@ from sddx.config import (
     resolve,
     writable_folder,
 )
-from sddx.config.build import build
 from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
@@ -41,7 +40,7 @@ from sddx.sweep import launcher, sweeper
 from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Plan, describe
 from sddx.tiny.rehearse import announce
-from sddx.tracking import Tracker, mark
+from sddx.tracking import Tracked, Tracker, made, mark, open_tracker
 
 
 @sharing()
@@ -53,7 +52,7 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
     def look_further() -> None:
         download_now = download and not (config["dry_run"] or wrong)
         asked = {"download": download_now, "device": config["device"], "shaky": bool(wrong)}
-        precheck(settings(config), config["wandb"], **asked)
+        precheck(settings(config), config["logger"], **asked)
 
     require_none([*wrong, *mistakes_of([look_further], shaky=bool(wrong))])
 
@@ -150,16 +149,19 @@ def run(config: dict[str, Any], folder: Path) -> Path:
 
 @contextmanager
 def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
-    """Metrics to CSV and W&B. A finished cell of a sweep that W&B has seen already opens no second run there."""
+    """Metrics to the loggers. A finished cell of a sweep opens no second run where it has been seen already."""
     asked = [settings(config), config["metrics"]] if config["stages"] else settings(config)
-    node, identity = config["wandb"], digest(asked)[:16]
-    seen = mark(store.root, identity, node)
-    if is_cell(folder) and seen.exists() and all(step.present for step in look(config).steps):
-        node = {**node, "mode": "disabled"}
+    tracked = Tracked(folder, digest(asked)[:16], config["run"]["name"])
+    marks = {name: mark(store.root, tracked.identity, node) for name, node in config["logger"].items()}
+    seen = {name for name, marked in marks.items() if marked.exists() and is_cell(folder)}
+    if seen and not all(step.present for step in look(config).steps):
+        seen = set()
+    loggers = made(config["logger"], tracked, seen)
     flat = config["choices"] | flatten(settings(config))
-    with build(node)(folder, identity, config["run"]["name"], flat) as tracker:
+    with open_tracker(folder, flat, list(loggers.values())) as tracker:
         yield tracker
-    seen.touch()
+    for name in loggers:
+        marks[name].touch()
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,11 +191,11 @@ def main(cfg: DictConfig) -> None:
                 print(run(config, folder))
 
 
-def publish(folder: Path, wandb: dict[str, Any]) -> None:
-    """What the cells of a sweep found."""
+def publish(folder: Path, config: dict[str, Any]) -> None:
+    """What the cells of a sweep found; `config` is one cell's."""
     from sddx.report.publish import of_sweep
 
-    of_sweep(folder, wandb)
+    of_sweep(folder, config["logger"], config["wandb"]["group"])
 
 
 def install() -> None:

@@ -265,7 +265,7 @@ def test_precision_is_a_number_or_a_word() -> None:
         ("+loss.terms.foo.weight=1", "loss.terms.foo="),
         ("loss.terms.cross_entropy.loss._target_=builtins.int", "does not say what it takes"),
         ("pruning.choose._target_=sddx.compression.choose.ranked", "called with 3 values"),
-        ("wandb._target_=sddx.tracking.open_run", "wandb._target_"),
+        ("wandb._target_=sddx.data.checkers.exact", "wandb._target_"),
         ("accept=[[distill]]", "accept holds ['distill']"),
         ("evaluation.limit={1: 2}", "evaluation.limit has 1 for a name"),
         ("evaluation.limit={tiny_facts: many}", "evaluation.limit.tiny_facts='many'"),

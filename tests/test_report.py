@@ -20,13 +20,13 @@ from sddx.commands import report
 from sddx.report import figures, page, table
 from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.contrasts import differences
-from sddx.report.curves import AXES, KEPT, MEASURES, arms, families, variant_differences, variants
+from sddx.report.curves import AXES, KEPT, MEASURES, Point, arms, families, variant_differences, variants
 from sddx.report.headline import SAME, headline, verdict
-from sddx.report.publish import publish, to_wandb
+from sddx.report.publish import _scalars, publish, to_loggers
 from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.tasks import scores, task_table, tasks_of
 from sddx.report.workspace import workspace
-from sddx.statistics.intervals import paired_difference
+from sddx.statistics.intervals import Interval, paired_difference
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -618,7 +618,9 @@ def test_an_offline_wandb_run_holds_every_point_of_every_curve(tmp_path: Path) -
     """Read back from the file that `wandb sync` would upload."""
     runs = grid()
     found = publish(runs, [("s1", "failed", "no room")], tmp_path)
-    to_wandb(runs, found, tmp_path, {"project": "p", "entity": None, "group": "g", "mode": "offline"})
+    settings = {"project": "p", "entity": None, "group": "g", "tags": [], "mode": "offline"}
+    node = {"_target_": "sddx.tracking.loggers.wandb", "_partial_": True, **settings}
+    assert to_loggers(runs, found, tmp_path, {"wandb": node}) == ["wandb"]
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = history(file)
     (family,) = families(runs)
@@ -630,6 +632,64 @@ def test_an_offline_wandb_run_holds_every_point_of_every_curve(tmp_path: Path) -
     keys = {key for row in rows for key in row}  # a table is one value or several under its name
     assert all(any(key.startswith(f"tables/{name}") for key in keys) for name in rows_of(found))
     assert any(record.WhichOneof("record_type") == "request" or record.artifact.name for record in records(file))
+
+
+def test_every_logger_shows_of_a_report_what_it_can(tmp_path: Path) -> None:
+    """Every point as a scalar at its place on the axis, with its interval; TensorBoard draws the curves and holds
+    tables and page as texts, MLflow holds figures, tables and pages."""
+    from mlflow.tracking import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs, uri = grid(), f"sqlite:///{tmp_path}/m.db"
+    found = publish(runs, [], tmp_path)
+    of_mlflow = {"uri": uri, "experiment": "e", "group": "g", "tags": []}
+    made = {"csv": {}, "tensorboard": {}, "mlflow": of_mlflow}
+    nodes = {
+        name: {"_target_": f"sddx.tracking.loggers.{name}", "_partial_": True, **settings}
+        for name, settings in made.items()
+    }
+    assert to_loggers(runs, found, tmp_path, nodes, group="g") == list(made)
+    assert to_loggers(runs, found, tmp_path, nodes, seen=["mlflow"]) == ["csv", "tensorboard"]
+    (family,) = families(runs)
+    wanted = {
+        f"removed/{measure}/{arm}{end}": [(p.x, getattr(p.interval, side)) for p in family.curve(arm, measure)]
+        for measure in MEASURES
+        for arm in family.arms
+        for end, side in (("", "estimate"), ("/low", "low"), ("/high", "high"))
+    }
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    with (tmp_path / "csv/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name, points in wanted.items():
+        near = [(x, pytest.approx(y, rel=1e-6)) for x, y in points]
+        assert [(event.step, event.value) for event in board.Scalars(name)] == near
+        assert sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)) == near
+        assert [(int(row["removed"]), float(row[name])) for row in rows if row[name]] == near
+    assert {f"plots/removed/{measure}" for measure in MEASURES} <= set(board.Tags()["images"])
+    texts = board.Tags()["tensors"]
+    assert {f"tables/{name}/text_summary" for name in rows_of(found)} <= set(
+        texts
+    ) and "report/text_summary" in texts
+    kept = {each.path for each in client.list_artifacts(run.info.run_id)}
+    assert {
+        "report.html",
+        "report.md",
+        "report.csv",
+        "figures",
+        "tables",
+    } <= kept and run.info.run_name == "report-g"
+    assert len(client.list_artifacts(run.info.run_id, "figures")) == sum(len(s.figures) for s in found["sections"])
+
+
+def test_places_between_whole_numbers_are_counted() -> None:
+    """A step is a whole number; an axis need not be one."""
+    at = {"sdd": [Point(x, Interval(x, x, x, "seeds"), 1) for x in (0.0, 0.25, 1.0)]}
+    assert [(x, step) for x, step, _ in _scalars("a", at)] == [(0.0, 0), (0.25, 1), (1.0, 2)]
+    at = {"sdd": [Point(x, Interval(x, x, x, "seeds"), 1) for x in (2, 5)]}
+    assert [step for _, step, _ in _scalars("a", at)] == [2, 5]
 
 
 def test_the_dashboard_draws_what_runs_log() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from sddx.config import writable_folder
 from sddx.config.arguments import exit_status
+from sddx.config.build import Node
 from sddx.errors import UserError
 from sddx.report import page
-from sddx.report.publish import publish, to_wandb
+from sddx.report.publish import publish, to_loggers
 from sddx.store import default_root
-from sddx.tracking import require_login
+from sddx.tracking import require
 
 
 @exit_status
@@ -33,15 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
         where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
         raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
     writable_folder(given.out, "--out")
-    if given.wandb == "online":
-        require_login()
+    if given.wandb:
+        require(loggers := {"wandb": _wandb(given)})
     found = publish(runs, page.failed(given.folders), given.out)
     if given.wandb:
-        settings = {"project": given.project, "entity": given.entity, "group": None, "mode": given.wandb}
-        to_wandb(runs, found, given.out, settings)
+        to_loggers(runs, found, given.out, loggers)
     print(found["headline"])
     print(f"{len(runs)} runs: {given.out / 'report.html'}, and the same as report.md and report.csv")
     return 0
+
+
+def _wandb(given: argparse.Namespace) -> Node:
+    """W&B's logger as the flags have it."""
+    of_run = {"project": given.project, "entity": given.entity, "mode": given.wandb, "group": None, "tags": []}
+    return {"_target_": "sddx.tracking.loggers.wandb", "_partial_": True, **of_run}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def surroundings(
     store: str | None,
     accept: list[str],
     device: str,
-    wandb: Annotated[Node, Called(4)],
+    wandb: Annotated[Node, Called(1)],
+    logger: Mapping[str, Node],
     dry_run: bool,
     stages: list[str] | None,
     metrics: Mapping[str, Node],
@@ -116,8 +117,16 @@ def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] 
     method = {key: value for key, value in config.items() if key not in also}
     beside = {key: value for key, value in config.items() if key in also}
     problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
-    problems += [found for key in config if key != "choices" for found in _walk(key, config[key])]
+    problems += [found for key, node in _once(config).items() for found in _walk(key, node)]
     raise_for(problems)
+
+
+def _once(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without what stands there twice: the choices, and `wandb` again among the loggers."""
+    once = {key: node for key, node in config.items() if key != "choices"}
+    if isinstance(loggers := once.get("logger"), Mapping):
+        once["logger"] = {name: node for name, node in loggers.items() if node != once.get("wandb")}
+    return once
 
 
 def raise_for(problems: Sequence[str]) -> None:

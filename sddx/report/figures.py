@@ -50,6 +50,11 @@ def _svg(figure: Any, label: str) -> str:
 
 def curves(family: Family, measure: str, title: str) -> str:
     """One measure over the family's axis, one line an arm, with bands over seeds."""
+    return _svg(drawn_curves(family, measure), f"{title} over {family.label}")
+
+
+def drawn_curves(family: Family, measure: str) -> Any:
+    """The same as a figure of matplotlib's."""
     from matplotlib.ticker import LogLocator
 
     figure, axis = _figure(6, 3.6)
@@ -81,7 +86,7 @@ def curves(family: Family, measure: str, title: str) -> str:
         counts = sorted({run["choices"]["removed"] for run in family.runs})
         axis.set_xticks(counts[:: len(counts) // 16 + 1])  # more have no room
     axis.legend(frameon=False, fontsize=10)
-    return _svg(figure, f"{title} over {family.label}")
+    return figure
 
 
 def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:

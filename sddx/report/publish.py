@@ -1,31 +1,33 @@
-"""What a set of runs found, on disk and in one W&B run."""
+"""What a set of runs found, on disk and in the loggers of their sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sddx.report import page
-from sddx.report.curves import Family, Run, families
+from sddx.config.build import Node
+from sddx.report import figures, page
+from sddx.report.curves import Family, Point, Run, families
 from sddx.report.summary import write
 from sddx.store.digest import digest
-from sddx.tracking import mark, open_run
+from sddx.tracking import Tracked, finished, made, mark
 
 
-def of_sweep(folder: Path, settings: dict[str, Any]) -> None:
-    """What the cells of a sweep found, as pages in its folder, and as one W&B run beside theirs; `settings` are the
-    tracker's. A sweep that is asked for again and found nothing new opens no second one."""
+def of_sweep(folder: Path, loggers: Mapping[str, Node], group: str | None) -> None:
+    """What the cells of a sweep found, as pages in its folder, and in these loggers as one run beside theirs, whose
+    `group` is given. A sweep that is asked for again and found nothing new opens no second one."""
     runs = page.of_folders([folder])
     if not runs:
         return
     found = publish(runs, page.failed([folder]), folder)
     print(f"{found['headline']}\nWhat they found: {folder / 'report.html'}")
-    settings = {name: settings.get(name) for name in ("project", "entity", "group", "mode")}
-    seen = mark(Path(runs[0]["store"]), settings, [run["artifacts"] for run in runs])
-    if settings["mode"] in ("offline", "online") and not seen.exists():
-        to_wandb(runs, found, folder, settings)
-        seen.touch()
+    store, artifacts = Path(runs[0]["store"]), [run["artifacts"] for run in runs]
+    marks = {name: mark(store, "report", node, artifacts) for name, node in loggers.items()}
+    seen = {name for name, marked in marks.items() if marked.exists()}
+    for name in to_loggers(runs, found, folder, loggers, group, seen):
+        marks[name].touch()
 
 
 def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:
@@ -38,44 +40,60 @@ def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: 
     return found
 
 
-def to_wandb(runs: Sequence[Run], found: dict[str, Any], out: Path, settings: dict[str, Any]) -> str:
-    """One W&B run with the tables, every point of every curve (as history, so that W&B's own charts draw it, and
-    as a line plot), the figures, and the pages as an artifact. Returns its id, which the runs decide.
-
-    `settings` are project, entity, group and mode.
-    """
-    import wandb
-
+def to_loggers(
+    runs: Sequence[Run],
+    found: Mapping[str, Any],
+    out: Path,
+    loggers: Mapping[str, Node],
+    group: str | None = None,
+    seen: Collection[str] = (),
+) -> list[str]:
+    """One run in each logger, whose identity the runs decide: every point of every curve as scalars, so that its
+    own charts draw them; and as far as it can show them line plots, the figures, the tables and the pages. Returns
+    the names of the loggers that were used, all but those that have `seen` it."""
     identity = digest([run["artifacts"] for run in runs])[:16]
-    name = f"report-{settings.get('group') or len(runs)}"
-    with open_run(**settings, id=identity, name=name, job_type="report", dir=out) as run:
-        for family in families(runs):
-            _log_curves(run, family)
-        figures = [(f"figures/{s.title}/{f.title}", f.svg) for s in found["sections"] for f in s.figures]
-        run.log({where: wandb.Html(str(svg)) for where, svg in figures})
-        tables = {section.name: section.table for section in found["sections"] if section.table}
-        run.log({f"tables/{n}": wandb.Table(columns=t["header"], data=t["rows"]) for n, t in tables.items()})
-        pages = wandb.Artifact(f"report-{identity}", type="report")
-        for suffix in ("html", "md", "csv"):
-            pages.add_file(str(out / f"report.{suffix}"))
-        run.log_artifact(pages)
-    return identity
+    tracked = Tracked(out, identity, f"report-{group or len(runs)}", "report")
+    used = made(loggers, tracked, seen)
+    for logger in used.values():
+        with finished([logger]):
+            for family in families(runs):
+                _log_curves(logger, family)
+            if hasattr(logger, "pages"):
+                _show(logger, found, out)
+    return list(used)
 
 
-def _log_curves(run: Any, family: Family) -> None:
+def _show(logger: Any, found: Mapping[str, Any], out: Path) -> None:
+    """What a logger of ours can show beside curves."""
+    for section in found["sections"]:
+        for figure in section.figures:
+            logger.figure(f"{section.title}/{figure.title}", str(figure.svg))
+        if section.table:
+            logger.table(section.name, section.table["header"], section.table["rows"])
+    logger.pages([out / f"report.{suffix}" for suffix in ("html", "md", "csv")])
+
+
+def _log_curves(logger: Any, family: Family) -> None:
     """Every point of a family's curves with its interval, and for each measure a line plot."""
-    from wandb.plot import line_series
-
-    at = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
-    run.define_metric(family.axis, hidden=True)
-    run.define_metric(f"{at}/*", step_metric=family.axis)
+    over = f"{family.axis} ({family.fixed})" if family.fixed else family.axis
+    shows = hasattr(logger, "plot")
+    if shows:
+        logger.axis(family.axis, over)
     for measure in family.measures:
         curves = {arm: points for arm in family.arms if (points := family.curve(arm, measure))}
-        for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
-            values = {"": point.interval.estimate, "/low": point.interval.low, "/high": point.interval.high}
-            run.log({family.axis: point.x} | {f"{at}/{measure}/{arm}{end}": y for end, y in values.items()})
-        if curves:
-            xs = [[point.x for point in points] for points in curves.values()]
-            ys = [[point.interval.estimate for point in points] for points in curves.values()]
-            plot = line_series(xs, ys, list(curves), f"{measure} over {at}", family.axis)
-            run.log({f"plots/{at}/{measure}": plot})
+        for x, step, values in _scalars(f"{over}/{measure}", curves):
+            logger.log_metrics({family.axis: x, **values}, step=step)
+        if curves and shows:
+            xys = {arm: [(point.x, point.interval.estimate) for point in points] for arm, points in curves.items()}
+            logger.plot(f"{over}/{measure}", family.axis, xys, partial(figures.drawn_curves, family, measure))
+
+
+def _scalars(name: str, curves: Mapping[str, Sequence[Point]]) -> Iterator[tuple[float, int, dict[str, float]]]:
+    """For each point its place on the axis, the same as a step, and its estimate and interval by name. Steps are
+    whole numbers: where the axis has others, they count its places."""
+    xs = sorted({point.x for points in curves.values() for point in points})
+    whole = all(float(x).is_integer() for x in xs)
+    for arm, point in ((arm, point) for arm, points in curves.items() for point in points):
+        ends = {"": point.interval.estimate, "/low": point.interval.low, "/high": point.interval.high}
+        values = {f"{name}/{arm}{end}": value for end, value in ends.items()}
+        yield point.x, int(point.x) if whole else xs.index(point.x), values

@@ -15,7 +15,7 @@ from typing import Any
 from sddx.config.arguments import exit_status
 from sddx.errors import UserError
 from sddx.report.curves import AXES, KEPT, MEASURES
-from sddx.tracking import require_login
+from sddx.tracking.loggers import require_login
 
 NAME = re.compile(r"[^/\\#?%:]+")
 LOGARITHMIC = ("size", "rank", "learning_rate")

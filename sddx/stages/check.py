@@ -4,7 +4,7 @@ checks."""
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,10 +22,15 @@ Listed = Callable[..., list[Check]]
 
 
 def precheck(
-    method: Settings, wandb: Settings, *, download: bool, device: str = "auto", shaky: bool = False
+    method: Settings,
+    loggers: Mapping[str, Settings],
+    *,
+    download: bool,
+    device: str = "auto",
+    shaky: bool = False,
 ) -> None:
-    """What would otherwise fail late; `wandb` is the tracker's node. Raises one UserError with all that is wrong
-    with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
+    """What would otherwise fail late; `loggers` are the nodes of that group. Raises one UserError with all that is
+    wrong with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
     downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
     where the run takes place. `shaky`: other mistakes are known, which checks may stumble over."""
     from sddx.models.load import is_here, require_known
@@ -33,7 +38,7 @@ def precheck(
     model = method["model"]
     wrong = mistakes_of([partial(require_known, device)], shaky=shaky)
     wrong += _refused("of_settings", method, shaky=shaky)
-    wrong += mistakes_of([lambda: require_tracked(wandb)], shaky=shaky)
+    wrong += mistakes_of([lambda: require_tracked(loggers)], shaky=shaky)
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         found: list[LocalModel] = []
         wrong += mistakes_of([lambda: found.append(_local(model))], shaky=shaky)

@@ -34,8 +34,8 @@ class Grid(Launcher):
     `first(config)` raises UserError for a cell that cannot run, and downloads nothing; `check(config)` is then
     asked of the cells of which `owes(config)` holds, whose models are still to be downloaded; `look(config)` says
     what a cell would build (a Plan), and `tell` prints that for all; `task` is the path of the function that runs
-    one, `task(config, folder)`, and `report(folder, wandb)` says what the cells found. Without a task nothing is
-    run.
+    one, `task(config, folder)`, and `report(folder, config)` says what the cells found, `config` being that of
+    the first. Without a task nothing is run.
     """
 
     first: Check
@@ -69,7 +69,7 @@ class Grid(Launcher):
             for cell in cells:
                 grid.prepare(cell)
             self.engine([[cells[at].folder for at in level] for level in levels(plans)], task)
-        type(self).report(cells[0].folder.parent, cells[0].config["wandb"])
+        type(self).report(cells[0].folder.parent, cells[0].config)
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
 
@@ -134,7 +134,7 @@ def install(
     task: str | None = None,
     first: Check | None = None,
     owes: Callable[[dict[str, Any]], bool] = lambda config: False,
-    report: Callable[[Path, dict[str, Any]], None] = lambda folder, wandb: None,
+    report: Callable[[Path, dict[str, Any]], None] = lambda folder, config: None,
 ) -> None:
     """Let this launcher stand behind every `hydra/launcher=` of ours, and in for Hydra's own, `basic`. May be
     called more than once.

@@ -48,6 +48,7 @@ def small(
         "device": "cpu",
         "run": {**config["run"], "name": f"rehearsal-{config['run']['name']}"},
         "wandb": {**config["wandb"], "mode": "disabled"},
+        "logger": {},
     }  # fmt: skip
     said = [
         f"model: {config['model']['path']} by random weights of its architecture and depth, {width} channels wide "
@@ -58,7 +59,7 @@ def small(
         f"texts for scoring and for KL: {texts} of the embedded world",
         f"tasks: {', '.join(evaluation['tasks'])} by {items} items of {' and '.join(TASKS)}, without shots, "
         "with their own metrics and chance levels",
-        f"answers: {new_tokens} tokens; one epoch; on the CPU; nothing goes to W&B",
+        f"answers: {new_tokens} tokens; one epoch; on the CPU; no logger",
     ]
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
