@@ -59,6 +59,21 @@ def test_the_page_on_architecture_says_what_is_so() -> None:
     """Its table is that of today's imports; else: python docs/architecture.py."""
     text = PAGE["PAGE"].read_text(encoding="utf-8")
     assert PAGE["page"](text) == text
+    assert PAGE["drawing"]() == PAGE["DRAWING"].read_text(encoding="utf-8")
+
+
+def test_the_picture_shows_every_room_and_leaves_out_what_another_line_says() -> None:
+    """A room reaches by the drawn lines what it reaches by its imports, and every line leads down."""
+    below = PAGE["imports"]()
+    lines, at = PAGE["direct"](below), PAGE["levels"](below)
+
+    def reached(name: str, by: dict) -> set[str]:
+        return set(by.get(name, ())).union(*(reached(other, by) for other in by.get(name, ())))
+
+    assert all(reached(name, lines) == reached(name, below) for name in below)
+    assert all(at[name] > at[other] for name, others in lines.items() for other in others)
+    assert sum(map(len, lines.values())) < sum(map(len, below.values())) / 2
+    assert all(f">{name}</text>" in PAGE["drawing"]() for name in at)
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
