@@ -29,6 +29,7 @@ from sddx.estimate.peaks import peaks
 from sddx.estimate.texts import Rows
 from sddx.models.load import DTYPES
 from sddx.runtime import Runtime
+from sddx.stages.cost import estimated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, LENGTH = 8, 2048
@@ -77,7 +78,7 @@ def train(config: dict[str, Any], estimate: Estimate) -> tuple[float, float]:
 
 def planned(config: dict[str, Any], device: Device) -> tuple[float, float]:
     """The seconds and bytes that the plan says for the same."""
-    estimate = Estimate(config)
+    estimate = estimated(config)
     length = min(LENGTH, estimate.shape.max_position_embeddings)
     estimate.rows = Rows(1, length / 2, length / 2)
     spent = seconds([part for part in estimate.parts() if part.stage == "train"], device)
@@ -87,7 +88,7 @@ def planned(config: dict[str, Any], device: Device) -> tuple[float, float]:
 
 def main(overrides: list[str]) -> None:
     config = configured(overrides)
-    estimate = Estimate(config)
+    estimate = estimated(config)
     device = probed(device_of("cpu" if DEVICE == "cpu" else None), estimate.shape, config["model"]["dtype"], 20)
     print(f"{device}")
     expected, room = planned(config, device)

@@ -28,12 +28,13 @@ from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
 from sddx.gguf.packaged import located
-from sddx.pipeline import STAGES, Method, Run
+from sddx.pipeline import Method, Run
 from sddx.report.agreement import show_agreement
 from sddx.report.summary import conclude, rewrites
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
 from sddx.stages.check import precheck
+from sddx.stages.folders import STAGES
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
 from sddx.sweep import launcher, sweeper
@@ -96,23 +97,24 @@ def look(config: dict[str, Any]) -> Plan:
 def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
     from sddx.estimate.show import require
+    from sddx.stages.cost import estimated
 
     if not mistakes_of([partial(check_settings, config)]):
-        require([config])  # first: it needs no model
+        require([config], estimated)  # first: it needs no model
     verify(config)
 
 
 def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
     """Print what these runs would build; where nothing else is to happen, also what that costs on a device. Raises
     UserError where it costs more than it may."""
-    from sddx.estimate.costs import Estimate
     from sddx.estimate.show import require, show
+    from sddx.stages.cost import estimated
 
     describe(plans)
     if not configs[0]["dry_run"]:
-        require(configs)
+        require(configs, estimated)
     else:
-        show([Estimate(config) for config in configs], configs[0], Console(width=max(100, Console().width)))
+        show([estimated(config) for config in configs], configs[0], Console(width=max(100, Console().width)))
 
 
 def run(config: dict[str, Any], folder: Path) -> Path:

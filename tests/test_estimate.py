@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,16 +21,22 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from sddx import stages
 from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
 from sddx.estimate import costs, memory
-from sddx.estimate import peaks as estimate_peaks
-from sddx.estimate.costs import Estimate, distinct, seconds
+from sddx.estimate.costs import distinct, seconds
 from sddx.estimate.devices import DEVICES, _known, device_of, probed, this_machine
-from sddx.estimate.peaks import peaks, remedies
+from sddx.estimate.efforts import Effort
+from sddx.estimate.peaks import peaks
 from sddx.estimate.show import device_for, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
+from sddx.stages.cost import estimated
+from sddx.stages.evaluate import cost as evaluating
+from sddx.stages.folders import STAGES, modules
+from sddx.stages.patch.cost import junctions
+from sddx.stages.train.cost import remedies
 
 # docs/sources.md: billions of parameters and the saving, for 2, 4, 6, 8, 10 of 32 blocks.
 SAVINGS = {
@@ -149,8 +156,8 @@ def test_traced_memory_is_what_the_profiler_sees(gradients: bool) -> None:
 
 def test_work_that_runs_share_is_counted_once() -> None:
     """Two seeds share everything but training and what is judged after it; a smaller data set adds no rows."""
-    one, other = (Estimate(configured(f"seed={seed}", "dataset.size=512")) for seed in (0, 1))
-    less = Estimate(configured("dataset.size=256"))
+    one, other = (estimated(configured(f"seed={seed}", "dataset.size=512")) for seed in (0, 1))
+    less = estimated(configured("dataset.size=256"))
     both = distinct([*one.parts(), *other.parts()])
     again = [part.stage for part in both][len(one.parts()) :]
     assert again == ["train", "evaluate recovered"]
@@ -164,7 +171,7 @@ def test_arms_differ_in_what_they_pay_for() -> None:
     """References are not written, a teacher is read, an untouched model is not trained."""
     stages = {}
     for loss in ("sft", "sdd", "kd"):
-        parts = Estimate(configured(f"loss={loss}")).parts()
+        parts = estimated(configured(f"loss={loss}")).parts()
         stages[loss] = {part.stage: part for part in parts}
     assert "distill" not in stages["sft"] and stages["sdd"]["distill"].steps > 0
     assert stages["kd"]["train"].reading > 0 == stages["sft"]["train"].reading
@@ -174,17 +181,17 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""
     config = configured("model=llama31_8b_instruct", "max_length=1024", "dataset=tiny_arithmetic")
     room = 40e9
-    found = remedies(Estimate(config), room)
+    found = remedies(estimated(config), room)
     assert found and all(name.startswith(("trainer.", "tuning=qlora")) for name in found)
-    assert peaks(Estimate(config))["train"] > room
+    assert peaks(estimated(config))["train"] > room
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = type("Properties", (), {"total_memory": room})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(UserError, match=r"train needs about \d+ GB, and this GPU has 40.*gradient_checkpointing"):
-        require([{**config, "device": "cuda"}])
+        require([{**config, "device": "cuda"}], estimated)
     properties.total_memory = 14e9  # less than the weights: no stage fits, and all are told
     with pytest.raises(UserError) as caught:
-        require([{**config, "device": "cuda"}])
+        require([{**config, "device": "cuda"}], estimated)
     told = [mistake.split(" needs")[0].removeprefix("The stage ") for mistake in caught.value.args]
     assert told == ["score", "prune", "distill", "train", "evaluate"]
     assert "batch_size" not in caught.value.args[-1] and "bfloat16" not in caught.value.args[-1]
@@ -193,13 +200,13 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
 def test_more_than_the_budget_is_refused() -> None:
     config = configured("model=llama31_8b_instruct", "gpu=h100", "budget.gpu_hours=0.01")
     with pytest.raises(UserError, match=r"budget\.gpu_hours=0\.01"):
-        require([config])
-    require([configured("gpu=h100", "budget.gpu_hours=10")])
+        require([config], estimated)
+    require([configured("gpu=h100", "budget.gpu_hours=10")], estimated)
 
 
 def test_a_probe_measures_this_machine() -> None:
     """A speed that is measured gives hours where a CPU's stated one gives none."""
-    estimate = Estimate(configured())
+    estimate = estimated(configured())
     device = device_of("cpu")
     assert seconds(estimate.parts(), device) is None
     found = seconds(estimate.parts(), probed(device, estimate.shape, "float32", 0.3))
@@ -208,7 +215,7 @@ def test_a_probe_measures_this_machine() -> None:
 
 def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its figures are never those of a device that is not here, and memory is what the card has."""
-    estimate = Estimate(configured())
+    estimate = estimated(configured())
     with pytest.raises(UserError, match="no GPU, and gpu=h100"):
         device_for(configured("gpu=h100", "probe=0.1s"), estimate)
     assert "CPU, probed" in device_for(configured("probe=0.1s"), estimate).name
@@ -231,8 +238,8 @@ def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_data_is_counted_on_disk() -> None:
     """As a download, once for calibration and text; of rows only where there is training."""
-    disk = Estimate(configured("+experiment=llama2_depth_curve")).disk()
-    assert disk["data"] == 24e9 and "data" not in Estimate(configured("+experiment=llama_26L")).disk()
+    disk = estimated(configured("+experiment=llama2_depth_curve")).disk()
+    assert disk["data"] == 24e9 and "data" not in estimated(configured("+experiment=llama_26L")).disk()
 
 
 def test_shards_hold_a_share_of_the_weights() -> None:
@@ -240,7 +247,7 @@ def test_shards_hold_a_share_of_the_weights() -> None:
     proof holds whole is in host memory."""
     alone = configured("model=llama31_8b_instruct", "tuning=full", "trainer.batch_size=1")
     shared = {**alone, "trainer": {**alone["trainer"], "strategy": "fsdp", "devices": 4}}
-    one, four = (peaks(Estimate(config)) for config in (alone, shared))
+    one, four = (peaks(estimated(config)) for config in (alone, shared))
     assert one.keys() - four.keys() == {"prune"}
     assert four["train"] < 0.5 * one["train"]
     weights = 16.06e9
@@ -252,8 +259,8 @@ def test_a_disk_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     usage = type("usage", (), {"free": 10**9})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match=r"needs .* GB in the store .*1\.0 GB are free"):
-        require([configured("model=llama31_8b_instruct", "tuning=full", f"store={tmp_path}")])
-    require([configured("model=llama31_8b_instruct", f"store={tmp_path}")])
+        require([configured("model=llama31_8b_instruct", "tuning=full", f"store={tmp_path}")], estimated)
+    require([configured("model=llama31_8b_instruct", f"store={tmp_path}")], estimated)
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -293,19 +300,19 @@ def test_the_skeleton_leaves_its_config_as_it_was() -> None:
 def told(*overrides: str) -> str:
     """What a plan of this configuration prints."""
     config, out = configured("gpu=h100", *overrides), StringIO()
-    show([Estimate(config)], config, Console(file=out, width=200))
+    show([estimated(config)], config, Console(file=out, width=200))
     return out.getvalue()
 
 
 def test_full_weights_are_judged_beside_the_unpruned_model() -> None:
     """One model in the other's weights with an adapter, two with weights of its own."""
-    adapted, whole = (Estimate(configured("tuning=" + name)) for name in ("lora", "full"))
+    adapted, whole = (estimated(configured("tuning=" + name)) for name in ("lora", "full"))
     more = peaks(whole)["evaluate"] - peaks(adapted)["evaluate"]
     assert more == pytest.approx(1.03 * whole.pruned.weight_bytes)
 
 
 def test_another_teacher_is_a_model_more() -> None:
-    own, other = (Estimate(configured("loss=kd", f"teacher={name}")) for name in ("null", "some/model"))
+    own, other = (estimated(configured("loss=kd", f"teacher={name}")) for name in ("null", "some/model"))
     more = peaks(other)["train"] - peaks(own)["train"]
     assert more == pytest.approx(1.03 * own.pruned.weight_bytes)  # the student's, beside a whole teacher's
     assert "some/model is taken to be as large" in told("loss=kd", "teacher=some/model")
@@ -315,7 +322,7 @@ def test_another_teacher_is_a_model_more() -> None:
 def test_gradients_of_all_blocks_are_held_while_they_are_scored() -> None:
     """Taylor's scores need them; coalitions do not."""
     few = ("calibration.size=8", "model=llama31_8b_instruct")
-    taylor, coalitions = (Estimate(configured(f"pruning={name}", *few)) for name in ("taylor", "greedy"))
+    taylor, coalitions = (estimated(configured(f"pruning={name}", *few)) for name in ("taylor", "greedy"))
     gradients = 2 * 32 * 218_112_000  # bfloat16, of blocks (docs/sources.md)
     assert peaks(taylor)["score"] > taylor.unpruned.weight_bytes + gradients > peaks(coalitions)["score"]
 
@@ -323,14 +330,14 @@ def test_gradients_of_all_blocks_are_held_while_they_are_scored() -> None:
 def test_vllm_needs_a_folder_of_merged_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As large as the pruned model, in the store, before any work; and its hours are not known."""
     given = ("evaluation.backend=vllm", f"store={tmp_path}")
-    estimate = Estimate(configured(*given))
+    estimate = estimated(configured(*given))
     assert estimate.disk()["while evaluating"] == estimate.pruned.weight_bytes
-    assert "while evaluating" not in Estimate(configured()).disk()
+    assert "while evaluating" not in estimated(configured()).disk()
     assert "Hours of evaluation are those of Hugging Face" in told(*given)
     assert "Hugging Face" not in told()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**9}))
     with pytest.raises(UserError, match=r"needs 13\.5 GB in the store"):
-        require([configured("model=llama31_8b_instruct", "pruning.remove=6", *given)])
+        require([configured("model=llama31_8b_instruct", "pruning.remove=6", *given)], estimated)
 
 
 def test_a_plan_of_no_training_tells_of_none() -> None:
@@ -342,9 +349,9 @@ def test_a_plan_of_no_training_tells_of_none() -> None:
 
 def test_scoring_alone_counts_every_metric_and_nothing_else() -> None:
     """Metrics of states share a pass; what a run holds and keeps is not told."""
-    few, many = (Estimate(configured("stages=[score]", f"metrics={name}")) for name in ("one_pass", "all"))
+    few, many = (estimated(configured("stages=[score]", f"metrics={name}")) for name in ("one_pass", "all"))
     (one,), (all_of_them,) = few.parts(), many.parts()
-    assert one.reading == Estimate(configured()).parts()[0].reading < all_of_them.reading / 20
+    assert one.reading == estimated(configured()).parts()[0].reading < all_of_them.reading / 20
     assert peaks(many).keys() == {"score"}
     said = told("stages=[score]")
     assert "Disk" not in said and "Rows" not in said
@@ -357,18 +364,18 @@ def test_rows_held_out_are_not_trained_on(tmp_path: Path) -> None:
     mine = ("dataset=jsonl", f"dataset.path={file}", "validation=4")
     for given, sizes in ((mine, {"null": 6, 5: 5}), (("dataset=gsm8k",), {"null": 7_473 - 64, 100: 100})):
         for size, count in sizes.items():
-            assert Estimate(configured(*given, f"dataset.size={size}")).rows.count == count
+            assert estimated(configured(*given, f"dataset.size={size}")).rows.count == count
 
 
 def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two runs that hold the same, one is traced; their texts and rows are read once each."""
     traced, read = list[int](), list[str]()
-    monkeypatch.setattr(estimate_peaks, "_evaluating", lambda estimate: traced.append(1) or 1.0)
+    monkeypatch.setattr(evaluating, "peak", lambda estimate: traced.append(1) or 1.0)
     for name in ("rows_of", "texts_of"):
         real = getattr(costs, name)
         monkeypatch.setattr(costs, name, lambda *given, real=real, name=name: read.append(name) or real(*given))
     config = configured("gpu=h100")
-    estimates = [Estimate(config), Estimate({**config, "seed": 1})]
+    estimates = [estimated(config), estimated({**config, "seed": 1})]
     show(estimates, config, Console(file=StringIO()))
     assert len(traced) == 1 and sorted(read) == ["rows_of"] * 2 + ["texts_of"] * 4
 
@@ -391,10 +398,55 @@ def test_a_tuning_of_the_users_own_is_planned_by_what_it_makes(tmp_path: Path, m
     (tmp_path / "of_my_own.py").write_text(OWN_TUNING)
     monkeypatch.syspath_prepend(tmp_path)
     config = configured()
-    usual = Estimate(config)
+    usual = estimated(config)
     assert usual.trained == 161_280 and not usual.is_full
     large = usual.varied(tuning={"_target_": "of_my_own.adapted", "_partial_": True, "size": 64})
     assert large.trained == 8 * 161_280 and not large.is_full
     part = usual.varied(tuning={"_target_": "of_my_own.half", "_partial_": True})
     assert part.is_full and 0 < part.trained < part.pruned.parameters
     assert usual.trained == 161_280
+
+
+OWN_RULES = """
+def side_by_side(scores, count, remove):
+    return tuple(range(1, 1 + remove))
+
+def by_name(scores, count, remove):
+    return tuple(scores["mine"][:remove])
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("sddx.compression.choose.contiguous", 1),
+        ("sddx.compression.choose.last", 1),
+        ("sddx.compression.choose.lowest", 4),
+        ("rules_of_my_own.side_by_side", 1),
+        ("rules_of_my_own.by_name", 4),  # which reads what no plan knows: the most there can be
+    ],
+)
+def test_patches_stand_where_the_rule_cuts(rule: str, expected: int, tmp_path: Path, monkeypatch) -> None:
+    """Asked of the rule itself, whatever it is called."""
+    (tmp_path / "rules_of_my_own.py").write_text(OWN_RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = configured("pruning/patch=linear", "pruning.remove=4")
+    pruning = {**config["pruning"], "choose": {"_target_": rule, "_partial_": True}}
+    assert junctions(estimated({**config, "pruning": pruning})) == expected
+
+
+def test_a_plan_finds_what_a_stage_costs_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage that is named has a folder, and one that is added is counted, without an edit of the plan."""
+    folders = {path.parent.name for path in Path(stages.__file__).parent.glob("*/run.py")}
+    assert folders == set(STAGES)
+
+    def parts(estimate: Any) -> list[costs.Part]:
+        return [estimate.part("merge", [estimate.config["seed"]], estimate.pruned, Effort(reading=1e12, read=7.0))]
+
+    merge = SimpleNamespace(parts=parts, peak=lambda estimate: 90e9)
+    known = modules("cost")
+    monkeypatch.setattr("sddx.stages.cost.modules", lambda kind: {**known, "merge": merge})
+    config, out = configured("gpu=h100"), StringIO()
+    show([estimated(config)], config, Console(file=out, width=200))
+    assert re.search(r"merge +│ +1 │ +0.00 M", out.getvalue())
+    assert "merge does not fit on the H100 SXM. To make it fit" in out.getvalue()

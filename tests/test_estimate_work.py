@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sddx import train
 from sddx.compression.branches import NoAttention, NoFeedForward
 from sddx.config.build import build
-from sddx.estimate.costs import Estimate
 from sddx.importance import coalitions
 from sddx.importance.ablation import LeaveOneOut, Shapley
 from sddx.importance.coalitions import TaskScore
@@ -28,6 +27,7 @@ from sddx.models.anatomy import blocks, branches
 from sddx.pipeline import Run
 from sddx.records import Artifact
 from sddx.runtime import Runtime
+from sddx.stages.cost import estimated
 from sddx.store import Inputs, Store
 
 
@@ -114,7 +114,7 @@ def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
     store = Metered(tmp_path)
     store.flops = Counter()
     _ = Run(store, Runtime(quiet=True), train.method(config)).report
-    estimate, planned = Estimate(config), Counter[str]()
+    estimate, planned = estimated(config), Counter[str]()
     for part in estimate.parts():
         size = estimate.unpruned if part.stage == "evaluate unpruned" else estimate.pruned
         planned[part.stage] += int(part.reading + part.learning + part.tokens["written"] * size.decode(60))

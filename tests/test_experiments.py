@@ -12,10 +12,10 @@ import yaml
 from composing import composed, resolve
 
 from sddx.config import CONF
-from sddx.estimate.costs import Estimate
 from sddx.estimate.devices import DEVICES
 from sddx.estimate.show import hours
 from sddx.report.law import FOR_INTERVAL
+from sddx.stages.cost import estimated
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 WRITERS = sorted(path.stem for path in (CONF / "generation").glob("*.yaml"))
@@ -38,7 +38,7 @@ def planned(command: str) -> float:
     estimates = []
     for cell in cells(sweep) if sweep else [{}]:
         with composed(*given, *(f"{name}={value}" for name, value in cell.items())) as cfg:
-            estimates.append(Estimate(resolve(cfg)))
+            estimates.append(estimated(resolve(cfg)))
     found = hours(estimates, DEVICES["h100"])
     assert found is not None
     return found

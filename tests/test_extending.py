@@ -91,7 +91,7 @@ def test_the_stage_is_built_once_and_anew_for_another_setting(
     shards.mkdir(parents=True)
     rows = [Example(id=str(n), prompt="p", response="word " * n, origin="reference") for n in (2, 4, 9)]
     (shards / "00000.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows), encoding="utf-8")
-    code = {"run": SHOWN["sddx/stages/lengths/run.py"], "check": SHOWN["sddx/stages/lengths/check.py"]}
+    code = {name: SHOWN[f"sddx/stages/lengths/{name}.py"] for name in ("run", "check", "cost")}
     for name, text in code.items():
         (tmp_path / f"lengths_{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -102,6 +102,10 @@ def test_the_stage_is_built_once_and_anew_for_another_setting(
     assert built[0] == built[1] != built[2]
     assert json.loads((built[0].path / "lengths.json").read_text()) == {"mean": 5, "short": 2}
     assert importlib.import_module("lengths_check").of_settings({}) == []
+    cost, rows = importlib.import_module("lengths_cost"), SimpleNamespace(count=3, answer=2.0)
+    plan = SimpleNamespace(rows=rows, config={"dataset": {}}, unpruned=None, part=lambda *given: given)
+    assert [(each[0], each[-1].read) for each in cost.parts(plan)] == [("lengths", 6.0)]
+    assert cost.peak(plan) is None
     scope: dict = {"cached_property": property, "Artifact": object}
     exec(SHOWN["a property of Run in sddx/pipeline.py"].replace("sddx.stages.lengths.run", "lengths_run"), scope)
     made = SimpleNamespace(data=data, _make=lambda stage, inputs, **spec: (stage.__name__, inputs, spec))

@@ -12,7 +12,7 @@ from sddx import train
 from sddx.config.shared import once, once_as_read, sharing
 from sddx.data import check as data_check
 from sddx.errors import UserError, mistakes_of
-from sddx.estimate.costs import Estimate
+from sddx.stages.cost import estimated
 
 RATES = [
     [f"trainer.learning_rate={rate}", f"loss={loss}"] for rate in (1e-3, 2e-3, 4e-3) for loss in ("sft", "sdd")
@@ -129,7 +129,7 @@ def test_a_plan_says_the_same_whichever_cells_were_planned_before() -> None:
     cells = [settings(*cell) for cell in [*RATES[:3], *more]]
 
     def planned() -> list[Any]:
-        made = [Estimate(cell) for cell in cells]
+        made = [estimated(cell) for cell in cells]
         return [(each.parts(), each.trained, each.adapter, each.disk()) for each in made]
 
     alone = planned()

@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sddx.commands.fetch import _task_data
 from sddx.config.build import build
 from sddx.errors import UserError
-from sddx.estimate.costs import Estimate
 from sddx.evaluation import items, task_data, tasks
 from sddx.evaluation.harness import _precision, compact, evaluate, require_tasks, task_texts
 from sddx.evaluation.seeds import seeded
 from sddx.importance.coalitions import TaskScore
 from sddx.runtime import Runtime
+from sddx.stages.cost import estimated
 from sddx.stages.inputs import keyed_rows, read_by
 from sddx.store import Store
 from sddx.train import look, run
@@ -295,7 +295,7 @@ def test_tasks_with_files_need_no_hub(folder: str, monkeypatch: pytest.MonkeyPat
     with composed("evaluation=small", f"evaluation.data_dir={folder}") as cfg:
         config = resolve(cfg)
     assert _task_data(config) == []
-    assert Estimate(config).unknown == []
+    assert estimated(config).unknown == []
 
 
 def test_a_key_holds_what_is_read_and_no_path(folder: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sddx.config.entry import command, mistakes_told, require_one_run, without_r
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
 from sddx.gguf.packaged import located
+from sddx.stages.cost import estimated
 from sddx.stages.evaluate.check import check_names
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
@@ -38,12 +39,12 @@ def main(cfg: DictConfig) -> None:
         require_one_run("plan them all")
         config = located(resolve(cfg))
         verify(config)
-        tell([Estimate(config)], [config])
+        tell([estimated(config)], [config])
 
 
 if __name__ == "__main__":
     register()
-    launcher.install(verify, Estimate, tell)
+    launcher.install(verify, estimated, tell)
     sweeper.install()
     with without_run_folder():
         command(main)

@@ -1,8 +1,8 @@
-"""What a run is made of, stage by stage: pieces of work that runs share, and from them hours on a device."""
+"""What a run is made of: pieces of work that runs share, and from them hours on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,34 +11,26 @@ from typing import Any
 
 import torch
 
-from sddx.compression.junction import gaps
 from sddx.config.build import build, only
 from sddx.config.shared import once
-from sddx.data.shards import SHARD_ROWS
-from sddx.errors import UserError
-from sddx.estimate import efforts
 from sddx.estimate.devices import Device
 from sddx.estimate.efforts import Effort
 from sddx.estimate.skeleton import Size, removed, shape_of, size_of, skeleton
 from sddx.estimate.texts import (
     DOWNLOADS,
-    LONGEST,
     STATED,
     Rows,
     Texts,
     counter,
     items_of,
-    request,
     rows_of,
     texts_of,
 )
-from sddx.importance.score import Work, works
 from sddx.models.anatomy import is_adapted
-from sddx.records import Cut, Units
+from sddx.records import Cut
 from sddx.store.digest import digest
 from sddx.training.tuning import lora, told
 
-TEMPLATE = 80  # tokens that a rewriting template adds; ours
 WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
 # Settings of which a student is made.
 LEARNED = (
@@ -71,14 +63,15 @@ class Part:
 
 
 class Estimate:
-    """What a configuration costs; `assumed` and `unknown` say what it does not know."""
+    """What a configuration costs, by what each of its `stages` says of itself (`sddx.stages.cost`); `assumed` and
+    `unknown` say what it does not know."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
         """Raises UserError where the model's dimensions are not known or too much is removed."""
-        self.config, self.model = config, config["model"]
+        self.config, self.model, self.stages = config, config["model"], stages
         self.shape = once(["shape", self.model], lambda: shape_of(self.model))
         self.unpruned = once(["size", self.model], lambda: size_of(skeleton(self.shape, self.model["dtype"])))
-        self.cut, self.pruned = once(["pruned", *self._cutting], self._sized)
+        self.cut, self.pruned = once(["pruned", *self.cutting], self._sized)
         folder = Path(str(self.model["path"])).expanduser()
         here = folder if folder.is_dir() else None
         self.tokens, self.turn = once(["counter", here], lambda: counter(here))
@@ -92,7 +85,7 @@ class Estimate:
         return made
 
     @property
-    def _cutting(self) -> list[Any]:
+    def cutting(self) -> list[Any]:
         """All that the pruned model hangs on."""
         return [self.model, self.units, self.config["pruning"]["remove"]]
 
@@ -129,33 +122,11 @@ class Estimate:
         node = self.config[group]
         return once(["texts", self.model["path"], node], lambda: texts_of(node, self.tokens))
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """What units are scored by: the metric of the run's own cut, with stages=[score] all of the group."""
-        own = {"pruning": self.config["pruning"].get("metric")}
-        nodes = self.config["metrics"] if self.config["stages"] else own
-        return {name: node for name, node in nodes.items() if node is not None}
-
-    @cached_property
-    def scored(self) -> list[tuple[Any, Work]]:
-        """Each metric with what it runs; None stands for all functions of states, which share a pass."""
-        if not self.metrics:
-            return []
-        metrics = {name: build(node) for name, node in self.metrics.items()}
-        found = works(metrics, Units(self.units, self.unpruned.blocks), self.calibration.count)
-        return [(metrics.get(name), work) for name, work in found.items()]
-
     @cached_property
     def fit(self) -> Any:
         """How a patch is fitted; None where nothing stands in for what is removed."""
         pruning = self.config["pruning"]
         return build(pruning["patch"]["fit"]) if pruning["patch"]["fit"] and pruning["remove"] else None
-
-    @property
-    def gaps(self) -> int:
-        """Junctions at which a patch stands; of blocks that need not lie side by side, the most there can be."""
-        side_by_side = self.config["pruning"]["choose"]["_target_"].endswith((".contiguous", ".last"))
-        return len(gaps(self.cut)) if side_by_side else self.config["pruning"]["remove"]
 
     @property
     def trains(self) -> bool:
@@ -171,7 +142,7 @@ class Estimate:
             trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
             return trained, told(student), is_adapted(student)
 
-        return once(["tuned", *self._cutting, self.config["tuning"]], look)
+        return once(["tuned", *self.cutting, self.config["tuning"]], look)
 
     @property
     def trained(self) -> int:
@@ -213,13 +184,6 @@ class Estimate:
         """Whether a term looks at a teacher."""
         return build(self.config["loss"]).needs_teacher
 
-    @property
-    def shares_teacher(self) -> bool:
-        """Whether the teacher is in the student's own weights, and not a model beside it (stages/train.py)."""
-        twins = bool(self.cut.no_attention or self.cut.no_feedforward or self.fit)
-        sharded = self.config["trainer"].get("strategy") == "fsdp"
-        return not (self.is_full or self.config["teacher"] or (twins and sharded))
-
     @cached_property
     def teacher(self) -> Size:
         """The unpruned model, or another one; taken to be as large where it is not in a folder here."""
@@ -233,85 +197,19 @@ class Estimate:
         """Tokens of an answer that is trained on."""
         return self.rows.answer * (WRITTEN if self.config["loss"]["data"] != "reference" else 1)
 
-    @property
-    def shown(self) -> float:
-        """Tokens of the prompt that an answer is written to: with the reference in it, or alone."""
-        guided = self.config["loss"]["data"] == "self"
-        return self.rows.prompt + (TEMPLATE + self.rows.answer if guided else 0)
-
-    @property
-    def side_by_side(self) -> int:
-        """Rows that are written at once."""
-        return self.config["generation"].get("batch_size") or SHARD_ROWS
-
-    @property
-    def examples(self) -> float:
-        """Examples that are trained on. Raises UserError for a budget without its number."""
-        trainer = self.config["trainer"]
-        if trainer["budget"] != "examples" and trainer[trainer["budget"]] is None:
-            raise UserError(f"trainer.budget={trainer['budget']} needs trainer.{trainer['budget']}=...")
-        if trainer["budget"] == "steps":
-            return trainer["steps"] * trainer["batch_size"] * trainer["accumulate"]
-        if trainer["budget"] == "tokens":
-            return trainer["tokens"] / max(self.answer, 1)
-        return trainer["epochs"] * self.rows.count
-
-    @property
-    def validations(self) -> float:
-        """Times that the held-out rows are read: every so many steps, and at the end."""
-        trainer = self.config["trainer"]
-        steps = -(-self.examples // (trainer["batch_size"] * trainer["accumulate"]))
-        return -(-steps // (trainer.get("validate_every") or max(steps, 1)))
-
     def parts(self) -> list[Part]:
-        """All pieces of work of a run, in the order of its stages; of stages=[score], that alone."""
-        found = list(self._score())
-        return found if self.config["stages"] else [*found, *self._prepared(), *self._judged()]
+        """All pieces of work of a run, in the order of its stages; those that run no model on much have none."""
+        return [part for stage in self.stages.values() if hasattr(stage, "parts") for part in stage.parts(self)]
 
-    def _part(self, stage: str, about: Any, size: Size, effort: Effort, cached: float = 0) -> Part:
-        """`cached`: tokens that a step of decoding attends to, over all rows."""
+    def part(self, stage: str, about: Any, size: Size, effort: Effort, cached: float = 0) -> Part:
+        """A piece of work by a model of this size, which hangs on the settings `about`. `cached`: tokens that a
+        step of decoding attends to, over all rows."""
         how = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
         flops = {"reading": effort.reading, "learning": effort.learning, "steps": effort.steps}
         tokens = {"read": effort.read, "written": effort.written, "trained": effort.trained}
         step = size.weight_bytes + cached * size.cache_bytes
         key = digest([stage, how, about])
         return Part(stage, key, **flops, step_bytes=step, blocks=size.blocks, tokens=tokens)
-
-    def _score(self) -> Iterator[Part]:
-        if self.metrics:
-            about = [list(self.metrics.values()), self.units, self.config["calibration"]]
-            yield self._part("score", about, self.unpruned, efforts.scoring(self))
-
-    def _prepared(self) -> Iterator[Part]:
-        """What a student needs, and the student."""
-        if self.fit is not None:
-            about = [self.config["pruning"], self.config["calibration"]]
-            yield self._part("patch", about, self.unpruned, efforts.patching(self))
-        if self.rewrites:
-            yield from self._distill()
-        if self.trains:
-            about = [self.config[name] for name in LEARNED]
-            yield self._part("train", about, self.pruned, efforts.learning(self))
-
-    def _distill(self) -> Iterator[Part]:
-        generation, data = self.config["generation"], self.config["loss"]["data"]
-        about = [{k: v for k, v in self.config["dataset"].items() if k != "size"}, generation, data]
-        cached = self.side_by_side * (self.shown + min(LONGEST * self.answer, generation["max_new_tokens"]) / 2)
-        for number, rows in enumerate([self.config["validation"], *_shards(self.rows.count)]):
-            if rows:
-                key = [*about, number, rows]
-                yield self._part("distill", key, self.unpruned, efforts.writing(self, rows), cached)
-
-    def _judged(self) -> Iterator[Part]:
-        evaluation = self.config["evaluation"]
-        models = {"unpruned": (self.unpruned, ()), "pruned": (self.pruned, ("pruning", "calibration"))}
-        if self.trains:
-            models["recovered"] = (self.pruned, LEARNED)
-        longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
-        for name, (size, settings) in models.items():
-            about = [evaluation, self.config["text"], [self.config[each] for each in settings]]
-            effort = efforts.evaluating(self, size, beside=name != "unpruned")
-            yield self._part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
 
     @property
     def assumed(self) -> bool:
@@ -336,11 +234,6 @@ class Estimate:
         found |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
         found |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
         return found | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
-
-
-def _shards(rows: int) -> list[int]:
-    whole, rest = divmod(rows, SHARD_ROWS)
-    return [SHARD_ROWS] * whole + ([rest] if rest else [])
 
 
 def distinct(parts: Sequence[Part]) -> list[Part]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from sddx.errors import UserError
 from sddx.estimate.costs import Estimate, Part, distinct, seconds
 from sddx.estimate.devices import DEVICES, Device, device_of, probed, this_machine
-from sddx.estimate.peaks import CONTEXT, peaks, remedies
+from sddx.estimate.peaks import CONTEXT, peaks
 from sddx.models.load import DTYPES
 from sddx.store import default_root
 from sddx.store.digest import digest
@@ -61,16 +61,16 @@ def hours(estimates: Sequence[Estimate], device: Device) -> float | None:
     return None if spent is None else sum(spent.values()) / 3600
 
 
-def require(configs: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError where these runs take more hours together than budget.gpu_hours, where one needs more memory
-    than this machine's GPU has (with what would fit), or where the store's disk cannot hold what one writes. Asked
-    of none of these, nothing is estimated."""
+def require(configs: Sequence[Mapping[str, Any]], estimated: Callable[[Mapping[str, Any]], Estimate]) -> None:
+    """Raises UserError where these runs, as they are `estimated`, take more hours together than budget.gpu_hours,
+    where one needs more memory than this machine's GPU has (with what would fit), or where the store's disk cannot
+    hold what one writes. Asked of none of these, nothing is estimated."""
     first = configs[0]
     limited = first["budget"]["gpu_hours"] is not None
     on_gpu = first["device"] != "cpu" and torch.cuda.is_available()
     if not (limited or on_gpu or any(map(_may_write_weights, configs))):
         return
-    estimates = [Estimate(config) for config in configs]
+    estimates = [estimated(config) for config in configs]
     for estimate in estimates:
         if _may_write_weights(estimate.config) and (estimate.by_vllm or estimate.is_full):
             _within_disk(estimate)
@@ -134,11 +134,11 @@ def _within_memory(estimates: Sequence[Estimate], room: float) -> None:
 
 
 def _way_out(estimate: Estimate, stage: str, room: float) -> str:
-    if stage == "train":
-        found = remedies(estimate, room)
-        return f"Each of these would do: {'; '.join([*found, FSDP])}."
-    smaller = {"distill": "generation.batch_size", "evaluate": "evaluation.batch_size"}
-    ways = [f"lower {smaller[stage]}"] if stage in smaller and room > estimate.unpruned.weight_bytes else []
+    cost = estimate.stages[stage]
+    if hasattr(cost, "remedies"):
+        return f"Each of these would do: {'; '.join([*cost.remedies(estimate, room), FSDP])}."
+    smaller = getattr(cost, "SMALLER", None)
+    ways = [f"lower {smaller}"] if smaller and room > estimate.unpruned.weight_bytes else []
     ways += ["set model.dtype=bfloat16"] if DTYPES[estimate.model["dtype"]].itemsize > 2 else []
     ways += [f"take {FSDP}"] if estimate.config["trainer"].get("strategy") != "fsdp" else []
     return f"To make it fit, {', '.join([*ways, 'use a GPU with more memory'])}."

@@ -1,1 +1,1 @@
-"""The stages of a run, a folder each: `run`, what it does to named inputs, and `check`, what it refuses before."""
+"""The stages of a run, a folder each: `run`, what it does, `check`, what it refuses, and `cost`, what it takes."""

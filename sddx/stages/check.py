@@ -3,18 +3,14 @@ checks."""
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+from functools import partial
 from typing import Any
 
-from sddx import stages
 from sddx.config.build import Settings
 from sddx.config.shared import once, once_as_read
 from sddx.errors import mistakes_of, require_none
+from sddx.stages.folders import modules
 from sddx.stages.local_model import Check, LocalModel
 from sddx.tracking import require as require_tracked
 
@@ -63,10 +59,10 @@ def _refused(kind: str, method: Settings, *model: LocalModel, shaky: bool) -> li
     """What all stages refuse of the settings alone (`of_settings`), or with this model (`of_model`). Of the cells
     of a grid, a check is asked once of those that are alike in what it looks at."""
     wrong: list[str] = []
-    for stage in _stages():
+    for name, stage in modules("check").items():
         listed: Listed = getattr(stage, kind, _nothing)
         for number in range(len(listed(method, *model))):
-            about = [stage.__name__, kind, number, *model, shaky]
+            about = [name, kind, number, *model, shaky]
             wrong += once_as_read(about, method, partial(_asked, listed, number, *model, shaky=shaky))
     return wrong
 
@@ -79,10 +75,3 @@ def _asked(listed: Listed, number: int, *given: Any, shaky: bool) -> list[str]:
 
 def _nothing(*given: Any) -> list[Check]:
     return []
-
-
-@cache
-def _stages() -> list[ModuleType]:
-    """The checks of all stages that have any: whoever adds a stage adds them in its folder."""
-    names = [f"{stages.__name__}.{each.name}.check" for each in pkgutil.iter_modules(stages.__path__) if each.ispkg]
-    return [import_module(name) for name in names if find_spec(name)]

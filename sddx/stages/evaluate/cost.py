@@ -1,0 +1,52 @@
+"""What evaluating takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sddx.estimate import peaks
+from sddx.estimate.costs import LEARNED, Estimate, Part
+from sddx.estimate.efforts import Effort, judging
+from sddx.estimate.skeleton import Size
+from sddx.estimate.texts import request
+from sddx.models.load import DTYPES
+
+SMALLER = "evaluation.batch_size"  # what to lower where its memory does not suffice
+
+
+def parts(estimate: Estimate) -> Iterator[Part]:
+    """Each model that is evaluated."""
+    evaluation = estimate.config["evaluation"]
+    models = {"unpruned": (estimate.unpruned, ()), "pruned": (estimate.pruned, ("pruning", "calibration"))}
+    if estimate.trains:
+        models["recovered"] = (estimate.pruned, LEARNED)
+    longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
+    for name, (size, settings) in models.items():
+        about = [evaluation, estimate.config["text"], [estimate.config[each] for each in settings]]
+        effort = _effort(estimate, size, beside=name != "unpruned")
+        yield estimate.part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
+
+
+def peak(estimate: Estimate) -> float | None:
+    """The unpruned model's weights, in which the others are, and those of a model of its own weights beside it; a
+    pass of lm-eval (not where vLLM evaluates), or one over held-out texts beside the other model's states."""
+    evaluation, batch, longest = estimate.config["evaluation"], estimate.text.side_by_side, estimate.text.longest
+    states = batch * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
+    passing = states + peaks.passing(estimate, batch, longest)
+    if not estimate.by_vllm:
+        asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
+        passing = max(passing, peaks.judging(estimate, *asked))
+    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
+    return peaks.looked_at(estimate, own) + passing
+
+
+def _effort(estimate: Estimate, size: Size, *, beside: bool) -> Effort:
+    """All tasks; perplexity, which reads the held-out text once; and KL, for which the model and the unpruned one
+    `beside` it both read it again. There the head is applied to every token."""
+    evaluation, texts, whole = estimate.config["evaluation"], estimate.text, estimate.unpruned
+    padded = texts.padded * ((1 + beside) * size.body(texts.padded) + beside * whole.body(texts.padded))
+    heads = texts.mean * 2 * ((1 + beside) * size.head + beside * whole.head)
+    read = texts.count * texts.mean * (1 + 2 * beside)
+    asked = [evaluation[name] for name in ("tasks", "limit", "batch_size", "shots", "max_new_tokens")]
+    asked.append((evaluation.get("data_dir"), evaluation.get("side")))
+    return judging(size, *asked) + Effort(reading=texts.count * (padded + heads), read=read)

@@ -1,0 +1,24 @@
+"""Where what each stage knows of itself stands."""
+
+from __future__ import annotations
+
+import pkgutil
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from sddx import stages
+
+# A folder each, in the order of a run.
+STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "written", "evaluate", "overlap", "report")
+
+
+@cache
+def modules(kind: str) -> dict[str, ModuleType]:
+    """By stage, in their order, its module of this kind (`check`, `cost`), where it has one. A stage of which this
+    file does not know the place comes last."""
+    folders = [each.name for each in pkgutil.iter_modules(stages.__path__) if each.ispkg]
+    ordered = sorted(folders, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
+    names = {stage: f"{stages.__name__}.{stage}.{kind}" for stage in ordered}
+    return {stage: import_module(name) for stage, name in names.items() if find_spec(name)}

@@ -1,0 +1,123 @@
+"""What training takes, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sddx.config.shared import once
+from sddx.errors import UserError
+from sddx.estimate import memory, peaks
+from sddx.estimate.costs import LEARNED, Estimate, Part
+from sddx.estimate.efforts import Effort
+from sddx.models.load import DTYPES
+
+NF4 = 0.28  # bytes of a weight in 4 bits with its scales, over its bytes in 16
+
+
+def parts(estimate: Estimate) -> Iterator[Part]:
+    """The student's training, where there is a term to train by."""
+    if estimate.trains:
+        about = [estimate.config[name] for name in LEARNED]
+        yield estimate.part("train", about, estimate.pruned, _effort(estimate))
+
+
+def peak(estimate: Estimate) -> float | None:
+    """Weights, a pass over a batch of the longest rows with its gradients, the two moments of what is trained, and
+    one chunk of the head. Rows are taken as long as max_length allows."""
+    if not estimate.trains:
+        return None
+    trainer = estimate.config["trainer"]
+    # The head's logits in the model's dtype, in float32, and the gradients of both.
+    chunk = trainer["head_chunk"] * estimate.shape.vocab_size * 2 * (DTYPES[estimate.model["dtype"]].itemsize + 4)
+    return peaks.share(estimate, _held(estimate)) + _passing(estimate) + chunk
+
+
+def remedies(estimate: Estimate, room: float) -> list[str]:
+    """The overrides, each alone, with which training would fit into so many bytes; the largest smaller batch."""
+    trainer, tuning = estimate.config["trainer"], estimate.config["tuning"]
+    rows, steps = trainer["batch_size"], trainer["accumulate"]
+    found = [
+        ("trainer.gradient_checkpointing=true", {"trainer": {**trainer, "gradient_checkpointing": True}}),
+        ("tuning=qlora", {"tuning": {**tuning, "quantization": {}}}),
+    ]
+    fitting = [name for name, change in found if _fits(estimate.varied(**change), room)]
+    while rows > 1:
+        rows, steps = rows // 2, steps * 2
+        if _fits(estimate.varied(trainer={**trainer, "batch_size": rows, "accumulate": steps}), room):
+            return [*fitting, f"trainer.batch_size={rows} trainer.accumulate={steps}"]
+    return fitting
+
+
+def _fits(estimate: Estimate, room: float) -> bool:
+    return peaks.FRAGMENTS * (peak(estimate) or 0.0) + peaks.CONTEXT <= room
+
+
+def _passing(estimate: Estimate) -> float:
+    """What a pass over a batch of the longest rows holds, with its gradients."""
+    config, trainer = estimate.config, estimate.config["trainer"]
+    given = trainer["batch_size"], config["max_length"]
+    checkpointing = bool(trainer.get("gradient_checkpointing"))
+    return once(
+        ["learning", *estimate.cutting, config["tuning"], *given, checkpointing],
+        lambda: peaks.traced(memory.learning, estimate.student(), *given, checkpointing=checkpointing),
+    )
+
+
+def _held(estimate: Estimate) -> float:
+    """Weights of student and teacher, and the optimiser's moments, on one device."""
+    unpruned, pruned = estimate.unpruned.weight_bytes, estimate.pruned.weight_bytes
+    each = DTYPES[estimate.model["dtype"]].itemsize
+    needed, shared = estimate.needs_teacher, _shares_teacher(estimate)
+    teacher = estimate.teacher.weight_bytes if needed and not shared else 0
+    if estimate.is_full:
+        return pruned + teacher + 2 * each * estimate.trained
+    frozen = unpruned if needed and shared else pruned
+    head = 2 * estimate.unpruned.head * each  # stays in its dtype, as do embeddings
+    quantised = "quantization" in estimate.config["tuning"]
+    # The adapter and its moments are float32.
+    return (head + NF4 * (frozen - head) if quantised else frozen) + teacher + 3 * 4 * estimate.trained
+
+
+def _shares_teacher(estimate: Estimate) -> bool:
+    """Whether the teacher is in the student's own weights, and not a model beside it (see `run`)."""
+    cut = estimate.cut
+    twins = bool(cut.no_attention or cut.no_feedforward or estimate.fit)
+    return not (estimate.is_full or estimate.config["teacher"] or (twins and peaks.in_shards(estimate)))
+
+
+def _examples(estimate: Estimate) -> float:
+    """Examples that are trained on. Raises UserError for a budget without its number."""
+    trainer = estimate.config["trainer"]
+    if trainer["budget"] != "examples" and trainer[trainer["budget"]] is None:
+        raise UserError(f"trainer.budget={trainer['budget']} needs trainer.{trainer['budget']}=...")
+    if trainer["budget"] == "steps":
+        return trainer["steps"] * trainer["batch_size"] * trainer["accumulate"]
+    if trainer["budget"] == "tokens":
+        return trainer["tokens"] / max(estimate.answer, 1)
+    return trainer["epochs"] * estimate.rows.count
+
+
+def _validations(estimate: Estimate, examples: float) -> float:
+    """Times that the held-out rows are read: every so many steps, and at the end."""
+    trainer = estimate.config["trainer"]
+    steps = -(-examples // (trainer["batch_size"] * trainer["accumulate"]))
+    return -(-steps // (trainer.get("validate_every") or max(steps, 1)))
+
+
+def _effort(estimate: Estimate) -> Effort:
+    """Backward is as much again for the states, and once more for weights that are trained themselves; a block that
+    is checkpointed is computed twice, as is the head where a batch has more labels than one chunk. Held-out rows
+    only go forward. What is read is for the teacher."""
+    trainer, examples = estimate.config["trainer"], _examples(estimate)
+    size, teacher = estimate.pruned, estimate.teacher
+    row = min(estimate.rows.prompt + estimate.answer, estimate.config["max_length"])
+    labels = min(estimate.answer, row)
+    held_out = estimate.config["validation"] * _validations(estimate, examples)
+    again = trainer["batch_size"] * labels > trainer["head_chunk"]
+    passes, checkpointed = 2 + estimate.is_full, bool(trainer.get("gradient_checkpointing"))
+    bodies, heads = examples * (passes + checkpointed) + held_out, examples * (passes + again) + held_out
+    adapter = 0 if estimate.is_full else 2 * estimate.trained * (examples * (3 + checkpointed) + held_out)
+    learned = row * (bodies * size.body(row) + adapter) + heads * 2 * labels * size.head
+    shown, judged = examples + held_out, examples * (1 + again) + held_out
+    read = shown * row * teacher.body(row) + judged * 2 * labels * teacher.head
+    return Effort(learning=learned, reading=read if estimate.needs_teacher else 0, trained=row * examples)
