@@ -59,16 +59,25 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
     assert set(config["loss"]) >= {"data", "terms"}
 
 
+def covering(sweeper: dict[str, Any]) -> Iterator[list[str]]:
+    """So many cells of its grids that each value of each setting stands in one of them."""
+    seen: set[str] = set()
+    for grid in sweeper.get("grids", [{}]):
+        settings = {name: str(values).split(",") for name, values in {**sweeper.get("params", {}), **grid}.items()}
+        for number in range(max(map(len, settings.values()))):
+            cell = [f"{name}={values[min(number, len(values) - 1)]}" for name, values in settings.items()]
+            if not seen.issuperset(cell):
+                seen.update(cell)
+                yield cell
+
+
 @pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml")))
-def test_every_cell_of_every_sweep_composes(sweep: str) -> None:
-    """Each value that a grid names is one that the configuration takes."""
+def test_every_value_of_every_sweep_composes(sweep: str) -> None:
+    """Each that a grid names is one that the configuration takes, beside others of its grid."""
     file = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())
-    sweeper, owed = file["hydra"]["sweeper"], [f"rates.{arm}=1e-4" for arm in file.get("rates", [])]
-    for setting, values in (
-        entry for grid in (sweeper.get("params", {}), *sweeper.get("grids", [])) for entry in grid.items()
-    ):
-        for value in str(values).split(","):
-            checked(f"+sweeps={sweep}", *owed, f"{setting}={value}")
+    owed = [f"rates.{arm}=1e-4" for arm in file.get("rates", [])]
+    for cell in covering(file["hydra"]["sweeper"]):
+        checked(f"+sweeps={sweep}", *owed, *cell)
 
 
 LAUNCHERS = ["basic", *sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))]
