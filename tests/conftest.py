@@ -1,5 +1,25 @@
-"""Before torch is imported: one thread for each process of tests, which share the cores among themselves."""
+"""Before torch is imported: one thread for each process of tests, which share the cores among themselves. And a
+store that they share, for tests that read what runs leave."""
 
+import gc
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one module's small run built, another's finds here, in the other process of tests too: the store's own
+    locks are made for that. A law about building (a crash, a lock, what an empty store lacks) takes a store of its
+    own."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared_store"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for the tests stays: the collector, which stages call, need not go through it each time."""
+    gc.collect()
+    gc.freeze()

@@ -10,6 +10,8 @@ import pytest
 
 import sddx
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(sddx.__file__).parent
 # Rooms, and the few modules beside them. Whatever imports another stands below it here, so there is no circle.
 LEVELS = [

@@ -19,6 +19,8 @@ from sddx.errors import UserError
 from sddx.models.anatomy import blocks
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 
 def slow(depth: int, log: list | None = None, name: str = "") -> object:
     """A random model whose blocks take five milliseconds each, which is most of its time."""
@@ -74,9 +76,9 @@ def test_a_context_that_does_not_fit_is_cut_and_said(capsys: pytest.CaptureFixtu
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out, store = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("store")
-    given = (*SMALL, "loss=sft", "trainer.budget=steps", "trainer.steps=1", f"store={store}")
+def summary(tmp_path_factory: pytest.TempPathFactory, shared_store: Path) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    given = (*SMALL, "loss=sft", "trainer.budget=steps", "trainer.steps=2", f"store={shared_store}")
     with composed(*given, out=out) as cfg:
         return run(resolve(cfg), out)
 

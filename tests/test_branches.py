@@ -18,6 +18,8 @@ from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.objective import layer_pairs
 
+pytestmark = pytest.mark.fast
+
 # The first block's attention is gone, which transformers would take the sequence length from.
 CUT = Cut((0, 1, 3, 4), 5, no_attention=(0, 3), no_feedforward=(1,))
 

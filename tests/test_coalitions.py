@@ -22,6 +22,8 @@ from sddx.importance.taylor import Taylor, unit_weights
 from sddx.models.anatomy import blocks, final_norm
 from sddx.records import Batch, Units
 
+pytestmark = pytest.mark.fast
+
 
 def scored(name="llama", count=4, units="blocks", rows=6, lengths=(12, 7, 9)):
     ids = tokens(rows, 12)

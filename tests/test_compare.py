@@ -15,6 +15,8 @@ from sddx.errors import UserError
 from sddx.records import ROLES, Rewrite
 from sddx.report import table
 
+pytestmark = pytest.mark.fast
+
 SETTINGS = {"version": 1.0, "shots": 0, "chat_template": "abcd", "filters": [{"name": "strict"}]}
 
 

@@ -39,6 +39,8 @@ from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
 from sddx.errors import UserError
 from sddx.records import Dataset, Example
 
+pytestmark = pytest.mark.fast
+
 GSM8K_ROWS = [
     {
         "question": "Ann has 3 nets of 4 balls. How many balls?",

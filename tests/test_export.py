@@ -32,6 +32,8 @@ from sddx.students.plain import own_config
 from sddx.students.recovered import Recovered
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 IDS = torch.arange(40)[None]
 SHORT = ("loss=sft", "trainer.budget=steps", "trainer.steps=2", "trainer.learning_rate=1e-2")
@@ -44,10 +46,10 @@ def job(out: Path, store: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A store, a finished LoRA run in it, and a function that makes others."""
-    out, store = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("store")
-    made = lambda name, *overrides: job(out / name, store, *overrides)  # noqa: E731
+def runs(tmp_path_factory: pytest.TempPathFactory, shared_store: Path) -> SimpleNamespace:
+    """A finished LoRA run, and a function that makes others."""
+    out = tmp_path_factory.mktemp("runs")
+    made = lambda name, *overrides: job(out / name, shared_store, *overrides)  # noqa: E731
     return SimpleNamespace(first=made("first"), make=made)
 
 

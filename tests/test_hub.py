@@ -16,6 +16,8 @@ from sddx.errors import UserError
 from sddx.models.load import FILES, RUNS, decides, fetched, load_tokenizer, locate
 from sddx.store import Store, digest
 
+pytestmark = pytest.mark.fast
+
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 MODEL = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()} | {"LICENSE": b"terms"}
 COMMON = {"README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -17,6 +17,8 @@ from sddx.models.outputs import block_states
 from sddx.records import Batch, Units
 from sddx.runtime import Runtime
 
+pytestmark = pytest.mark.fast
+
 BOTH = [torch.float64, torch.float32]
 METRICS = [
     partial(angular_distance, tokens="last"), partial(angular_distance, tokens="all"), block_influence, norm_ratio,

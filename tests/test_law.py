@@ -7,6 +7,8 @@ import pytest
 
 from sddx.report.law import Law, fit
 
+pytestmark = pytest.mark.fast
+
 SIZES = (256, 512, 1024, 2048, 4096)
 
 

@@ -22,6 +22,8 @@ from sddx.evaluation.prompts import SameTokensHFLM
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
 
+pytestmark = pytest.mark.fast
+
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 WINDOWED = ("mistral", "qwen3", "gemma3")
 

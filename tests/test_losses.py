@@ -21,6 +21,8 @@ from sddx.training.losses import (
 )
 from sddx.training.objective import Distilled, Layerwise, Objective, Supervised, Totals, layer_pairs
 
+pytestmark = pytest.mark.fast
+
 ROWS, VOCABULARY, WIDTH = 13, 17, 8
 DIVERGENCES = {
     "kl_teacher_student": kl_teacher_student,

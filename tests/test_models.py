@@ -41,6 +41,8 @@ from sddx.models.outputs import head_of, require_own_head, run
 from sddx.records import Cut
 from sddx.students.student import load_student, save_student
 
+pytestmark = pytest.mark.fast
+
 CUT = Cut.without({1, 2}, 5)
 
 

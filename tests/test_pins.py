@@ -22,6 +22,8 @@ from sddx import hub
 from sddx.data.sources import from_hub, hub_texts, pinned
 from sddx.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def no_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -11,6 +11,8 @@ from hydra.utils import get_object
 from sddx.aliases import current
 from sddx.config import CONF
 
+pytestmark = pytest.mark.fast
+
 NAMES = Path(__file__).with_name("public_names.txt")
 FROZEN = NAMES.read_text(encoding="utf-8").split()
 

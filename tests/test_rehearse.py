@@ -16,6 +16,8 @@ from sddx.errors import UserError
 from sddx.estimate.skeleton import shape_of
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Few and many blocks go, attention alone goes, a large and a small model's recipe, nothing is trained.
 RUN = ("llama2_depth_curve", "llama_22L", "mistral_attention", "qwen3_8b_34L", "smollm2_26L")

@@ -28,6 +28,8 @@ from sddx.runtime import Runtime
 from sddx.stages.prepare.run import prepare
 from sddx.train import verify
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def _remarks_anew() -> None:

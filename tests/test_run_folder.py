@@ -24,6 +24,8 @@ from sddx.run_folder import (
 )
 from sddx.students.recovered import find_run
 
+pytestmark = pytest.mark.fast
+
 CONFIGURED = {"seed": 0, "trainer": {"learning_rate": 1e-5}, "stages": None, "metrics": {"l2": {}}, "device": "cpu"}
 SCORES = {"facts": 0.5, "average": 0.5}
 FINISHED = {

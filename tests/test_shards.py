@@ -32,6 +32,8 @@ from sddx.store import RESUME
 from sddx.students.student import save_student
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 MODEL = Artifact("model", "base", Path(sddx.__file__).parent / "tiny" / "checkpoint")
 HOW = {"dtype": "float32", "attention": "sdpa"}
 WHOLE_BLOCKS = Cut((0, 1, 2, 3, 4, 6, 8, 9, 10, 11), 12)

@@ -13,6 +13,8 @@ from sddx.report import table
 from sddx.statistics import intervals as statistics
 from sddx.statistics.intervals import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
 
+pytestmark = pytest.mark.fast
+
 WRONG, RIGHT = 0.0, 1.0
 
 

@@ -19,6 +19,8 @@ from sddx.models.anatomy import blocks, per_layer_lists
 from sddx.models.load import load_model
 from sddx.records import Cut
 
+pytestmark = pytest.mark.fast
+
 CUT = Cut.without({1, 2}, 5)
 
 

@@ -35,6 +35,8 @@ from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
 from sddx.sweep.worker import perform
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -62,9 +64,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that the tests of this module share."""
-    return tmp_path_factory.mktemp("store")
+def store(shared_store: Path) -> Path:
+    return shared_store
 
 
 def test_cells_end_done_and_are_named_for_what_varies(sweep, store, capsys) -> None:
@@ -73,7 +74,7 @@ def test_cells_end_done_and_are_named_for_what_varies(sweep, store, capsys) -> N
     assert [cells.read(folder)["name"] for folder in folders] == ["sft-s0", "sft-s1", "sdd-s0", "sdd-s1"]
     assert all((folder / "summary.json").is_file() for folder in folders)
     printed = capsys.readouterr().out
-    assert "4 cells, 20 distinct stages, 0 of them in the store." in printed
+    assert "4 cells, 20 distinct stages, " in printed
     assert "4 of 4 cells are done." in printed
 
 
@@ -298,9 +299,11 @@ def test_watching_takes_a_time_wherever_it_stands(tmp_path: Path, capsys) -> Non
 
 
 def test_dry_run_says_what_would_be_built_and_builds_nothing(sweep, tmp_path, capsys) -> None:
-    status, folders = sweep("--multirun", "seed=0,1", "dry_run=true")
+    """What cells share is counted once, and an empty store has none of it."""
+    status, folders = sweep("--multirun", "loss=sft,sdd", "seed=0,1", "dry_run=true")
     printed = capsys.readouterr().out
-    assert status == 0 and not folders and "2 cells, " in printed and "2 train" in printed
+    assert status == 0 and not folders and "4 train" in printed
+    assert "4 cells, 20 distinct stages, 0 of them in the store." in printed
     assert {path.name for path in (tmp_path / "store").iterdir() if path.name[0] != "."} == {"prepare"}
 
 
@@ -432,11 +435,21 @@ def sweep_command(where: Path, launcher: str) -> list[str]:
     return swept(where / str(time.time()), where / "store", f"hydra/launcher={launcher}")
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_sweep_that_is_killed_three_times_ends_as_an_undisturbed_one(launcher, sweep, store, tmp_path) -> None:
+EACH = ("distill", "train", "evaluate")
+KILLS = [
+    ("basic", ("train",)),
+    pytest.param("basic", EACH, marks=pytest.mark.drill),
+    pytest.param("joblib", EACH, marks=pytest.mark.drill),
+]
+
+
+@pytest.mark.parametrize(("launcher", "stages"), KILLS)
+def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
+    launcher: str, stages: tuple[str, ...], sweep, store, tmp_path
+) -> None:
     """Slow, because it takes processes that can be killed: each pays for its imports. Every killed cell is
     recognised; in the end every cell is done, nothing is damaged, and the numbers are those of no kill."""
-    for stage in ("distill", "train", "evaluate"):
+    for stage in stages:
         for folder in killed_drill(tmp_path, launcher, stage)[:1]:
             assert cells.state(folder) == "killed"
     done = subprocess.run(

@@ -15,6 +15,8 @@ from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut
 from sddx.students.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
 
+pytestmark = pytest.mark.fast
+
 CUTS = [Cut.without({1, 2}, 5), Cut.without({0, 4}, 5)]
 
 

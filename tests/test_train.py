@@ -27,6 +27,8 @@ from sddx.report import table
 from sddx.stages.prune.check import _check_family, _check_pruning
 from sddx.train import look, run, verify
 
+pytestmark = pytest.mark.runs
+
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
 
@@ -37,10 +39,10 @@ def job(out: Path, store: Path, *overrides: str, config_dir: Path | None = None)
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
+def first(tmp_path_factory: pytest.TempPathFactory, shared_store: Path) -> tuple[Path, Path, dict]:
     """A finished run: its folder, its store, its summary."""
-    out, store = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("store")
-    return out, store, job(out, store, "wandb.mode=offline", "loss=sdd_squarehead")
+    out = tmp_path_factory.mktemp("first")
+    return out, shared_store, job(out, shared_store, "wandb.mode=offline", "loss=sdd_squarehead")
 
 
 def test_the_summary_says_all_that_was_promised(first: tuple[Path, Path, dict]) -> None:

@@ -16,6 +16,8 @@ from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SharedTeacher
 from sddx.training.tuning import coverage, full, kind, lora, require_adapter, told
 
+pytestmark = pytest.mark.fast
+
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 DENSE = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 FUSED = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}

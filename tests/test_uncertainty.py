@@ -17,6 +17,8 @@ from sddx.importance.uncertainty import errors, membership, possible
 from sddx.records import Batch, Units
 from sddx.runtime import Runtime
 
+pytestmark = pytest.mark.fast
+
 UNITS, POPULATION = 4, 5000
 EVERY = list(itertools.product([True, False], repeat=UNITS))
 PLACE = {coalition: number for number, coalition in enumerate(EVERY)}

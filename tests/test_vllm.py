@@ -25,6 +25,8 @@ from sddx.models import load
 from sddx.models.load import frozen_model, load_model
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 STAND_IN = """
 import os
 from types import SimpleNamespace
@@ -156,13 +158,13 @@ def job(out: Path, store: Path, *overrides: str) -> dict:
         return json.loads(run(resolve(cfg), out).read_text())
 
 
-def test_a_run_names_who_wrote(stand_in: None, tmp_path: Path) -> None:
+def test_a_run_names_who_wrote(stand_in: None, tmp_path: Path, shared_store: Path) -> None:
     """The same greedy answers from either backend, in artifacts of their own that name backend and version; the
     engines are gone before training."""
     found = {}
     for name in ("greedy", "vllm"):
-        summary = job(tmp_path / name, tmp_path / "store", "loss=sdd", f"generation={name}")
-        places = [next((tmp_path / "store").glob(f"distill/*/{key}")) for key in summary["artifacts"]["distill"]]
+        summary = job(tmp_path / name, shared_store, "loss=sdd", f"generation={name}")
+        places = [next(shared_store.glob(f"distill/*/{key}")) for key in summary["artifacts"]["distill"]]
         about = [json.loads((place / "generation.json").read_text())["backend"] for place in places]
         found[name] = (places, about, [(place / "rewrites.jsonl").read_text() for place in places])
     assert found["greedy"][1] == ["transformers"] * 2 and found["vllm"][1] == ["vllm"] * 2
@@ -172,7 +174,7 @@ def test_a_run_names_who_wrote(stand_in: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("vllm") is not None, reason="vLLM is installed here")
-def test_a_missing_vllm_is_told_before_work(tmp_path: Path) -> None:
+def test_a_missing_vllm_is_told_before_work(tmp_path: Path, shared_store: Path) -> None:
     """With the extra's name; but not where no answer is written."""
     for given, said in (
         ([], "sddx[vllm]"),
@@ -183,4 +185,4 @@ def test_a_missing_vllm_is_told_before_work(tmp_path: Path) -> None:
             job(tmp_path / "out", tmp_path / "store", "loss=sdd", "generation=vllm", *given)
         assert said in str(caught.value)
         assert not list((tmp_path / "store").glob("*/*/*"))
-    job(tmp_path / "out", tmp_path / "store", "loss=sft", "generation=vllm")
+    job(tmp_path / "out", shared_store, "loss=sft", "generation=vllm")

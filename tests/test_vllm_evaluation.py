@@ -36,6 +36,8 @@ from sddx.report.paired import compare, load_samples
 from sddx.store import manifest
 from sddx.train import run
 
+pytestmark = pytest.mark.runs
+
 ENGINE = """
 import os, time
 from types import SimpleNamespace

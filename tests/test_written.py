@@ -13,6 +13,8 @@ from sddx.data.written import measured, rouge_l
 from sddx.errors import UserError
 from sddx.records import Example, Rewrite
 
+pytestmark = pytest.mark.fast
+
 REFERENCE = "Rain falls when water in the clouds becomes too heavy and drops to the ground below them."
 
 

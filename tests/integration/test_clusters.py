@@ -1,4 +1,5 @@
-"""A sweep of two small cells on a real Slurm and on a real Ray cluster of two nodes, both on this machine."""
+"""A sweep of two small cells on a real Slurm and on a real Ray cluster of two nodes, both on this machine; the
+first is the small case that every run of the tests takes."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ import pytest
 from composing import swept
 
 from sddx.sweep import cells
+
+pytestmark = pytest.mark.runs
 
 HERE = Path(__file__).parent
 
@@ -75,5 +78,6 @@ def ray(tmp_path: Path) -> Iterator[str]:
         subprocess.run([HERE / "ray.sh", "stop", folder], check=False, timeout=60, env=surroundings)
 
 
+@pytest.mark.cluster
 def test_a_sweep_on_two_nodes_of_ray(ray: str, tmp_path: Path) -> None:
     check(sweep(tmp_path, "hydra/launcher=ray", f"hydra.launcher.engine.address='{ray}'"))
