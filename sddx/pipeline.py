@@ -100,6 +100,7 @@ class Run:
 
         pruning = self.method.pruning
         spec = {"choose": pruning["choose"], "remove": pruning["remove"], "units": self.units}
+        spec |= only(pruning, ("keep_pattern",)) if pruning.get("keep_pattern") else {}
         return self._make(prune, {"base": self.base, "scores": self.scores}, **spec, **self.how)
 
     @cached_property

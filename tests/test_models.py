@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
-    GPT2Config,
-    GPT2LMHeadModel,
+    AlbertConfig,
+    AlbertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -57,10 +57,11 @@ def test_parts_are_found_with_and_without_an_adapter(family):
     assert len(blocks(adapted)) == 5
 
 
-def test_other_shapes_are_refused_with_the_families_that_work():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(UserError, match="Llama, Mistral"):
-        blocks(model)
+def test_a_model_without_a_list_of_blocks_is_refused_in_a_sentence():
+    """ALBERT runs one block over and over, and no list holds it as often."""
+    shape = dict(vocab_size=8, hidden_size=8, num_attention_heads=1, intermediate_size=8, embedding_size=8)
+    with pytest.raises(UserError, match="blocks cannot be found in a AlbertForMaskedLM: a decoder-only"):
+        blocks(AlbertForMaskedLM(AlbertConfig(**shape)))
 
 
 def test_shared_keys_and_values_are_refused_with_the_reason():

@@ -738,8 +738,8 @@ def test_a_family_moves_the_keys_of_its_own_models_alone(lab: Laboratory, monkey
     assert not [one for one in digest.stage_source(evaluate).definitions if "families" in one.module.file]
     configs = [LlamaConfig(), OPTConfig()]
     before = [families.reading(config) for config in configs]
-    monkeypatch.setitem(families.FAMILIES, "opt", families.Family(norm="another"))
-    monkeypatch.setitem(families.FAMILIES, "new", families.Family(body="decoder"))
+    monkeypatch.setitem(families.FAMILIES, "opt", families.Family(has_bias=False))
+    monkeypatch.setitem(families.FAMILIES, "new", families.Family(has_bias=True))
     after = [families.reading(config) for config in configs]
     assert after[0] == before[0] and after[1] != before[1]
     model = Artifact("model", "0" * 64, lab.folder)

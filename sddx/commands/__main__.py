@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("sddx.commands.compare", "two runs side by side, item by item"),
     "bench": ("sddx.commands.bench", "what pruning buys in time and memory on this machine"),
     "export": ("sddx.commands.export", "a recovered model as a plain folder, proven equal"),
+    "families": ("sddx.commands.families", "which families of models can be pruned, and what each allows"),
     "store": ("sddx.commands.store", "what the store holds, what it takes, and why a stage is built again"),
     "pretrain": ("sddx.tiny.pretrain", "the embedded model, from nothing"),
 }

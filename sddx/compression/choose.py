@@ -46,14 +46,15 @@ class PatchChoice:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The `pruning` group: a rule, which units it removes and how many, the metric that it reads (if any), and
-    what stands in for them."""
+    """The `pruning` group: a rule, which units it removes and how many, the metric that it reads (if any), what
+    stands in for them, and whether the blocks that are left must be of the kinds that a model of that depth has."""
 
     choose: Rule
     remove: int
     patch: PatchChoice
     units: str = "blocks"
     metric: Any = None
+    keep_pattern: bool = False
 
     def __post_init__(self) -> None:
         Units(self.units, 1)

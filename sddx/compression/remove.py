@@ -9,7 +9,7 @@ from torch import nn
 
 from sddx.compression.branches import without
 from sddx.errors import UserError
-from sddx.models.anatomy import Stack, blocks, branches, decoder, is_adapted, set_blocks, stack
+from sddx.models.anatomy import Stack, blocks, branches, is_adapted, set_blocks, stack
 from sddx.records import Cut
 
 
@@ -47,9 +47,9 @@ def kept_blocks(model: Any, cut: Cut) -> list[nn.Module]:
 
 
 def _own_config(model: Any) -> None:
-    """Give the model a config of its own: another model built from the same object must keep its depth."""
-    shared = decoder(model).config
-    own = deepcopy(shared)
+    """Give the model a config of its own, with those inside it: another model built from the same object must keep
+    its depth."""
+    copies: dict[int, Any] = {}
     for module in model.modules():
-        if vars(module).get("config") is shared:
-            module.config = own
+        if "config" in vars(module):
+            module.config = deepcopy(module.config, copies)

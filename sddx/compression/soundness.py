@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from sddx.compression.remove import kept_blocks
 from sddx.errors import UserError
 from sddx.models.anatomy import (
-    SUPPORTED,
     Stack,
+    bare,
     blocks,
     decoder,
     final_norm,
@@ -24,9 +26,9 @@ from sddx.models.anatomy import (
 from sddx.models.outputs import first, head_of, run
 from sddx.records import Cut
 
-PROMPT, NEW = 12, 6
+PROMPT, NEW, PADDING = 12, 6, 3
 UNSOUND = "the pruned model is not sound"
-ADVICE = f"Remove other blocks, or use one of {SUPPORTED}."
+ADVICE = "Remove other blocks, or use another model: sddx families prints what was found sound."
 
 
 class UnsoundModel(UserError):
@@ -44,9 +46,10 @@ def prove(
     """Check the model and return what was found; raises UnsoundModel naming the check that failed.
 
     Checked: depth, layer indices and per-layer lists agree; `run` gives the model's own logits; these are those of
-    the kept blocks run one after the other (`sliced`, of `sliced_logits`; None: not compared); decoding with the
-    cache equals the pass without it; gradients reach every parameter that wants one and gets one in the `whole`
-    model; and the model that `again` saves and loads (None: not tried) gives the same logits bit for bit.
+    the kept blocks run one after the other (`sliced`, of `sliced_logits`; None: not compared); padding changes
+    none, on the right as in training and on the left as in `generate`; decoding with the cache equals the pass
+    without it; gradients reach every parameter that wants one and gets one in the `whole` model; and the model that
+    `again` saves and loads (None: not tried) gives the same logits bit for bit.
     `vocabulary` bounds the random token ids that are tried. Also measured: the bytes that the cache takes for a
     token.
     """
@@ -56,7 +59,7 @@ def prove(
         found = {**_structure(model), **_head(model, ids, logits)}
         if sliced is not None:
             _require(torch.equal(logits, sliced), "its logits are not those of the kept blocks")
-        found |= _cache(model, ids)
+        found |= {**_padding(model, ids, logits), **_cache(model, ids)}
         if again is not None:
             found |= _round_trip(again, ids, logits)
         return {**found, **_gradients(model, ids, whole), "cache_bytes": cache_bytes(model)}
@@ -92,7 +95,7 @@ def _one_by_one(model: Any, kept: Sequence[Any], calls: Sequence[tuple[tuple, di
             hidden = first(block(hidden, *arguments[1:], **named))
         else:
             hidden = first(block(**{**named, "hidden_states": hidden}))
-    norm: Any = final_norm(model)
+    norm = final_norm(model)
     return head_of(model)(hidden if norm is None else norm(hidden))
 
 
@@ -148,6 +151,32 @@ def _head(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]
     return {"head_equals_model": True}
 
 
+def _padding(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    """The logits of a row do not hang on what fills its batch up. On the left, positions are counted from the first
+    token that is attended to, as `generate` does."""
+    numbered = "position_ids" in inspect.signature(bare(model).forward).parameters
+    padded, mask = (functional.pad(row, (0, PADDING)) for row in (ids, torch.ones_like(ids)))
+    found = {}
+    for side, shift in (("right", 0), ("left", PADDING)):
+        seen = mask.roll(shift, 1)
+        positions = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0)} if numbered and shift else {}
+        made = model(input_ids=padded.roll(shift, 1), attention_mask=seen, use_cache=False, **positions).logits
+        found[side] = _difference(made[seen.bool()].reshape(logits.shape), logits, model)
+        _require(found[side] is not None, f"padding on the {side} changes its logits")
+    return {f"padded_{side}_difference": difference for side, difference in found.items()}
+
+
+def _difference(made: torch.Tensor, expected: torch.Tensor, model: Any) -> float | None:
+    """How far two models of the same logits lie apart; None where that is more than rounding."""
+    # Square root of the dtype's resolution: far above rounding, far below what a wrong block would do.
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
+    differences = (made - expected).abs().amax(-1)
+    # In half precision a router's near tie may send single tokens to another expert.
+    routed = any(hasattr(module, "experts") for module in model.modules()) and expected.dtype.itemsize < 4
+    difference = differences.float().median() if routed else differences.max()
+    return float(difference) if difference <= tolerance else None
+
+
 def _cache(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Decode greedily with the cache, then give the whole text to one pass without it: at every step the
     logits agree. (Not through `generate`, where a model's own penalties would change the choice of tokens.)
@@ -165,15 +194,10 @@ def _cache(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     cached = torch.stack(steps, dim=1)
     plain = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
     plain = plain[:, ids.shape[1] - 1 : -1]
-    # Square root of the dtype's resolution: far above rounding, far below what a wrong block would do.
-    tolerance = torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().max()
-    differences = (cached - plain).abs().amax(-1)
-    # In half precision a router's near tie may send single tokens to another expert.
-    routed = any(hasattr(module, "experts") for module in model.modules()) and plain.dtype.itemsize < 4
-    difference = differences.float().median() if routed else differences.max()
-    _require(bool(difference <= tolerance), f"cached and uncached logits differ by {difference:.3g}")
+    difference = _difference(cached, plain, model)
+    _require(difference is not None, f"cached and uncached logits differ by {(cached - plain).abs().max():.3g}")
     same = torch.equal(plain.argmax(-1), text[:, ids.shape[1] :])  # in half precision near ties may swap
-    return {"cached_difference": float(difference), "cached_tokens_equal": same}
+    return {"cached_difference": difference, "cached_tokens_equal": same}
 
 
 def _round_trip(again: Callable[[], Any], ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:

@@ -7,14 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sddx.errors import UserError
-from sddx.models.anatomy import FAMILIES, Family, per_layer_lists
+from sddx.models.anatomy import per_layer_lists
+from sddx.models.structure import layout
 
-# The names under which these runtimes know the architectures of `anatomy.FAMILIES`, as vLLM's registry of models
+# The names under which these runtimes know the architectures of `models.families`, as vLLM's registry of models
 # (vllm/model_executor/models/registry.py) and the converter of llama.cpp (conversion/) have them. Read there, not
 # tried. llama.cpp converts MPT by its older name, MPTForCausalLM, alone.
 KNOWN = (
@@ -22,6 +24,9 @@ KNOWN = (
     "Gemma2ForCausalLM Gemma3ForCausalLM Phi3ForCausalLM GPTNeoXForCausalLM"
 ).split()
 HEADS = {"lm_head.weight", "embed_out.weight"}  # the latter is GPT-NeoX's
+# llama.cpp does not read which blocks have a window: of these, every so many-th one has none (src/llama-model.cpp,
+# set_swa_pattern; its converter writes no pattern).
+PERIODS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}
 RUNTIMES = {"vLLM": {*KNOWN, "OPTForCausalLM", "MptForCausalLM"}, "llama.cpp": set(KNOWN)}
 
 
@@ -37,7 +42,7 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     architecture = (
         json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
     )[0]
-    numbers = _block_numbers(names, FAMILIES.get(config.model_type, Family()))
+    numbers = _block_numbers(names, config)
     tied = bool(config.tie_word_embeddings)
     lists = {name: len(value) for name, value in vars(config).items() if name.endswith("layer_types") and value}
     checks = {
@@ -52,15 +57,32 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{folder} is not what runtimes expect: {'; '.join(wrong)}.")
     found = {"architecture": architecture, "blocks": depth, "tensors": len(names), "tied_embeddings": tied}
-    return found | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture)}
+    return found | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture, config)}
 
 
-def _expected(architecture: str) -> dict[str, str]:
-    known = {name: architecture in architectures for name, architectures in RUNTIMES.items()}
-    return {
-        name: "architecture known, files as expected; not yet run" if good else f"does not know {architecture}"
-        for name, good in known.items()
-    }
+def runtimes(architecture: str) -> tuple[str, ...]:
+    """The runtimes that know an architecture."""
+    return tuple(name for name, architectures in RUNTIMES.items() if architecture in architectures)
+
+
+def _expected(architecture: str, config: Any) -> dict[str, str]:
+    found = {name: f"does not know {architecture}" for name in RUNTIMES}
+    found |= dict.fromkeys(runtimes(architecture), "architecture known, files as expected; not yet run")
+    if "llama.cpp" in runtimes(architecture) and (period := PERIODS.get(architecture)):
+        if broken := out_of_pattern(config, period):
+            found["llama.cpp"] = (
+                f"gives blocks {broken} another window than they have: it takes every {period}th block of "
+                f"{architecture} for one that attends to all; pruning.keep_pattern=true keeps cuts to that"
+            )
+    return found
+
+
+def out_of_pattern(config: Any, period: int) -> list[int]:
+    """The blocks that attend otherwise than a model whose every `period`-th block attends to all."""
+    expected = [
+        "sliding_attention" if (n + 1) % period else "full_attention" for n in range(len(config.layer_types))
+    ]
+    return [n for n, (kind, other) in enumerate(zip(config.layer_types, expected, strict=True)) if kind != other]
 
 
 def _tensor_names(folder: Path) -> list[str]:
@@ -71,7 +93,9 @@ def _tensor_names(folder: Path) -> list[str]:
     return names
 
 
-def _block_numbers(names: list[str], layout: Family) -> list[int]:
+def _block_numbers(names: list[str], config: Any) -> list[int]:
     """The numbers of the blocks that weights are named after, ascending."""
-    prefix = re.compile(rf"{re.escape(layout.body)}\.{layout.blocks}\.(\d+)\.")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    prefix = re.compile(rf"{re.escape(layout(model).blocks)}\.(\d+)\.")
     return sorted({int(found[1]) for name in names if (found := prefix.match(name))})

@@ -89,7 +89,7 @@ class Replay:
             hidden = self.states[-1]
             self.states.append(hidden if block is None else first(block(hidden, *arguments, **named)))
         self.path = path
-        norm: Any = final_norm(self.model)
+        norm = final_norm(self.model)
         return self.states[-1] if norm is None else norm(self.states[-1])
 
 

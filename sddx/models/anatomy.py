@@ -1,7 +1,7 @@
-"""Where the parts of a decoder-only language model sit. Every function sees through a peft wrapper.
+"""The parts of a decoder-only language model. Every function sees through a peft wrapper.
 
-A family is a line or a few in `models.families`. Whole blocks are found in any model that is laid out as Llama is.
-"""
+Body, blocks, norm and head are found by structure (`models.structure`), the branches of blocks by a table
+(`models.families`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.families import BELOW, FAMILIES, NUMBERS, SUPPORTED, Branch, Family
+from sddx.models.families import BELOW, BRANCHED, FAMILIES, NUMBERS, Branch, Family
+from sddx.models.structure import layout
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def twin(module: Any) -> Any:
 
 
 def family(model: Any) -> Family:
-    """Where this model keeps its parts."""
+    """What the branches of this model's blocks are made of."""
     return FAMILIES.get(bare(model).config.get_text_config().model_type, Family())
 
 
@@ -73,22 +74,21 @@ def part(module: Any, path: str) -> Any:
     return module
 
 
+def put(module: Any, path: str, new: Any) -> None:
+    """Put a submodule in the place of the one at a dotted path."""
+    above, _, name = path.rpartition(".")
+    setattr(part(module, above) if above else module, name, new)
+
+
 def decoder(model: Any) -> Any:
     """The body: embeddings, blocks and final norm, without the head.
 
     Raises UserError where the architecture has no such shape, or cannot lose a block for a reason of its own.
     """
-    whole, layout = bare(model), family(model)
-    body = part(whole, layout.body)
-    shaped = isinstance(part(body, layout.blocks), nn.ModuleList) and hasattr(whole, "lm_head")
-    name = type(whole).__name__
-    if not shaped or not hasattr(body, layout.norm):
-        raise UserError(
-            f"blocks cannot be found in a {name}: a decoder-only language model with {layout.body}."
-            f"{layout.blocks}, {layout.norm} and lm_head is needed. Use one of {SUPPORTED}."
-        )
+    whole = bare(model)
+    body = part(whole, layout(whole).body)
     if reason := _unprunable(body.config):
-        raise UserError(f"a {name} like this cannot be pruned: {reason}. Use one of {SUPPORTED}.")
+        raise UserError(f"a {type(whole).__name__} like this cannot be pruned: {reason}. Use another model.")
     return body
 
 
@@ -111,12 +111,14 @@ def _unprunable(config: Any) -> str | None:
 
 def blocks(model: Any) -> nn.ModuleList:
     """The transformer blocks, in the order in which they run."""
-    return part(decoder(model), family(model).blocks)
+    decoder(model)
+    return part(bare(model), layout(bare(model)).blocks)
 
 
-def final_norm(model: Any) -> nn.Module:
-    """The norm between the last block and the head."""
-    return part(decoder(model), family(model).norm)
+def final_norm(model: Any) -> Any:
+    """What the body does after its last block: a norm, or nothing (None)."""
+    path = layout(bare(model)).norm
+    return None if path is None else part(bare(model), path)
 
 
 def vocabulary(model: Any) -> int:
@@ -127,7 +129,7 @@ def vocabulary(model: Any) -> int:
 def head(model: Any) -> nn.Module:
     """The projection from hidden state to vocabulary, before all that the model does to its logits."""
     decoder(model)
-    return bare(model).lm_head
+    return part(bare(model), layout(bare(model)).head)
 
 
 def branches(model: Any) -> dict[str, Branch]:
@@ -135,13 +137,13 @@ def branches(model: Any) -> dict[str, Branch]:
 
     Raises UserError where the modules of a branch cannot be told from the rest of a block.
     """
-    layout, kind_of_model = family(model), bare(model).config.get_text_config().model_type
+    named, kind_of_model = family(model), bare(model).config.get_text_config().model_type
     if kind_of_model not in FAMILIES:
         raise UserError(
             f"where a {type(bare(model)).__name__} keeps the branches of its blocks is not known (sddx.models."
-            f"anatomy.FAMILIES). Use pruning.units=blocks, or one of {SUPPORTED}."
+            f"families.FAMILIES). Use pruning.units=blocks, or one of {BRANCHED}."
         )
-    found = {"attention": layout.attention, "feedforward": layout.feedforward}
+    found = {"attention": named.attention, "feedforward": named.feedforward}
     for kind, branch in found.items():
         for name in filter(None, (branch.core, *branch.others, branch.post)):
             if any(name not in dict(block.named_children()) for block in blocks(model)):
@@ -199,11 +201,12 @@ def set_blocks(model: Any, new: Stack) -> None:
     The four go together: transformers runs `layers[:num_hidden_layers]`, some families index
     `layer_types[i]`, and the cache is addressed by each module's `layer_idx`.
     """
-    body = decoder(model)
-    setattr(body, family(model).blocks, new.blocks)
-    body.config.num_hidden_layers = len(new.blocks)
-    for name, value in new.settings.items():
-        setattr(body.config, name, copy(value))
+    whole = bare(model)
+    put(whole, layout(whole).blocks, new.blocks)
+    for config in (decoder(model).config, whole.config.get_text_config()):  # mostly one and the same
+        config.num_hidden_layers = len(new.blocks)
+        for name, value in new.settings.items():
+            setattr(config, name, copy(value))
     for index, block in enumerate(new.blocks):
         for module in block.modules():
             if "layer_idx" in vars(module):

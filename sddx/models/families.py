@@ -1,4 +1,6 @@
-"""The tables of families: where each keeps its parts, and which settings of a config hang on the numbers of blocks.
+"""The tables of families: what structure cannot tell (`models.structure` finds the rest), and which settings of a
+config hang on the numbers of blocks.
+
 
 No key hangs on the tables, so that a new family moves none: what they say of one model (`reading`) counts with it.
 """
@@ -8,10 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SUPPORTED = (
-    "Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma2 and Gemma3 (text), Phi-3, GPT-NeoX, OPT (not 350m) "
-    "and MPT"
-)
+BRANCHED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma2 and Gemma3, Phi-3, GPT-NeoX, OPT and MPT"
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,13 @@ class Branch:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its parts: paths from the causal language model, and names in its body and block.
+    """What the two residual branches of a family's blocks are made of.
 
     `last_linear` is the path in a block of the linear layer that writes the feed-forward branch's output;
     `has_bias` says that it has a bias, `bias_setting` names a setting of the config that gives it (and its
     neighbours in the branch) one.
     """
 
-    body: str = "model"
-    blocks: str = "layers"
-    norm: str = "norm"
     attention: Branch = Branch("self_attn", ("input_layernorm",))
     feedforward: Branch = Branch("mlp", ("post_attention_layernorm",))
     last_linear: str = "mlp.down_proj"
@@ -61,25 +57,18 @@ FAMILIES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gpt_neox": Family(
-        body="gpt_neox",
-        norm="final_layer_norm",
         attention=Branch("attention", ("input_layernorm",)),
         feedforward=Branch("mlp", ("post_attention_layernorm",)),
         last_linear="mlp.dense_4h_to_h",
         has_bias=True,
     ),
     "opt": Family(
-        body="model.decoder",
-        norm="final_layer_norm",
         attention=Branch("self_attn", ("self_attn_layer_norm",)),
         feedforward=Branch("fc2", ("final_layer_norm", "fc1", "activation_fn")),
         last_linear="fc2",
         has_bias=True,
     ),
     "mpt": Family(
-        body="transformer",
-        blocks="blocks",
-        norm="norm_f",
         attention=Branch("attn", ("norm_1",)),
         feedforward=Branch("ffn", ("norm_2",)),
         last_linear="ffn.down_proj",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from sddx.models.anatomy import bare, blocks, decoder
 from sddx.parallel.distributed import is_joined, shard_apart
 from sddx.parallel.launch import release
 
+_log = logging.getLogger(__name__)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -158,8 +160,23 @@ def load_model(
     packed: dict[str, Any] = {}
     if quantization is not None:
         packed = {"quantization_config": four_bit(**quantization), "device_map": {"": device}}
+    if dtype == "bfloat16" and torch.device(device).type == "cpu" and not has_bfloat16():
+        _say_slow()
     model = _read(folder, attention, dtype=DTYPES[dtype], **packed)
     return (model if packed else model.to(device)).eval()
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 itself (with AVX-512 or AMX), and does not imitate it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def _say_slow() -> None:
+    _log.warning(
+        "This CPU has no instructions for bfloat16, and products in it are many times as slow as in float32. "
+        "model.dtype=float32 gives other numbers, by rounding, in a fraction of the time."
+    )
 
 
 def require_loadable(folder: Path, attention: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sddx.errors import UserError
 
@@ -28,6 +28,7 @@ SHARES = {
     "kv_channels": 1 / HEADS, "rotary_dim": 1 / HEADS, "query_pre_attn_scalar": 1 / HEADS,
     "kv_lora_rank": 1 / 2, "q_lora_rank": 1 / 2, "qk_nope_head_dim": 1 / (2 * HEADS),
     "qk_rope_head_dim": 1 / (2 * HEADS), "linear_key_head_dim": 1 / HEADS, "linear_value_head_dim": 1 / HEADS,
+    "mamba_d_ssm": 2, "mamba_d_head": 2 / HEADS,
 }  # fmt: skip
 # .. or no more than so many. Heads of keys and values follow from those of queries.
 MOST = {
@@ -35,6 +36,7 @@ MOST = {
     "n_routed_experts": EXPERTS, "num_local_experts": EXPERTS, "moe_num_experts": EXPERTS,
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "max_position_embeddings": 2048,
+    "mamba_n_heads": HEADS, "mamba_d_state": 16, "mamba_chunk_size": 16,
     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "index_n_heads": 2, "index_head_dim": 8,
 }  # fmt: skip
 KEY_HEADS = {
@@ -52,14 +54,25 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
             f"a model cannot be {width} channels wide: {HEADS} heads share them, in pairs. Give a multiple of "
             f"{2 * HEADS}."
         )
+    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        raise UserError(
+            f"the config of a {config.model_type} model states no number of blocks (num_hidden_layers)."
+        )
     made = deepcopy(config)
     try:
-        for name, value in (_small(config, width, vocabulary) | settings).items():
-            _set(made, name, value)
-        _shorten_rotation(made, made.head_dim if hasattr(made, "head_dim") else width // HEADS)
+        for part in _parts(made):
+            for name, value in (_small(part, width, vocabulary) | (settings if part is made else {})).items():
+                _set(part, name, value)
+            _shorten_rotation(part, part.head_dim if hasattr(part, "head_dim") else width // HEADS)
     except REFUSALS as error:
         raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
     return made
+
+
+def _parts(config: Any) -> list[Any]:
+    """A config and those inside it, of a text model beside others."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for each in inner if isinstance(each, PreTrainedConfig) for part in _parts(each))]
 
 
 def _small(config: Any, width: int, vocabulary: int) -> dict[str, int]:
@@ -83,6 +96,8 @@ def _small(config: Any, width: int, vocabulary: int) -> dict[str, int]:
 def _set(config: Any, name: str, value: Any) -> None:
     """A setting that the config has, whatever it calls it; one for each layer stays one for each."""
     now = getattr(config, name, None)
+    if isinstance(getattr(type(config), name, None), property):  # follows from others
+        return
     if isinstance(now, list) and isinstance(value, int):
         value = [value] * len(now)
     if now is not None or (name == "head_dim" and hasattr(config, name)):

@@ -12,16 +12,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sddx.errors import UserError
 from sddx.models.anatomy import (
-    SUPPORTED,
     bare,
     blocks,
     branches,
     decoder,
-    family,
     is_parallel,
+    part,
+    put,
     twin,
     vocabulary,
 )
+from sddx.models.structure import layout
 from sddx.records import Outputs
 
 
@@ -95,18 +96,13 @@ def branch_states(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]
 def head_of(model: Any, projection: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """The map from final hidden state [..., width] to logits [..., vocabulary]: all that the model's own forward
     does after its body (scaling, softcapping, biases, an adapter on the head), by running that forward with a body
-    that hands through what it is given. Gradients flow. `projection` stands in for the module `lm_head`."""
-    whole = _passing(bare(model))
-    where = family(model).body.split(".")
-    place = whole
-    for name in where[:-1]:
-        setattr(place, name, twin(getattr(place, name)))
-        place = getattr(place, name)
-    body = _passing(getattr(place, where[-1]))
+    that hands through what it is given. Gradients flow. `projection` stands in for the head's own module."""
+    whole, places = _passing(bare(model)), layout(bare(model))
+    body = _passing(part(whole, places.body))
     body.forward = lambda *_, inputs_embeds, **__: _State(last_hidden_state=inputs_embeds)
-    setattr(place, where[-1], body)
+    _put_apart(whole, places.body, body)
     if projection is not None:
-        whole.lm_head = projection
+        _put_apart(whole, places.head, projection)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden if hidden.dim() == 3 else hidden[None]
@@ -114,6 +110,15 @@ def head_of(model: Any, projection: nn.Module | None = None) -> Callable[[torch.
         return made if hidden.dim() == 3 else made[0]
 
     return logits
+
+
+def _put_apart(whole: Any, path: str, module: Any) -> None:
+    """Put a submodule into a twin, with twins of all that is around it."""
+    names = path.split(".")
+    for end in range(1, len(names)):
+        around = ".".join(names[:end])
+        put(whole, around, twin(part(whole, around)))
+    put(whole, path, module)
 
 
 class _State(BaseModelOutputWithPast):
@@ -145,7 +150,7 @@ def require_own_head(model: Any) -> None:
         raise UserError(
             f"the head of a {type(bare(model)).__name__} cannot be applied on its own: after the body it gives "
             f"other logits than the whole model, by up to {(made - logits).abs().max():.3g}. The model is as it "
-            f"came, so this is not about the cut. Use one of {SUPPORTED}."
+            "came, so this is not about the cut. Use another model."
         )
 
 

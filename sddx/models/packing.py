@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sddx.models.anatomy import bare
+from sddx.models.load import has_bfloat16
 
 # For how many rows the order is chosen (any number may be read), and the bytes that the copies may take.
 ROWS, ROOM = 64, 4 << 30
@@ -38,9 +39,8 @@ def packed(model: Any) -> Iterator[None]:
 
 def _is_known() -> bool:
     """Whether this torch has the two operations, which its compiler uses, for numbers of this kind."""
-    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-    found = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
-    return found and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return has_bfloat16() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def _is_packable(layer: Any) -> bool:

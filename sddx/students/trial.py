@@ -15,7 +15,7 @@ from sddx.compression.remove import apply_cut
 from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.config.build import tried
 from sddx.errors import UserError
-from sddx.models.load import load_model
+from sddx.models.load import load_model, said
 from sddx.models.narrow import REFUSALS, built, narrow
 from sddx.models.outputs import require_own_head
 from sddx.records import Cut
@@ -32,10 +32,8 @@ def try_out(config: Any, cut: Cut, attention: str) -> bool:
     asked = config.to_json_string(use_diff=False), cut, attention
     if asked not in _mistakes:
         try:
-            small = narrow(config, width=WIDTH, vocabulary=VOCABULARY)
-            model = built(small, torch.float32, attn_implementation=attention).eval()
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-        except (UserError, *REFUSALS):
+            model = small_model(config, attention)
+        except UserError:
             return False
         _mistakes[asked] = _mistake(model, cut, attention)
     if wrong := _mistakes[asked]:
@@ -43,12 +41,23 @@ def try_out(config: Any, cut: Cut, attention: str) -> bool:
     return True
 
 
-def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:
-    """What is wrong with such a model or what the cut leaves of it; nothing where all is well."""
+def small_model(config: Any, attention: str) -> Any:
+    """A narrow model of this config with random weights, in eval mode. Raises UserError where none can be made, or
+    none that runs."""
+    model = built(narrow(config, width=WIDTH, vocabulary=VOCABULARY), torch.float32, attn_implementation=attention)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for weight in model.parameters():  # at first many are 0 or 1, and one stands for another
             weight.add_(0.05 * torch.randn_like(weight))
+        try:
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
+        except REFUSALS as error:
+            raise UserError(f"a narrow {config.model_type} model does not run: {said(error)}.") from error
+    return model
+
+
+def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:
+    """What is wrong with such a model or what the cut leaves of it; nothing where all is well."""
     try:
         _prove(model, cut, attention)
     except UserError as error:

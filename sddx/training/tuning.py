@@ -10,9 +10,12 @@ import torch
 from hydra.utils import get_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sddx.config.build import build, tried
 from sddx.errors import UserError
+from sddx.models.anatomy import bare
+from sddx.models.structure import layout
 
 
 def lora(
@@ -135,24 +138,34 @@ def kind(name: str) -> str:
 
 
 def _maps(model: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of linear maps by the names of their layers; of fused experts [experts, .., ..] by the names of
-    their weights."""
+    """The shapes of the language model's linear maps by the names of their layers; of fused experts
+    [experts, .., ..] by the names of their weights."""
     found: dict[str, torch.Size] = {}
     for name, module in model.named_modules():
+        if re.fullmatch(_outside(model), name):
+            continue
         if isinstance(module, nn.Linear):
             found[name] = torch.Size((module.out_features, module.in_features))  # in 4 bit the weight has another
+        elif isinstance(module, Conv1D):  # GPT-2's own linear layer
+            found[name] = module.weight.shape
         elif "experts" in f"{name}.{type(module).__name__}".lower():
             own = module.named_parameters(recurse=False)
             found |= {f"{name}.{weight}": value.shape for weight, value in own if value.dim() == 3}
     return found
 
 
+def _outside(model: nn.Module) -> str:
+    """A pattern of the names of modules that are neither in the body nor the head: towers for images and sound."""
+    places = layout(bare(model))
+    return rf"(?!{re.escape(places.body)}\.|{re.escape(places.head)}$).*"
+
+
 def _chosen(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The kinds of linear maps that are adapted."""
-    kinds = list(dict.fromkeys(map(kind, _maps(model))))
+    kinds, head = list(dict.fromkeys(map(kind, _maps(model)))), kind(layout(bare(model)).head)
     if targets != "all-linear":
         return [each for each in kinds if any(_is_named(each, target) for target in _listed(targets))]
-    return [each for each in kinds if each != "lm_head" and not _routes(each)]
+    return [each for each in kinds if each != head and not _routes(each)]
 
 
 def _routes(name: str) -> bool:
@@ -161,16 +174,19 @@ def _routes(name: str) -> bool:
 
 
 def _places(model: nn.Module, targets: str | list[str]) -> dict[str, list[str] | str]:
-    """What peft is told. Beside fused experts it takes the names of a feed-forward branch's layers for theirs, as
-    checkpoints had them before experts were fused, and leaves the layers out; so weights are named there."""
+    """What peft is told. What reads no text stays without an adapter. Beside fused experts peft takes the names of
+    a feed-forward branch's layers for theirs, as checkpoints had them before experts were fused, and leaves the
+    layers out; so weights are named there."""
     maps, kinds = _maps(model), _chosen(model, targets)
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    apart: dict[str, Any] = {"exclude_modules": _outside(model)} if linear - maps.keys() else {}
     fused = {kind(name) for name, shape in maps.items() if len(shape) == 3}
     if not fused:
-        return {"target_modules": "all-linear" if targets == "all-linear" else _listed(targets)}
+        return apart | {"target_modules": "all-linear" if targets == "all-linear" else _listed(targets)}
     branches = {each.split(".")[0] for each in fused}
     inside = [each for each in kinds if each.split(".")[0] in branches]
     weights = [each if each in fused else f"{each}.weight" for each in inside]
-    return {"target_modules": [each for each in kinds if each not in inside], "target_parameters": weights}
+    return apart | {"target_modules": [each for each in kinds if each not in inside], "target_parameters": weights}
 
 
 def coverage(model: nn.Module) -> tuple[list[str], list[str]]:

@@ -28,6 +28,7 @@ def _check_pruning(method: Settings, config: Any) -> None:
     """At least one unit stays where it is to learn, and a patch can stand in for what goes. Raises UserError."""
     from sddx.compression.choose import Pruning, require_removable
     from sddx.compression.junction import require_patch
+    from sddx.compression.pattern import require_whole_periods
     from sddx.students.trial import require_rule
     from sddx.training.objective import require_junction
 
@@ -39,6 +40,8 @@ def _check_pruning(method: Settings, config: Any) -> None:
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
     require_rule(pruning, len(units))
+    if pruning.keep_pattern and pruning.units == "blocks":
+        require_whole_periods(config, pruning.remove)
     _check_measured(pruning.metric, len(units), config)
     if pruning.patch.fit is None and pruning.patch.trained:
         raise UserError("pruning.patch.trained=true, and there is no patch. Choose one: pruning/patch=linear.")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sddx.compression.junction import Attached
+from sddx.compression.pattern import require_kept
 from sddx.compression.remove import apply_cut
 from sddx.compression.soundness import cache_bytes, prove, sliced_logits
 from sddx.config.build import build
-from sddx.models.anatomy import blocks, vocabulary
+from sddx.models.anatomy import blocks, decoder, vocabulary
 from sddx.models.load import free_memory, load_model, text_config
 from sddx.models.outputs import require_own_head
 from sddx.records import Artifact, Cut, Units
@@ -30,13 +31,15 @@ def prune(
     choose: dict[str, Any],
     remove: int,
     units: str,
+    keep_pattern: bool = False,
     dtype: str,
     attention: str,
 ) -> None:
     """Writes `cut.json` (what stays), `proof.json` and `size.json` (parameters, and cache bytes per token, of
     both models); no weight is copied.
 
-    Raises UserError where more is to go than there is, UnsoundModel where a check fails.
+    Raises UserError where more is to go than there is or where `keep_pattern` asks for other blocks, UnsoundModel
+    where a check fails.
     """
     found = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
@@ -48,6 +51,8 @@ def prune(
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
+    if keep_pattern:
+        require_kept(decoder(student).config, cut)
     require_own_head(student)
     sliced = sliced_logits(student, cut, vocabulary=vocabulary(student))
     whole = apply_cut(student, cut)
