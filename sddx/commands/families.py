@@ -29,6 +29,7 @@ ATTENTIONS = ("sdpa", "eager")
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 5]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 4]], "num_layers": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
 }
@@ -161,7 +162,7 @@ def _config(name: str, depth: int) -> Any:
     try:
         if "text_config" in kind.sub_configs:
             return kind(text_config={"num_hidden_layers": depth})
-        return kind(num_hidden_layers=depth, **SETTINGS.get(name, {}))
+        return kind(**{"num_hidden_layers": depth, **SETTINGS.get(name, {})})
     except REFUSALS as error:
         raise UserError(f"it has no settings by default: {' '.join(str(error).split())[:200]}") from error
 

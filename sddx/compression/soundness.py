@@ -49,7 +49,7 @@ def prove(
     the kept blocks run one after the other (`sliced`, of `sliced_logits`; None: not compared); padding changes
     none, on the right as in training and on the left as in `generate`; decoding with the cache equals the pass
     without it; gradients reach every parameter that wants one and gets one in the `whole` model; and the model that
-    `again` saves and loads (None: not tried) gives the same logits bit for bit.
+    `again` saves and loads (None: not tried) gives the same logits bit for bit (of experts, but for rounding).
     `vocabulary` bounds the random token ids that are tried. Also measured: the bytes that the cache takes for a
     token.
     """
@@ -172,7 +172,7 @@ def _difference(made: torch.Tensor, expected: torch.Tensor, model: Any) -> float
     tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max()
     differences = (made - expected).abs().amax(-1)
     # In half precision a router's near tie may send single tokens to another expert.
-    routed = any(hasattr(module, "experts") for module in model.modules()) and expected.dtype.itemsize < 4
+    routed = _has_experts(model) and expected.dtype.itemsize < 4
     difference = differences.float().median() if routed else differences.max()
     return float(difference) if difference <= tolerance else None
 
@@ -206,11 +206,17 @@ def _round_trip(again: Callable[[], Any], ids: torch.Tensor, logits: torch.Tenso
     except (UserError, ValueError) as error:
         raise UnsoundModel(f"{UNSOUND}: saving and loading fails: {error}. {ADVICE}") from error
     same = loaded(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    # Experts are multiplied in another order where their weights lie otherwise in memory.
+    near = _has_experts(loaded) and _difference(same, logits, loaded) is not None
     _require(
-        torch.equal(same, logits),
+        torch.equal(same, logits) or near,
         "the saved and reloaded model gives other logits: something in a block hangs on its number or the depth",
     )
-    return {"reload_equal": True}
+    return {"reload_equal": torch.equal(same, logits)}
+
+
+def _has_experts(model: Any) -> bool:
+    return any(hasattr(module, "experts") for module in model.modules())
 
 
 def _gradients(model: Any, ids: torch.Tensor, whole: Stack | None) -> dict[str, Any]:
