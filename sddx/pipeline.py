@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Annotated, Any
 
 from sddx.config.build import Called, Node, only
+from sddx.errors import UserError
 from sddx.files.lines import lines
-from sddx.records import Artifact, Subject
+from sddx.records import Artifact, Cut, Subject
 from sddx.runtime import Runtime
 from sddx.stages.inputs import keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
@@ -44,6 +45,7 @@ class Method:
     evaluation: Annotated[Node, Called(4)]
     text: Node
     seed: int
+    merging: dict[str, Any] | None = None
 
 
 class Run:
@@ -180,12 +182,55 @@ class Run:
         return self._make(written, inputs, max_length=self.method.max_length, **self.how)
 
     @cached_property
+    def parents(self) -> list[Artifact]:
+        """The students that are merged. Raises UserError where they are of another cut or base."""
+        asked = self.method.merging["students"] if self.method.merging else []
+        return [self._finished(each) if isinstance(each, str) else self._other(each) for each in asked]
+
+    def _other(self, settings: Node) -> Artifact:
+        run = Run(self.store, self.runtime, Method(**settings))
+        if (run.base, run.cut) != (self.base, self.cut) or run.student is None:
+            raise UserError("merging.students: only students of this run's own base model and cut can be merged.")
+        return run.student
+
+    def _finished(self, folder: str) -> Artifact:
+        from sddx.students.recovered import find_run
+
+        run = find_run(folder)
+        key, cut = run.summary["artifacts"].get("train"), Cut.load(self.pruned.path / "cut.json")
+        if run.trained is None or (run.summary["artifacts"]["model"], run.cut) != (self.base.key, cut):
+            raise UserError(
+                f"merging.students: {folder} holds no student of this run's base and cut ({cut.name}). Name a "
+                "run that was trained after the same cut."
+            )
+        return Artifact("train", key, run.trained)
+
+    @cached_property
+    def merged(self) -> Artifact | None:
+        """What the parents become."""
+        from sddx.stages.merge.run import merge
+
+        if self.method.merging is None:
+            return None
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, "patch": self.patch}
+        return self._make(merge, inputs, method=self.method.merging["method"], **self.how)
+
+    @cached_property
     def subjects(self) -> list[Subject]:
         """The models that are evaluated, first the one that all others are compared with."""
         pruned = {"cut": self.cut, "patch": self.patch}
         recovered = {**pruned, "student": self.student}
         found = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
-        return found if self.trains else found[:2]
+        return [*(found if self.trains else found[:2]), *self._merging(pruned)]
+
+    def _merging(self, pruned: dict[str, Artifact | None]) -> Iterator[Subject]:
+        """The students that are merged, but for this run's own, and what they become."""
+        names = self.method.merging["names"] if self.method.merging else []
+        for name, student in zip(names, self.parents, strict=True):
+            if student != self.student:
+                yield Subject(name, "parent", {**pruned, "student": student})
+        if self.merged:
+            yield Subject("merged", "merged", {**pruned, "student": self.merged})
 
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""
@@ -236,7 +281,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "written", "overlap"):
+        for name in ("rows", "student", "merged", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:

@@ -20,7 +20,7 @@ LEVELS = [
     {"config", "store"},
     {"hub", "parallel", "run_folder", "tracking"},
     {"models"},
-    {"compression", "data"},
+    {"compression", "data", "merging"},
     {"evaluation", "students"},
     {"engines", "gguf", "importance", "training"},
     {"sweep"},
@@ -32,7 +32,10 @@ LEVELS = [
 ]
 PAGE = runpy.run_path(str(ROOT.parent / "docs" / "architecture.py"))
 imported = PAGE["imported"]
-PURE = {"importance.metrics", "compression.choose", "training.losses", "statistics.intervals", "statistics.answers"}
+PURE = {
+    "importance.metrics", "compression.choose", "training.losses", "merging.methods", "statistics.intervals",
+    "statistics.answers",
+}  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

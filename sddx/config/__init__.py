@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sddx.config.build import Called, Node, build
+from sddx.config.parents import named, parent
 from sddx.config.ranges import is_ours, no_node, out_of_range, wrong_type
 from sddx.errors import UserError, near
 
@@ -70,6 +71,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore
         if config.get("choices"):
             config["choices"] |= _other_choices(cfg, flatten(config))
+        if config.get("merging"):
+            config["merging"] = _with_students(config)
         return _rehearsed(config) if config.get("rehearse") else config
     except MissingMandatoryValue:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
@@ -78,6 +81,14 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         ) from None
     except OmegaConfBaseException as error:
         raise UserError(unresolved(error)) from None
+
+
+def _with_students(config: dict[str, Any]) -> dict[str, Any]:
+    """The group `merging` with the settings of each run that it names, and what tables call it."""
+    own = [name for name in config if name not in (*SURROUNDINGS, "merging")]
+    asked = config["merging"]["students"]
+    students = [parent(given, "train", own) for given in asked]
+    return {**config["merging"], "students": students, "names": [named(given) for given in asked]}
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class RunArtifacts:
     patch: Artifact | None = None
     rows: Sequence[Artifact] = ()
     student: Artifact | None = None
+    merged: Artifact | None = None
     written: Artifact | None = None
     overlap: Artifact | None = None
 
@@ -45,7 +46,7 @@ class RunArtifacts:
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
-        late = {"train": self.student, "written": self.written}
+        late = {"train": self.student, "merge": self.merged, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
         stages = {stage: [made] if made else [] for stage, made in one.items()}
         stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
@@ -138,6 +139,7 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
+        "merged": _read(found.merged, "merge.json") if found.merged else None,
         "written": _read(found.written, "written.json") if found.written else None,
         "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},

@@ -87,9 +87,16 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("left", summary.get("depth") or ABSENT),
         ("cache, bytes a token", _parameters(summary.get("cache_bytes"))),
         ("update left unexplained by", _shares(summary.get("patch_unexplained") or {})),
+        ("merged", _ways((summary.get("merged") or {}).get("ways", {}))),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
+
+
+def _ways(tensors: Mapping[str, int]) -> str:
+    """How many tensors of a merged model took which way."""
+    words = {"arc": "along an arc", "line": "along a line", "parent": "as one student has them"}
+    return f"{', '.join(f'{n} {words[way]}' for way, n in tensors.items())} (tensors)" if tensors else ABSENT
 
 
 def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:

@@ -42,6 +42,11 @@ def save_student(model: Any, folder: Path, *, cut: Cut, base: str, attached: Att
         model.save_pretrained(folder)
     if attached:
         junction.keep(attached, folder)
+    write_origin(folder, cut, base)
+
+
+def write_origin(folder: Path, cut: Cut, base: str) -> None:
+    """Tie what a folder holds to its cut, and to its base model by the content key of that."""
     cut.save(folder / "cut.json")
     (folder / "base.json").write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
 

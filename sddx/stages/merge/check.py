@@ -1,0 +1,56 @@
+"""What merging refuses before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sddx.config.build import Node, build, made, tried
+from sddx.errors import UserError
+from sddx.stages.local_model import Check
+
+SHARED = ("model", "calibration", "pruning")  # what decides base and cut
+
+
+def of_settings(method: Node) -> list[Check]:
+    """There are students of one cut to merge, whole models that transformers knows, and the method takes them."""
+    return [lambda: _check(method)] if method.get("merging") else []
+
+
+def _check(method: Node) -> None:
+    from sddx.compression.choose import Pruning
+
+    merging = method["merging"]
+    if len(merging["students"]) < 2:
+        raise UserError(
+            f"merging.students names {len(merging['students'])}. Name two runs or more, by folder or by what "
+            "they change here: \"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
+        )
+    for name, student in zip(merging["names"], merging["students"], strict=True):
+        if isinstance(student, dict):
+            _check_student(name, student, method)
+    if not made(method["pruning"], Pruning, "pruning").is_stock:
+        raise UserError(
+            "Merged students are written as plain models, which one without branches or with a patch of its own is "
+            "not. Use pruning.units=blocks, and no patch or pruning.patch.fold=true."
+        )
+    _check_method(merging["method"], len(merging["students"]))
+
+
+def _check_student(name: str, student: Node, method: Node) -> None:
+    if other := [group for group in SHARED if student[group] != method[group]]:
+        raise UserError(
+            f"merging.students: {name!r} changes {', '.join(other)}. Only students of one base model and one cut "
+            "can be merged."
+        )
+    if not student["loss"]["terms"]:
+        raise UserError(f"merging.students: {name!r} trains nothing. Give it a loss with terms.")
+
+
+def _check_method(node: Node, count: int) -> None:
+    """It takes so many students; tried on small tensors. Raises UserError."""
+    import torch
+
+    from sddx.merging.methods import Place
+
+    tensors: list[Any] = [torch.ones(2, 2) for _ in range(count)]
+    tried("merging.method", build(node), tensors, torch.zeros(2, 2), Place("tensor"))

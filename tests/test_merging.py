@@ -1,0 +1,238 @@
+"""Laws of merging: what becomes of tensors, of files, and of a run that merges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from composing import SMALL, composed, resolve
+from safetensors.torch import load_file, save_file
+
+from sddx.errors import UserError
+from sddx.merging import methods
+from sddx.merging.files import merge_files
+from sddx.merging.methods import Place
+from sddx.pipeline import Run
+from sddx.runtime import Runtime
+from sddx.store import Store
+from sddx.train import method, run, verify
+
+HERE = Place("model.layers.1.mlp.weight", 1)
+EXACT = {"density": 1.0}
+METHODS = {
+    "slerp": (methods.slerp, {}), "differences": (methods.slerp, {"of": "differences"}),
+    "linear": (methods.linear, {}), "task_arithmetic": (methods.task_arithmetic, {}),
+    "ties": (methods.ties, EXACT), "dare": (methods.dare, EXACT),
+}  # fmt: skip
+
+
+def tensors(count: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return [torch.randn(6, 5, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_equal_students_merge_into_themselves(name: str, dtype: torch.dtype) -> None:
+    """With nothing dropped and weights that sum to 1; in half precision to its rounding."""
+    merge, settings = METHODS[name]
+    base, student = tensors(2, dtype)
+    merged, _ = merge([student, student], base, HERE, **settings)
+    assert merged.dtype == dtype
+    torch.testing.assert_close(merged, student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("end", [0, 1])
+def test_the_ends_are_the_students_bit_for_bit(dtype: torch.dtype, end: int) -> None:
+    base, *students = tensors(3, dtype)
+    for of in ("weights", "differences"):
+        assert torch.equal(methods.slerp(students, base, HERE, t=end, of=of)[0], students[end])
+    weights = [float(end == 0), float(end == 1)]
+    assert torch.equal(methods.linear(students, base, HERE, weights=weights)[0], students[end])
+
+
+def test_the_arc_keeps_lengths_and_shares_the_angle() -> None:
+    """Between tensors of one length every point has that length, and t of the whole angle to the first."""
+    x, y = (each / each.norm() for each in tensors(2))
+    whole = torch.arccos((x * y).sum())
+    for t in (0.25, 0.5, 0.9):
+        merged, way = methods.slerp([x, y], torch.zeros_like(x), HERE, t=t)
+        assert way == "arc"
+        torch.testing.assert_close(merged.norm(), torch.ones((), dtype=torch.float64))
+        torch.testing.assert_close(torch.arccos((x * merged).sum()), t * whole)
+
+
+def test_siblings_and_zeros_take_the_line() -> None:
+    x, noise = tensors(2)
+    for y in (x + 1e-3 * noise, torch.zeros_like(x)):
+        merged, way = methods.slerp([x, y], torch.zeros_like(x), HERE, t=0.3)
+        assert way == "line"
+        torch.testing.assert_close(merged, 0.7 * x + 0.3 * y)
+
+
+def test_the_arc_of_differences_is_that_of_what_was_learned() -> None:
+    """Siblings lie on a line, and what they learned does not."""
+    base, x, y = tensors(3)
+    students = [base + 1e-3 * x, base + 1e-3 * y]
+    merged, way = methods.slerp(students, base, HERE, of="differences")
+    assert way == "arc" and methods.slerp(students, base, HERE)[1] == "line"
+    expected, _ = methods.slerp([x, y], torch.zeros_like(x), HERE)
+    torch.testing.assert_close(merged, base + 1e-3 * expected)
+
+
+def test_task_arithmetic_is_linear_where_weights_sum_to_one() -> None:
+    base, *students = tensors(4)
+    weights = [0.2, 0.5, 0.3]
+    one, _ = methods.task_arithmetic(students, base, HERE, weights=weights)
+    other, _ = methods.linear(students, base, HERE, weights=weights)
+    torch.testing.assert_close(one, other)
+    more, _ = methods.task_arithmetic(students, base, HERE, weights=[1, 1, 1])
+    torch.testing.assert_close(more - base, sum(each - base for each in students))
+
+
+def test_ties_averages_what_agrees_and_drops_the_small() -> None:
+    """By hand: the sign of the sum wins, and those that have it are averaged."""
+    base = torch.zeros(4, dtype=torch.float64)
+    students = [
+        torch.tensor(each, dtype=torch.float64) for each in ([4.0, 1.0, -3.0, 0.5], [2.0, -3.0, -1.0, 0.25])
+    ]
+    merged, _ = methods.ties(students, base, HERE, density=1.0)
+    assert merged.tolist() == [3.0, -3.0, -2.0, 0.375]
+    half, _ = methods.ties(students, base, HERE, density=0.5)
+    assert half.tolist() == [3.0, -3.0, -3.0, 0.0]
+
+
+def test_dare_draws_by_seed_student_and_tensor_and_keeps_the_mean() -> None:
+    base, student = torch.zeros(200, 50, dtype=torch.float64), torch.ones(200, 50, dtype=torch.float64)
+    torch.manual_seed(1)
+    one, _ = methods.dare([student, student], base, HERE, density=0.25)
+    torch.manual_seed(2)
+    again, _ = methods.dare([student, student], base, HERE, density=0.25)
+    assert torch.equal(one, again)
+    assert abs(float(one.mean()) - 1) < 0.05 and set(one.unique().tolist()) == {0.0, 2.0, 4.0}
+    for change in ({"seed": 1}, {"place": Place("another", 1)}):
+        place = change.pop("place", HERE)
+        assert not torch.equal(methods.dare([student, student], base, place, density=0.25, **change)[0], one)
+
+
+def test_settings_may_be_one_for_each_block() -> None:
+    base, x, y = tensors(3)
+    at = [0.0, 1.0, 0.5]
+    assert torch.equal(methods.slerp([x, y], base, Place("a", 0), t=at)[0], x)
+    assert torch.equal(methods.slerp([x, y], base, Place("a", 1), t=at)[0], y)
+    expected, _ = methods.slerp([x, y], base, Place("a"), t=0.5)
+    assert torch.equal(methods.slerp([x, y], base, Place("a", None), t=at)[0], expected)
+    weights = [[1, 0, 0.5], [0, 1, 0.5]]
+    assert torch.equal(methods.linear([x, y], base, Place("a", 1), weights=weights)[0], y)
+    with pytest.raises(UserError, match="gives 3 numbers, one for each block"):
+        methods.slerp([x, y], base, Place("a", 3), t=at)
+
+
+def folder(path: Path, weights: dict[str, torch.Tensor], files: int = 1) -> Path:
+    path.mkdir()
+    names = sorted(weights)
+    for number in range(files):
+        save_file({name: weights[name] for name in names[number::files]}, path / f"model-{number}.safetensors")
+    return path
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: each for file in path.glob("*.safetensors") for name, each in load_file(file).items()}
+
+
+def test_files_are_merged_by_name_however_they_are_cut(tmp_path: Path) -> None:
+    """The order of tensors and the files that they are in change nothing."""
+    names = [f"model.layers.{number}.weight" for number in range(3)] + ["model.norm.weight"]
+    models = [dict(zip(names, tensors(4, torch.float32), strict=True)) for _ in range(3)]
+    for model, factor in zip(models, (1.0, 2.0, 0.5), strict=True):
+        model.update({name: factor * each + torch.arange(5) for name, each in model.items()})
+    found = []
+    for turn, files in enumerate(((1, 1, 1), (2, 3, 1))):
+        at = tmp_path / str(turn)
+        at.mkdir()
+        one, two, base = (folder(at / str(n), m, f) for n, (m, f) in enumerate(zip(models, files, strict=True)))
+        (at / "out").mkdir()
+        ways = merge_files([one, two], base, at / "out", methods.slerp)
+        assert sum(ways.values()) == 4
+        found.append(weights_of(at / "out"))
+    assert found[0].keys() == found[1].keys() == set(names)
+    for name in names:
+        assert torch.equal(found[0][name], found[1][name])
+        expected, _ = methods.slerp([models[0][name], models[1][name]], models[2][name], Place(name))
+        assert torch.equal(found[0][name], expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"a": torch.ones(2, 3)}, r"a is F32 \[2, 3\] in one and F32 \[2, 2\] in the other"),
+        ({"a": torch.ones(2, 2, dtype=torch.bfloat16)}, r"a is BF16 \[2, 2\] in one and F32"),
+        ({"b": torch.ones(2, 2)}, "only one of them has a and 1 more"),
+    ],
+)
+def test_models_of_other_shapes_dtypes_or_names_are_refused_before_a_tensor_is_read(tmp_path, other, said) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    one = folder(tmp_path / "one", {"a": torch.ones(2, 2)})
+    two, out = folder(tmp_path / "two", other), tmp_path / "out"
+    with pytest.raises(UserError, match=said):
+        merge_files([one, two], one, out, never)
+
+
+MERGED = (
+    *SMALL,
+    "loss=sft",
+    "+merging=slerp",
+    "merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']",
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["merging.students=['seed=0']"], r"merging.students names 1\. Name two runs or more"),
+        (["merging.students=['seed=0','seed=1','seed=2']"], "goes from one student to another, and there are 3"),
+        (["merging.students=['seed=0','pruning.remove=2']"], "changes pruning. Only students of one base model"),
+        (["merging.students=['seed=0','loss=none']"], "'loss=none' trains nothing"),
+        (["merging.students=['seed=0','seed=1']", "pruning.units=attention"], "written as plain models"),
+        (["+merging.method.sharp=1"], "merging.method.sharp is not a setting"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: str) -> None:
+    with composed(*MERGED, *given) as cfg:
+        config = resolve(cfg)
+    with pytest.raises(UserError, match=said):
+        verify(config)
+
+
+def test_settings_that_make_no_run_are_told(tmp_path: Path) -> None:
+    with (
+        composed(*MERGED, "merging.students=['seed=0','dataset=nothing']") as cfg,
+        pytest.raises(UserError) as told,
+    ):
+        resolve(cfg)
+    assert "'dataset=nothing' is no finished run's folder, nor does it make a run here" in str(told.value)
+
+
+def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
+    """From overrides, then from the folder of a finished run: the same parents, the same merged model."""
+    store = tmp_path / "store"
+    with composed(*MERGED, f"store={store}") as cfg:
+        config = resolve(cfg)
+    summary = json.loads(run(config, tmp_path / "one").read_text())
+    names = [each["name"] for each in summary["subjects"]]
+    assert names == ["unpruned", "pruned", "recovered", "dataset=tiny_comparison", "merged"]
+    assert set(summary["merged"]["ways"]) <= {"arc", "line"} and sum(summary["merged"]["ways"].values()) > 50
+    assert summary["recoveries"]["merged"] and "merge" in summary["seconds"]
+    parents = Run(Store(store), Runtime(quiet=True), method(config)).parents
+    with composed(*SMALL, "loss=sft", "dataset=tiny_comparison", f"store={store}") as cfg:
+        finished = run(resolve(cfg), tmp_path / "two")
+    asked = f"merging.students=['dataset=tiny_arithmetic','{finished.parent}']"
+    with composed(*MERGED, asked, f"store={store}") as cfg:
+        again = Run(Store(store), Runtime(quiet=True), method(resolve(cfg)))
+        assert [each.key for each in again.parents] == [each.key for each in parents]
+        assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
