@@ -65,6 +65,18 @@ def test_the_arc_keeps_lengths_and_shares_the_angle() -> None:
         torch.testing.assert_close(torch.arccos((x * merged).sum()), t * whole)
 
 
+REFERENCES = json.loads((Path(__file__).parent / "references" / "mergekit_slerp.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", REFERENCES["cases"], ids=lambda case: f"{case['dtype']}-{case['t']}")
+def test_the_arc_is_mergekits(case) -> None:
+    """Numbers that mergekit 0.1.5 gave, on arcs and lines; in half precision to its last bit but one."""
+    dtype = getattr(torch, case["dtype"])
+    x, y, expected = (torch.tensor(case[name], dtype=torch.float64).to(dtype) for name in ("x", "y", "merged"))
+    merged, _ = methods.slerp([x, y], torch.zeros_like(x), HERE, t=case["t"])
+    torch.testing.assert_close(merged, expected)
+
+
 def test_siblings_and_zeros_take_the_line() -> None:
     x, noise = tensors(2)
     for y in (x + 1e-3 * noise, torch.zeros_like(x)):

@@ -29,6 +29,10 @@ ATTENTIONS = ("sdpa", "eager")
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 5]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
+    "nemotron": {"num_key_value_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]], "num_layers": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},

@@ -14,6 +14,7 @@ from torch.nn import functional
 from sddx.compression.remove import kept_blocks
 from sddx.errors import UserError
 from sddx.models.anatomy import (
+    INDICES,
     Stack,
     bare,
     blocks,
@@ -135,7 +136,7 @@ def _structure(model: Any) -> dict[str, Any]:
     stated = body.config.num_hidden_layers
     _require(stated == depth, f"num_hidden_layers is {stated} and there are {depth} blocks")
     for position, block in enumerate(blocks(model)):
-        indices = {vars(module)["layer_idx"] for module in block.modules() if "layer_idx" in vars(module)}
+        indices = {vars(module)[name] for module in block.modules() for name in INDICES & vars(module).keys()}
         _require(indices <= {position}, f"block {position} carries layer_idx {sorted(indices)}")
     for name, value in vars(body.config).items():
         # A list that was not cut can only be known by its name.

@@ -17,6 +17,9 @@ from sddx.models.families import BELOW, BRANCHED, FAMILIES, NUMBERS, Branch, Fam
 from sddx.models.structure import layout
 
 
+INDICES = {"layer_idx", "layer_id"}  # what modules call the number by which they find their keys and values
+
+
 @dataclass(frozen=True)
 class Stack:
     """The blocks of a model in order, and the settings of its config that hang on which blocks there are."""
@@ -209,5 +212,5 @@ def set_blocks(model: Any, new: Stack) -> None:
             setattr(config, name, copy(value))
     for index, block in enumerate(new.blocks):
         for module in block.modules():
-            if "layer_idx" in vars(module):
-                module.layer_idx = index  # type: ignore[assignment]
+            for name in INDICES & vars(module).keys():
+                setattr(module, name, index)

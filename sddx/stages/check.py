@@ -33,13 +33,20 @@ def precheck(
 
     model = method["model"]
     wrong = mistakes_of([partial(require_known, device)], shaky=shaky)
-    wrong += _refused("of_settings", method, shaky=shaky)
+    everyone = [method, *_merged(method)]
+    wrong += [mistake for each in everyone for mistake in _refused("of_settings", each, shaky=shaky)]
     wrong += mistakes_of([lambda: require_tracked(loggers)], shaky=shaky)
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         found: list[LocalModel] = []
         wrong += mistakes_of([lambda: found.append(_local(model))], shaky=shaky)
-        wrong += [mistake for local in found for mistake in _refused("of_model", method, local, shaky=shaky)]
+        asked = [(each, local) for local in found for each in everyone]
+        wrong += [mistake for each, local in asked for mistake in _refused("of_model", each, local, shaky=shaky)]
     require_none(wrong)
+
+
+def _merged(method: Settings) -> list[Settings]:
+    """The settings of the runs whose students are merged; none of finished ones."""
+    return [each for each in (method.get("merging") or {}).get("students", []) if isinstance(each, Mapping)]
 
 
 def _local(node: Settings) -> LocalModel:

@@ -68,6 +68,8 @@ def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:
         _prove(model, cut, attention)
     except UserError as error:
         return str(error)
+    except REFUSALS as error:
+        return f"{said(error)}."
     return ""
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sddx.config.build import Node, build, made, tried
+from sddx.config.build import Settings, build, made, tried
 from sddx.errors import UserError
 from sddx.stages.local_model import Check
 
 SHARED = ("model", "calibration", "pruning")  # what decides base and cut
 
 
-def of_settings(method: Node) -> list[Check]:
+def of_settings(method: Settings) -> list[Check]:
     """There are students of one cut to merge, whole models that transformers knows, and the method takes them."""
     return [lambda: _check(method)] if method.get("merging") else []
 
 
-def _check(method: Node) -> None:
+def _check(method: Settings) -> None:
     from sddx.compression.choose import Pruning
 
     merging = method["merging"]
@@ -36,7 +36,7 @@ def _check(method: Node) -> None:
     _check_method(merging["method"], len(merging["students"]))
 
 
-def _check_student(name: str, student: Node, method: Node) -> None:
+def _check_student(name: str, student: Settings, method: Settings) -> None:
     if other := [group for group in SHARED if student[group] != method[group]]:
         raise UserError(
             f"merging.students: {name!r} changes {', '.join(other)}. Only students of one base model and one cut "
@@ -46,7 +46,7 @@ def _check_student(name: str, student: Node, method: Node) -> None:
         raise UserError(f"merging.students: {name!r} trains nothing. Give it a loss with terms.")
 
 
-def _check_method(node: Node, count: int) -> None:
+def _check_method(node: Settings, count: int) -> None:
     """It takes so many students; tried on small tensors. Raises UserError."""
     import torch
 
