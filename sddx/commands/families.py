@@ -15,10 +15,12 @@ and loading, gradients); then one step of a LoRA adapter. Nothing is downloaded.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from sddx.config.arguments import exit_status, number, plain_arguments
@@ -115,7 +117,16 @@ def tried(names: Sequence[str], depth: int) -> Iterator[Row]:
         try:
             yield _tried(name, depth)
         except UserError as error:
-            yield Row(name, mistake=str(error))
+            yield Row(name, mistake=_shortened(str(error), name))
+
+
+def _shortened(mistake: str, name: str) -> str:
+    """A mistake without what the page says of all of them, and without the folder that a narrow model was in."""
+    from sddx.compression.soundness import ADVICE
+
+    tried = f"A narrow {name} model with random weights was tried: "
+    own = mistake.removeprefix(tried).removesuffix(ADVICE).strip()
+    return re.sub(rf"{re.escape(gettempdir())}\S+", "its folder", " ".join(own.split()))[:200]
 
 
 def _tried(name: str, depth: int) -> Row:

@@ -16,7 +16,6 @@ from sddx.errors import UserError
 from sddx.models.families import BELOW, BRANCHED, FAMILIES, NUMBERS, Branch, Family
 from sddx.models.structure import layout
 
-
 INDICES = {"layer_idx", "layer_id"}  # what modules call the number by which they find their keys and values
 
 
