@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sddx.merging.files import merge_files
 from sddx.merging.methods import Place
 from sddx.pipeline import Run
 from sddx.runtime import Runtime
+from sddx.stages.cost import estimated
 from sddx.store import Store
 from sddx.train import method, run, verify
 
@@ -248,3 +250,11 @@ def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
         again = Run(Store(store), Runtime(quiet=True), method(resolve(cfg)))
         assert [each.key for each in again.parents] == [each.key for each in parents]
         assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
+
+
+def test_a_plan_counts_what_the_students_take_once() -> None:
+    """One of them is the run's own, which is trained and evaluated anyway."""
+    with composed(*MERGED) as cfg:
+        parts = estimated(resolve(cfg)).parts()
+    found = Counter(part.stage for part in {part.key: part for part in parts}.values())
+    assert found["train"] == found["evaluate recovered"] == 2 and found["evaluate merged"] == 1

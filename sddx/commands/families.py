@@ -97,9 +97,10 @@ def page(rows: Sequence[Row], depth: int) -> str:
     return (
         f"# Families\n\nMade by `sddx families to=docs/families.md` with transformers {version('transformers')}: "
         f"{sound} of {len(rows)} families of causal language models lose two of {depth} blocks of a narrow model "
-        "with random weights and stay sound, and an adapter on them learns. A family that is not sound is refused "
-        "in a sentence before work starts. *Branches*: attention and feed-forward branches can be removed apart, "
-        "and patches fitted to the feed-forward branch or folded into it; other patches need no branches.\n\n"
+        "with random weights and stay sound, and an adapter on them learns. One that fails is refused with its "
+        "reason before work starts; where no narrow model can be made, the model itself is tried once it is loaded. "
+        "*Branches*: attention and feed-forward branches can be removed apart, and patches fitted to the "
+        "feed-forward branch or folded into it; other patches need no branches.\n\n"
         + "\n".join([HEAD, *map(str, rows)])
         + "\n"
     )

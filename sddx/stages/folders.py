@@ -11,7 +11,19 @@ from types import ModuleType
 from sddx import stages
 
 # A folder each, in the order of a run.
-STAGES = ("prepare", "score", "prune", "patch", "distill", "train", "merge", "written", "evaluate", "overlap", "report")
+STAGES = (
+    "prepare",
+    "score",
+    "prune",
+    "patch",
+    "distill",
+    "train",
+    "merge",
+    "written",
+    "evaluate",
+    "overlap",
+    "report",
+)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sddx.estimate import peaks
 from sddx.estimate.costs import LEARNED, Estimate, Part
@@ -16,15 +16,19 @@ SMALLER = "evaluation.batch_size"  # what to lower where its memory does not suf
 
 def parts(estimate: Estimate) -> Iterator[Part]:
     """Each model that is evaluated."""
-    evaluation = estimate.config["evaluation"]
-    models = {"unpruned": (estimate.unpruned, ()), "pruned": (estimate.pruned, ("pruning", "calibration"))}
+    yield evaluated(estimate, "unpruned", estimate.unpruned, ())
+    yield evaluated(estimate, "pruned", estimate.pruned, ("pruning", "calibration"))
     if estimate.trains:
-        models["recovered"] = (estimate.pruned, LEARNED)
+        yield evaluated(estimate, "recovered", estimate.pruned, LEARNED)
+
+
+def evaluated(estimate: Estimate, name: str, size: Size, settings: Sequence[str]) -> Part:
+    """The evaluation of one model, which hangs on these settings beside those of the evaluation."""
+    evaluation = estimate.config["evaluation"]
     longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
-    for name, (size, settings) in models.items():
-        about = [evaluation, estimate.config["text"], [estimate.config[each] for each in settings]]
-        effort = _effort(estimate, size, beside=name != "unpruned")
-        yield estimate.part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
+    about = [evaluation, estimate.config["text"], [estimate.config[each] for each in settings]]
+    effort = _effort(estimate, size, beside=name != "unpruned")
+    return estimate.part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
 
 
 def peak(estimate: Estimate) -> float | None:

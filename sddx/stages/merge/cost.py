@@ -1,24 +1,28 @@
-"""What merging takes: the trainings of the students that it merges, and one more model to evaluate for each and for
-what they become. The merge itself reads and writes files alone."""
+"""What merging takes: what the runs take whose students it merges, and one more model to evaluate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from sddx.estimate.costs import Estimate, Part
+from sddx.estimate.costs import LEARNED, Estimate, Part
 from sddx.stages.distill import cost as distill
 from sddx.stages.evaluate import cost as evaluate
 from sddx.stages.train import cost as train
 
 
 def parts(estimate: Estimate) -> Iterator[Part]:
-    """Those of the runs whose students are merged; finished ones take nothing."""
-    merging = estimate.config.get("merging") or {"students": ()}
-    for settings in merging["students"]:
+    """The students that are merged, trained and evaluated (finished runs take nothing), and what they become."""
+    merging = estimate.config.get("merging")
+    for settings in merging["students"] if merging else ():
         if isinstance(settings, Mapping):
-            other = estimate.varied(**settings)
-            yield from distill.parts(other)
-            yield from train.parts(other)
-            yield from evaluate.recovered(other)
-    if merging["students"]:
-        yield evaluate.part(estimate, "merged", estimate.pruned, merging)
+            student = Estimate({**estimate.config, **settings, "merging": None}, {})
+            yield from distill.parts(student)
+            yield from train.parts(student)
+            yield evaluate.evaluated(student, "recovered", student.pruned, LEARNED)
+    if merging:
+        yield evaluate.evaluated(estimate, "merged", estimate.pruned, (*LEARNED, "merging"))
+
+
+def peak(estimate: Estimate) -> float | None:
+    """A base model, of which one student after another is made and written down; tensors are merged from files."""
+    return estimate.unpruned.weight_bytes if estimate.config.get("merging") else None
