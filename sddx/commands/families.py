@@ -98,7 +98,7 @@ def page(rows: Sequence[Row], depth: int) -> str:
         f"# Families\n\nMade by `sddx families to=docs/families.md` with transformers {version('transformers')}: "
         f"{sound} of {len(rows)} families of causal language models lose two of {depth} blocks of a narrow model "
         "with random weights and stay sound, and an adapter on them learns. One that fails is refused with its "
-        "reason before work starts; where no narrow model can be made, the model itself is tried once it is loaded. "
+        "reason before work starts; where no narrow model can be made, the model itself is tried when it is there. "
         "*Branches*: attention and feed-forward branches can be removed apart, and patches fitted to the "
         "feed-forward branch or folded into it; other patches need no branches.\n\n"
         + "\n".join([HEAD, *map(str, rows)])
