@@ -126,7 +126,7 @@ def test_a_fixed_pattern_of_windows_is_compared_with_the_blocks() -> None:
 
 
 def test_the_command_prints_a_row_for_each_family(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "families.md"
+    page = tmp_path / "page"
     assert families.main(["only=llama,gpt2,diffllama", f"to={page}"]) == 0
     said = capsys.readouterr().out
     assert "2 of 3 are sound." in said and "hangs on its number or the depth" in said
