@@ -473,3 +473,15 @@ def test_an_adapter_that_lost_a_weight_is_refused(base, adapter):
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="1 weights are missing or left over"):
         load_student(base, folder, cut=CUT, base="key")
+
+
+def test_a_cpu_without_bfloat16_is_told_so_once(tmp_path, monkeypatch, caplog):
+    """It imitates it, many times as slow as float32, and nobody would know why. Not of another dtype."""
+    build("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(load, "has_bfloat16", lambda: False)
+    load._say_slow.cache_clear()
+    load_model(tmp_path, dtype="float32")
+    assert "no instructions for bfloat16" not in caplog.text
+    for _ in range(2):
+        load_model(tmp_path, dtype="bfloat16")
+    assert caplog.text.count("no instructions for bfloat16") == 1
