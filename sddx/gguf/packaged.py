@@ -122,7 +122,19 @@ def located(config: dict[str, Any]) -> dict[str, Any]:
     path, revision = _unpacked(_file_of(model), store), model.get("revision")
     dtype = _own_dtype(path, revision) if model.get("dtype") == "auto" else model.get("dtype")
     other = _unpacked(teacher, store) if isinstance(teacher, str) else teacher
-    return {**config, "model": {**model, "path": path, "dtype": dtype}, "teacher": other}
+    found = {**config, "model": {**model, "path": path, "dtype": dtype}, "teacher": other}
+    return found | ({"merging": _students_located(config["merging"], store)} if config.get("merging") else {})
+
+
+def _students_located(merging: Mapping[str, Any], store: str | None) -> dict[str, Any]:
+    """The runs whose students are merged, with their models found as that of the run itself is."""
+    found = [
+        located({**each, "store": store}) if isinstance(each, Mapping) else each for each in merging["students"]
+    ]
+    apart = [
+        {name: each[name] for name in each if name != "store"} if isinstance(each, dict) else each for each in found
+    ]
+    return {**merging, "students": apart}
 
 
 def _file_of(model: Mapping[str, Any]) -> str:
