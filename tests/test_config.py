@@ -30,13 +30,22 @@ FILES = [path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml")) if path
 GROUPED = [path for path in FILES if path.parts[0] not in ("hydra", "sweeps", path.name)]
 OPTIONS = [(path.parent.as_posix(), path.stem) for path in GROUPED]
 # What is added: an experiment, and a term beside those of a loss.
-ADDED = {"experiment": "+experiment", "rehearse": "+rehearse", "loss/term": "+loss/term@loss.terms.one_more"}
+ADDED = {
+    "experiment": "+experiment",
+    "rehearse": "+rehearse",
+    "merging": "+merging",
+    "loss/term": "+loss/term@loss.terms.one_more",
+}
 OWED = {
     ("model", "local"): ["model.path=x"],
     ("dataset", "jsonl"): ["dataset.path=x"],
     ("calibration", "texts"): ["calibration.path=x"],
     ("text", "texts"): ["text.path=x"],
     ("evaluation", "custom"): ["evaluation.tasks=[x]"],
+    **{
+        ("merging", path.stem): ["merging.students=['seed=0','seed=1']"]
+        for path in (CONF / "merging").glob("*.yaml")
+    },
 }
 
 
@@ -63,7 +72,8 @@ def covering(sweeper: dict[str, Any]) -> Iterator[list[str]]:
     """So many cells of its grids that each value of each setting stands in one of them."""
     seen: set[str] = set()
     for grid in sweeper.get("grids", [{}]):
-        settings = {name: str(values).split(",") for name, values in {**sweeper.get("params", {}), **grid}.items()}
+        given = {**sweeper.get("params", {}), **grid}
+        settings = {name: re.split(r",(?![^\[]*\])", str(values)) for name, values in given.items()}
         for number in range(max(map(len, settings.values()))):
             cell = [f"{name}={values[min(number, len(values) - 1)]}" for name, values in settings.items()]
             if not seen.issuperset(cell):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +30,10 @@ SHOWN = dict(BLOCKS)
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the page shows, from which Python imports."""
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the files that the page shows, from which Python imports; no module of another test has their
+    names, before or after."""
+    modules = [name.removesuffix(".py") for name in SHOWN if name.startswith("my_") and name.endswith(".py")]
     for name, text in SHOWN.items():
         if name.startswith("my_"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +42,11 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    for name in modules:
+        sys.modules.pop(name, None)
+    yield tmp_path
+    for name in modules:
+        sys.modules.pop(name, None)
 
 
 def test_no_two_blocks_have_one_name() -> None:
