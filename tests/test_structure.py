@@ -49,6 +49,15 @@ def test_the_layout_is_that_of_the_class_whole_or_cut() -> None:
     assert traced(model) == found == layout(model)
 
 
+def test_of_two_lists_that_run_in_order_the_heavier_one_holds_the_blocks() -> None:
+    """Some families run a small module beside each block."""
+    model = build("llama")
+    model.model.beside = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in blocks(model))
+    for block, small in zip(blocks(model), model.model.beside, strict=True):
+        block.register_forward_pre_hook(lambda *_, small=small: small(torch.zeros(1, 1)) and None)
+    assert traced(model).blocks == "model.layers"
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bloom", "gptj", "gpt_oss", "falcon", "phi", "glm4_moe"])
 def test_families_without_an_entry_lose_blocks_and_learn(kind: str) -> None:
     """Other names for everything, one fused linear layer of a class of its own (GPT-2), eager attention alone."""
