@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -136,13 +137,12 @@ def _tried(name: str, depth: int) -> Row:
     from sddx.models.families import FAMILIES
     from sddx.models.structure import layout
     from sddx.records import Cut
-    from sddx.students.trial import small_model, try_out
+    from sddx.students.trial import try_out
     from sddx.training.trial import try_step
     from sddx.training.tuning import lora
 
     config = _config(name, depth)
-    attention = _attention(config)
-    model = small_model(config, attention)
+    attention, model = _first_that_runs(config)
     try_out(config, Cut.without({0, depth // 2}, depth), attention)
     return Row(
         family=name,
@@ -154,18 +154,16 @@ def _tried(name: str, depth: int) -> Row:
     )
 
 
-def _attention(config: Any) -> str:
-    """The first way of attending that the family knows. Raises UserError where it knows none."""
+def _first_that_runs(config: Any) -> tuple[str, Any]:
+    """The first way of attending that the family knows, and a narrow model of it. Raises UserError where it knows
+    none."""
     from sddx.students.trial import small_model
 
-    for attention in ATTENTIONS[:-1]:
-        try:
-            small_model(config, attention)
-        except UserError:
-            continue
-        return attention
-    small_model(config, ATTENTIONS[-1])
-    return ATTENTIONS[-1]
+    *others, last = ATTENTIONS
+    for attention in others:
+        with suppress(UserError):
+            return attention, small_model(config, attention)
+    return last, small_model(config, last)
 
 
 def _config(name: str, depth: int) -> Any:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sddx.errors import UserError
 
+WIDTH, VOCABULARY = 32, 64
+LARGEST = 50_000_000  # weights of a model that is only tried
 HEADS = 4
 EXPERTS = 4
 # What transformers and torch raise over settings that do not go together.
@@ -67,6 +69,17 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
     except REFUSALS as error:
         raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
     return made
+
+
+def smallest(config: Any) -> Any:
+    """The config of the narrow model on which anything is tried, of WIDTH channels and VOCABULARY ids. Raises
+    UserError as `narrow` and `built` do, and where a model of it would not be small."""
+    small = narrow(config, width=WIDTH, vocabulary=VOCABULARY)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in built(small, torch.float32).parameters())
+    if size > LARGEST:
+        raise UserError(f"a {config.model_type} model cannot be made narrow: {size:,} weights are left.")
+    return small
 
 
 def _parts(config: Any) -> list[Any]:

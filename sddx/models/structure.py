@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.narrow import REFUSALS, narrow
+from sddx.models.narrow import REFUSALS, smallest
 
-WIDTH, VOCABULARY, TOKENS = 32, 64, 2
+TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _small(kind: Any, whole: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("cpu"):
-                model = kind(narrow(whole.config, width=WIDTH, vocabulary=VOCABULARY)).eval()
+                model = kind(smallest(whole.config)).eval()
             _run(model)
         except (UserError, *REFUSALS):
             return whole

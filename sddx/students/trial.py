@@ -16,13 +16,11 @@ from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.config.build import tried
 from sddx.errors import UserError
 from sddx.models.load import load_model, said
-from sddx.models.narrow import REFUSALS, built, narrow
+from sddx.models.narrow import REFUSALS, VOCABULARY, built, smallest
 from sddx.models.outputs import require_own_head
 from sddx.records import Cut
 from sddx.students.student import saved_and_loaded
 
-WIDTH, VOCABULARY = 32, 64
-LARGEST = 50_000_000  # weights of a model that is only tried
 _mistakes: dict[tuple[str, Cut, str], str] = {}
 
 
@@ -45,12 +43,7 @@ def try_out(config: Any, cut: Cut, attention: str) -> bool:
 def small_model(config: Any, attention: str) -> Any:
     """A narrow model of this config with random weights, in eval mode. Raises UserError where none can be made, or
     none that runs."""
-    small = narrow(config, width=WIDTH, vocabulary=VOCABULARY)
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in built(small, torch.float32).parameters())
-    if size > LARGEST:
-        raise UserError(f"a {config.model_type} model cannot be made narrow: {size:,} weights are left.")
-    model = built(small, torch.float32, attn_implementation=attention)
+    model = built(smallest(config), torch.float32, attn_implementation=attention)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for weight in model.parameters():  # at first many are 0 or 1, and one stands for another

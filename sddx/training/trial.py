@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.narrow import REFUSALS
-from sddx.students.trial import VOCABULARY, small_model
+from sddx.models.narrow import REFUSALS, VOCABULARY
+from sddx.students.trial import small_model
 from sddx.training.tuning import coverage
 
 ROWS, TOKENS, RATE = 2, 12, 1e-2
