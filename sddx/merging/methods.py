@@ -51,11 +51,10 @@ def slerp(
     if share in (0, 1):
         return parents[int(share)], "parent"
     x, y, origin = (_wide(each) for each in (*parents, base))
-    if of == "differences":
-        moved, way = _arc(x - origin, y - origin, share)
-        return (origin + moved).to(base.dtype), way
-    merged, way = _arc(x, y, share)
-    return merged.to(base.dtype), way
+    if of == "weights":
+        origin = torch.zeros_like(origin)
+    moved, way = _arc(x - origin, y - origin, share)
+    return (origin + moved).to(base.dtype), way
 
 
 def _arc(x: Tensor, y: Tensor, share: float) -> Merged:
@@ -86,8 +85,7 @@ def task_arithmetic(
 ) -> Merged:
     """The base and the weighted sum of what each student learned (2212.04089). Raises UserError as `linear`
     does."""
-    learned, shares = _learned(parents, base), _shares(weights, len(parents), place)
-    return _onto(base, merge_utils.task_arithmetic(learned, learned[0].new_tensor(shares)))
+    return _summed(_learned(parents, base), base, place, weights)
 
 
 def ties(
@@ -128,7 +126,11 @@ def dare(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(sha256(f"{seed}/{number}/{place.name}".encode()).hexdigest()[:15], 16))
             learned.append(_pruned(each, density, "random"))
-    shares = _shares(weights, len(parents), place)
+    return _summed(learned, base, place, weights)
+
+
+def _summed(learned: list[Tensor], base: Tensor, place: Place, weights: Weights | None) -> Merged:
+    shares = _shares(weights, len(learned), place)
     return _onto(base, merge_utils.task_arithmetic(learned, learned[0].new_tensor(shares)))
 
 
