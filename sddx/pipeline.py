@@ -197,7 +197,8 @@ class Run:
         from sddx.students.recovered import find_run
 
         run = find_run(folder)
-        key, cut = run.summary["artifacts"].get("train"), Cut.load(self.pruned.path / "cut.json")
+        key, kept = run.summary["artifacts"].get("train"), self.pruned.path / "cut.json"
+        cut = Cut.load(kept) if kept.exists() else run.cut  # a plan does not know yet what will be cut
         if run.trained is None or (run.summary["artifacts"]["model"], run.cut) != (self.base.key, cut):
             raise UserError(
                 f"merging.students: {folder} holds no student of this run's base and cut ({cut.name}). Name a "

@@ -19,7 +19,7 @@ from sddx.pipeline import Run
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
 from sddx.store import Store
-from sddx.train import method, run, verify
+from sddx.train import look, method, run, verify
 
 HERE = Place("model.layers.1.mlp.weight", 1)
 EXACT = {"density": 1.0}
@@ -250,6 +250,8 @@ def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
         again = Run(Store(store), Runtime(quiet=True), method(resolve(cfg)))
         assert [each.key for each in again.parents] == [each.key for each in parents]
         assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
+        plan = look(resolve(cfg) | {"store": str(tmp_path / "empty")})
+    assert "merge" in {step.stage for step in plan.steps if not step.present}
 
 
 def test_a_plan_counts_what_the_students_take_once() -> None:
