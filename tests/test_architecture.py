@@ -21,7 +21,7 @@ LEVELS = [
     {"hub", "parallel", "run_folder", "tracking"},
     {"models"},
     {"compression", "data", "merging"},
-    {"evaluation", "students"},
+    {"evaluation", "speculation", "students"},
     {"engines", "gguf", "importance", "training"},
     {"sweep"},
     {"estimate", "report"},
@@ -34,7 +34,7 @@ PAGE = runpy.run_path(str(ROOT.parent / "docs" / "architecture.py"))
 imported = PAGE["imported"]
 PURE = {
     "importance.metrics", "compression.choose", "training.losses", "merging.methods", "statistics.intervals",
-    "statistics.answers",
+    "statistics.answers", "speculation.rules",
 }  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

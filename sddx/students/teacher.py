@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.anatomy import Stack, blocks, head, is_adapted, set_blocks, stack
+from sddx.models.anatomy import INDICES, Stack, bare, blocks, head, is_adapted, set_blocks, stack
 from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut, Outputs
 
@@ -83,6 +84,16 @@ class SharedTeacher:
             # An adapter on the head itself hides the frozen projection inside.
             frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
             return replace(outputs, head=head_of(self.student, frozen))
+
+
+def beside(teacher: SharedTeacher) -> Any:
+    """The unpruned model as a second model around the student's weights, which runs while the student stays what it
+    is: its blocks have numbers of their own, and so memories. An adapter in it stays off."""
+    with teacher.unpruned() as student:
+        model = bare(student)
+        modules = (m for m in model.modules() if not any(m.children()) and not INDICES & vars(m).keys())
+        shared = [*modules, *model.parameters(), *model.buffers()]
+        return deepcopy(model, {id(each): each for each in shared})
 
 
 def _shares(student: nn.ModuleList, unpruned: nn.ModuleList, cut: Cut) -> bool:

@@ -1,0 +1,216 @@
+"""What a draft is worth to its target: tokens that stay, passes saved, time and memory."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sddx.compression.soundness import cache_bytes
+from sddx.errors import UserError
+from sddx.models.anatomy import blocks, head
+from sddx.models.decoding import greedy, is_batchable, write
+from sddx.models.load import context_of
+from sddx.models.outputs import run
+from sddx.speculation.decoding import Sampling, can_draft, speculate
+from sddx.speculation.rules import Counts, forced, speed_up
+
+Told = Callable[[int], object]
+WARM = 4  # tokens that are written untimed, since a first pass loads what later ones find
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts, the seconds that they took, and on CUDA the most bytes that were held meanwhile."""
+
+    texts: list[list[int]]
+    counts: list[Counts]
+    seconds: float
+    peak: int | None
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second, prompts read and all."""
+        return sum(map(len, self.texts)) / self.seconds
+
+
+def measure(
+    target: Any,
+    draft: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    progress: Told = lambda rows: None,
+    *,
+    lookaheads: list[int],
+    size: int,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    """What `draft` is worth to `target` over the first `size` prompts, at each of `lookaheads`.
+
+    Under `lookaheads` stand counts and rates (`rules.Counts`), how many texts are those of plain decoding, and the
+    speed-up that the acceptance promises at `cost`, the weights that a step of the draft reads over the target's;
+    under `forced`, of greedy text, the same for every lookahead up to the largest, from one pass over plain
+    decoding's text; under `bytes` weights and memories of plain decoding, of both models in one set of weights, and
+    of two copies. What stands under `measured` is of this machine: tokens a second, the speed-up, and what the
+    acceptance promises at the cost measured.
+
+    Raises UserError for a model that cannot go back in a text, and where no prompt leaves room in the context.
+    """
+    asked = _fitting(target, prompts[:size], max_new_tokens + max(lookaheads) + 1)
+    for model in (target, draft):
+        _require_route(model, max(map(len, asked)) + max_new_tokens)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
+    drawing: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    speculate(target, draft, asked[:batch_size], lookahead=1, **{**how, "max_new_tokens": WARM}, **drawing)
+    plain, alone = (_plain(model, asked, progress, how, drawing) for model in (target, draft))
+    drafted = {
+        ahead: _timed(target, speculate, draft, asked, progress, lookahead=ahead, **how, **drawing)
+        for ahead in lookaheads
+    }
+    cost = _read_by_step(draft) / _read_by_step(target)
+    found = {str(ahead): _found(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
+    return {
+        "prompts": len(asked),
+        "skipped": len(prompts[:size]) - len(asked),
+        "temperature": temperature,
+        "cost": cost,
+        "lookaheads": found,
+        "forced": {} if temperature else _forced(draft, asked, plain.texts, max(lookaheads), batch_size),
+        "bytes": _bytes(target, draft, max(map(len, asked)) + max_new_tokens, min(batch_size, len(asked))),
+        "measured": _measured(target, plain, alone, drafted, found),
+    }
+
+
+def _fitting(model: Any, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
+    """The prompts that leave room for so many tokens. Raises UserError where none does."""
+    room = context_of(model.config) or float("inf")
+    fitting = [prompt for prompt in prompts if len(prompt) + new <= room]
+    if not fitting:
+        raise UserError(
+            f"No held-out prompt leaves room for {new} tokens in the model's context of {room}. "
+            "Lower speculation.max_new_tokens."
+        )
+    return fitting
+
+
+def _require_route(model: Any, longest: int) -> None:
+    if not (can_draft(model, longest) and is_batchable(model, longest)):
+        raise UserError(
+            f"A {type(model).__name__} cannot go back in texts of {longest} tokens: it forgets their beginning, or "
+            "takes no mask. Leave out +speculation, or lower speculation.max_new_tokens."
+        )
+
+
+def _plain(
+    model: Any, prompts: Sequence[Sequence[int]], progress: Told, how: dict[str, Any], drawing: dict[str, Any]
+) -> Written:
+    """The texts that a model writes alone."""
+    sampling = Sampling(prompts, how["max_new_tokens"], **drawing).pick if drawing["temperature"] else greedy
+    return _timed(model, write, prompts, sampling, progress, **how)
+
+
+def _timed(model: Any, writing: Callable[..., Any], *given: Any, **how: Any) -> Written:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = perf_counter()
+    made = writing(model, *given, **how)
+    seconds = perf_counter() - start  # what was asked of the device is done: its tokens are here
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    texts, counts = made if isinstance(made, tuple) else (made, [])
+    return Written(texts, counts, seconds, peak)
+
+
+def _found(written: Written, plain: Sequence[Sequence[int]], lookahead: int, cost: float) -> dict[str, Any]:
+    """What became of drafts of one length."""
+    same = sum(mine == theirs for mine, theirs in zip(written.texts, plain, strict=True))
+    return {**_counted(sum(written.counts, Counts()), lookahead, cost), "same_texts": same}
+
+
+def _counted(counts: Counts, lookahead: int, cost: float) -> dict[str, Any]:
+    rates = counts.rates
+    promised = speed_up(rates["acceptance"] or 0.0, lookahead, cost)
+    return {**asdict(counts), **rates, "promised": promised}
+
+
+def _forced(
+    draft: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], most: int, batch_size: int
+) -> dict[str, Any]:
+    """By lookahead, what greedy drafts come to on these texts, from one pass over each."""
+    agreeing = hits(draft, prompts, texts, batch_size)
+    totals = {ahead: sum((forced(row, ahead) for row in agreeing), Counts()) for ahead in range(1, most + 1)}
+    return {str(ahead): {**asdict(counts), **counts.rates} for ahead, counts in totals.items()}
+
+
+def hits(
+    model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], batch_size: int
+) -> list[list[bool]]:
+    """Whether the model's likeliest token is the text's, at every token of each text after its prompt."""
+    found: list[list[bool]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(texts[row]))
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        whole = [[*prompts[row], *texts[row]] for row in rows]
+        width = max(map(len, whole))
+        ids = torch.tensor([each + [0] * (width - len(each)) for each in whole], device=device)
+        mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in whole], device=device)
+        with torch.no_grad():
+            outputs = run(model, ids, mask)
+            for place, row in enumerate(rows):
+                before = slice(len(prompts[row]) - 1, len(whole[place]) - 1)
+                likeliest = outputs.head(outputs.hidden[place, before]).argmax(-1)
+                found[row] = (likeliest == ids[place, len(prompts[row]) : len(whole[place])]).tolist()
+    return found
+
+
+def _read_by_step(model: Any) -> int:
+    """The weights that a step of decoding reads: those of the blocks and of the head."""
+    return sum(weight.numel() for part in (blocks(model), head(model)) for weight in part.parameters())
+
+
+def _bytes(target: Any, draft: Any, columns: int, rows: int) -> dict[str, int]:
+    """Weights, and the memory of so many texts of so many tokens: of the target alone, with the draft in the same
+    weights, and with the draft in weights of its own."""
+    memories = [rows * columns * cache_bytes(model) for model in (target, draft)]
+    return {
+        "plain": _weights(target) + memories[0],
+        "one_copy": _weights(target, draft) + sum(memories),
+        "two_copies": _weights(target) + _weights(draft) + sum(memories),
+    }
+
+
+def _weights(*models: Any) -> int:
+    """The bytes of the weights of these models, those that they share once."""
+    held = {id(weight): weight.nbytes for model in models for weight in model.parameters()}
+    return sum(held.values())
+
+
+def _measured(
+    target: Any, plain: Written, alone: Written, drafted: dict[int, Written], found: dict[str, Any]
+) -> dict[str, Any]:
+    """What is true of this machine alone."""
+    device, cost = next(target.parameters()).device, plain.speed / alone.speed
+    peaks = [each.peak for each in drafted.values() if each.peak is not None]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": {"plain": plain.speed, "draft": alone.speed},
+        "cost": cost,
+        "lookaheads": {
+            str(ahead): {
+                "tokens_per_second": each.speed,
+                "speed_up": each.speed / plain.speed,
+                "promised": speed_up(found[str(ahead)]["acceptance"] or 0.0, ahead, cost),
+            }
+            for ahead, each in drafted.items()
+        },
+        "peak_bytes": {"plain": plain.peak, "drafted": max(peaks)} if peaks else None,
+    }

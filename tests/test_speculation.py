@@ -1,0 +1,312 @@
+"""Laws of speculative decoding: what comes out is the target's, and what is said of drafts is so."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ALL_FAMILIES, WINDOW, adapt, build, tokens
+from scipy.stats import chisquare
+from test_decoding import WINDOWED, endings, generated, prompts
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sddx
+from sddx.compression.remove import apply_cut
+from sddx.data import selfdata
+from sddx.errors import UserError
+from sddx.models.load import load_model, load_tokenizer
+from sddx.records import Cut
+from sddx.speculation import decoding, rules
+from sddx.speculation.decoding import Route, Sampling, can_draft, speculate
+from sddx.speculation.measure import hits, measure
+from sddx.speculation.rules import Counts, forced, speed_up
+from sddx.students.plain import write_merged
+from sddx.students.teacher import SharedTeacher, beside
+from sddx.tiny import data
+
+CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
+CUT = Cut((0, 1, 3, 4), 5)
+MILD = Cut.without({3, 8}, 12)  # of the embedded model: some drafts stay, some do not
+NEW = 12
+
+
+def routes(family: str = "llama", cut: Cut = CUT, adapted: bool = True) -> tuple[Any, Any]:
+    """A random model, and what a cut and an adapter make of it, in one set of weights."""
+    student = build(family).requires_grad_(False)
+    whole = apply_cut(student, cut)
+    student = adapt(student) if adapted else student
+    return beside(SharedTeacher(student, whole, cut)), student
+
+
+def embedded(cut: Cut) -> tuple[Any, Any, list[list[int]], list[int]]:
+    """The embedded model and what a cut leaves of it, prompts, and the tokens that end an answer."""
+    model, tokenizer = load_model(CHECKPOINT).requires_grad_(False), load_tokenizer(CHECKPOINT)
+    rows = data.dataset(
+        skill="arithmetic", shift=1.0, size=9, seed=0, check=None, rewrite="tiny", trains=[]
+    ).examples
+    asked = selfdata.token_ids(tokenizer, [selfdata.render(tokenizer, row.prompt) for row in rows])
+    ends = selfdata.end_ids(model, tokenizer)
+    return beside(SharedTeacher(model, apply_cut(model, cut), cut)), model, asked, ends
+
+
+def one_hot(chosen: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(chosen, size).double()
+
+
+def test_what_comes_out_is_distributed_as_the_target_by_enumeration() -> None:
+    """Every draft of two tokens out of three, with its probability, under every number of a grid on which all that
+    is compared falls: the first token by p, the next by p given it, the third by p given both."""
+    q = torch.tensor([2.0, 2.0, 4.0], dtype=torch.float64) / 8
+    first = torch.tensor([1.0, 4.0, 3.0], dtype=torch.float64) / 8
+    second = torch.tensor([[4.0, 3.0, 1.0], [2.0, 2.0, 4.0], [1.0, 4.0, 3.0]], dtype=torch.float64) / 8
+    third = torch.tensor([2.0, 4.0, 2.0], dtype=torch.float64) / 8
+    grid = [(number + 0.5) / 12 for number in range(12)]
+    cases = list(itertools.product(range(3), range(3), grid, grid, grid))
+    drafted = torch.tensor([case[:2] for case in cases])
+    target = torch.stack([first.expand(len(cases), 3), second[drafted[:, 0]], third.expand(len(cases), 3)], dim=1)
+    uniforms = torch.tensor([[(a, own), (b, own), (0.0, own)] for *_, a, b, own in cases], dtype=torch.float64)
+    accepted, own = rules.sampled(drafted, q.expand(len(cases), 2, 3), target, uniforms)
+    weights = q[drafted].prod(1) / 12**3
+
+    def distribution(tokens: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(3, dtype=torch.float64).index_add(0, tokens[among], weights[among])
+        return total / total.sum()
+
+    emitted = torch.where(accepted >= 1, drafted[:, 0], own)
+    everywhere = torch.ones_like(emitted, dtype=torch.bool)
+    torch.testing.assert_close(distribution(emitted, everywhere), first)
+    for token in range(3):
+        after = (accepted >= 1) & (drafted[:, 0] == token)
+        torch.testing.assert_close(
+            distribution(torch.where(accepted == 2, drafted[:, 1], own), after), second[token]
+        )
+    torch.testing.assert_close(distribution(own, accepted == 2), third)
+
+
+def test_the_sampling_rule_of_certain_models_is_the_greedy_rule() -> None:
+    draw = torch.Generator().manual_seed(0)
+    drafted = torch.randint(3, (200, 4), generator=draw)
+    logits = torch.randn(200, 5, 3, generator=draw)
+    uniforms = torch.rand(200, 5, 2, generator=draw, dtype=torch.float64)
+    by_odds = rules.sampled(drafted, one_hot(drafted, 3), one_hot(logits.argmax(-1), 3), uniforms)
+    for mine, theirs in zip(by_odds, rules.greedy(drafted, logits), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_equal_probabilities_accept_all() -> None:
+    odds = torch.rand(50, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    drafted = torch.randint(7, (50, 3), generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(50, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    accepted, own = rules.sampled(drafted, odds[:, :-1], odds, uniforms)
+    assert accepted.tolist() == [3] * 50
+    assert torch.equal(own, rules.drawn(odds[:, -1], uniforms[:, -1, 1]))
+
+
+@pytest.mark.parametrize("family", sorted({*ALL_FAMILIES, "granite"} - {*WINDOWED}))
+def test_greedy_text_is_the_targets(family: str) -> None:
+    """Token for token, the first included, for every lookahead and batch, where rows end at different places."""
+    target, draft = routes(family)
+    asked = prompts(2)
+    assert can_draft(target, 60) and can_draft(draft, 60)
+    ends = endings(target, asked, NEW)
+    expected = [generated(target, row, NEW, ends) for row in asked]
+    assert len({len(row) for row in expected}) > 1
+    for lookahead, size in ((1, 1), (3, 4), (5, len(asked))):
+        how = {"lookahead": lookahead, "max_new_tokens": NEW, "batch_size": size, "ends": ends}
+        assert speculate(target, draft, asked, **how)[0] == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("lost", ["no_attention", "no_feedforward"])
+def test_drafts_without_branches_draft(family: str, lost: str) -> None:
+    target, draft = routes(family, Cut((0, 1, 2, 3, 4), 5, **{lost: (0, 2)}), adapted=False)
+    asked = prompts(0)
+    found, _ = speculate(target, draft, asked, lookahead=3, max_new_tokens=NEW, batch_size=4, ends=[])
+    assert found == [generated(target, row, NEW, []) for row in asked]
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_must_hold_the_whole_text(family: str) -> None:
+    target, draft = routes(family)
+    assert not can_draft(target, WINDOW) and can_draft(draft, WINDOW - 1)
+    how = {"lookaheads": [2], "size": 2, "max_new_tokens": WINDOW, "batch_size": 2, "temperature": 0.0, "seed": 0}
+    with pytest.raises(UserError, match="cannot go back in texts of"):
+        measure(target, draft, prompts(0, (3, 2)), [], **how)
+
+
+def test_a_draft_that_is_the_target_is_accepted_whole() -> None:
+    """Greedily and sampled: each pass brings as many tokens as it may."""
+    target, _ = routes()
+    asked = prompts(0)
+    for temperature in (0.0, 0.8):
+        how = {"lookahead": 4, "max_new_tokens": 15, "batch_size": 4, "ends": [], "temperature": temperature}
+        _, counts = speculate(target, target, asked, **how)
+        assert counts == [Counts(15, 3, 12, 12)] * len(asked)
+
+
+def test_a_text_that_ends_within_a_draft_tests_no_more_of_it() -> None:
+    target, _ = routes()
+    asked = prompts(0)[:1]
+    ends = [generated(target, asked[0], 3, [])[2]]
+    assert generated(target, asked[0], 9, ends)[-1] == ends[0]
+    written, counts = speculate(target, target, asked, lookahead=8, max_new_tokens=9, batch_size=1, ends=ends)
+    length = len(written[0])
+    assert counts == [Counts(length, 1, length, length)]
+
+
+def test_both_routes_are_one_set_of_weights_and_leave_each_other_alone() -> None:
+    """The target is the unpruned model, without the adapter; the student is what it was."""
+    plain, ids = build("llama"), tokens()
+    student = build("llama").requires_grad_(False)
+    whole = apply_cut(student, CUT)
+    student = adapt(student)
+    before = student(input_ids=ids).logits
+    target = beside(SharedTeacher(student, whole, CUT))
+    assert torch.equal(target(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert torch.equal(student(input_ids=ids).logits, before)
+    held = {id(weight) for weight in whole.blocks.parameters()} | {id(weight) for weight in student.parameters()}
+    assert {id(weight) for weight in target.parameters()} <= held
+    assert target.config.num_hidden_layers == 5 and student.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt", "opt"])
+def test_going_back_is_as_never_having_been_there(family: str) -> None:
+    """Rows of different lengths that read on, go back by different lengths and leave have the logits of each
+    alone."""
+    model, draw = build(family), random.Random(0)
+    texts = [[draw.randrange(2, 64) for _ in range(40)] for _ in range(4)]
+    route, at, names = Route(model, 4, 60), [0] * 4, [0, 1, 2, 3]
+    for step in range(12):
+        astray = [
+            texts[n][: at[i]] + [draw.randrange(2, 64) for _ in range(draw.randint(1, 3))]
+            for i, n in enumerate(names)
+        ]
+        with torch.no_grad():
+            route.read(astray)
+            route.back(at)
+            at = [place + draw.randint(2, 3) for place in at]
+            found = route.read([texts[n][:end] for n, end in zip(names, at, strict=True)], 2)
+            for row, (n, end) in enumerate(zip(names, at, strict=True)):
+                alone = model(input_ids=torch.tensor([texts[n][:end]])).logits[0, -2:]
+                torch.testing.assert_close(found[row], alone, atol=1e-4, rtol=1e-4)
+        if step in (4, 8):
+            route.drop(0)
+            names[0], at[0] = names[-1], at[-1]
+            names, at = names[:-1], at[:-1]
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5])
+def test_one_pass_over_the_targets_text_tells_what_drafting_comes_to(lookahead: int) -> None:
+    """Row by row, whatever the batches, and of texts that end by themselves and that are cut off."""
+    target, draft, asked, ends = embedded(MILD)
+    for most in (7, 40):
+        how = {"lookahead": lookahead, "max_new_tokens": most, "batch_size": 4, "ends": ends}
+        texts, counts = speculate(target, draft, asked, **how)
+        assert [forced(row, lookahead) for row in hits(draft, asked, texts, 4)] == counts
+    total = sum(counts, Counts())
+    assert 0 < total.accepted < total.tested
+
+
+def test_samples_are_distributed_as_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chi-square over all texts of three tokens of a tiny model's, by its own probabilities."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, initializer_range=0.5, **shape)).eval().requires_grad_(False)
+    cut = Cut((0, 1, 3), 4)
+    target = beside(SharedTeacher(model, apply_cut(model, cut), cut))
+
+    class Free(Sampling):
+        """Numbers of their own for rows of one prompt."""
+
+        def __init__(self, prompts: Any, places: int, *given: Any) -> None:
+            super().__init__(prompts[:1], places, *given)
+            draw = torch.Generator().manual_seed(3)
+            self.uniforms = torch.rand(len(prompts), places, 3, generator=draw, dtype=torch.float64)
+
+    monkeypatch.setattr(decoding, "Sampling", Free)
+    rows, temperature = 6000, 1.3
+    how = {"lookahead": 2, "max_new_tokens": 3, "batch_size": rows, "ends": [], "temperature": temperature}
+    texts, counts = speculate(target, model, [[1, 2]] * rows, **how)
+    assert 0.1 < sum(counts, Counts()).rates["acceptance"] < 0.97
+    every = list(itertools.product(range(5), repeat=3))
+    with torch.no_grad():
+        logits = target(input_ids=torch.tensor([[1, 2, *text] for text in every])).logits[:, 1:-1]
+    odds = (
+        (logits.double() / temperature).softmax(-1).gather(-1, torch.tensor(every)[..., None]).prod(1).squeeze(-1)
+    )
+    seen = [sum(tuple(text) == each for text in texts) for each in every]
+    common = odds * rows >= 5
+    observed = [*itertools.compress(seen, common), sum(itertools.compress(seen, ~common))]
+    expected = [*(rows * odds[common]).tolist(), float(rows * odds[~common].sum())]
+    assert chisquare(observed, expected).pvalue > 0.01
+    with torch.no_grad():
+        of_draft = model(input_ids=torch.tensor([[1, 2, *text] for text in every])).logits[:, 1:-1]
+    other = (
+        (of_draft.double() / temperature).softmax(-1).gather(-1, torch.tensor(every)[..., None]).prod(1).squeeze(-1)
+    )
+    wrong = [*(rows * other[common]).tolist(), float(rows * other[~common].sum())]
+    assert chisquare(observed, wrong).pvalue < 1e-6  # the test would tell the draft's own
+
+
+def test_samples_hang_on_no_neighbour_and_no_batch() -> None:
+    target, draft = routes()
+    asked = prompts(0)
+    how = {"lookahead": 3, "max_new_tokens": NEW, "ends": [1], "temperature": 1.0, "seed": 5}
+    texts, _ = speculate(target, draft, asked, batch_size=len(asked), **how)
+    assert speculate(target, draft, asked, batch_size=2, **how)[0] == texts
+    assert speculate(target, draft, asked[3:], batch_size=2, **how)[0] == texts[3:]
+    assert speculate(target, draft, asked, batch_size=2, **{**how, "seed": 6})[0] != texts
+
+
+def test_transformers_assisted_generation_writes_the_same(tmp_path: Path) -> None:
+    """With the exported student, a lookahead that stays and no threshold that ends drafts early."""
+    target, draft, asked, ends = embedded(MILD)
+    write_merged(draft, CHECKPOINT, tmp_path / "student")
+    exported, whole = load_model(tmp_path / "student"), load_model(CHECKPOINT)
+    exported.generation_config.num_assistant_tokens = 4
+    exported.generation_config.num_assistant_tokens_schedule = "constant"
+    exported.generation_config.assistant_confidence_threshold = 0.0
+    found, _ = speculate(target, draft, asked, lookahead=4, max_new_tokens=40, batch_size=4, ends=ends)
+    for prompt, text in zip(asked, found, strict=True):
+        ids = torch.tensor([prompt])
+        how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+        made = whole.generate(ids, attention_mask=torch.ones_like(ids), assistant_model=exported, **how)
+        assert made[0, len(prompt) :].tolist() == text
+
+
+def test_expected_speed_up() -> None:
+    """By hand; above 1 with one token ahead only where the acceptance exceeds the cost."""
+    assert speed_up(0.5, 2, 0.25) == pytest.approx(1.75 / 1.5)
+    assert speed_up(1.0, 3, 0.5) == pytest.approx(4 / 2.5)
+    assert speed_up(0.0, 4, 0.5) == pytest.approx(1 / 3)
+    assert speed_up(0.7, 1, 0.7) == pytest.approx(1.0)
+    assert speed_up(0.71, 1, 0.7) > 1 > speed_up(0.69, 1, 0.7)
+
+
+def test_what_is_measured_agrees_with_itself() -> None:
+    """Forced and measured counts, the texts of plain decoding, and what one set of weights saves."""
+    target, draft, asked, ends = embedded(MILD)
+    how = {"size": 6, "max_new_tokens": 24, "batch_size": 4, "temperature": 0.0, "seed": 0}
+    found = measure(target, draft, asked, ends, lookaheads=[1, 3], **how)
+    assert found["prompts"] == 6 and found["skipped"] == 0 and list(found["forced"]) == ["1", "2", "3"]
+    for ahead, record in found["lookaheads"].items():
+        assert record["same_texts"] == 6
+        assert {name: record[name] for name in found["forced"][ahead]} == found["forced"][ahead]
+    held = found["bytes"]
+    assert held["plain"] < held["one_copy"] < held["two_copies"]
+    assert held["one_copy"] - held["plain"] < 0.2 * held["plain"]
+    sampled = measure(target, draft, asked, ends, lookaheads=[2], **{**how, "temperature": 1.0})
+    assert sampled["forced"] == {} and 0 < sampled["lookaheads"]["2"]["acceptance"] < 1
+
+
+def test_prompts_that_fill_the_context_are_left_out() -> None:
+    target, draft = routes()
+    how = {"lookaheads": [2], "size": 3, "max_new_tokens": 8, "batch_size": 2, "temperature": 0.0, "seed": 0}
+    found = measure(target, draft, prompts(0, (3, 125, 4)), [], **how)
+    assert found["prompts"] == 2 and found["skipped"] == 1
+    with pytest.raises(UserError, match="leaves room for 11 tokens in the model's context of 128"):
+        measure(target, draft, prompts(0, (125,)), [], **how)
