@@ -46,6 +46,7 @@ class Method:
     text: Node
     seed: int
     merging: dict[str, Any] | None = None
+    speculation: Node | None = None
 
 
 class Run:
@@ -74,12 +75,13 @@ class Run:
     @cached_property
     def data(self) -> Artifact | None:
         """The rows of the data set in their order."""
+        return self._prepared(self.dataset) if self.trains else None
+
+    def _prepared(self, dataset: Node) -> Artifact:
         from sddx.stages.prepare.run import prepare
 
-        if not self.trains:
-            return None
-        inputs: Inputs = {"files": read_by(self.store, self.dataset)}
-        return self._make(prepare, inputs, dataset=self.dataset, validation=self.method.validation)
+        inputs: Inputs = {"files": read_by(self.store, dataset)}
+        return self._make(prepare, inputs, dataset=dataset, validation=self.method.validation)
 
     @cached_property
     def scores(self) -> Artifact | None:
@@ -233,6 +235,29 @@ class Run:
         if self.merged:
             yield Subject("merged", "merged", {**pruned, "student": self.merged})
 
+    @cached_property
+    def prompts(self) -> dict[str, Artifact]:
+        """The held-out rows whose prompts drafts are tried on: of the run's data set, and of those beside it."""
+        from sddx.data.sources import pinned
+
+        if (asked := self.method.speculation) is None:
+            return {}
+        nodes = {"dataset": self.method.dataset, **asked["datasets"]}
+        prepared = {name: self._prepared(pinned(node)).path for name, node in nodes.items()}
+        return {name: self.store.source("rows", path / "validation.jsonl") for name, path in prepared.items()}
+
+    @cached_property
+    def drafts(self) -> list[Artifact]:
+        """What each model but the unpruned one is worth as a draft for it, on each set of prompts."""
+        from sddx.stages.draft.run import draft
+
+        spec = {"speculation": {**(self.method.speculation or {}), "datasets": {}}, **self.how}
+        return [
+            self._make(draft, {"base": self.base, "rows": rows, **subject.inputs}, **spec)
+            for subject in self.subjects[1:]
+            for rows in self.prompts.values()
+        ]
+
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""
         from sddx.stages.evaluate.run import evaluate
@@ -274,7 +299,8 @@ class Run:
         inputs = dict(self._in_order())
         results = [self.result(subject) for subject in self.subjects]
         subjects = [{"name": subject.name, "role": subject.role} for subject in self.subjects]
-        return self._make(report, {**inputs, "results": results}, choices=choices, subjects=subjects)
+        spec = {"choices": choices, "subjects": subjects, "prompts": list(self.prompts)}
+        return self._make(report, {**inputs, "results": results}, **spec)
 
     def _in_order(self) -> Iterator[tuple[str, Artifact | list[Artifact] | None]]:
         """All but the results, what fails soonest first: the rows, since nothing is to be paid for where they are
@@ -282,7 +308,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "merged", "written", "overlap"):
+        for name in ("rows", "student", "merged", "drafts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:

@@ -34,6 +34,7 @@ ADDED = {
     "experiment": "+experiment",
     "rehearse": "+rehearse",
     "merging": "+merging",
+    "speculation": "+speculation",
     "loss/term": "+loss/term@loss.terms.one_more",
 }
 OWED = {

@@ -55,6 +55,7 @@ def test_every_command_has_its_line() -> None:
         ("commands", "model pruning/patch dataset loss tuning generation trainer evaluation"),
         ("pruning", "pruning"),
         ("merging", "merging"),
+        ("drafts", "speculation"),
         ("sweeps", "sweeps hydra/launcher"),
     ],
 )

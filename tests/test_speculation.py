@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composing import SMALL, composed, resolve
 from families import ALL_FAMILIES, WINDOW, adapt, build, tokens
 from scipy.stats import chisquare
 from test_decoding import WINDOWED, endings, generated, prompts
@@ -17,16 +19,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sddx
 from sddx.compression.remove import apply_cut
 from sddx.data import selfdata
-from sddx.errors import UserError
+from sddx.errors import UserError, mistakes_of, require_none
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
+from sddx.report import page, table
+from sddx.report.drafts import draft_sections
 from sddx.speculation import decoding, rules
 from sddx.speculation.decoding import Route, Sampling, can_draft, speculate
-from sddx.speculation.measure import hits, measure
+from sddx.speculation.measure import Drafts, hits
 from sddx.speculation.rules import Counts, forced, speed_up
+from sddx.stages.cost import estimated
+from sddx.stages.draft import check as draft_check
 from sddx.students.plain import write_merged
 from sddx.students.teacher import SharedTeacher, beside
 from sddx.tiny import data
+from sddx.train import look, run, verify
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 CUT = Cut((0, 1, 3, 4), 5)
@@ -133,9 +140,17 @@ def test_drafts_without_branches_draft(family: str, lost: str) -> None:
 def test_windows_must_hold_the_whole_text(family: str) -> None:
     target, draft = routes(family)
     assert not can_draft(target, WINDOW) and can_draft(draft, WINDOW - 1)
-    how = {"lookaheads": [2], "size": 2, "max_new_tokens": WINDOW, "batch_size": 2, "temperature": 0.0, "seed": 0}
+    how = {
+        "lookaheads": [2],
+        "size": 2,
+        "max_new_tokens": WINDOW,
+        "batch_size": 2,
+        "temperature": 0.0,
+        "seed": 0,
+        "datasets": {},
+    }
     with pytest.raises(UserError, match="cannot go back in texts of"):
-        measure(target, draft, prompts(0, (3, 2)), [], **how)
+        Drafts(**how)(target, draft, prompts(0, (3, 2)), [])
 
 
 def test_a_draft_that_is_the_target_is_accepted_whole() -> None:
@@ -290,8 +305,8 @@ def test_expected_speed_up() -> None:
 def test_what_is_measured_agrees_with_itself() -> None:
     """Forced and measured counts, the texts of plain decoding, and what one set of weights saves."""
     target, draft, asked, ends = embedded(MILD)
-    how = {"size": 6, "max_new_tokens": 24, "batch_size": 4, "temperature": 0.0, "seed": 0}
-    found = measure(target, draft, asked, ends, lookaheads=[1, 3], **how)
+    how = {"size": 6, "max_new_tokens": 24, "batch_size": 4, "temperature": 0.0, "seed": 0, "datasets": {}}
+    found = Drafts(**how, lookaheads=[1, 3])(target, draft, asked, ends)
     assert found["prompts"] == 6 and found["skipped"] == 0 and list(found["forced"]) == ["1", "2", "3"]
     for ahead, record in found["lookaheads"].items():
         assert record["same_texts"] == 6
@@ -299,14 +314,129 @@ def test_what_is_measured_agrees_with_itself() -> None:
     held = found["bytes"]
     assert held["plain"] < held["one_copy"] < held["two_copies"]
     assert held["one_copy"] - held["plain"] < 0.2 * held["plain"]
-    sampled = measure(target, draft, asked, ends, lookaheads=[2], **{**how, "temperature": 1.0})
+    sampled = Drafts(**{**how, "temperature": 1.0}, lookaheads=[2])(target, draft, asked, ends)
     assert sampled["forced"] == {} and 0 < sampled["lookaheads"]["2"]["acceptance"] < 1
 
 
 def test_prompts_that_fill_the_context_are_left_out() -> None:
     target, draft = routes()
-    how = {"lookaheads": [2], "size": 3, "max_new_tokens": 8, "batch_size": 2, "temperature": 0.0, "seed": 0}
-    found = measure(target, draft, prompts(0, (3, 125, 4)), [], **how)
+    how = {
+        "lookaheads": [2],
+        "size": 3,
+        "max_new_tokens": 8,
+        "batch_size": 2,
+        "temperature": 0.0,
+        "seed": 0,
+        "datasets": {},
+    }
+    found = Drafts(**how)(target, draft, prompts(0, (3, 125, 4)), [])
     assert found["prompts"] == 2 and found["skipped"] == 1
     with pytest.raises(UserError, match="leaves room for 11 tokens in the model's context of 128"):
-        measure(target, draft, prompts(0, (125,)), [], **how)
+        Drafts(**how)(target, draft, prompts(0, (125,)), [])
+
+
+DRAFTED = (*SMALL, "+speculation=draft", "speculation.size=8", "speculation.lookaheads=[1,3]")
+
+
+def settings(*given: str) -> dict[str, Any]:
+    with composed(*given) as cfg:
+        return resolve(cfg)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["speculation.size=9"], r"speculation.size=9 prompts .* validation=8 holds out fewer. Use validation=9"),
+        (["speculation.lookaheads=[]"], r"speculation.lookaheads=\[\]: tokens that are drafted at a time"),
+        (["speculation.lookaheads=[2,0]"], r"Give one number or more, each once and from 1"),
+        (
+            ["speculation.max_new_tokens=2000"],
+            "No held-out prompt leaves room for 2004 tokens in the model's context",
+        ),
+        (["speculation.temperature=-1"], "speculation.temperature=-1 must be 0 or more"),
+        (["+speculation.datasets.other={_target_: sddx.tiny.data.dataset}"], "speculation.datasets.other.skill"),
+    ],
+)
+def test_what_cannot_be_drafted_is_refused_before_work(given: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        verify(settings(*DRAFTED, *given))
+
+
+def test_drafts_in_shards_are_refused() -> None:
+    config = settings(*DRAFTED)
+    config["trainer"] = {**config["trainer"], "strategy": "fsdp"}
+    with pytest.raises(UserError, match="on one device that holds the model whole"):
+        require_none(mistakes_of(draft_check.of_settings(config)))
+
+
+def test_a_run_says_what_its_models_are_worth_as_drafts(tmp_path: Path) -> None:
+    """The pruned and the recovered one; a run that trains nothing finds the pruned one's in the store."""
+    store = tmp_path / "store"
+    asked = (*DRAFTED, f"store={store}", "+dataset@speculation.datasets.comparison=tiny_comparison")
+    summary = json.loads(run(settings(*asked, "loss=sft"), tmp_path / "one").read_text())
+    assert {name: list(of) for name, of in summary["drafts"].items()} == {
+        name: ["dataset", "comparison"] for name in ("pruned", "recovered")
+    }
+    for found in (found for of in summary["drafts"].values() for found in of.values()):
+        assert found["prompts"] == 8 and found["measured"]["tokens_per_second"]["plain"] > 0
+        for ahead in ("1", "3"):
+            assert found["lookaheads"][ahead]["same_texts"] == 8
+            assert found["lookaheads"][ahead]["acceptance"] == found["forced"][ahead]["acceptance"]
+    shown = dict(table.lines(summary))
+    assert "accepted" in shown["draft recovered, 3 ahead, comparison"] and "memory" in shown["drafts were timed on"]
+    titles = {section.name: section for section in page.sections([summary], [])}
+    drafted = {tuple(row[:4]) for row in titles["drafts"].table["rows"]}
+    assert ("all runs", "untuned", "tiny_arithmetic", "1") in drafted and len(drafted) == 8
+    untrained = settings(*asked, "loss=none")
+    missing = {step.stage for step in look(untrained).steps if not step.present}
+    assert missing == {"report"}
+    alone = json.loads(run(untrained, tmp_path / "two").read_text())
+    assert alone["drafts"] == {"pruned": summary["drafts"]["pruned"]}
+
+
+def test_arms_are_compared_as_drafts_over_seeds() -> None:
+    """By hand: three seeds of two arms, and one pruned model."""
+
+    def of(acceptance: float) -> dict[str, Any]:
+        rates = {"acceptance": acceptance, "accepted_length": 1.0, "length": 2.0, "saved": 0.5}
+        timed = {"speed_up": 0.9, "promised": 1.1}
+        return {"dataset": {"lookaheads": {"4": rates}, "measured": {"lookaheads": {"4": timed}}}}
+
+    runs = [
+        {
+            "choices": {"loss": arm, "seed": seed, "dataset": "mine"},
+            "drafts": {"pruned": of(0.5), "recovered": of(0.6 + gain + 0.1 * seed)},
+            "scores": {"unpruned": {}, "pruned": {}, "recovered": {}},
+        }
+        for arm, gain in (("sft", 0.0), ("sdd", 0.05))
+        for seed in range(3)
+    ]
+    worth, apart = (section.table["rows"] for section in draft_sections(runs))
+    assert worth[0] == ["all runs", "untuned", "mine", "4", "-", "50.0 %", "1.00", "2.00", "50.0 %", "0.90", "1.10"]
+    assert [row[1] for row in worth] == ["untuned", "sft", "sdd"]
+    assert worth[1][5] == "70.0 % (45.2 to 94.8)"  # t(2) times 10 / sqrt(3)
+    assert apart == [["all runs", "sdd - sft", "mine", "4", "3", "+5.0 (+5.0 to +5.0)"]]
+
+
+def test_own_weights_are_a_second_copy(tmp_path: Path) -> None:
+    """After full fine-tuning nothing is shared; the text is still the target's."""
+    given = (*DRAFTED, f"store={tmp_path / 'store'}", "loss=sft", "tuning=full")
+    found = json.loads(run(settings(*given), tmp_path / "one").read_text())["drafts"]
+    one, two = (found[name]["dataset"]["bytes"] for name in ("pruned", "recovered"))
+    assert one["one_copy"] < one["two_copies"] == two["two_copies"] == two["one_copy"]
+    assert found["recovered"]["dataset"]["lookaheads"]["3"]["same_texts"] == 8
+
+
+def test_a_plan_counts_drafts() -> None:
+    parts = estimated(settings(*DRAFTED, "loss=sft")).parts()
+    assert {part.stage for part in parts} >= {"draft pruned", "draft recovered"}
+    assert all(part.steps > 0 for part in parts if part.stage.startswith("draft"))
+    assert not [part for part in estimated(settings(*SMALL)).parts() if part.stage.startswith("draft")]
+
+
+def test_drafts_can_be_rehearsed(tmp_path: Path) -> None:
+    """On the rows that a rehearsal holds out, and said so."""
+    given = ("+experiment=llama_30L", "+rehearse=cpu", "+speculation=draft", f"store={tmp_path / 'store'}")
+    config = settings(*given)
+    assert config["speculation"]["size"] == 8 and any(line.startswith("drafts:") for line in config["rehearse"])
+    verify(config)

@@ -65,8 +65,12 @@ def wanted(config: dict[str, Any]) -> list[Wanted]:
         for group, path, revision in models
         if path and not Path(path).expanduser().is_dir()
     ]
-    for group in ("dataset", "calibration", "text"):
-        if of_hub(node := config[group]):
+    nodes = [(group, config[group]) for group in ("dataset", "calibration", "text")]
+    nodes += [
+        ("speculation", node) for node in (config.get("speculation") or {"datasets": {}})["datasets"].values()
+    ]
+    for group, node in nodes:
+        if of_hub(node):
             asked.append(Wanted("dataset", node["name"], node["revision"], (node["subset"],), (group,)))
     asked += [Wanted("dataset", name, None, (subset,), ("evaluation",)) for name, subset in _task_data(config)]
     return merged(asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from sddx.store import manifest
 @dataclass(frozen=True)
 class RunArtifacts:
     """What a run built, or found in the store, by name (`sddx.pipeline.Run` says what each is); of `results`, one
-    for each of `subjects`, which are records of name and role."""
+    for each of `subjects`, which are records of name and role; of `drafts`, one for each subject but the first and
+    each of `prompts`, which are names."""
 
     base: Artifact
     pruned: Artifact
@@ -35,6 +37,8 @@ class RunArtifacts:
     rows: Sequence[Artifact] = ()
     student: Artifact | None = None
     merged: Artifact | None = None
+    prompts: Sequence[str] = ()
+    drafts: Sequence[Artifact] = ()
     written: Artifact | None = None
     overlap: Artifact | None = None
 
@@ -43,11 +47,18 @@ class RunArtifacts:
         """The results by the name of the model."""
         return {each["name"]: result for each, result in zip(self.subjects, self.results, strict=True)}
 
+    @property
+    def drafted(self) -> dict[tuple[str, str], Artifact]:
+        """What was found of drafts, by the name of the model and that of the prompts."""
+        pairs = product([each["name"] for each in self.subjects[1:]], self.prompts)
+        return dict(zip(pairs, self.drafts, strict=True))
+
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
         late = {"train": self.student, "merge": self.merged, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
+        late |= {f"draft_{'_'.join(pair)}".removesuffix("_dataset"): made for pair, made in self.drafted.items()}
         stages = {stage: [made] if made else [] for stage, made in one.items()}
         stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
         stages |= {stage: [made] if made else [] for stage, made in late.items()}
@@ -140,6 +151,7 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
         "merged": _read(found.merged, "merge.json") if found.merged else None,
+        "drafts": _drafts(found),
         "written": _read(found.written, "written.json") if found.written else None,
         "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
@@ -156,6 +168,14 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
         "device": built["device"],
         "threads": built["threads"],
     }
+
+
+def _drafts(found: RunArtifacts) -> dict[str, dict[str, Any]]:
+    """By the name of the model and that of the prompts, what it is worth as a draft."""
+    drafts: dict[str, dict[str, Any]] = {}
+    for (name, prompts), made in found.drafted.items():
+        drafts.setdefault(name, {})[prompts] = _read(made, "draft.json")
+    return drafts
 
 
 def _read(artifact: Artifact, name: str) -> Any:

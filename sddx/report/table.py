@@ -88,6 +88,8 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("cache, bytes a token", _parameters(summary.get("cache_bytes"))),
         ("update left unexplained by", _shares(summary.get("patch_unexplained") or {})),
         ("merged", _ways((summary.get("merged") or {}).get("ways", {}))),
+        *_drafts(summary.get("drafts") or {}),
+        ("drafts were timed on", _timed(summary.get("drafts") or {})),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
@@ -97,6 +99,35 @@ def _ways(tensors: Mapping[str, int]) -> str:
     """How many tensors of a merged model took which way."""
     words = {"arc": "along an arc", "line": "along a line", "parent": "as one student has them"}
     return f"{', '.join(f'{n} {words[way]}' for way, n in tensors.items())} (tensors)" if tensors else ABSENT
+
+
+def _drafts(drafts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What each draft is worth at each lookahead, on each set of prompts; times are of the machine that is
+    named."""
+    return [
+        (f"draft {model}, {ahead} ahead" + (f", {name}" if name != "dataset" else ""), _draft(found, ahead))
+        for model, of in drafts.items()
+        for name, found in of.items()
+        for ahead in found["lookaheads"]
+    ]
+
+
+def _draft(found: Mapping[str, Any], ahead: str) -> str:
+    rates, timed = found["lookaheads"][ahead], found["measured"]["lookaheads"][ahead]
+    accepted, saved = percent(rates["acceptance"]), percent(rates["saved"])
+    return (
+        f"{accepted} accepted, {rates['accepted_length']:.2f} a pass ({rates['length']:.2f} with the target's "
+        f"own), {saved} of passes saved, {timed['speed_up']:.2f} times as fast (promised {timed['promised']:.2f})"
+    )
+
+
+def _timed(drafts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The machines on which drafts were timed, and what both models take in one set of weights."""
+    found = [found for of in drafts.values() for found in of.values()]
+    places = {f"{each['measured']['device']} (threads: {each['measured']['threads']})" for each in found}
+    shares = [each["bytes"]["one_copy"] / each["bytes"]["plain"] for each in found]
+    held = f"; {max(shares):.2f} times the memory of plain decoding" if found else ""
+    return ", ".join(sorted(places)) + held if found else ABSENT
 
 
 def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 
 from sddx.compression.soundness import cache_bytes
 from sddx.errors import UserError
-from sddx.models.anatomy import blocks, head
+from sddx.models.anatomy import bare, blocks, head
 from sddx.models.decoding import greedy, is_batchable, write
 from sddx.models.load import context_of
 from sddx.models.outputs import run
 from sddx.speculation.decoding import Sampling, can_draft, speculate
-from sddx.speculation.rules import Counts, forced, speed_up
+from sddx.speculation.rules import Counts, speed_up
+from sddx.speculation.rules import forced as of_text
 
 Told = Callable[[int], object]
 WARM = 4  # tokens that are written untimed, since a first pass loads what later ones find
@@ -38,73 +39,96 @@ class Written:
         return sum(map(len, self.texts)) / self.seconds
 
 
-def measure(
-    target: Any,
-    draft: Any,
-    prompts: Sequence[Sequence[int]],
-    ends: Sequence[int],
-    progress: Told = lambda rows: None,
-    *,
-    lookaheads: list[int],
-    size: int,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float,
-    seed: int,
-) -> dict[str, Any]:
-    """What `draft` is worth to `target` over the first `size` prompts, at each of `lookaheads`.
+@dataclass(frozen=True)
+class Drafts:
+    """The group `speculation`: how drafts are tried. `size` held-out prompts of the run's data set, and of each of
+    `datasets` beside it, are gone on with by up to `max_new_tokens`, so many rows at once, at each of `lookaheads`;
+    greedily at a `temperature` of 0, else drawn by `seed`. Raises UserError for lookaheads that are none."""
 
-    Under `lookaheads` stand counts and rates (`rules.Counts`), how many texts are those of plain decoding, and the
-    speed-up that the acceptance promises at `cost`, the weights that a step of the draft reads over the target's;
-    under `forced`, of greedy text, the same for every lookahead up to the largest, from one pass over plain
-    decoding's text; under `bytes` weights and memories of plain decoding, of both models in one set of weights, and
-    of two copies. What stands under `measured` is of this machine: tokens a second, the speed-up, and what the
-    acceptance promises at the cost measured.
+    lookaheads: list[int]
+    size: int
+    max_new_tokens: int
+    batch_size: int
+    temperature: float
+    seed: int
+    datasets: Mapping[str, Any]
 
-    Raises UserError for a model that cannot go back in a text, and where no prompt leaves room in the context.
-    """
-    asked = _fitting(target, prompts[:size], max_new_tokens + max(lookaheads) + 1)
-    for model in (target, draft):
-        _require_route(model, max(map(len, asked)) + max_new_tokens)
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
-    drawing: dict[str, Any] = {"temperature": temperature, "seed": seed}
-    speculate(target, draft, asked[:batch_size], lookahead=1, **{**how, "max_new_tokens": WARM}, **drawing)
-    plain, alone = (_plain(model, asked, progress, how, drawing) for model in (target, draft))
-    drafted = {
-        ahead: _timed(target, speculate, draft, asked, progress, lookahead=ahead, **how, **drawing)
-        for ahead in lookaheads
-    }
-    cost = _read_by_step(draft) / _read_by_step(target)
-    found = {str(ahead): _found(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
-    return {
-        "prompts": len(asked),
-        "skipped": len(prompts[:size]) - len(asked),
-        "temperature": temperature,
-        "cost": cost,
-        "lookaheads": found,
-        "forced": {} if temperature else _forced(draft, asked, plain.texts, max(lookaheads), batch_size),
-        "bytes": _bytes(target, draft, max(map(len, asked)) + max_new_tokens, min(batch_size, len(asked))),
-        "measured": _measured(target, plain, alone, drafted, found),
-    }
+    def __post_init__(self) -> None:
+        wrong = [each for each in self.lookaheads if not isinstance(each, int) or each < 1]
+        if wrong or not self.lookaheads or len(set(self.lookaheads)) < len(self.lookaheads):
+            raise UserError(
+                f"speculation.lookaheads={self.lookaheads}: tokens that are drafted at a time. Give one number or "
+                "more, each once and from 1."
+            )
+
+    @property
+    def new(self) -> int:
+        """The tokens for which there must be room after a prompt."""
+        return self.max_new_tokens + max(self.lookaheads) + 1
+
+    def __call__(
+        self,
+        target: Any,
+        draft: Any,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        progress: Told = lambda rows: None,
+    ) -> dict[str, Any]:
+        """What `draft` is worth to `target` over the first prompts, each a list of tokens.
+
+        Under `lookaheads` stand counts and rates (`rules.Counts`), how many texts are those of plain decoding, and
+        the speed-up that the acceptance promises at `cost`, the weights that a step of the draft reads over the
+        target's; under `forced`, of greedy text, counts and rates for every lookahead up to the largest, from one
+        pass over plain decoding's text; under `bytes` weights and memories of plain decoding, of both models in one
+        set of weights, and of two copies. What stands under `measured` is of this machine: tokens a second, the
+        speed-up, and what the acceptance promises at the cost measured.
+
+        Raises UserError for a model that cannot go back in a text, and where no prompt leaves room in the context.
+        """
+        asked = fitting(context_of(target.config), prompts[: self.size], self.new)
+        for model in (target, draft):
+            require_route(model, max(map(len, asked)) + self.max_new_tokens)
+        how = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
+        drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
+        warm = {**how, "max_new_tokens": WARM, **drawing}
+        speculate(target, draft, asked[: self.batch_size], lookahead=1, **warm)
+        plain, alone = (_plain(model, asked, progress, how, drawing) for model in (target, draft))
+        drafted = {
+            ahead: _timed(target, speculate, draft, asked, progress, lookahead=ahead, **how, **drawing)
+            for ahead in self.lookaheads
+        }
+        cost = _read_by_step(draft) / _read_by_step(target)
+        found = {str(ahead): _found(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
+        forced = {} if self.temperature else _forced(draft, asked, plain.texts, max(drafted), self.batch_size)
+        return {
+            "prompts": len(asked),
+            "skipped": len(prompts[: self.size]) - len(asked),
+            "temperature": self.temperature,
+            "cost": cost,
+            "lookaheads": found,
+            "forced": forced,
+            "bytes": _bytes(target, draft, max(map(len, asked)) + self.new, min(self.batch_size, len(asked))),
+            "measured": _measured(target, plain, alone, drafted, found),
+        }
 
 
-def _fitting(model: Any, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
+def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
     """The prompts that leave room for so many tokens. Raises UserError where none does."""
-    room = context_of(model.config) or float("inf")
-    fitting = [prompt for prompt in prompts if len(prompt) + new <= room]
-    if not fitting:
+    found = [prompt for prompt in prompts if len(prompt) + new <= (context or float("inf"))]
+    if not found:
         raise UserError(
-            f"No held-out prompt leaves room for {new} tokens in the model's context of {room}. "
-            "Lower speculation.max_new_tokens."
+            f"No held-out prompt leaves room for {new} tokens in the model's context of {context}. Lower "
+            "speculation.max_new_tokens."
         )
-    return fitting
+    return found
 
 
-def _require_route(model: Any, longest: int) -> None:
+def require_route(model: Any, longest: int) -> None:
+    """Raises UserError for a model that cannot go back in texts of so many tokens."""
     if not (can_draft(model, longest) and is_batchable(model, longest)):
         raise UserError(
-            f"A {type(model).__name__} cannot go back in texts of {longest} tokens: it forgets their beginning, or "
-            "takes no mask. Leave out +speculation, or lower speculation.max_new_tokens."
+            f"A {type(bare(model)).__name__} cannot go back in texts of {longest} tokens: it forgets some of them, "
+            "or takes no mask. Leave out +speculation, or lower speculation.max_new_tokens."
         )
 
 
@@ -145,7 +169,7 @@ def _forced(
 ) -> dict[str, Any]:
     """By lookahead, what greedy drafts come to on these texts, from one pass over each."""
     agreeing = hits(draft, prompts, texts, batch_size)
-    totals = {ahead: sum((forced(row, ahead) for row in agreeing), Counts()) for ahead in range(1, most + 1)}
+    totals = {ahead: sum((of_text(row, ahead) for row in agreeing), Counts()) for ahead in range(1, most + 1)}
     return {str(ahead): {**asdict(counts), **counts.rates} for ahead, counts in totals.items()}
 
 

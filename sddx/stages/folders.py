@@ -19,6 +19,7 @@ STAGES = (
     "distill",
     "train",
     "merge",
+    "draft",
     "written",
     "evaluate",
     "overlap",

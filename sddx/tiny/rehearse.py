@@ -61,6 +61,9 @@ def small(
         "with their own metrics and chance levels",
         f"answers: {new_tokens} tokens; one epoch; on the CPU; no logger",
     ]
+    if asked := config.get("speculation"):
+        replaced["speculation"] = {**asked, "size": held_out, "max_new_tokens": new_tokens, "datasets": {}}
+        said.append(f"drafts: {asked['size']} prompts of each data set by the {held_out} held-out rows")
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}

@@ -1,0 +1,1 @@
+"""draft: what a pruned or recovered model is worth as a draft for the unpruned one."""

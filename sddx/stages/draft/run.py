@@ -1,0 +1,58 @@
+"""draft: what a pruned or recovered model is worth as a draft for the unpruned one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sddx.config.build import build
+from sddx.data.encode import render, token_ids
+from sddx.data.selfdata import end_ids
+from sddx.data.shards import read_examples
+from sddx.models.load import free_memory, frozen_model, load_tokenizer
+from sddx.records import Artifact, Cut
+from sddx.runtime import Runtime
+from sddx.students.student import load_student
+from sddx.students.teacher import SharedTeacher, beside
+
+
+def draft(
+    out: Path,
+    *,
+    base: Artifact,
+    cut: Artifact,
+    rows: Artifact,
+    patch: Artifact | None = None,
+    student: Artifact | None = None,
+    runtime: Runtime,
+    speculation: dict[str, Any],
+    dtype: str,
+    attention: str,
+) -> None:
+    """Writes `draft.json`, what `sddx.speculation.measure.Drafts` finds over the prompts of held-out `rows`. The
+    draft is the pruned model, or the recovered one where there is a `student`; the target is the unpruned one, in
+    the same weights unless the draft's are its own. What is timed is of this machine, and of no key."""
+    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    target, drafting = _routes(base, cut, patch, student, how)
+    tokenizer, tried = load_tokenizer(base.path), build(speculation)
+    prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
+    total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
+    with runtime.progress(total=total, what="drafting", unit="text") as bar:
+        found = tried(target, drafting, prompts, end_ids(target, tokenizer), bar.update)
+    (out / "draft.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for ahead, record in found["lookaheads"].items():
+        runtime.log({f"draft/acceptance_{ahead}": record["acceptance"], f"draft/length_{ahead}": record["length"]})
+
+
+def _routes(
+    base: Artifact, cut: Artifact, patch: Artifact | None, student: Artifact | None, how: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The unpruned model, and the pruned or recovered one."""
+    free_memory()
+    what = Cut.load(cut.path / "cut.json")
+    trained, fitted = (each.path if each else None for each in (student, patch))
+    loaded = load_student(base.path, trained, cut=what, base=base.key, patch=fitted, **how)
+    if loaded.unpruned is None:
+        return frozen_model(base.path, **how), loaded.model
+    return beside(SharedTeacher(loaded.model, loaded.unpruned, what)), loaded.model
