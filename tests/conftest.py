@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from remembered import remember
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+remember()
 
 
 @pytest.fixture(scope="session")

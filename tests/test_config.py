@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import remembered
 import yaml
 from composing import composed
 from hydra import compose, initialize_config_dir
+from hydra._internal import config_loader_impl, defaults_list
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
-from omegaconf import flag_override
+from omegaconf import Container, DictConfig, Node, flag_override
 
 from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
 from sddx.config.build import build
@@ -89,6 +92,37 @@ def test_every_value_of_every_sweep_composes(sweep: str) -> None:
     owed = [f"rates.{arm}=1e-4" for arm in file.get("rates", [])]
     for cell in covering(file["hydra"]["sweeper"]):
         checked(f"+sweeps={sweep}", *owed, *cell)
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("seed=3", "loss=kd"), ("+experiment=llama_26L", "~text.seed", "+dataset.x={a: 1}")]
+)
+def test_what_tests_remember_is_what_hydra_composes(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same order, types and flags, the first time and from then on."""
+
+    def found() -> tuple[str, str]:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", overrides=[*given], return_hydra_config=True)
+        about = (vars(node._metadata) for node in nodes(cfg))
+        return repr(cfg), str([{k: v for k, v in each.items() if k != "resolver_cache"} for each in about])
+
+    remembered_once, again = found(), found()
+    monkeypatch.setattr(defaults_list, "_create_interpolation_map", remembered.MAPPED)
+    monkeypatch.setattr(config_loader_impl, "create_defaults_list", remembered.LISTED)
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", remembered.MERGED)
+    monkeypatch.setattr(remembered.FileConfigSource, "load_config", remembered.READ)
+    assert found() == remembered_once == again
+
+
+def nodes(node: Node) -> Iterator[Node]:
+    """A configuration and all that is in it."""
+    yield node
+    if isinstance(node, Container) and not node._is_missing() and not node._is_none():
+        keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
+        for key in keys:
+            yield from nodes(node._get_node(key))
 
 
 LAUNCHERS = ["basic", *sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))]
@@ -358,7 +392,8 @@ OTHERS = ("loss=kd", "pruning=shapley_task", "pruning/patch=low_rank", "generati
 def test_no_setting_ends_in_a_traceback(seed: int, overrides: tuple[str, ...]) -> None:
     """Every setting in turn holds a value that was drawn for it from odd ones, or is gone: the
     run is refused in words, or is one that passes all checks."""
-    draw, base = random.Random(seed), composed_plain(*overrides)
+    few = ("dataset.size=48", "validation=8", "calibration.size=32", "text.size=16")
+    draw, base = random.Random(seed), composed_plain(*few, *overrides)
     settings = sorted(flatten({key: value for key, value in base.items() if key not in ("choices", "run")}))
     for name in settings:
         config = copy.deepcopy(base)
