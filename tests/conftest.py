@@ -3,8 +3,10 @@ store that they share, for tests that read what runs leave."""
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from remembered import remember
 
@@ -19,6 +21,14 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own."""
     own = tmp_path_factory.getbasetemp()
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared_store"
+
+
+@pytest.fixture(scope="module")
+def quick_groups() -> Iterator[None]:
+    """Processes that work together on several devices are forked, and need not import all that they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sddx.parallel.launch.get_context", forked.context)
+        yield
 
 
 def pytest_collection_finish() -> None:

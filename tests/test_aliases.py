@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
 from composing import SMALL, composed, resolve
+from forked import command
 
 from sddx.aliases import MOVED, current
 from sddx.store import digest
@@ -67,33 +67,17 @@ def test_a_configuration_with_old_targets_has_the_same_keys_and_no_mistakes() ->
 
 
 OLD_COMMANDS = ("sddx.plan", "sddx.store", "sddx.report", "sddx.sweep", "sddx.export", "sddx.compare")
-# As `python -m` does it, in one process, which imports once what all of them need.
-MAIN = """
-import contextlib, io, json, runpy, sys
-from hydra.core.global_hydra import GlobalHydra
-found = {}
-for module, *arguments in json.loads(sys.argv[1]):
-    sys.argv, status = [module, *arguments], 0
-    GlobalHydra.instance().clear()
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as ended:
-            status = ended.code or 0
-    found[" ".join([module, *arguments])] = status, out.getvalue(), err.getvalue()
-print(json.dumps(found))
-"""
 ASKED = [[old, "--help"] for old in OLD_COMMANDS] + [
     ["sddx.commands", "--help"], ["sddx.commands", "plam"], ["sddx.commands", "store", "--help"]
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, tuple[int, str, str]]:
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
     """Status, output and errors of each of these commands."""
-    done = subprocess.run([sys.executable, "-c", MAIN, json.dumps(ASKED)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    folder = tmp_path_factory.mktemp("asked")
+    done = {" ".join(asked): command(*asked, cwd=folder) for asked in ASKED}
+    return {asked: (each.returncode, each.stdout, each.stderr) for asked, each in done.items()}
 
 
 @pytest.mark.parametrize("old", OLD_COMMANDS)

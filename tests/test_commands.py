@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
@@ -106,7 +106,7 @@ def test_every_other_command_has_help_and_knows_its_arguments(name: str, capsys:
 def test_as_a_program_a_command_checks_as_much(tmp_path: Path) -> None:
     """Types and ranges of the settings at the root, whose schema is then a function of `__main__`."""
     given = ["seed=a", "validation=-5", "max_length=abc", f"hydra.run.dir={tmp_path}"]
-    told = subprocess.run([sys.executable, "-m", "sddx.train", *given], capture_output=True, text=True)
+    told = forked.command("sddx.train", *given, cwd=tmp_path)
     assert told.returncode == 2 and "3 mistake(s)" in told.stderr
     assert all(name in told.stderr for name in ("seed='a'", "validation=-5", "max_length='abc'"))
 

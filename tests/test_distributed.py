@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from families import build
@@ -31,6 +30,8 @@ from sddx.students.teacher import SeparateTeacher
 from sddx.training.fit import Fit
 from sddx.training.module import Distiller
 from sddx.training.tuning import full, lora
+
+pytestmark = pytest.mark.usefixtures("quick_groups")
 
 Found = tuple[dict, dict, list[dict]]  # the trained weights, what fit said, and the rows
 ADAPTER = partial(lora, rank=2, alpha=4, dropout=0.2)
@@ -116,14 +117,11 @@ def test_two_processes_find_what_one_finds_even_after_a_crash(tmp_path, one, str
     same(trained(copied, "single", **settings), expected)
 
 
-def hold_much(*, runtime: Runtime) -> None:
-    bytearray(2**29).find(1)
-
-
-def test_the_peak_of_memory_is_that_of_the_processes_that_work():
-    """They hold what the one that waits for them does not."""
+def test_the_peak_of_memory_is_that_of_the_processes_that_work(monkeypatch):
+    """They hold what the one that waits for them does not. Here they start as they do for a user."""
+    monkeypatch.setattr("sddx.parallel.launch.get_context", torch.multiprocessing.get_context)
     measure.reset_peak_memory("cpu")
-    launch(hold_much, 2, Runtime(quiet=True))
+    launch(forked.hold_much, 2, Runtime(quiet=True))
     assert 2**29 < measure.peak_memory("cpu") < 2**31
     measure.reset_peak_memory("cpu")
     assert not measure._elsewhere
@@ -193,19 +191,24 @@ def test_devices_that_cannot_share_are_refused(strategy, devices, accumulate, me
         Fit(strategy=strategy, devices=devices, accumulate=accumulate)
 
 
+def slow(out: Path, strategy: str) -> None:
+    """A training that can be met in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sddx.parallel.launch.get_context", forked.context)
+        trained(out, strategy)
+
+
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
 def test_told_to_end_it_saves_and_the_same_command_goes_on(tmp_path, one, strategy):
     """SIGTERM in mid-training: the step is finished and saved, the status is 143, and what the same command finds
     afterwards is what an undisturbed one finds."""
-    code = f"import test_distributed as t; t.trained(t.Path({str(tmp_path)!r}), {strategy!r})"
-    surroundings = os.environ | {"SLOW": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=surroundings, stderr=subprocess.PIPE, text=True)
-    rows = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (rows.exists() and rows.stat().st_size):
+    said, rows = tmp_path / "said", tmp_path / "metrics.jsonl"
+    process = forked.started(slow, tmp_path, strategy, cwd=tmp_path, env=os.environ | {"SLOW": "1"}, err=said)
+    while process.is_alive() and not (rows.exists() and rows.stat().st_size):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "the same command goes on" in said
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143 and "the same command goes on" in said.read_text()
     step = torch.load(tmp_path / "resume" / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < step < 6 and not (tmp_path / "report.json").exists()
     same(trained(tmp_path, strategy), one["lora"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from composing import composed, resolve
 from families import ALL_FAMILIES
 from families import build as family_model
+from forked import command
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -275,13 +274,7 @@ def test_dimensions_that_are_none_are_refused() -> None:
 
 def test_the_command_plans_a_grid_and_leaves_nothing(tmp_path: Path) -> None:
     given = ["+experiment=llama_26L", "pruning.remove=4,6", "gpu=h100", "--multirun"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sddx.commands.plan", *given],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = command("sddx.commands.plan", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "16.30%" in done.stdout and "10.86%" in done.stdout and "2 runs on H100" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 from composing import composed
 from fakehub import FakeHub, serve
+from forked import command
 from huggingface_hub.errors import RevisionNotFoundError
 from rich.console import Console
 
@@ -261,9 +262,12 @@ COMMANDS = {
 def test_the_command_line(given: str, tmp_path: Path) -> None:
     """The defaults need nothing; a grid names each of its repositories once; no folder and no file is left."""
     status, said = COMMANDS[given]
-    command = [sys.executable, "-m", "sddx.commands.fetch", *given.split()]
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
+    if "dolly" in given:  # where the Hub is, its client reads when it is imported; nobody listens there
+        env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        asked = [sys.executable, "-m", "sddx.commands.fetch", *given.split()]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
+    else:
+        done = command("sddx.commands.fetch", *given.split(), cwd=tmp_path)
     assert done.returncode == status and said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
     if "dolly" in given:

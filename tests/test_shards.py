@@ -32,7 +32,7 @@ from sddx.store import RESUME
 from sddx.students.student import save_student
 from sddx.train import run
 
-pytestmark = pytest.mark.runs
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_groups")]
 
 MODEL = Artifact("model", "base", Path(sddx.__file__).parent / "tiny" / "checkpoint")
 HOW = {"dtype": "float32", "attention": "sdpa"}

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from composing import SWEPT, numbers, swept
@@ -416,23 +416,21 @@ def test_a_bar_tells_where_it_is() -> None:
 def killed_drill(where: Path, launcher: str, stage: str) -> list[Path]:
     """A sweep of two cells of which a process is killed as soon as a stage has begun: the whole sweep where it
     is one process, one cell of two otherwise."""
-    process = subprocess.Popen(
-        sweep_command(where, launcher), cwd=where, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None and not list((where / "store" / stage).glob("*/*")):
+    process = forked.started(forked.module, *asked(where, launcher), cwd=where)
+    while process.is_alive() and not list((where / "store" / stage).glob("*/*")):
         time.sleep(0.02)
     running = [path.parent for path in where.glob(f"*/*/{cells.RECORD}") if cells.state(path.parent) == "running"]
     if launcher == "basic":
         os.killpg(process.pid, signal.SIGKILL)
     elif running:
         os.kill(cells.read(running[0])["process"], signal.SIGKILL)
-    process.wait(120)
+    process.join(120)
     return running
 
 
-def sweep_command(where: Path, launcher: str) -> list[str]:
-    return swept(where / str(time.time()), where / "store", f"hydra/launcher={launcher}")
+def asked(where: Path, launcher: str) -> list[str]:
+    """What `python -m` is given for a small sweep."""
+    return swept(where / str(time.time()), where / "store", f"hydra/launcher={launcher}")[2:]
 
 
 EACH = ("distill", "train", "evaluate")
@@ -447,14 +445,12 @@ KILLS = [
 def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     launcher: str, stages: tuple[str, ...], sweep, store, tmp_path
 ) -> None:
-    """Slow, because it takes processes that can be killed: each pays for its imports. Every killed cell is
+    """Slow, because it takes processes that can be killed. Every killed cell is
     recognised; in the end every cell is done, nothing is damaged, and the numbers are those of no kill."""
     for stage in stages:
         for folder in killed_drill(tmp_path, launcher, stage)[:1]:
             assert cells.state(folder) == "killed"
-    done = subprocess.run(
-        sweep_command(tmp_path, launcher), cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = forked.command(*asked(tmp_path, launcher), cwd=tmp_path)
     assert done.returncode == 0 and "2 of 2 cells are done." in done.stdout
     assert store_command(["--store", str(tmp_path / "store"), "verify"]) == 0
     last = max((path for path in tmp_path.iterdir() if path.name[0].isdigit()), key=lambda path: float(path.name))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from composing import SMALL, composed, resolve
+from forked import command
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, LlamaConfig
@@ -27,7 +25,7 @@ from sddx.report import table
 from sddx.stages.prune.check import _check_family, _check_pruning
 from sddx.train import look, run, verify
 
-pytestmark = pytest.mark.runs
+pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_groups")]
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
@@ -554,15 +552,7 @@ def test_no_model_is_asked_for_before_the_settings_are_right(
 
 def test_the_command_line_shows_no_traceback(tmp_path: Path) -> None:
     """From any directory: status 2 and a message for a user's mistake."""
-    command = [
-        sys.executable,
-        "-m",
-        "sddx.train",
-        "pruning.remove=40",
-        f"store={tmp_path}",
-        "wandb.mode=disabled",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    done = command("sddx.train", "pruning.remove=40", f"store={tmp_path}", "wandb.mode=disabled", cwd=tmp_path)
     assert done.returncode == 2
     assert "pruning.remove=40" in done.stderr and "Traceback" not in done.stderr
 
