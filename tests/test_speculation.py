@@ -22,6 +22,7 @@ from sddx.data import selfdata
 from sddx.errors import UserError, mistakes_of, require_none
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
+from sddx.report import drafts as report_drafts
 from sddx.report import page, table
 from sddx.report.drafts import draft_sections
 from sddx.speculation import decoding, rules
@@ -404,18 +405,46 @@ def test_arms_are_compared_as_drafts_over_seeds() -> None:
 
     runs = [
         {
-            "choices": {"loss": arm, "seed": seed, "dataset": "mine"},
+            "choices": {"loss": arm, "seed": seed, "dataset": "mine", "removed": 2, "pruning": "angular"},
             "drafts": {"pruned": of(0.5), "recovered": of(0.6 + gain + 0.1 * seed)},
             "scores": {"unpruned": {}, "pruned": {}, "recovered": {}},
+            "artifacts": {"model": "m"},
+            "blocks": 3,
+            "cut": [0],
         }
         for arm, gain in (("sft", 0.0), ("sdd", 0.05))
         for seed in range(3)
     ]
-    worth, apart = (section.table["rows"] for section in draft_sections(runs))
+    worth, _, apart = (section.table["rows"] for section in draft_sections(runs))
     assert worth[0] == ["all runs", "untuned", "mine", "4", "-", "50.0 %", "1.00", "2.00", "50.0 %", "0.90", "1.10"]
     assert [row[1] for row in worth] == ["untuned", "sft", "sdd"]
     assert worth[1][5] == "70.0 % (45.2 to 94.8)"  # t(2) times 10 / sqrt(3)
     assert apart == [["all runs", "sdd - sft", "mine", "4", "3", "+5.0 (+5.0 to +5.0)"]]
+
+
+def test_scores_are_held_against_drafts_of_random_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One metric orders ten cuts as their drafts do, another the other way round; seeds of a cut are averaged."""
+    scores = {"good": [float(unit) for unit in range(10)], "bad": [-float(unit) for unit in range(10)]}
+    monkeypatch.setattr(report_drafts, "scores_of", lambda run: {"mean": scores[run["choices"]["pruning"]]})
+
+    def of(pruning: str, gone: int, acceptance: float) -> dict[str, Any]:
+        found = {"lookaheads": {"10": {"acceptance": 0.1}, "2": {"acceptance": acceptance}}}
+        return {
+            "choices": {"pruning": pruning, "removed": 1, "loss": "none"},
+            "artifacts": {"model": "m"} | ({"score": pruning} if pruning != "random" else {}),
+            "blocks": 10,
+            "cut": [unit for unit in range(10) if unit != gone],
+            "drafts": {"pruned": {"dataset": found}},
+            "scores": {"unpruned": {}, "pruned": {}},
+            "subjects": [{"name": "unpruned", "role": "reference"}, {"name": "pruned", "role": "cut"}],
+        }
+
+    drawn = [of("random", gone, (90 - gone + seed) / 100) for gone in range(10) for seed in (0, 1)]
+    runs = [*drawn, of("good", 0, 0.9), of("bad", 9, 0.8)]
+    good, bad = report_drafts.cut_table(runs)["rows"]
+    assert good[:4] == ["1 removed", "untuned", "good", "10"] and good[4].startswith("1.00 (1.00")
+    assert bad[2] == "bad" and bad[4].startswith("-1.00") and good[5:] == ["90.0 %", "86.0 %"]
+    assert report_drafts.cut_table(runs[6:])["rows"] == []
 
 
 def test_own_weights_are_a_second_copy(tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from scipy import stats
 from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.report import table
 from sddx.statistics import intervals as statistics
-from sddx.statistics.intervals import flips, holm, mcnemar, paired_difference, ratio_interval, t_interval
+from sddx.statistics.intervals import (
+    flips,
+    holm,
+    mcnemar,
+    paired_difference,
+    rank_correlation,
+    ratio_interval,
+    t_interval,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -121,6 +129,20 @@ def test_what_stands_apart_is_in_no_average() -> None:
                 "2"
             ] >= 0
     assert found["apart"] == ["2"] and found["trained"] == ["0", "2"]
+
+
+def test_coverage_of_rank_correlations() -> None:
+    """Of twenty pairs, normal with correlation r, whose rank correlation is 6 / pi asin(r / 2)."""
+    draw = np.random.default_rng(0)
+    for r in (0.0, 0.6):
+        truth, held = 6 / np.pi * np.arcsin(r / 2), 0
+        for _ in range(1000):
+            x, noise = draw.normal(size=(2, 20))
+            interval = rank_correlation(x.tolist(), (r * x + np.sqrt(1 - r**2) * noise).tolist())
+            held += interval.low <= truth <= interval.high
+        assert 0.93 <= held / 1000 <= 0.97
+    with pytest.raises(ValueError, match="at least four pairs"):
+        rank_correlation([1, 2, 3], [1, 2, 3])
 
 
 def test_coverage_over_seeds() -> None:

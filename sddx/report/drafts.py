@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from sddx.report.agreement import per_unit
 from sddx.report.curves import Run, arms
-from sddx.report.sections import Section, Table
+from sddx.report.sections import Section, Table, removed_units, scores_of
 from sddx.report.subjects import roles
 from sddx.report.table import percent
-from sddx.statistics.intervals import t_interval
+from sddx.statistics.intervals import rank_correlation, t_interval
 
 UNTUNED = "untuned"
 NOTE = (
     "Means over seeds, acceptance with its 95 % interval over them. Times are those of the machines that the runs "
     "name; promised is what the acceptance comes to at the cost of a draft's step measured there."
+)
+FEWEST = 8  # random cuts over which a correlation is told
+CUTS = (
+    "Over cuts drawn at random: the rank correlation of a draft's acceptance, at the smallest lookahead, with "
+    "minus the sum of the removed units' scores, 95 % over cuts; 1 where scores order cuts as acceptance does. "
+    "Beside it the acceptance of the metric's own cut and the mean of the random ones."
 )
 PAIRED = "Acceptance in points, on the same prompts and seeds; 95 % over seeds."
 Key = tuple[str, str, str, str]  # what tells runs from others, the draft, the prompts, the lookahead
@@ -26,6 +34,7 @@ def draft_sections(runs: Sequence[Run]) -> list[Section]:
     found = drafts(runs)
     return [
         Section("drafts", "As drafts for the unpruned model", draft_table(found), NOTE),
+        Section("draft_cuts", "Which cut makes a good draft", cut_table(runs), CUTS),
         Section(
             "draft_differences", "Acceptance of drafts, paired differences to SFT", difference_table(found), PAIRED
         ),
@@ -89,3 +98,51 @@ def difference_table(found: dict[Key, dict[int, dict[str, Any]]]) -> Table:
             told = f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
             rows.append([where, f"{draft} - sft", prompts, ahead, str(len(common)), told])
     return {"header": ["runs", "drafts", "prompts", "ahead", "seeds", "accepted"], "rows": rows}
+
+
+def cut_table(runs: Sequence[Run]) -> Table:
+    """A row for each draft and each metric whose scores are known, where enough random cuts remove as much."""
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in (run for run in runs if run.get("drafts")):
+        groups[run["artifacts"]["model"], run["choices"].get("units", "blocks"), run["choices"]["removed"]].append(
+            run
+        )
+    rows = [
+        [f"{removed:g} removed", draft, metric, *told]
+        for (_, _, removed), group in groups.items()
+        for draft, cuts in _by_cut(group).items()
+        for metric, told in _told(group, cuts)
+    ]
+    return {"header": ["cuts", "draft", "metric", "random cuts", "correlation", "own cut", "random"], "rows": rows}
+
+
+Cuts = dict[str, dict[tuple[int, ...], list[float]]]  # acceptances by rule and by the units that are gone
+
+
+def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
+    """The acceptances of each draft at the smallest lookahead, of runs that differ in cut and seed."""
+    found: dict[str, Cuts] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for run in runs:
+        for name, of in run["drafts"].items():
+            draft = {"cut": UNTUNED, "student": run["choices"]["loss"]}.get(roles(run)[name], name)
+            tried = of["dataset"]["lookaheads"]
+            accepted = tried[min(tried, key=int)]["acceptance"]
+            if accepted is not None:
+                found[draft][run["choices"]["pruning"]][removed_units(run)].append(accepted)
+    return found
+
+
+def _told(
+    runs: Sequence[Run], cuts: Mapping[str, Mapping[tuple[int, ...], list[float]]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Of each metric that a cut was chosen by, what its scores say of random ones."""
+    drawn = {cut: mean(each) for cut, each in cuts.get("random", {}).items()}
+    if len(drawn) < FEWEST:
+        return
+    for metric, run in {run["choices"]["pruning"]: run for run in runs if "score" in run["artifacts"]}.items():
+        if (scores := scores_of(run)) and metric in cuts:
+            values = per_unit(scores["mean"])
+            found = rank_correlation([-sum(values[unit] for unit in cut) for cut in drawn], list(drawn.values()))
+            own = mean(accepted for each in cuts[metric].values() for accepted in each)
+            told = f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
+            yield metric, [str(len(drawn)), told, percent(own), percent(mean(drawn.values()))]

@@ -58,21 +58,21 @@ def heat_maps(runs: Sequence[Run]) -> Section:
     found: list[Figure] = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
-        distances = _scores(scored[0]).get("mean", [])
+        distances = scores_of(scored[0]).get("mean", [])
         if distances and isinstance(distances[0], list):
-            cuts = {_removed(run) for run in scored}
+            cuts = {removed_units(run) for run in scored}
             svg = Markup(figures.distances(distances, [cut for cut in cuts if cut]))
             found.append(Figure(f"Distances {len(found) + 1}", svg))
     return Section("distances", "Block distances", note="Rings mark the cuts that were chosen.", figures=found)
 
 
-def _scores(run: Run) -> dict[str, Any]:
+def scores_of(run: Run) -> dict[str, Any]:
     """What a run's cut was chosen by; empty where the store has it no more."""
     place = find(Path(run["store"]), "score", run["artifacts"]["score"])
     return json.loads((place / "scores.json").read_text(encoding="utf-8")).get("pruning", {}) if place else {}
 
 
-def _removed(run: Run) -> tuple[int, ...]:
+def removed_units(run: Run) -> tuple[int, ...]:
     """The numbers of the units that a run removed."""
     halves = run.get("no_attention", []), run.get("no_feedforward", [])
     whole = sorted(set(range(run["blocks"])) - set(run["cut"]))
@@ -95,7 +95,7 @@ def agreements(runs: Sequence[Run]) -> list[Section]:
     for (_, units), group in groups.items():
         # Some metrics are measured for a number of units to remove: those of the largest cut are compared.
         by_name = {run["choices"]["pruning"]: run for run in sorted(group, key=lambda r: r["choices"]["removed"])}
-        scores = {name: kept for name, run in by_name.items() if (kept := _scores(run))}
+        scores = {name: kept for name, run in by_name.items() if (kept := scores_of(run))}
         counts = {len(per_unit(kept["mean"])) for kept in scores.values()}
         if len(scores) > 1 and len(counts) == 1:
             count = counts.pop()
