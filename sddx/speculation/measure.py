@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -17,11 +17,10 @@ from sddx.models.decoding import greedy, is_batchable, write
 from sddx.models.load import context_of
 from sddx.models.outputs import run
 from sddx.speculation.decoding import Sampling, can_draft, speculate
-from sddx.speculation.rules import Counts, speed_up
-from sddx.speculation.rules import forced as of_text
+from sddx.speculation.rules import Counts, forced, speed_up
 
 Told = Callable[[int], object]
-WARM = 4  # tokens that are written untimed, since a first pass loads what later ones find
+WARM = 4  # tokens that are written untimed
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Drafts:
     datasets: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        wrong = [each for each in self.lookaheads if not isinstance(each, int) or each < 1]
+        wrong = [each for each in self.lookaheads if type(each) is not int or each < 1]
         if wrong or not self.lookaheads or len(set(self.lookaheads)) < len(self.lookaheads):
             raise UserError(
                 f"speculation.lookaheads={self.lookaheads}: tokens that are drafted at a time. Give one number or "
@@ -88,28 +87,48 @@ class Drafts:
         asked = fitting(context_of(target.config), prompts[: self.size], self.new)
         for model in (target, draft):
             require_route(model, max(map(len, asked)) + self.max_new_tokens)
-        how = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
-        drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
-        warm = {**how, "max_new_tokens": WARM, **drawing}
-        speculate(target, draft, asked[: self.batch_size], lookahead=1, **warm)
-        plain, alone = (_plain(model, asked, progress, how, drawing) for model in (target, draft))
-        drafted = {
-            ahead: _timed(target, speculate, draft, asked, progress, lookahead=ahead, **how, **drawing)
-            for ahead in self.lookaheads
-        }
+        self._warm(target, draft, asked, ends)
+        plain, alone = (self._plain(model, asked, ends, progress) for model in (target, draft))
+        drafted = {ahead: self._drafted(target, draft, asked, ends, progress, ahead) for ahead in self.lookaheads}
         cost = _read_by_step(draft) / _read_by_step(target)
         found = {str(ahead): _found(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
-        forced = {} if self.temperature else _forced(draft, asked, plain.texts, max(drafted), self.batch_size)
         return {
             "prompts": len(asked),
             "skipped": len(prompts[: self.size]) - len(asked),
             "temperature": self.temperature,
             "cost": cost,
             "lookaheads": found,
-            "forced": forced,
+            "forced": {} if self.temperature else _forced(draft, asked, plain.texts, max(drafted), self.batch_size),
             "bytes": _bytes(target, draft, max(map(len, asked)) + self.new, min(self.batch_size, len(asked))),
             "measured": _measured(target, plain, alone, drafted, found),
         }
+
+    def _how(self, ends: Sequence[int]) -> dict[str, Any]:
+        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
+
+    def _plain(self, model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], progress: Told) -> Written:
+        """The texts that a model writes alone."""
+        sampling = Sampling(prompts, self.max_new_tokens, self.temperature, self.seed)
+        return _timed(
+            model, write, prompts, sampling.pick if self.temperature else greedy, progress, **self._how(ends)
+        )
+
+    def _drafted(
+        self,
+        target: Any,
+        draft: Any,
+        prompts: Sequence[Sequence[int]],
+        ends: Sequence[int],
+        progress: Told,
+        ahead: int,
+    ) -> Written:
+        drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
+        return _timed(target, speculate, draft, prompts, progress, lookahead=ahead, **self._how(ends), **drawing)
+
+    def _warm(self, target: Any, draft: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
+        """Write a little untimed: a first pass loads what later ones find."""
+        few = replace(self, max_new_tokens=WARM)
+        few._drafted(target, draft, prompts[: self.batch_size], ends, lambda rows: None, 1)
 
 
 def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
@@ -130,14 +149,6 @@ def require_route(model: Any, longest: int) -> None:
             f"A {type(bare(model)).__name__} cannot go back in texts of {longest} tokens: it forgets some of them, "
             "or takes no mask. Leave out +speculation, or lower speculation.max_new_tokens."
         )
-
-
-def _plain(
-    model: Any, prompts: Sequence[Sequence[int]], progress: Told, how: dict[str, Any], drawing: dict[str, Any]
-) -> Written:
-    """The texts that a model writes alone."""
-    sampling = Sampling(prompts, how["max_new_tokens"], **drawing).pick if drawing["temperature"] else greedy
-    return _timed(model, write, prompts, sampling, progress, **how)
 
 
 def _timed(model: Any, writing: Callable[..., Any], *given: Any, **how: Any) -> Written:
@@ -169,7 +180,7 @@ def _forced(
 ) -> dict[str, Any]:
     """By lookahead, what greedy drafts come to on these texts, from one pass over each."""
     agreeing = hits(draft, prompts, texts, batch_size)
-    totals = {ahead: sum((of_text(row, ahead) for row in agreeing), Counts()) for ahead in range(1, most + 1)}
+    totals = {ahead: sum((forced(row, ahead) for row in agreeing), Counts()) for ahead in range(1, most + 1)}
     return {str(ahead): {**asdict(counts), **counts.rates} for ahead, counts in totals.items()}
 
 
