@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sddx import stages
 from sddx.compression.remove import apply_cut
+from sddx.config.shared import sharing
 from sddx.errors import UserError
 from sddx.estimate import costs, memory
 from sddx.estimate.costs import distinct, seconds
@@ -176,6 +177,7 @@ def test_arms_differ_in_what_they_pay_for() -> None:
     assert stages["kd"]["train"].reading > 0 == stages["sft"]["train"].reading
 
 
+@sharing()  # as within a grid
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""
     config = configured("model=llama31_8b_instruct", "max_length=1024", "dataset=tiny_arithmetic")
@@ -241,6 +243,7 @@ def test_large_data_is_counted_on_disk() -> None:
     assert disk["data"] == 24e9 and "data" not in estimated(configured("+experiment=llama_26L")).disk()
 
 
+@sharing()  # as within a grid
 def test_shards_hold_a_share_of_the_weights() -> None:
     """Over four devices less than half of what one holds: a quarter, the pass itself and the block at hand. What a
     proof holds whole is in host memory."""
@@ -297,6 +300,7 @@ def told(*overrides: str) -> str:
     return out.getvalue()
 
 
+@sharing()  # as within a grid
 def test_full_weights_are_judged_beside_the_unpruned_model() -> None:
     """One model in the other's weights with an adapter, two with weights of its own."""
     adapted, whole = (estimated(configured("tuning=" + name)) for name in ("lora", "full"))
@@ -304,6 +308,7 @@ def test_full_weights_are_judged_beside_the_unpruned_model() -> None:
     assert more == pytest.approx(1.03 * whole.pruned.weight_bytes)
 
 
+@sharing()  # as within a grid
 def test_another_teacher_is_a_model_more() -> None:
     own, other = (estimated(configured("loss=kd", f"teacher={name}")) for name in ("null", "some/model"))
     more = peaks(other)["train"] - peaks(own)["train"]
@@ -312,6 +317,7 @@ def test_another_teacher_is_a_model_more() -> None:
     assert "is taken to be" not in told("loss=sft", "teacher=some/model")
 
 
+@sharing()  # as within a grid
 def test_gradients_of_all_blocks_are_held_while_they_are_scored() -> None:
     """Taylor's scores need them; coalitions do not."""
     few = ("calibration.size=8", "model=llama31_8b_instruct")
@@ -340,6 +346,7 @@ def test_a_plan_of_no_training_tells_of_none() -> None:
     assert "evaluate pruned" in said
 
 
+@sharing()  # as within a grid
 def test_scoring_alone_counts_every_metric_and_nothing_else() -> None:
     """Metrics of states share a pass; what a run holds and keeps is not told."""
     few, many = (estimated(configured("stages=[score]", f"metrics={name}")) for name in ("one_pass", "all"))
