@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import httpx
 import pytest
 import torch
@@ -15,6 +14,7 @@ from composing import SMALL, composed, resolve
 from fakehub import serve
 from families import ALL_FAMILIES, build, tokens
 from safetensors.torch import load_file, save_file
+from stock import logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sddx
@@ -59,26 +59,11 @@ def export(summary: Path, to: Path, *given: str) -> dict:
     return json.loads((to / "proof.json").read_text())
 
 
-STOCK = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, adapter, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-AutoTokenizer.from_pretrained(folder)
-if adapter:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, adapter)
-assert not any(name.startswith("sddx") for name in sys.modules)
-torch.save(model.eval()(torch.arange(40)[None]).logits.detach(), out)
-"""
-
-
-def stock(folder: Path, adapter: Path | str, out: Path) -> torch.Tensor:
+def stock(folder: Path, adapter: Path | None, out: Path) -> torch.Tensor:
     """The logits of a folder in a process that knows nothing of ours."""
-    command = [sys.executable, "-c", STOCK, str(folder), str(adapter), str(out)]
-    subprocess.run(
-        command, cwd=out.parent, check=True, timeout=120, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    )
+    process = forked.started(logits, folder, adapter, out, cwd=out.parent, err=out.with_suffix(".err"))
+    process.join(120)
+    assert process.exitcode == 0, out.with_suffix(".err").read_text()
     return torch.load(out)
 
 
@@ -98,7 +83,7 @@ def test_a_merged_model_differs_by_rounding(runs: SimpleNamespace, tmp_path: Pat
     to = tmp_path / "merged"
     proof = export(runs.first, to)
     expected = sddx.load(runs.first)[0](IDS).logits
-    found = stock(to, "", tmp_path / "logits")
+    found = stock(to, None, tmp_path / "logits")
     assert (found - expected).abs().max() <= 1e-4
     assert proof["flipped_greedy_tokens"] == 0 and proof["dtype"] == "float32"
 

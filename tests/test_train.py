@@ -273,6 +273,7 @@ def test_several_devices_train_the_same_student(first: tuple[Path, Path, dict], 
     given = [
         "loss=kd", "pruning=last", "pruning/patch=low_rank", "pruning.patch.fit.rank=4", "trainer.batch_size=4",
         "pruning.patch.trained=true", "trainer.accumulate=2", "trainer.budget=steps", "trainer.steps=2",
+        "evaluation.tasks=[tiny_facts]",
     ]  # fmt: skip
     more = ["trainer.strategy=fsdp", "trainer.devices=2"]
     whole = shutil.ignore_patterns(".*", "*.partial", "*.lock")  # others may be building in it
