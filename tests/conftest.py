@@ -13,6 +13,13 @@ from remembered import remember
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 remember()
 
+# Modules of half a minute and more. They come first, so that no process of tests ends with one while the other waits;
+# those that build in the shared store stand beside others.
+LONG = (
+    "test_train", "test_config", "test_sweep", "test_estimate", "test_export", "test_report", "test_shards",
+    "test_distributed",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,6 +36,12 @@ def quick_groups() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sddx.parallel.launch.get_context", forked.context)
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Counts where the order is kept: xdist takes the modules of most tests first, unless it is told not to."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
