@@ -13,7 +13,7 @@ from remembered import remember
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 remember()
 
-# Modules of half a minute and more. They come first, so that no process of tests ends with one while the other waits;
+# Modules of half a minute and more come first, so that no process of tests ends with one while the other waits;
 # those that build in the shared store stand beside others.
 LONG = (
     "test_train", "test_config", "test_sweep", "test_estimate", "test_export", "test_report", "test_shards",

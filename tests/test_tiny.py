@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sddx.tiny.corpus import documents, drawn, item_of
 from sddx.tiny.dice import Dice
 from sddx.tiny.vocabulary import build_tokenizer
 
+lines = cache(write_tasks.lines)
 CHECKPOINT = Path(data.__file__).parent / "checkpoint"
 CONF = Path(__file__).parents[1] / "conf"
 # sha256 of the texts on which blocks are scored, and of the first 2,000 documents of pretraining
@@ -35,7 +37,7 @@ def test_the_corpus_is_the_same_byte_for_byte() -> None:
 @pytest.mark.parametrize("split", ["report", "selection"])
 def test_the_task_files_are_what_the_recipe_writes(skill: str, split: str) -> None:
     written = (write_tasks.FOLDER / f"{skill}.{split}.jsonl").read_text().splitlines()
-    assert written == write_tasks.lines(skill, split)
+    assert written == lines(skill, split)
     assert len(written) == write_tasks.COUNTS[split]
     questions = [json.loads(line) for line in written]
     assert len({json.dumps(question, sort_keys=True) for question in questions}) == len(questions)
@@ -79,7 +81,7 @@ def test_the_first_calibration_texts_are_those_that_cuts_were_chosen_on() -> Non
 def test_selection_questions_are_not_report_questions() -> None:
     """Also where the facts themselves are shared, no item is asked in both."""
     for skill in skills.SKILLS:
-        report, selection = (set(write_tasks.lines(skill, split)) for split in ("report", "selection"))
+        report, selection = (set(lines(skill, split)) for split in ("report", "selection"))
         assert not report & selection
 
 
