@@ -12,6 +12,7 @@ import yaml
 from composing import composed, resolve
 
 from sddx.config import CONF
+from sddx.config.shared import sharing
 from sddx.estimate.devices import DEVICES
 from sddx.estimate.show import hours
 from sddx.report.law import FOR_INTERVAL
@@ -47,8 +48,15 @@ def planned(command: str) -> float:
     return found
 
 
+@pytest.fixture(scope="module")
+def grid() -> Iterator[None]:
+    """What is planned is planned as the cells of one grid are."""
+    with sharing():
+        yield
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_header_says_what_the_experiment_is(experiment: str) -> None:
+def test_a_header_says_what_the_experiment_is(experiment: str, grid: None) -> None:
     """Its source, its own command, hardware, and hours: measured, not yet, or within 15 % of the plan's."""
     lines = FILES[experiment].splitlines()
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
