@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from composing import SMALL, composed
+from fakehub import serve
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -338,7 +339,10 @@ def test_what_is_not_the_model_that_was_asked_for_is_not_kept(index: Path) -> No
     assert not wrong.place.exists()
 
 
-def test_a_packages_file_stands_in_where_the_hubs_model_is_not_here(index: Path, tmp_path: Path) -> None:
+def test_a_packages_file_stands_in_where_the_hubs_model_is_not_here(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(tmp_path, monkeypatch)  # and holds no repository; without a network the client would try again and again
     tokenizer = by_scores()
     model = llama(len(tokenizer["tokens"]))
     content = write(tmp_path / "m.gguf", model, tokenizer, **SPECIAL).read_bytes()
