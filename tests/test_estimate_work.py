@@ -108,7 +108,7 @@ class Metered(Store):
 
 def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
     """FLOPs within 15 % (an answer's decoding with them), and none in a stage that is left out but a proof's."""
-    less = ("evaluation.limit=2", "text.size=8", "calibration.size=8")
+    less = ("dataset.size=16", "evaluation.limit=2", "text.size=8", "calibration.size=8")
     given = ("loss=kd", "pruning/patch=block", "pruning.patch.fit.epochs=1", "model.attention=eager")
     config = configured(*SMALL, *less, *given)
     store = Metered(tmp_path)

@@ -22,6 +22,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Few and many blocks go, attention alone goes, a large and a small model's recipe, nothing is trained.
 RUN = ("llama2_depth_curve", "llama_22L", "mistral_attention", "qwen3_8b_34L", "smollm2_26L")
 
+FEWER = ("rehearse.rows=16", "rehearse.texts=8", "rehearse.items=4", "rehearse.new_tokens=8")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +59,7 @@ def test_an_experiment_that_is_not_run_is_one_that_is_with_other_blocks_or_model
 @pytest.mark.parametrize("experiment", RUN)
 def test_an_experiment_of_each_kind_can_be_rehearsed(experiment: str, store: Path, tmp_path: Path) -> None:
     """All stages run; the cut takes what the experiment's does, out of as many blocks."""
-    plain, config = rehearsed(experiment, store)
+    plain, config = rehearsed(experiment, store, *FEWER)
     summary = json.loads(run(config, tmp_path).read_text())
     lost = summary["no_attention"] if plain["pruning"]["units"] == "attention" else None
     removed = summary["blocks"] - len(summary["cut"]) if lost is None else len(lost)

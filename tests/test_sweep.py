@@ -37,6 +37,9 @@ from sddx.sweep.worker import perform
 
 pytestmark = pytest.mark.runs
 
+# For runs that build all of it, in a store of their own.
+FEWER = ("dataset.size=16", "evaluation.tasks=[tiny_facts]")
+
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,8 +100,8 @@ def test_the_same_command_again_builds_nothing_and_opens_no_run(sweep, store, mo
 
 def test_a_cell_alone_and_inside_a_sweep_is_the_same_to_the_last_bit(sweep, store, tmp_path) -> None:
     """In a store of its own, after another cell: same weights, same scores."""
-    _, folders = sweep("--multirun", "seed=3,4", store=store)
-    status, _ = sweep("seed=4", store=tmp_path / "alone")
+    _, folders = sweep("--multirun", "seed=3,4", *FEWER, store=store)
+    status, _ = sweep("seed=4", *FEWER, store=tmp_path / "alone")
     assert status == 0
     weights = [
         load_file(next(where.glob(f"train/*/{key}/adapter_model.safetensors")))
@@ -430,7 +433,7 @@ def killed_drill(where: Path, launcher: str, stage: str) -> list[Path]:
 
 def asked(where: Path, launcher: str) -> list[str]:
     """What `python -m` is given for a small sweep."""
-    return swept(where / str(time.time()), where / "store", f"hydra/launcher={launcher}")[2:]
+    return swept(where / str(time.time()), where / "store", f"hydra/launcher={launcher}", *FEWER)[2:]
 
 
 EACH = ("distill", "train", "evaluate")
@@ -454,7 +457,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert done.returncode == 0 and "2 of 2 cells are done." in done.stdout
     assert store_command(["--store", str(tmp_path / "store"), "verify"]) == 0
     last = max((path for path in tmp_path.iterdir() if path.name[0].isdigit()), key=lambda path: float(path.name))
-    _, undisturbed = sweep("--multirun", "seed=0,1", store=store)
+    _, undisturbed = sweep("--multirun", "seed=0,1", *FEWER, store=store)
     assert numbers(last) == numbers(undisturbed[0].parent) and len(numbers(last)) == 2
 
 
