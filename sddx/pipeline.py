@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from sddx.config.build import Called, Node, only
 from sddx.errors import UserError
 from sddx.files.lines import lines
-from sddx.records import Artifact, Cut, Subject
+from sddx.records import Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
 from sddx.stages.inputs import keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
@@ -29,24 +29,24 @@ REFERENCE = Subject("unpruned", "reference", {})
 class Method:
     """The settings that decide what is built, as the configuration names them; `choices` name them in reports."""
 
-    choices: dict[str, Any]
+    choices: Mapping[str, Any]
     model: Node
     calibration: Node
     pruning: Node
     dataset: Node
-    validation: int
+    validation: Natural
     generation: Annotated[Node, Called(4)]
     selfdata: Annotated[Node, Called(1)]
     loss: Node
     teacher: str | None
     tuning: Annotated[Node, Called(2)]
     trainer: Annotated[Node, Called(10)]
-    max_length: int
+    max_length: Count
     evaluation: Annotated[Node, Called(4)]
     text: Node
-    seed: int
-    merging: dict[str, Any] | None = None
-    speculation: Node | None = None
+    seed: Seed
+    merging: Mapping[str, Any] | None = None
+    speculation: Annotated[Node, Called(5)] | None = None
 
 
 class Run:
@@ -124,6 +124,11 @@ class Run:
         spec = {"patch": _own(settings), "calibration": self.calibration}
         return self._make(patch, {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.how)
 
+    @property
+    def compressions(self) -> dict[str, Artifact | None]:
+        """What is done to the base model, in order (`sddx.compression.kinds`)."""
+        return {"cut": self.cut, "patch": self.patch}
+
     @cached_property
     def rows(self) -> list[Artifact]:
         """The rows to learn from: the held-out ones, then the training rows in shards, so that a larger set shares
@@ -167,7 +172,7 @@ class Run:
             return None
         method, (held_out, *rows) = self.method, self.rows
         inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": held_out, "rows": rows}
-        inputs |= {"patch": self.patch, "teacher": self.teacher}
+        inputs |= {**self.compressions, "teacher": self.teacher}
         spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(method.trainer)}
         spec |= {"max_length": method.max_length, "seed": method.seed}
         spec |= {"selfdata": _left(method.selfdata, ("check", "reference")) if self.is_self_data else {}}
@@ -180,7 +185,7 @@ class Run:
 
         if not self.is_self_data:
             return None
-        inputs: Inputs = {"base": self.base, "cut": self.cut, "rows": self.rows[1:], "patch": self.patch}
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "rows": self.rows[1:], **self.compressions}
         return self._make(written, inputs, max_length=self.method.max_length, **self.how)
 
     @cached_property
@@ -215,13 +220,13 @@ class Run:
 
         if self.method.merging is None:
             return None
-        inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, "patch": self.patch}
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, **self.compressions}
         return self._make(merge, inputs, method=self.method.merging["method"], **self.how)
 
     @cached_property
     def subjects(self) -> list[Subject]:
         """The models that are evaluated, first the one that all others are compared with."""
-        pruned = {"cut": self.cut, "patch": self.patch}
+        pruned = self.compressions
         recovered = {**pruned, "student": self.student}
         found = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
         return [*(found if self.trains else found[:2]), *self._merging(pruned)]

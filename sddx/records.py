@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt, Interval, Lt, MinLen
 
 from sddx.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+# What numbers settings can be, for the parameters that take them.
+Count = Annotated[int, Ge(1), Lt(2**63)]
+Natural = Annotated[int, Ge(0), Lt(2**63)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+Tasks = Annotated[Sequence[str], MinLen(1)]
 
 
 @dataclass(frozen=True)

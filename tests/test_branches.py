@@ -9,7 +9,8 @@ import torch
 from families import ALL_FAMILIES, VOCABULARY, adapt, build, tokens
 from torch import nn
 
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal, apply_cut
 from sddx.compression.soundness import cache_bytes, prove
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, branches, family, part
@@ -58,11 +59,12 @@ def test_a_branch_that_is_gone_is_one_that_writes_nothing(name):
 def test_what_is_left_is_sound_and_comes_back_from_disk(name, tmp_path):
     """Cached = uncached though the first cache layer is empty; bit-equal after saving and loading."""
     build(name).save_pretrained(tmp_path / "base")
-    how = {"cut": CUT, "base": "key", "attention": "eager" if name == "mpt" else "sdpa"}
-    student = load_student(tmp_path / "base", None, **how).model.requires_grad_(True)
+    how = {"done": [Removal(CUT)], "base": "key", "attention": "eager" if name == "mpt" else "sdpa"}
+    made = load_student(tmp_path / "base", None, **how)
+    student = made.model.requires_grad_(True)
 
     def again():
-        save_student(student, tmp_path / "student", cut=CUT, base="key")
+        save_student(made, tmp_path / "student", base="key")
         return load_student(tmp_path / "base", tmp_path / "student", **how).model
 
     proof = prove(student, vocabulary=VOCABULARY, again=again)
@@ -106,10 +108,10 @@ def test_the_shared_teacher_has_all_its_branches(name):
     separate = SeparateTeacher(deepcopy(model))
     ids = tokens()
     batch = Batch(ids, torch.ones_like(ids), ids)
-    full = apply_cut(model, CUT)
-    student = adapt(model)
+    made = compress(model, [Removal(CUT)])
+    student = made.model = adapt(model)
     before = student(ids).logits
-    ours, theirs = SharedTeacher(student, full, CUT)(batch, states=True), separate(batch, states=True)
+    ours, theirs = SharedTeacher(made)(batch, states=True), separate(batch, states=True)
     assert torch.equal(ours.hidden, theirs.hidden) and len(ours.states) == 5
     assert torch.equal(student(ids).logits, before)
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sddx.compression.remove import apply_cut
+from sddx.compression.remove import Removal, apply_cut
 from sddx.data.encode import require_template
 from sddx.errors import UserError
 from sddx.models import load
@@ -44,6 +44,7 @@ from sddx.students.student import load_student, save_student
 pytestmark = pytest.mark.fast
 
 CUT = Cut.without({1, 2}, 5)
+DONE = [Removal(CUT)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -427,26 +428,27 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     """A saved student with a random adapter, and the logits that it gave."""
-    student = adapt(load_student(base, None, cut=CUT, base="key").model)
-    save_student(student, tmp_path / "student", cut=CUT, base="key")
-    return tmp_path / "student", student(tokens()).logits
+    student = load_student(base, None, done=DONE, base="key")
+    student.model = adapt(student.model)
+    save_student(student, tmp_path / "student", base="key")
+    return tmp_path / "student", student.model(tokens()).logits
 
 
 def test_an_adapter_comes_back_on_its_own_blocks(base, adapter):
     """Base, cut, adapter: the same logits bit for bit; and the adapter matters."""
     folder, logits = adapter
-    again = load_student(base, folder, cut=CUT, base="key").model
+    again = load_student(base, folder, done=DONE, base="key").model
     assert torch.equal(again(tokens()).logits, logits) and not again.training
-    pruned = load_student(base, None, cut=CUT, base="key").model
+    pruned = load_student(base, None, done=DONE, base="key").model
     assert not torch.allclose(pruned(tokens()).logits, logits, atol=0.1)
 
 
 def test_full_weights_come_back_without_the_base(base, tmp_path):
-    student = load_student(base, None, cut=CUT, base="key").model
-    save_student(student, tmp_path / "student", cut=CUT, base="key")
+    student = load_student(base, None, done=DONE, base="key")
+    save_student(student, tmp_path / "student", base="key")
     shutil.rmtree(base)
-    again = load_student(base, tmp_path / "student", cut=CUT, base="key").model
-    assert torch.equal(again(tokens()).logits, student(tokens()).logits)
+    again = load_student(base, tmp_path / "student", done=DONE, base="key").model
+    assert torch.equal(again(tokens()).logits, student.model(tokens()).logits)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -455,14 +457,14 @@ def test_another_cut_or_base_is_refused(full, base, adapter, tmp_path):
     folder, _ = adapter
     if full:
         folder = tmp_path / "full"
-        save_student(load_student(base, None, cut=CUT, base="key").model, folder, cut=CUT, base="key")
+        save_student(load_student(base, None, done=DONE, base="key"), folder, base="key")
     with pytest.raises(UserError, match=r"blocks \[1, 2\] of 5 removed, and blocks \[2, 3\]"):
-        load_student(base, folder, cut=Cut.without({2, 3}, 5), base="key")
+        load_student(base, folder, done=[Removal(Cut.without({2, 3}, 5))], base="key")
     with pytest.raises(UserError, match="belongs to base model key, and other"):
-        load_student(base, folder, cut=CUT, base="other")
+        load_student(base, folder, done=DONE, base="other")
     (folder / "cut.json").unlink()
     with pytest.raises(UserError, match="does not say which cut"):
-        load_student(base, folder, cut=CUT, base="key")
+        load_student(base, folder, done=DONE, base="key")
 
 
 def test_an_adapter_that_lost_a_weight_is_refused(base, adapter):
@@ -472,7 +474,7 @@ def test_an_adapter_that_lost_a_weight_is_refused(base, adapter):
     weights.pop(sorted(weights)[0])
     save_file(weights, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="1 weights are missing or left over"):
-        load_student(base, folder, cut=CUT, base="key")
+        load_student(base, folder, done=DONE, base="key")
 
 
 def test_a_cpu_without_bfloat16_is_told_so_once(tmp_path, monkeypatch, caplog):

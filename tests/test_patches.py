@@ -9,16 +9,17 @@ import pytest
 import torch
 from families import VOCABULARY, adapt, build, tokens
 
+from sddx.compression.compressed import compress
 from sddx.compression.fit import fit_patches
 from sddx.compression.junction import Gap, Junction, attach, gaps
 from sddx.compression.patches import Diagonal, LightBlock, Linear, LinearFeedForward, LowRank, Mean
-from sddx.compression.remove import apply_cut
+from sddx.compression.remove import Removal, apply_cut
 from sddx.compression.soundness import prove
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, set_blocks, stack
 from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
-from sddx.students.student import load_student, prune, save_student
+from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 
 CUT = Cut.without({1, 2}, 5)
@@ -255,16 +256,16 @@ def test_the_teacher_is_without_patch_and_the_student_with(kind, fold, tmp_path)
     separate = SeparateTeacher(deepcopy(model))
     found, _ = fit_patches(model, CUT, FITS[kind], batches(), QUIET)
     Junction(found, fold=fold).save(tmp_path)
-    full, attached = prune(model, CUT, tmp_path)
-    student = adapt(model)
+    made = compress(model, [Removal(CUT), Junction.load(tmp_path)])
+    student = made.model = adapt(model)
     before = student(ids).logits
     batch = Batch(ids, torch.ones_like(ids), ids)
-    ours, theirs = SharedTeacher(student, full, CUT)(batch, states=True), separate(batch, states=True)
+    ours, theirs = SharedTeacher(made)(batch, states=True), separate(batch, states=True)
     assert torch.equal(ours.hidden, theirs.hidden)
     assert all(torch.equal(a, b) for a, b in zip(ours.states, theirs.states, strict=True))
     assert torch.equal(student(ids).logits, before)
     names = {id(weight) for weight in student.parameters()}
-    assert all(id(weight) in names for weight in attached.values())
+    assert all(id(weight) in names for weight in made.own.values())
 
 
 @pytest.mark.parametrize("adapted", [True, False])
@@ -277,19 +278,23 @@ def test_students_with_patches_come_back_from_disk(kind, adapted, tmp_path):
     for name, fits in (("patch", found), ("other", {Gap("blocks", 1, 3): Mean_of(1.0)})):
         (tmp_path / name).mkdir()
         Junction(fits).save(tmp_path / name)
-    given = {"cut": CUT, "base": "key", "patch": tmp_path / "patch"}
-    student = load_student(tmp_path / "base", None, **given)
-    model = adapt(student.model) if adapted else student.model
+
+    def loaded(folder, patch="patch"):
+        done = [Removal(CUT), Junction.load(tmp_path / patch)]
+        return load_student(tmp_path / "base", folder, done=done, base="key")
+
+    student = loaded(None)
+    student.model = adapt(student.model) if adapted else student.model
     with torch.no_grad():
-        for weight in student.attached.values():
+        for weight in student.own.values():
             weight.add_(0.01 * torch.randn_like(weight))
-    save_student(model, tmp_path / "student", cut=CUT, base="key", attached=student.attached)
-    again = load_student(tmp_path / "base", tmp_path / "student", **given)
-    assert torch.equal(again.model(ids).logits, model(ids).logits)
-    assert (again.unpruned is None) != adapted
+    save_student(student, tmp_path / "student", base="key")
+    again = loaded(tmp_path / "student")
+    assert torch.equal(again.model(ids).logits, student.model(ids).logits)
+    assert bool(again.whole) == adapted
     if kind != "mean":
         with pytest.raises(UserError, match="another cut or is of another kind"):
-            load_student(tmp_path / "base", tmp_path / "student", **given | {"patch": tmp_path / "other"})
+            loaded(tmp_path / "student", "other")
 
 
 def Mean_of(value):

@@ -9,11 +9,13 @@ import torch
 from test_training import EVERYTHING, examples, weights
 
 import sddx
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.errors import UserError
 from sddx.models.load import four_bit, load_model
 from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
-from sddx.students.student import load_student, prune, save_student
+from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.fit import Fit
 from sddx.training.tuning import qlora
@@ -51,12 +53,9 @@ def test_it_learns_beside_the_unpruned_model_in_four_bit(tmp_path):
     """The shared teacher is the whole model as it is loaded in 4 bit, bit for bit, before training and after it;
     only the adapter moves, and it is an ordinary one, which loads onto the base in its own dtype."""
     model = load_model(CHECKPOINT, quantization=NF4)
-    unpruned, _ = prune(model, CUT, None)
-    student = qlora(model, 0, quantization=NF4, rank=2)
-    teacher, separate = (
-        SharedTeacher(student, unpruned, CUT),
-        SeparateTeacher(load_model(CHECKPOINT, quantization=NF4)),
-    )
+    made = compress(model, [Removal(CUT)])
+    student = made.model = qlora(model, 0, quantization=NF4, rank=2)
+    teacher, separate = SharedTeacher(made), SeparateTeacher(load_model(CHECKPOINT, quantization=NF4))
     expected = separate(batch()).hidden
     assert torch.equal(teacher(batch()).hidden, expected)
     assert not torch.equal(SeparateTeacher(load_model(CHECKPOINT))(batch()).hidden, expected)
@@ -70,8 +69,8 @@ def test_it_learns_beside_the_unpruned_model_in_four_bit(tmp_path):
     assert all(torch.equal(w, frozen[n]) for n, w in student.named_parameters() if not w.requires_grad)
     assert torch.equal(teacher(batch()).hidden, expected)
 
-    save_student(student, tmp_path / "student", cut=CUT, base="tiny")
-    loaded = load_student(CHECKPOINT, tmp_path / "student", cut=CUT, base="tiny").model
+    save_student(made, tmp_path / "student", base="tiny")
+    loaded = load_student(CHECKPOINT, tmp_path / "student", done=made.done, base="tiny").model
     stored = dict(loaded.named_parameters())
     assert all(torch.equal(stored[name], value) for name, value in after.items())
     assert loaded.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.float32

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import sddx
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.data.shards import write_rows
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import Subject
@@ -71,8 +72,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, cut in (("adapted", WHOLE_BLOCKS), ("patched", BRANCHES)):
         cut.save(artifact("prune", folder / name).path / "cut.json")
     model = load_model(MODEL.path)
-    apply_cut(model, WHOLE_BLOCKS)
-    save_student(adapt(model), artifact("train", folder / "adapted").path, cut=WHOLE_BLOCKS, base=MODEL.key)
+    made = compress(model, [Removal(WHOLE_BLOCKS)])
+    made.model = adapt(model)
+    save_student(made, artifact("train", folder / "adapted").path, base=MODEL.key)
     where = folder / "patched"
     fitted(artifact("patch", where).path, where / "prune", "linear", Runtime(quiet=True))
     rows = [Example(str(n), f"Mia has {n} nuts and gets 9 more. How many nuts?", f"#### {n + 9}") for n in range(3)]

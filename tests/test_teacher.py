@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES, adapt, build, tokens
 
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.errors import UserError
-from sddx.models.anatomy import blocks, stack
+from sddx.models.anatomy import blocks, stacks
 from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut
 from sddx.students.teacher import SeparateTeacher, SharedTeacher, check_vocabularies
@@ -30,12 +32,12 @@ def school(family, cut=CUTS[0], targets="all-linear"):
     """A pruned student with a random adapter, its shared teacher, and an untouched copy of the model."""
     model = build(family)
     separate = deepcopy(model)
-    full = apply_cut(model, cut)
-    student = adapt(model, targets=targets)
+    made = compress(model, [Removal(cut)])
+    student = made.model = adapt(model, targets=targets)
     with student.disable_adapter():
         bare = student(tokens()).logits
     assert not torch.allclose(student(tokens()).logits, bare, atol=0.1)  # else none would see it left on
-    return student, SharedTeacher(student, full, cut), separate
+    return student, SharedTeacher(made), separate
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -175,20 +177,21 @@ def test_a_training_step_moves_the_adapter_and_not_the_teacher():
 def test_a_shared_teacher_wants_frozen_weights():
     """Full fine-tuning would move it."""
     model = build("llama")
-    full = apply_cut(model, CUTS[0])
+    made = compress(model, [Removal(CUTS[0])])
     with pytest.raises(ValueError, match="frozen"):
-        SharedTeacher(model, full, CUTS[0])
-    SharedTeacher(model.requires_grad_(False), full, CUTS[0])
+        SharedTeacher(made)
+    model.requires_grad_(False)
+    SharedTeacher(made)
 
 
 def test_a_shared_teacher_wants_the_students_own_blocks():
     """The stack of another model, or another cut, is refused."""
     model = build("llama")
-    full = apply_cut(model, CUTS[0])
+    made = compress(model, [Removal(CUTS[0])])
     model.requires_grad_(False)
-    for other_stack, cut in ((full, CUTS[1]), (stack(build("llama")), CUTS[0])):
+    for wrong in ({"cut": CUTS[1]}, {"whole": stacks(build("llama"))}, {"whole": {}}):
         with pytest.raises(ValueError, match="not the blocks"):
-            SharedTeacher(model, other_stack, cut)
+            SharedTeacher(replace(made, **wrong))
 
 
 def test_a_separate_teacher_is_frozen():

@@ -16,7 +16,8 @@ import torch
 from families import VOCABULARY, build
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.data.encode import Encoded
 from sddx.errors import UserError
 from sddx.records import Cut
@@ -87,11 +88,11 @@ def examples(number: int, seed: int = 0) -> list[Encoded]:
 def pruned(tune: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A tuned student of three of four blocks, and its teacher: the same weights, or a copy for full."""
     model = build("llama", blocks=4).to(dtype)
-    unpruned = apply_cut(model, CUT)
+    made = compress(model, [Removal(CUT)])
     if tune is full:
         return full(model, 0), SeparateTeacher(build("llama", blocks=4).to(dtype))
-    student = tune(model, 0)
-    return student, SharedTeacher(student, unpruned, CUT)
+    made.model = tune(model, 0)
+    return made.model, SharedTeacher(made)
 
 
 ADAPTER = partial(lora, rank=2, alpha=4, dropout=0.2, targets="all-linear")

@@ -7,7 +7,8 @@ import torch
 from families import VOCABULARY, build, tokens
 from transformers import CONFIG_MAPPING
 
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks
 from sddx.models.narrow import built, narrow
@@ -87,16 +88,16 @@ def test_all_linear_is_every_linear_map_but_routers_and_head(name):
 def test_an_adapter_beside_experts_comes_back_and_can_be_switched_off(name, tmp_path):
     """From disk bit for bit, onto its own blocks; off, the whole model is the teacher."""
     model_of(name).save_pretrained(tmp_path / "base")
-    how = {"cut": CUT, "base": "key", "attention": "eager"}
+    how = {"done": [Removal(CUT)], "base": "key", "attention": "eager"}
     loaded = load_student(tmp_path / "base", None, **how)
-    whole = load_student(tmp_path / "base", None, **how | {"cut": Cut.without(set(), 4)}).model
-    student = shaken(lora(loaded.model, 0, rank=2))
+    whole = load_student(tmp_path / "base", None, **how | {"done": [Removal(Cut.without(set(), 4))]}).model
+    student = loaded.model = shaken(lora(loaded.model, 0, rank=2))
     logits = student(input_ids=tokens()).logits
-    save_student(student, tmp_path / "student", cut=CUT, base="key")
+    save_student(loaded, tmp_path / "student", base="key")
     again = load_student(tmp_path / "base", tmp_path / "student", **how).model
     assert torch.equal(again(input_ids=tokens()).logits, logits)
     batch = Batch(tokens(), torch.ones_like(tokens()), tokens())
-    outputs = SharedTeacher(student, loaded.unpruned, CUT)(batch)
+    outputs = SharedTeacher(loaded)(batch)
     expected = whole(input_ids=tokens(), attention_mask=batch.attention_mask).logits
     assert torch.equal(outputs.head(outputs.hidden), expected)
     assert torch.equal(student(input_ids=tokens()).logits, logits)
@@ -152,11 +153,11 @@ def test_all_that_is_wrong_with_an_adapter_is_told_at_once():
 def test_an_untied_head_can_be_adapted(tmp_path):
     model = build("llama")
     model.save_pretrained(tmp_path / "base")
-    apply_cut(model, CUT5 := Cut.without({1}, 5))
-    student = shaken(lora(model, 0, targets=["q_proj", "lm_head"]))
+    made = compress(model, [Removal(Cut.without({1}, 5))])
+    student = made.model = shaken(lora(model, 0, targets=["q_proj", "lm_head"]))
     assert set(coverage(student)[0]) == {"self_attn.q_proj", "lm_head"}
-    save_student(student, tmp_path / "student", cut=CUT5, base="key")
-    again = load_student(tmp_path / "base", tmp_path / "student", cut=CUT5, base="key").model
+    save_student(made, tmp_path / "student", base="key")
+    again = load_student(tmp_path / "base", tmp_path / "student", done=made.done, base="key").model
     assert torch.equal(again(tokens()).logits, student(tokens()).logits) and len(blocks(again)) == 4
 
 

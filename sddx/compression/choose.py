@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from sddx.errors import UserError
-from sddx.records import Units
+from sddx.records import Natural, Seed, Units
 
 Rule = Callable[[dict[str, Any] | None, int, int], tuple[int, ...]]
 
@@ -50,7 +50,7 @@ class Pruning:
     stands in for them, and whether the blocks that are left must be of the kinds that a model of that depth has."""
 
     choose: Rule
-    remove: int
+    remove: Natural
     patch: PatchChoice
     units: str = "blocks"
     metric: Any = None
@@ -119,7 +119,7 @@ def last(scores: dict[str, Any] | None, count: int, remove: int) -> tuple[int, .
     return tuple(range(start, start + remove))
 
 
-def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: int) -> tuple[int, ...]:
+def random(scores: dict[str, Any] | None, count: int, remove: int, *, seed: Seed) -> tuple[int, ...]:
     """`remove` units drawn at random. With one seed, a larger draw contains every smaller one."""
     require_removable(count, remove)
     order = Random(seed).sample(range(count), count)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sddx.compression import patches
 from sddx.compression.choose import NOT_FOLDABLE
+from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
 from sddx.models.anatomy import FAMILIES, Family, bare, blocks, decoder, family, part, set_blocks, stack, twin
 from sddx.models.outputs import first
@@ -59,7 +60,7 @@ def gaps(cut: Cut) -> list[Gap]:
 
 
 @dataclass(frozen=True)
-class Junction:
+class Junction(Compression):
     """The patches of a cut, one for each gap: a `Patch`, or the weights of a whole block. `trained`: they go on
     learning with the student. `fold`: they are worked into weights that the model has already."""
 
@@ -72,8 +73,7 @@ class Junction:
         weights: dict[str, Tensor] = {}
         record = []
         for gap, patch in self.patches.items():
-            kind = BLOCK if isinstance(patch, Mapping) else type(patch).__name__
-            record.append({**asdict(gap), "patch": kind})
+            record.append({**asdict(gap), "patch": _kind(patch)})
             state = patch if isinstance(patch, Mapping) else patch.state_dict()
             weights |= {f"{gap.name}.{name}": value.float().contiguous().cpu() for name, value in state.items()}
         save_file(weights, folder / WEIGHTS)
@@ -92,17 +92,49 @@ class Junction:
             found[gap] = own if kind == BLOCK else getattr(patches, kind)(**own)
         return cls(found, about["trained"], about["fold"])
 
+    @property
+    def name(self) -> str:
+        """The kinds of patches that are there."""
+        return ", ".join(sorted({_kind(patch) for patch in self.patches.values()}))
 
-def is_trained(folder: Path) -> bool:
-    """Whether the patches in a folder go on learning with the student."""
-    return json.loads((folder / RECORD).read_text(encoding="utf-8"))["trained"]
+    @property
+    def is_stock(self) -> bool:
+        """Whether they are folded into weights that are there, or are blocks of the model's own kind."""
+        return self.fold or all(_kind(patch) == BLOCK for patch in self.patches.values())
+
+    def apply(self, made: Compressed) -> None:
+        """Raises UserError where a patch cannot stand there, or cannot be folded."""
+        made.own |= attach(made.model, made.cut, self)
+
+    def thaw(self, made: Compressed) -> None:
+        """The patches learn where `trained` says so."""
+        for weight in self._own(made).values():
+            weight.requires_grad_(self.trained)
+
+    def keep(self, made: Compressed, folder: Path) -> None:
+        """Write the weights of the patches as they are now; where they were folded there are none."""
+        if own := self._own(made):
+            found = {name: weight.detach().float().cpu().contiguous() for name, weight in own.items()}
+            save_file(found, folder / WEIGHTS)
+
+    def restore(self, made: Compressed, folder: Path) -> None:
+        """Raises UserError where the weights are not those of these patches."""
+        if not (own := self._own(made)):
+            return
+        stored = load_file(folder / WEIGHTS)
+        if stored.keys() != own.keys():
+            raise UserError(f"the patch in {folder} belongs to another cut or is of another kind. Train it again.")
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(stored[name])
+
+    def _own(self, made: Compressed) -> Attached:
+        gaps = {gap.name for gap in self.patches}
+        return {name: weight for name, weight in made.own.items() if name.partition(".")[0] in gaps}
 
 
-def is_stock(folder: Path) -> bool:
-    """Whether the patches in a folder leave a model that transformers itself can build: they are folded into its
-    weights, or are blocks of its own kind."""
-    about = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return about["fold"] or all(gap["patch"] == BLOCK for gap in about["gaps"])
+def _kind(patch: Any) -> str:
+    return BLOCK if isinstance(patch, Mapping) else type(patch).__name__
 
 
 Attached = dict[str, nn.Parameter]  # the weights of patches inside a student, by gap and name
@@ -124,23 +156,6 @@ def attach(model: Any, cut: Cut, junction: Junction) -> Attached:
         found |= {f"{gap.name}.{name}": weight for name, weight in module.named_parameters()}
     set_blocks(model, stack(model))  # a block that was put in needs its index
     return found
-
-
-def restore(attached: Attached, folder: Path) -> None:
-    """Load weights that went on learning. Raises UserError where they are not those of these patches."""
-    stored = load_file(folder / WEIGHTS)
-    if stored.keys() != attached.keys():
-        raise UserError(f"the patch in {folder} belongs to another cut or is of another kind. Train it again.")
-    with torch.no_grad():
-        for name, weight in attached.items():
-            weight.copy_(stored[name])
-
-
-def keep(attached: Attached, folder: Path) -> None:
-    """Write the weights of patches as they are now."""
-    save_file(
-        {name: weight.detach().float().cpu().contiguous() for name, weight in attached.items()}, folder / WEIGHTS
-    )
 
 
 def _insert(model: Any, cut: Cut, gap: Gap, patch: Any) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sddx.errors import UserError
+from sddx.records import Count, Natural, NonNegative, Positive
 
 Reads = Literal["stream", "feedforward", "preceding"]
 
@@ -173,7 +174,7 @@ class Linear(Fit):
 
     name = "linear"
 
-    def __init__(self, *, ridge: float = 1e-6) -> None:
+    def __init__(self, *, ridge: NonNegative = 1e-6) -> None:
         super().__init__()
         if not ridge > 0:
             raise UserError(f"pruning.patch.fit.ridge must be above 0, not {ridge}: states can lie in a subspace.")
@@ -211,7 +212,9 @@ class LowRank(Linear):
 
     name = "low_rank"
 
-    def __init__(self, *, rank: int, ridge: float = 1e-6, epochs: int = 0, learning_rate: float = 1e-3) -> None:
+    def __init__(
+        self, *, rank: Count, ridge: NonNegative = 1e-6, epochs: Natural = 0, learning_rate: Positive = 1e-3
+    ) -> None:
         super().__init__(ridge=ridge)
         if rank < 1:
             raise UserError(f"pruning.patch.fit.rank must be at least 1, not {rank}.")
@@ -249,7 +252,7 @@ class LightBlock(Fit):
     name = "block"
     reads: Reads = "preceding"
 
-    def __init__(self, *, epochs: int = 1, learning_rate: float = 2e-4) -> None:
+    def __init__(self, *, epochs: Natural = 1, learning_rate: Positive = 2e-4) -> None:
         super().__init__()
         if epochs < 1:
             raise UserError(

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sddx.compression.branches import without
+from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
 from sddx.models.anatomy import Stack, blocks, branches, is_adapted, set_blocks, stack
 from sddx.records import Cut
+
+CUT = "cut.json"
+
+
+@dataclass(frozen=True)
+class Removal(Compression):
+    """Blocks and branches are taken out, as a cut says."""
+
+    cut: Cut
+
+    @classmethod
+    def load(cls, folder: Path) -> Removal:
+        """That of the cut in a folder."""
+        return cls(Cut.load(folder / CUT))
+
+    @property
+    def name(self) -> str:
+        """The depth that is left: `26L`."""
+        return self.cut.name
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether whole blocks alone are gone."""
+        return not (self.cut.no_attention or self.cut.no_feedforward)
+
+    def apply(self, made: Compressed) -> None:
+        """Raises UserError where the cut was made for another depth."""
+        apply_cut(made.model, self.cut)
+        made.cut = self.cut
+
+
+def cut_of(done: Iterable[Compression]) -> Cut:
+    """The cut among what is done to a model; of one that loses nothing it keeps all."""
+    return next(each.cut for each in done if isinstance(each, Removal))
 
 
 def apply_cut(model: Any, cut: Cut) -> Stack:

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from sddx.compression import junction
 from sddx.errors import UserError
 from sddx.export import card, proof
 from sddx.export.formats import inspect_model
@@ -20,7 +19,6 @@ from sddx.models.load import DTYPES, decides, find_device, load_model
 from sddx.store import Store
 from sddx.students.plain import ADAPTER, write_apart, write_merged
 from sddx.students.recovered import Recovered, find_run
-from sddx.students.student import is_stock
 
 
 def export(
@@ -118,11 +116,12 @@ def require_stock(run: Recovered) -> None:
         f"sddx.load({str(run.folder / 'summary.json')!r}) loads it as it is; transformers, vLLM and llama.cpp "
         "build whole blocks of their own kinds alone, so there is nothing to export for them."
     )
-    if not is_stock(run.cut):
+    removal, *others = run.done
+    if not removal.is_stock:
         raise UserError(
             f"this model lacks branches of blocks ({run.cut.name}: attention A, feed-forward F). {loads}"
         )
-    if run.patch is not None and not junction.is_stock(run.patch):
+    if not all(each.is_stock for each in others):
         raise UserError(
             f"a patch ({run.summary['choices']['patch']}) stands in this model as a module of its own. {loads} "
             "Patches that can be exported: pruning/patch=block, and linear_ffn or mean with patch.fold=true."

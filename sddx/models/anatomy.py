@@ -5,7 +5,7 @@ Body, blocks, norm and head are found by structure (`models.structure`), the bra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from sddx.errors import UserError
 from sddx.models.families import BELOW, BRANCHED, FAMILIES, NUMBERS, Branch, Family
 from sddx.models.structure import layout
 
+DECODER = "decoder"
 INDICES = {"layer_idx", "layer_id"}  # what modules call the number by which they find their keys and values
 
 
@@ -195,6 +196,16 @@ def stack(model: Any) -> Stack:
         elif isinstance(value, int) and name in (*BELOW, "decoder_sparse_step"):
             settings[name] = value
     return Stack(blocks(model), settings)
+
+
+def stacks(model: Any) -> dict[str, Stack]:
+    """The model's stacks of blocks by name: of a decoder-only model the one."""
+    return {DECODER: stack(model)}
+
+
+def put_stacks(model: Any, new: Mapping[str, Stack]) -> None:
+    """Put stacks back that `stacks` gave."""
+    set_blocks(model, new[DECODER])
 
 
 def set_blocks(model: Any, new: Stack) -> None:

@@ -6,23 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sddx.compression.compressed import Compressed, Compression
+from sddx.compression.kinds import read
+from sddx.compression.remove import cut_of
 from sddx.errors import UserError
 from sddx.records import Cut
 from sddx.run_folder import SUMMARY, Kept, read_summary
 from sddx.store import manifest
-from sddx.students.student import Student, load_student
+from sddx.students.student import load_student
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A run's summary with the folders of its base model, its student and its patch (None: there is none)."""
+    """A run's summary with the folders of its base model and its student (None: there is none), and what was done
+    to the model."""
 
     folder: Path
     summary: dict[str, Any]
     base: Path
-    cut: Cut
+    done: tuple[Compression, ...]
     trained: Path | None
-    patch: Path | None
+
+    @property
+    def cut(self) -> Cut:
+        """Which blocks are left."""
+        return cut_of(self.done)
 
     def loading(self, dtype: str | None = None, device: str = "cpu") -> dict[str, str]:
         """How its models are loaded: in the run's dtype, unless another is given, and with its attention."""
@@ -32,12 +40,10 @@ class Recovered:
             "device": device,
         }
 
-    def student(self, dtype: str | None = None, device: str = "cpu") -> Student:
+    def student(self, dtype: str | None = None, device: str = "cpu") -> Compressed:
         """The recovered model, in eval mode and frozen."""
         key = self.summary["artifacts"]["model"]
-        return load_student(
-            self.base, self.trained, cut=self.cut, base=key, patch=self.patch, **self.loading(dtype, device)
-        )
+        return load_student(self.base, self.trained, done=self.done, base=key, **self.loading(dtype, device))
 
     @property
     def judged(self) -> str:
@@ -72,5 +78,5 @@ def find_run(path: str | Path) -> Recovered:
             gone = base if place else f"{stage} {keys[stage]} in the store {store}"
             raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
         found[stage] = place
-    cut = Cut.load(found["prune"] / "cut.json")
-    return Recovered(file.parent, fields, base, cut, found.get("train"), found.get("patch"))
+    done = read({"cut": found["prune"], "patch": found.get("patch")})
+    return Recovered(file.parent, fields, base, done, found.get("train"))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sddx.compression.compressed import Compressed
 from sddx.errors import UserError
-from sddx.models.anatomy import INDICES, Stack, bare, blocks, head, is_adapted, set_blocks, stack
+from sddx.models.anatomy import DECODER, INDICES, bare, blocks, head, is_adapted
 from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut, Outputs
 
@@ -22,18 +23,20 @@ Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
 class SharedTeacher:
     """The unpruned model in the student's frozen weights: all blocks in, the adapter off.
 
-    `unpruned` is what `apply_cut` returned; peft is applied after that, so no removed part ever has an
-    adapter, and patches stand in blocks of the student's own. Removed parts are held here and not in the
-    student's module tree: no state dict, optimiser or checkpoint of the student sees them.
+    peft is applied after the compression, so no removed part ever has an adapter, and patches stand in blocks of
+    the student's own. Removed parts are held here and not in the student's module tree: no state dict, optimiser
+    or checkpoint of the student sees them.
     """
 
-    def __init__(self, student: Any, unpruned: Stack, cut: Cut) -> None:
-        if len(unpruned.blocks) != cut.total or not _shares(blocks(student), unpruned.blocks, cut):
+    def __init__(self, made: Compressed) -> None:
+        """Raises ValueError where the unpruned model is not in the student's weights, or would move with them."""
+        student, unpruned = made.model, made.whole.get(DECODER)
+        if unpruned is None or not _shares(blocks(student), unpruned.blocks, made.cut):
             raise ValueError("the student's blocks are not the blocks that the cut keeps")
         if not is_adapted(student) and any(weight.requires_grad for weight in student.parameters()):
             # Full fine-tuning would move the teacher, and an adapter put in later would not be switched off.
             raise ValueError("a shared teacher needs frozen weights: apply peft, or use SeparateTeacher")
-        self.student, self.full, self.cut = student, unpruned, cut
+        self.student, self.made, self.full = student, made, unpruned
         students = set(student.modules())
         for module in unpruned.blocks.modules():
             if module not in students:
@@ -55,21 +58,17 @@ class SharedTeacher:
 
     @contextmanager
     def unpruned(self) -> Iterator[Any]:
-        """Inside, the student *is* the unpruned model: blocks, depth, per-layer lists and layer indices
-        swapped together, adapter off, eval mode. Everything is put back on leaving, also by an exception."""
-        student, pruned = self.student, stack(self.student)
+        """Inside, the student *is* the unpruned model: the compression undone, adapter off, eval mode. Everything
+        is put back on leaving, also by an exception."""
+        student = self.student
         modes = [(module, module.training) for module in student.modules()]
         # peft freezes the adapter while it is off, and makes it trainable afterwards whatever it was.
         trainable = [(weight, weight.requires_grad) for weight in student.parameters()]
         try:
-            with student.disable_adapter() if is_adapted(student) else nullcontext():
-                try:
-                    set_blocks(student, self.full)
-                    student.eval()
-                    yield student
-                finally:
-                    # First: peft switches on again what it finds in the student, adapters in twins too.
-                    set_blocks(student, pruned)
+            # Done again first: peft switches on again what it finds in the student, adapters in twins too.
+            with student.disable_adapter() if is_adapted(student) else nullcontext(), self.made.undone():
+                student.eval()
+                yield student
         finally:
             for module, training in modes:
                 module.training = training
@@ -99,7 +98,7 @@ def beside(teacher: SharedTeacher) -> Any:
 def _shares(student: nn.ModuleList, unpruned: nn.ModuleList, cut: Cut) -> bool:
     """Whether the student has one block for each that is kept, each with weights of that one (a block that lost
     a branch or carries a patch is a twin; one that was retrained to stand for others shares none)."""
-    if len(student) != len(cut.kept):
+    if (len(student), len(unpruned)) != (len(cut.kept), cut.total):
         return False
     shared = 0
     for block, origin in zip(student, (unpruned[number] for number in cut.kept), strict=True):

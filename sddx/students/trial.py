@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from sddx.compression.choose import Pruning
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.config.build import tried
 from sddx.errors import UserError
+from sddx.models.anatomy import DECODER
 from sddx.models.load import load_model, said
 from sddx.models.narrow import REFUSALS, VOCABULARY, built, smallest
 from sddx.models.outputs import require_own_head
@@ -73,12 +75,12 @@ def _prove(made: Any, cut: Cut, attention: str) -> None:
         model = load_model(folder, attention=attention)
         require_own_head(model)
         sliced = sliced_logits(model, cut, vocabulary=VOCABULARY)
-        whole = apply_cut(model, cut)
+        student = compress(model, [Removal(cut)])
 
         def again() -> Any:
-            how = {"dtype": "float32", "attention": attention}
-            return saved_and_loaded(model, folder, cut=cut, base="", patch=None, attached={}, **how)
+            return saved_and_loaded(student, folder, base="", dtype="float32", attention=attention)
 
+        whole = student.whole[DECODER]
         prove(model, vocabulary=VOCABULARY, again=again, sliced=sliced, whole=whole)
 
 

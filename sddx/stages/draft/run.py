@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sddx.compression.compressed import Compression
+from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import render, token_ids
 from sddx.data.selfdata import end_ids
 from sddx.data.shards import read_examples
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
-from sddx.records import Artifact, Cut
+from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.students.student import load_student
 from sddx.students.teacher import SharedTeacher, beside
@@ -21,20 +24,19 @@ def draft(
     out: Path,
     *,
     base: Artifact,
-    cut: Artifact,
     rows: Artifact,
-    patch: Artifact | None = None,
     student: Artifact | None = None,
     runtime: Runtime,
     speculation: dict[str, Any],
     dtype: str,
     attention: str,
+    **compressions: Artifact | None,
 ) -> None:
     """Writes `draft.json`, what `sddx.speculation.measure.Drafts` finds over the prompts of held-out `rows`. The
-    draft is the pruned model, or the recovered one where there is a `student`; the target is the unpruned one, in
+    draft is the model after the `compressions`, or the recovered one where there is a `student`; the target is the unpruned one, in
     the same weights unless the draft's are its own. What is timed is of this machine, and of no key."""
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
-    target, drafting = _routes(base, cut, patch, student, how)
+    target, drafting = _routes(base, read(compressions), student, how)
     tokenizer, tried = load_tokenizer(base.path), build(speculation)
     prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
     total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
@@ -46,13 +48,11 @@ def draft(
 
 
 def _routes(
-    base: Artifact, cut: Artifact, patch: Artifact | None, student: Artifact | None, how: dict[str, Any]
+    base: Artifact, done: Sequence[Compression], student: Artifact | None, how: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The unpruned model, and the pruned or recovered one."""
     free_memory()
-    what = Cut.load(cut.path / "cut.json")
-    trained, fitted = (each.path if each else None for each in (student, patch))
-    loaded = load_student(base.path, trained, cut=what, base=base.key, patch=fitted, **how)
-    if loaded.unpruned is None:
+    loaded = load_student(base.path, student.path if student else None, done=done, base=base.key, **how)
+    if not loaded.whole:
         return frozen_model(base.path, **how), loaded.model
-    return beside(SharedTeacher(loaded.model, loaded.unpruned, what)), loaded.model
+    return beside(SharedTeacher(loaded)), loaded.model

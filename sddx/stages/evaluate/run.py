@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sddx.compression.compressed import Compressed, Compression
+from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import by_length, text_batches
 from sddx.evaluation.harness import responses
@@ -19,12 +21,12 @@ from sddx.evaluation.text import divergence, perplexity
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
-from sddx.records import Artifact, Cut
+from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.statistics.answers import mean_length, repetition
 from sddx.store import RESUME, keep_rows
 from sddx.students.plain import write_apart, write_merged
-from sddx.students.student import Student, load_student
+from sddx.students.student import load_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher, Teacher
 
 ANSWERED = Path(RESUME, "answers.jsonl")
@@ -35,23 +37,22 @@ class Made:
     """What the evaluated model is made of."""
 
     base: Artifact
-    cut: Artifact | None
-    patch: Artifact | None
+    done: tuple[Compression, ...]
     student: Artifact | None
 
-    def load(self, how: dict[str, Any]) -> Student:
+    def load(self, how: dict[str, Any]) -> Compressed:
         """The pruned or recovered model."""
         free_memory()
-        trained, patch = (each.path if each else None for each in (self.student, self.patch))
-        return load_student(self.base.path, trained, cut=self._cut, base=self.base.key, patch=patch, **how)
+        trained = self.student.path if self.student else None
+        return load_student(self.base.path, trained, done=self.done, base=self.base.key, **how)
 
     def beside(self, how: dict[str, Any]) -> tuple[Any, Teacher]:
         """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
         are still there, so that a large model is held once."""
         student = self.load(how)
-        if student.unpruned is None:
+        if not student.whole:
             return student.model, SeparateTeacher(frozen_model(self.base.path, **how))
-        return student.model, SharedTeacher(student.model, student.unpruned, self._cut)
+        return student.model, SharedTeacher(student)
 
     def write(self, folder: Path, how: dict[str, Any], *, apart: bool) -> tuple[Path, Path | None]:
         """The folders of a model on disk and, where it has one and that is to be `apart`, of its adapter."""
@@ -62,30 +63,24 @@ class Made:
         write_merged(model, self.base.path, folder)
         return folder, None
 
-    @property
-    def _cut(self) -> Cut:
-        assert self.cut is not None
-        return Cut.load(self.cut.path / "cut.json")
-
 
 def evaluate(
     out: Path,
     *,
     base: Artifact,
     files: Sequence[Artifact],
-    cut: Artifact | None = None,
-    patch: Artifact | None = None,
     student: Artifact | None = None,
     runtime: Runtime,
     evaluation: dict[str, Any],
     text: dict[str, Any],
     dtype: str,
     attention: str,
+    **compressions: Artifact | None,
 ) -> None:
     """Writes `results.json`: lm-eval's scores with every item, and under `text` what scores do not show.
 
-    Judged is the pruned model where there is a `cut`, the recovered one where there is a `student` as well, and
-    else the unpruned one; a `patch` stands in for what was cut. `files` are those that tasks and texts are read
+    Judged is the pruned model where there are `compressions`, the recovered one where there is a `student` as well,
+    and else the unpruned one. `files` are those that tasks and texts are read
     from; `evaluation.data_dir` names one of them by its key. `text.kl` is KL(unpruned || model) in nats a token on
     held-out text, and `text.perplexity` the model's on the same tokens; repetition and length are those of the
     answers. Where the evaluation's backend is vllm, the scores are those of the merged weights, or by
@@ -93,7 +88,7 @@ def evaluate(
     trained. What was answered when the stage is interrupted is in `out/resume`, and not asked again.
     """
     keep_rows(out, 0)
-    evaluation, made = placed(evaluation, files), Made(base, cut, patch, student)
+    evaluation, made = placed(evaluation, files), Made(base, read(compressions), student)
     how = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":
@@ -119,7 +114,7 @@ def _results(
     """Scores, unless they were found `apart`, and what they do not show."""
     folder, how = made.base.path, {**how, "device": runtime.device}
     tokenizer = load_tokenizer(folder)
-    judged, teacher = made.beside(how) if made.cut else (frozen_model(folder, **how), None)
+    judged, teacher = made.beside(how) if made.done else (frozen_model(folder, **how), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
     texts = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
     batches = [batch for _, batch in by_length(texts)]
@@ -145,7 +140,7 @@ def _by_vllm(
     merged weights or those without its adapter and the adapter. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
     settings = {"evaluation": evaluation, "dtype": how["dtype"], "answered": out / ANSWERED, "quiet": quiet}
-    if not made.cut:
+    if not made.done:
         return engine.judge(made.base.path, **settings)
     with TemporaryDirectory(dir=out) as name:
         written = made.write(Path(name), how, apart=engine.adapter == "apart")

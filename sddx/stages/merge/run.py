@@ -8,10 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sddx.compression.kinds import read
+from sddx.compression.remove import cut_of
 from sddx.config.build import build
 from sddx.merging.files import merge_files, shards
 from sddx.models.load import free_memory
-from sddx.records import Artifact, Cut
+from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.students.plain import write_merged
 from sddx.students.student import load_student, write_origin
@@ -21,28 +23,25 @@ def merge(
     out: Path,
     *,
     base: Artifact,
-    cut: Artifact,
     students: Sequence[Artifact],
-    patch: Artifact | None = None,
     runtime: Runtime,
     method: dict[str, Any],
     dtype: str,
     attention: str,
+    **compressions: Artifact | None,
 ) -> None:
     """Writes the merged model as a folder that transformers loads, tied to the cut and the base, and `merge.json`:
-    how many tensors took which way (`arc`, `line`, `parent`).
+    how many tensors took which way (`arc`, `line`, `parent`). `compressions` were done to the base.
 
     The students, and the pruned model before training, are written whole first (adapters worked into weights), then
     merged shard by shard. Raises UserError, before a tensor is merged, where they are not of one shape."""
     how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
-    what = Cut.load(cut.path / "cut.json")
+    done = read(compressions)
     free_memory()
     with TemporaryDirectory(dir=out) as name:
         folders = []
         for number, trained in enumerate([*(student.path for student in students), None]):
-            model = load_student(
-                base.path, trained, cut=what, base=base.key, patch=patch.path if patch else None, **how
-            ).model
+            model = load_student(base.path, trained, done=done, base=base.key, **how).model
             folders.append(Path(name) / (f"student-{number}" if trained else "untrained"))
             write_merged(model, base.path, folders[-1])
             del model
@@ -52,6 +51,6 @@ def merge(
         for path in folders[0].iterdir():
             if path.is_file() and not (out / path.name).exists():
                 path.rename(out / path.name)
-    write_origin(out, what, base.key)
+    write_origin(out, cut_of(done), base.key)
     (out / "merge.json").write_text(json.dumps({"ways": dict(ways)}) + "\n", encoding="utf-8")
     runtime.log({f"merge/{way}": number for way, number in ways.items()})

@@ -8,8 +8,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from sddx.compression.compressed import compress
 from sddx.compression.fit import fit_patches
 from sddx.compression.junction import Junction
+from sddx.compression.kinds import read
+from sddx.compression.remove import CUT
 from sddx.config.build import build
 from sddx.data.encode import text_batches
 from sddx.models.anatomy import blocks
@@ -19,7 +22,6 @@ from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages.prune.run import footprint, write_proof
-from sddx.students.student import prune as pruned
 
 
 def patch(
@@ -44,13 +46,10 @@ def patch(
     if runtime.shards == 1:
         free_memory()
     how["device"] = runtime.roomy  # for the proof, as in prune
-    what = Cut.load(cut.path / "cut.json")
-    student = load_model(base.path, **how)
-    _, attached = pruned(student, what, out)
-    for weight in attached.values():
-        weight.requires_grad_(patch["trained"])
-    write_proof(out, student, base, what, out, attached, how)
-    (out / "size.json").write_text(json.dumps({"pruned": footprint(student)}) + "\n", encoding="utf-8")
+    made = compress(load_model(base.path, **how), read({"cut": cut, "patch": out}))
+    made.thaw()
+    write_proof(out, made, base, how)
+    (out / "size.json").write_text(json.dumps({"pruned": footprint(made.model)}) + "\n", encoding="utf-8")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n", encoding="utf-8")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})
 
@@ -75,7 +74,7 @@ def _fitted(
         """One that may be trained; out of shards none can be copied."""
         return deepcopy(blocks(load_model(folder, **how) if is_joined() else teacher)[place]).to(runtime.device)
 
-    what = Cut.load(cut / "cut.json")
+    what = Cut.load(cut / CUT)
     found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)
     if rank() == 0:
         Junction(found, patch["trained"], patch["fold"]).save(out)

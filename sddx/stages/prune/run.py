@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sddx.compression.junction import Attached
+from sddx.compression.compressed import Compressed, compress
 from sddx.compression.pattern import require_kept
-from sddx.compression.remove import apply_cut
+from sddx.compression.remove import CUT, Removal
 from sddx.compression.soundness import cache_bytes, prove, sliced_logits
 from sddx.config.build import build
-from sddx.models.anatomy import blocks, decoder, vocabulary
+from sddx.models.anatomy import DECODER, blocks, decoder, vocabulary
 from sddx.models.load import free_memory, load_model, text_config
 from sddx.models.outputs import require_own_head
-from sddx.records import Artifact, Cut, Units
+from sddx.records import Artifact, Units
 from sddx.runtime import Runtime
 from sddx.students.student import saved_and_loaded
 from sddx.students.trial import try_out
@@ -55,11 +55,11 @@ def prune(
         require_kept(decoder(student).config, cut)
     require_own_head(student)
     sliced = sliced_logits(student, cut, vocabulary=vocabulary(student))
-    whole = apply_cut(student, cut)
+    made = compress(student, [Removal(cut)])
     size["pruned"] = footprint(student)
 
-    write_proof(out, student, base, cut, None, {}, how, sliced=sliced, whole=whole)
-    cut.save(out / "cut.json")
+    write_proof(out, made, base, how, sliced=sliced, whole=made.whole[DECODER])
+    cut.save(out / CUT)
     (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
     names = ("removed", "without_attention", "without_feedforward")
@@ -72,23 +72,14 @@ def footprint(model: Any) -> dict[str, int]:
     return {"parameters": sum(w.numel() for w in model.parameters()), "cache_bytes": cache_bytes(model)}
 
 
-def write_proof(
-    out: Path,
-    student: Any,
-    base: Artifact,
-    cut: Cut,
-    patch: Path | None,
-    attached: Attached,
-    how: dict[str, str],
-    **known: Any,
-) -> None:
+def write_proof(out: Path, made: Compressed, base: Artifact, how: dict[str, str], **known: Any) -> None:
     """Prove a pruned, maybe patched, model and write what was found to `proof.json`. Where its weights are too big
     to write a copy, a narrow model under the same cut makes the way through a folder; `known`: see `prove`."""
 
     def again() -> Any:
-        return saved_and_loaded(student, base.path, cut=cut, base=base.key, patch=patch, attached=attached, **how)
+        return saved_and_loaded(made, base.path, base=base.key, **how)
 
-    weights = sum(weight.numel() * weight.element_size() for weight in student.parameters())
-    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), cut, how["attention"])
-    proof = prove(student, vocabulary=vocabulary(student), again=again if small else None, **known)
+    weights = sum(weight.numel() * weight.element_size() for weight in made.model.parameters())
+    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), made.cut, how["attention"])
+    proof = prove(made.model, vocabulary=vocabulary(made.model), again=again if small else None, **known)
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

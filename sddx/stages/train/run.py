@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sddx.compression.junction import is_trained
+from sddx.compression.compressed import compress
+from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import encode_all, padding_id
 from sddx.data.shards import read_examples, read_rows
@@ -18,9 +19,9 @@ from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
-from sddx.records import Artifact, Cut, Example, Rewrite
+from sddx.records import Artifact, Example, Rewrite
 from sddx.runtime import Runtime, free_held
-from sddx.students.student import has_twins, prune, save_student
+from sddx.students.student import save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.tuning import told
 
@@ -31,10 +32,8 @@ def train(
     out: Path,
     *,
     base: Artifact,
-    cut: Artifact,
     held_out: Artifact,
     rows: Sequence[Artifact],
-    patch: Artifact | None = None,
     teacher: Artifact | None = None,
     runtime: Runtime,
     loss: dict[str, Any],
@@ -45,17 +44,18 @@ def train(
     seed: int,
     dtype: str,
     attention: str,
+    **compressions: Artifact | None,
 ) -> None:
     """Writes the student (an adapter or full weights, with its cut and base) and `training.json`; on several
     devices in processes of their own (`launch`), of which each loads the model and the first one writes.
 
-    `rows`, and the `held_out` ones, are reference examples or rewrites; `patch` stands in for what was removed, and
-    `teacher` is one that is not the unpruned model; `selfdata` says what becomes of refused rewrites, and
-    `runtime.training` how the training is run. With an adapter the unpruned model is in the same
-    weights, all blocks in and whole, adapter and patch off, and in 4 bit where `tuning.quantization` holds them so;
-    any other teacher is loaded beside the student, and with strategy fsdp this one too where branches were removed
-    or a patch was put in. Raises UserError where no row is left, TrainingDiverged where a loss is not finite,
-    Interrupted after SIGTERM.
+    `rows`, and the `held_out` ones, are reference examples or rewrites; `compressions` are done to the base
+    before it learns, and `teacher` is one that is not the unpruned model; `selfdata` says what becomes of refused
+    rewrites, and `runtime.training` how the training is run. With an adapter the unpruned model is in the same
+    weights, the compressions undone and the adapter off, and in 4 bit where `tuning.quantization` holds them so;
+    any other teacher is loaded beside the student, and with strategy fsdp this one too where branches were
+    removed or a patch was put in. Raises UserError where no row is left, TrainingDiverged where a loss is not
+    finite, Interrupted after SIGTERM.
     """
     trainer = {**trainer, **runtime.training}
     free_memory()  # what the stages before held, and vLLM's engines
@@ -63,14 +63,11 @@ def train(
     strategy = trainer.get("strategy", "single")
     how: dict[str, Any] = {"dtype": dtype, "attention": attention}
     if strategy != "single" and not is_joined():
-        inputs: dict[str, Any] = dict(
-            base=base, cut=cut, held_out=held_out, rows=rows, patch=patch, teacher=teacher
-        )
+        inputs: dict[str, Any] = dict(base=base, held_out=held_out, rows=rows, teacher=teacher, **compressions)
         spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **how)
         again = partial(train, out, **inputs, max_length=max_length, seed=seed, **spec)
         launch(again, trainer["devices"], runtime)
         return
-    what = Cut.load(cut.path / "cut.json")
     objective = build(loss)
     tokenizer = load_tokenizer(base.path)
     examples = _examples(rows, selfdata)
@@ -81,30 +78,28 @@ def train(
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)
-    student = load(base.path, quantization=tuning.get("quantization"))
-    unpruned, attached = prune(student, what, patch.path if patch else None)
-    student = build(tuning)(student, seed)
-    trains = told(student)
+    made = compress(load(base.path, quantization=tuning.get("quantization")), read(compressions))
+    made.model = build(tuning)(made.model, seed)
+    made.thaw()
+    trains = told(made.model)
     if rank() == 0:
         log.info(trains)
-    for weight in attached.values():
-        weight.requires_grad_(is_trained(patch.path) if patch else False)
-    twins = has_twins(student, unpruned)
     beside: Any = None
-    if objective.needs_teacher and is_adapted(student) and teacher is None and not (twins and strategy == "fsdp"):
-        beside = SharedTeacher(student, unpruned, what)
-    elif objective.needs_teacher:
-        beside = SeparateTeacher(load((teacher or base).path))
-    del unpruned  # a teacher holds it where one needs it; a large model's removed blocks are freed otherwise
-    names = {id(weight): name for name, weight in student.named_parameters()}
-    found = build(trainer)(
-        student, beside, objective, what, encoded, judged, padding_id(tokenizer), seed, out, runtime
-    )
+    shares = is_adapted(made.model) and teacher is None and not (made.has_twins and strategy == "fsdp")
+    if objective.needs_teacher:
+        beside = SharedTeacher(made) if shares else SeparateTeacher(load((teacher or base).path))
+    if not isinstance(beside, SharedTeacher):
+        made.whole = {}  # a large model's removed blocks are freed
+    names = {id(weight): name for name, weight in made.model.named_parameters()}
+    with made.held():
+        found = build(trainer)(
+            made.model, beside, objective, made.cut, encoded, judged, padding_id(tokenizer), seed, out, runtime
+        )
     if rank() == 0:
-        for gap, weight in attached.items():
+        for gap, weight in made.own.items():
             if weight.requires_grad:  # shards were put together in a new one
-                attached[gap] = student.get_parameter(names[id(weight)])
-        save_student(student, out, cut=what, base=base.key, attached=attached)
+                made.own[gap] = made.model.get_parameter(names[id(weight)])
+        save_student(made, out, base=base.key)
         summary = found | {"dropped_rows": dropped, "trains": trains}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sddx.compression.kinds import read
 from sddx.data.encode import collate, encode_all, padding_id
 from sddx.data.selfdata import CUT_OFF
 from sddx.data.shards import read_rows
@@ -16,7 +17,7 @@ from sddx.data.written import measured
 from sddx.evaluation.text import perplexity
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
-from sddx.records import Artifact, Cut, Example, Rewrite
+from sddx.records import Artifact, Example, Rewrite
 from sddx.runtime import Runtime
 from sddx.students.student import load_student
 
@@ -27,17 +28,16 @@ def written(
     out: Path,
     *,
     base: Artifact,
-    cut: Artifact,
     rows: Sequence[Artifact],
-    patch: Artifact | None = None,
     runtime: Runtime,
     max_length: int,
     dtype: str,
     attention: str,
+    **compressions: Artifact | None,
 ) -> None:
     """Writes `written.json`: what `sddx.data.written` measures of the shards of answers in `rows`, and under
     `surprise` the mean cross-entropy, in nats a token, that the unpruned and the pruned model have on references
-    and on the model's own answers, over some of the accepted rows.
+    and on the model's own answers, over some of the accepted rows. `compressions` made the pruned model.
 
     Self-data distillation rests on the second being lower than the first (arXiv 2410.09982).
     """
@@ -45,7 +45,7 @@ def written(
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
     how = {"dtype": dtype, "attention": attention}
-    surprise = _surprise(base, cut, patch, sample, max_length, how, runtime=runtime)
+    surprise = _surprise(base, compressions, sample, max_length, how, runtime=runtime)
     found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": surprise}
     (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -53,8 +53,7 @@ def written(
 @sharded
 def _surprise(
     base: Artifact,
-    cut: Artifact,
-    patch: Artifact | None,
+    compressions: dict[str, Artifact | None],
     sample: Sequence[Rewrite],
     max_length: int,
     how: dict[str, str],
@@ -72,8 +71,7 @@ def _surprise(
 
     unpruned = of(frozen_model(base.path, **how))
     free_memory()
-    what, fitted = Cut.load(cut.path / "cut.json"), patch.path if patch else None
-    pruned = load_student(base.path, None, cut=what, base=base.key, patch=fitted, **how)
+    pruned = load_student(base.path, None, done=read(compressions), base=base.key, **how)
     return {"unpruned": unpruned, "pruned": of(pruned.model)}
 
 
