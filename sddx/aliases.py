@@ -40,7 +40,7 @@ MOVED = {
     "sddx.plan": "sddx.commands.plan",
     "sddx.precheck": "sddx.stages.check",
     "sddx.printing": "sddx.config.printing",
-    "sddx.ranges": "sddx.config.ranges",
+    "sddx.ranges": "sddx.config.values",
     "sddx.rehearse": "sddx.tiny.rehearse",
     "sddx.report.__main__": "sddx.commands.report",
     "sddx.shapes": "sddx.files.shapes",

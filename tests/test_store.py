@@ -198,8 +198,12 @@ def test_runtime_does_not_move_the_key(lab: Laboratory) -> None:
 
 
 TOLD = """
+class Limits:
+    lowest: int = 0
+
+
 def double(x: int) -> int:
-    if x < 0:
+    if x < Limits.lowest:
         logger.warning("a negative number")
         raise ValueError(f"no: {x}") from None
     assert x < 100, "too large"
@@ -218,6 +222,7 @@ def double(x: int) -> int:
         ("doubling", "twice"),
         ('"doubled"', '"again"'),
         ("x: int) -> int", "x: float) -> float"),
+        ("lowest: int", "lowest: Annotated[int, Ge(0)]"),
         ("\ndef", "\nclass Record:\n    pass\n\ndef told(x):\n    return x\n\ndef"),
         ("\ndef", "\nfrom plug_helper import same\n\ndef"),
     ],
@@ -229,8 +234,10 @@ def test_what_is_told_does_not_move_the_key(lab: Laboratory, old: str, new: str)
     before = lab.key()
     lab.edit("lab/near.py", methodcaller("replace", old, new))
     assert lab.key() == before
-    lab.edit("lab/near.py", methodcaller("replace", "2 * x", "3 * x"))
-    assert lab.key() != before
+    for counts in (("2 * x", "3 * x"), ("lowest: int = 0", "lowest: ClassVar[int] = 0")):
+        lab.edit("lab/near.py", methodcaller("replace", *counts))
+        assert lab.key() != before
+        lab.edit("lab/near.py", methodcaller("replace", *counts[::-1]))
 
 
 def test_a_moved_definition_keeps_the_key(lab: Laboratory) -> None:

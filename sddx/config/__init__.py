@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -24,8 +23,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sddx.config.build import Called, Node, build
 from sddx.config.parents import named, parent
-from sddx.config.ranges import is_ours, no_node, out_of_range, wrong_type
+from sddx.config.values import annotation_of, is_ours, no_node, wrong_value
 from sddx.errors import UserError, near
+from sddx.records import Count, Positive
 
 _PACKAGE = Path(__file__).parents[1]
 # An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
@@ -49,8 +49,8 @@ def surroundings(
     rehearse: list[str] | None = None,
     gpu: str | None,
     probe: int | float | str | None,
-    context: int,
-    budget: Mapping[str, float | None],
+    context: Count,
+    budget: Mapping[str, Positive | None],
 ) -> None:
     """Settings that change no number of a run, those of plans last; a signature and no more."""
 
@@ -96,7 +96,7 @@ def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("merging"):
         raise UserError("A rehearsal has no stand-ins for merging. Rehearse the students' runs, each by itself.")
     node = config["rehearse"]
-    raise_for([*no_node("rehearse", "", node), *_walk("rehearse", node)])
+    raise_for([*no_node("rehearse", node), *_walk("rehearse", node)])
     return build(node)(config)
 
 
@@ -130,6 +130,9 @@ def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] 
     method = {key: value for key, value in config.items() if key not in also}
     beside = {key: value for key, value in config.items() if key in also}
     problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
+    for number, student in enumerate((config.get("merging") or {}).get("students", ())):
+        if isinstance(student, Mapping):
+            problems += bound(f"merging.students[{number}]", student, schema)
     problems += [found for key, node in _once(config).items() for found in _walk(key, node)]
     raise_for(problems)
 
@@ -165,8 +168,6 @@ def _walk(where: str, node: Any) -> Iterator[str]:
             yield f"{where}._target_: {named!r} cannot be imported and called.{_near_target(named)}"
             return
         yield from _wrong_node(where, node, target)
-    else:
-        yield from (wrong for key in node for wrong in out_of_range(f"{where}.{key}", key, node[key]))
     for key, value in node.items():
         yield from _walk(f"{where}.{key}", value)
 
@@ -235,21 +236,15 @@ def bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[st
             if parameter.default is parameter.empty:
                 yield f"{place} has no value."
         elif is_ours(target):
-            value = given[name]
-            wrong = [*wrong_type(place, parameter, value)]
-            wrong = wrong or [*out_of_range(place, name, value, str(parameter.annotation))]
-            yield from wrong or _uncallable(place, value, _called(parameter, target))
+            value, annotation = given[name], annotation_of(parameter, target)
+            yield from [*wrong_value(place, annotation, value)] or _uncallable(place, value, _called(annotation))
 
 
-def _called(parameter: inspect.Parameter, target: Callable) -> int | None:
-    """With how many values what stands here is called, by its parameter's annotation; None where that is silent."""
-    try:
-        annotation = eval(str(parameter.annotation), vars(sys.modules[target.__module__]))
-    except NameError:  # a name that is imported for type checkers alone
-        return None
+def _called(annotation: Any) -> int | None:
+    """With how many values what stands here is called; None where its annotation does not say."""
     parts = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return next((part.values for part in parts if isinstance(part, Called)), None)
+        return next((part.values for part in parts if isinstance(part, Called) and part.values), None)
     listed = get_origin(annotation) is collections.abc.Callable and isinstance(parts[0], list)
     return len(parts[0]) if listed else None
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from sddx.errors import UserError
 
-Node = dict[str, Any]  # settings with the `_target_` that they are for
+
+@dataclass(frozen=True)
+class Called:
+    """In an annotation: a `_target_` stands there, and what it makes is called with so many values (None: it is not
+    called, or not known with how many)."""
+
+    values: int | None = None
+
+
+Node = Annotated[dict[str, Any], Called()]  # settings with the `_target_` that they are for
 Settings = Mapping[str, Any]  # the same where they are only looked at
 
 
 def only(node: Mapping[str, Any], names: Collection[str]) -> Node:
     """Of a node's settings those of these names; others have their defaults."""
     return {name: value for name, value in node.items() if name in names}
-
-
-@dataclass(frozen=True)
-class Called:
-    """Beside a `Node` in an annotation: what the node makes is called with so many values."""
-
-    values: int
 
 
 def made(node: Mapping[str, Any], kind: type, where: str) -> Any:

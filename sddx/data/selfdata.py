@@ -31,7 +31,7 @@ from sddx.errors import UserError
 from sddx.models.decoding import greedy, is_batchable, write
 from sddx.models.generation import neutral
 from sddx.models.load import context_of
-from sddx.records import Example, Rewrite
+from sddx.records import Count, Example, Natural, NonNegative, PositiveShare, Rewrite, Seed
 
 CUT_OFF = "cut off at max_new_tokens"
 TOO_LONG = "prompt too long"
@@ -53,12 +53,12 @@ def write_answers(
     prompts: Sequence[str],
     progress: Callable[[int], object] = lambda rows: None,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
+    max_new_tokens: Count,
+    batch_size: Count,
+    temperature: NonNegative,
+    top_p: PositiveShare,
+    top_k: Natural,
+    seed: Seed,
 ) -> list[Answer]:
     """The model's answer to each prompt (one user turn of the chat template each), in the order of the
     prompts.

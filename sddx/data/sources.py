@@ -17,7 +17,7 @@ from sddx.data.remarks import numbered, remark, setting
 from sddx.data.tables import read_table
 from sddx.errors import UserError
 from sddx.hub import COMMIT, commit, unpacked
-from sddx.records import Dataset, Example
+from sddx.records import Count, Dataset, Example, Natural, Seed
 
 Check = Callable[[str, str], bool]
 
@@ -27,8 +27,8 @@ def jsonl(
     path: str,
     prompt: str,
     response: str,
-    size: int | None,
-    seed: int,
+    size: Count | None,
+    seed: Seed,
     check: Check,
     rewrite: str,
     trains: Sequence[str] = (),
@@ -53,8 +53,8 @@ def hub(
     only: Mapping[str, Any] | None = None,
     prompt: str,
     response: str,
-    size: int | None,
-    seed: int,
+    size: Count | None,
+    seed: Seed,
     check: Check,
     rewrite: str,
     trains: Sequence[str] = (),
@@ -71,7 +71,7 @@ def hub(
     return Dataset(_head(examples, size, seed, where=name), check, rewrite, tuple(trains))
 
 
-def texts(*, path: str, column: str, size: int | None, seed: int, min_characters: int = 0) -> list[str]:
+def texts(*, path: str, column: str, size: Count | None, seed: Seed, min_characters: Natural = 0) -> list[str]:
     """Calibration texts: the first `size` rows, in the order of `seed`, of a file that `jsonl` reads, without those
     of fewer than `min_characters`. `column` is a column or a format string. Raises UserError as `jsonl` does, and
     where every row is shorter."""
@@ -86,9 +86,9 @@ def hub_texts(
     revision: str | None,
     data_files: str | None = None,
     column: str,
-    size: int | None,
-    seed: int,
-    min_characters: int = 0,
+    size: Count | None,
+    seed: Seed,
+    min_characters: Natural = 0,
 ) -> list[str]:
     """As `texts`, for a dataset of the hub, or its rows in the local file `data_files` (see `hub`)."""
     rows = _hub_rows(name, subset, split, revision, data_files)

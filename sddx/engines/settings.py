@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 
 from sddx.errors import UserError
+from sddx.records import Count, PositiveShare
 
 OLDEST = "0.10"  # as in pyproject.toml
 LOOK = """
@@ -28,10 +29,10 @@ class Settings:
     tokens; None: the model's context, for which there must be memory. `python` is the interpreter that has vLLM
     (None: this one)."""
 
-    tensor_parallel: int = 1
-    data_parallel: int = 1
-    gpu_memory_utilization: float = 0.9
-    max_model_len: int | None = None
+    tensor_parallel: Count = 1
+    data_parallel: Count = 1
+    gpu_memory_utilization: PositiveShare = 0.9
+    max_model_len: Count | None = None
     python: str | None = None
 
     def require_packages(self, *needs: str, group: str, instead: str) -> dict[str, str | None]:

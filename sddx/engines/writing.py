@@ -27,6 +27,7 @@ from sddx.data.selfdata import TOO_LONG, Answer, answer_of, end_ids
 from sddx.engines import writing_worker
 from sddx.engines.settings import Settings, failed
 from sddx.models.load import context_of, free_memory, text_config
+from sddx.records import Count, Natural, NonNegative, PositiveShare, Seed
 from sddx.runtime import held
 
 Asked = list[tuple[list[int], dict[str, Any]]]  # prompts as token ids, each with its settings of sampling
@@ -42,11 +43,11 @@ class Writer(Settings):
     batch may change what is nearly a tie.
     """
 
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
+    max_new_tokens: Count
+    temperature: NonNegative
+    top_p: PositiveShare
+    top_k: Natural
+    seed: Seed
     dtype: str
 
     def require(self) -> None:

@@ -38,6 +38,7 @@ from sddx.evaluation.tasks import (
     tell,
     text_of,
 )
+from sddx.records import Count, Natural, Share, Tasks
 from sddx.runtime import Runtime
 from sddx.statistics.intervals import expected_half_width, independent, standard_error
 
@@ -162,15 +163,15 @@ def evaluate(
     runtime: Runtime,
     answered: Path | None = None,
     *,
-    tasks: Sequence[str],
+    tasks: Tasks,
     include: str | None = None,
-    batch_size: int = 32,
+    batch_size: Count = 32,
     chat_template: bool = True,
-    shots: int | Mapping[str, int] | None = None,
+    shots: Natural | Mapping[str, Natural] | None = None,
     primary: Mapping[str, str] | None = None,
-    max_new_tokens: int | None = None,
-    chance: Mapping[str, float | None] | None = None,
-    limit: int | Mapping[str, int] | None = None,
+    max_new_tokens: Count | None = None,
+    chance: Mapping[str, Share | None] | None = None,
+    limit: Count | Mapping[str, Count] | None = None,
     split: Mapping[str, str] | None = None,
     data_dir: str | None = None,
     side: Literal["report", "selection", None] = None,

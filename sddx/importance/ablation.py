@@ -15,7 +15,7 @@ from sddx.errors import UserError
 from sddx.importance.coalitions import Coalition, OfLogits, TaskScore, Value
 from sddx.importance.score import Subject, Sums, Work, require_sequences
 from sddx.importance.uncertainty import Sources, errors, membership
-from sddx.records import Batch, Units
+from sddx.records import Batch, Count, Natural, Seed, Share, Units
 from sddx.runtime import Runtime
 
 
@@ -82,7 +82,7 @@ class Greedy(Ablation):
     (SLEB, arXiv 2402.09025, whose exact rule is not known here). A unit's score is its place in that order;
     those that outlast `until` removals follow by what they would cost next."""
 
-    def __init__(self, *, value: Value, until: int) -> None:
+    def __init__(self, *, value: Value, until: Natural) -> None:
         self.value, self.until = value, until
 
     def require(self, units: int) -> None:
@@ -116,7 +116,7 @@ class RandomSubnetworks(Ablation):
 
     alone = True
 
-    def __init__(self, *, value: OfLogits, count: int = 10, keep: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, *, value: OfLogits, count: Count = 10, keep: Share = 0.5, seed: Seed = 0) -> None:
         if not isinstance(value, OfLogits):
             raise UserError("random subnetworks are drawn for each text: value must be Loss or LogitDistance.")
         if count < 1 or not 0 < keep < 1:
@@ -173,7 +173,7 @@ class Shapley(Ablation):
     """
 
     def __init__(
-        self, *, value: Value, keep: float = 0.7, orders: int = 32, lowest: int | None = None, seed: int = 0
+        self, *, value: Value, keep: Share = 0.7, orders: Count = 32, lowest: Natural | None = None, seed: Seed = 0
     ) -> None:
         if not 0 <= keep < 1 or orders < 4 or orders % 2:
             raise UserError(

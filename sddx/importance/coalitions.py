@@ -21,7 +21,7 @@ from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_blocks
 from sddx.models.outputs import first, head_of
 from sddx.parallel.distributed import agreed
-from sddx.records import Batch, Units
+from sddx.records import Batch, Count, Natural, Tasks, Units
 
 Coalition = tuple[bool, ...]
 Head = Callable[[Tensor], Tensor]  # states [tokens, width] -> float32 logits [tokens, vocabulary]
@@ -121,7 +121,7 @@ class OfLogits:
     `sequences`: how many of the texts (null: all). `chunk`: tokens that the head is applied to at once.
     """
 
-    def __init__(self, *, sequences: int | None = 64, reuse: bool = True, chunk: int = 256) -> None:
+    def __init__(self, *, sequences: Count | None = 64, reuse: bool = True, chunk: int = 256) -> None:
         self.sequences, self.reuse, self.chunk = sequences, reuse, chunk
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
@@ -215,11 +215,11 @@ class TaskScore:
     def __init__(
         self,
         *,
-        tasks: Sequence[str],
-        limit: int | None,
+        tasks: Tasks,
+        limit: Count | None,
         include: str | None = None,
-        batch_size: int = 64,
-        shots: int | Mapping[str, int] | None = None,
+        batch_size: Count = 64,
+        shots: Natural | Mapping[str, Natural] | None = None,
         split: Mapping[str, str] | None = None,
         primary: Mapping[str, str] | None = None,
         chat_template: bool | None = None,

@@ -12,7 +12,7 @@ from sddx.importance.score import Subject, Sums, Work
 from sddx.models.anatomy import blocks, branches
 from sddx.models.outputs import run
 from sddx.parallel.distributed import whole
-from sddx.records import Units
+from sddx.records import Count, Units
 
 
 class Taylor:
@@ -20,7 +20,7 @@ class Taylor:
     weight|, averaged over sequences; one backward pass a sequence. `sequences`: how many of the
     calibration texts (null: all)."""
 
-    def __init__(self, *, sequences: int | None = None) -> None:
+    def __init__(self, *, sequences: Count | None = None) -> None:
         self.sequences = sequences
 
     def work(self, units: Units, texts: int) -> Work:

@@ -17,6 +17,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from sddx.errors import UserError
+from sddx.records import Seed
 
 STRAIGHT = 0.9995  # a cosine above which an arc is a line, but for rounding
 Weights = Sequence[float | Sequence[float]]  # one a student: a number, or one for each block
@@ -116,7 +117,7 @@ def dare(
     *,
     weights: Weights | None = None,
     density: float = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Merged:
     """The base and the weighted sum of a random share `density` of what each student learned, enlarged by as much
     (DARE, 2311.03099). What is drawn is a function of the seed, the student's number and the tensor's name alone.

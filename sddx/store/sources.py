@@ -5,7 +5,7 @@ lead to further ones, through imports at any depth; beside them count the statem
 imported. Where a definition stands, and under which other names it is imported, does not count.
 
 A definition is compared as a syntax tree without what says something to a reader or a user alone: comments,
-docstrings, layout, annotations of functions, the texts of exceptions, what is logged or printed, the names of
+docstrings, layout, annotations, the texts of exceptions, what is logged or printed, the names of
 progress bars, and in sddx the calls of checks that raise or do nothing (`require_..`, `check_..`).
 
 A file is read once a process and the first reading stands, because the code that runs is the code that was loaded.
@@ -431,6 +431,11 @@ class _Bare(ast.NodeTransformer):
         return self.generic_visit(node)
 
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if "ClassVar" not in ast.unparse(node.annotation):  # with which it would be no field
+            node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None

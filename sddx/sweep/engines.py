@@ -20,6 +20,7 @@ from queue import Queue
 from typing import Any
 
 from sddx.errors import UserError
+from sddx.records import Count, Positive
 from sddx.runtime import Runtime
 from sddx.sweep import cells
 from sddx.sweep.worker import perform
@@ -41,7 +42,7 @@ class Joblib:
     """Processes on this machine, `jobs` at a time (null: one a CUDA device, or two where there is none). Each
     cell has a process, a device and a share of the cores of its own."""
 
-    jobs: int | None
+    jobs: Count | None
 
     def __post_init__(self) -> None:
         if self.jobs is not None and (not isinstance(self.jobs, int) or self.jobs < 1):
@@ -112,7 +113,7 @@ class Submitit:
     whether jobs have ended."""
 
     cluster: str
-    poll: float
+    poll: Positive
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, levels: Levels, task: str) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sddx.data.remarks import setting
 from sddx.errors import UserError
-from sddx.records import Dataset, Example
+from sddx.records import Count, Dataset, Example, Seed, Share
 from sddx.tiny.corpus import STYLED, documents
 from sddx.tiny.dice import Dice
 from sddx.tiny.skills import Item, items
@@ -21,9 +21,9 @@ LARGEST = 8500  # up to 8,000 to train on, and the rows that are held out for th
 def dataset(
     *,
     skill: str,
-    shift: float,
-    size: int,
-    seed: int,
+    shift: Share,
+    size: Count,
+    seed: Seed,
     check: Callable[[str, str], bool],
     rewrite: str,
     trains: Sequence[str],
@@ -54,7 +54,7 @@ def _example(item: Item, shift: float) -> Example:
 
 
 def conversations(
-    *, split: Literal["finetune", "calibration", "text", "selection", "report"], size: int, seed: int
+    *, split: Literal["finetune", "calibration", "text", "selection", "report"], size: Count, seed: Seed
 ) -> list[str]:
     """Rendered conversations of the pretraining mixture from a split that was not trained on. `calibration` and
     `text` are the two parts of held-out text, without a question in common at any size and seed. Raises UserError

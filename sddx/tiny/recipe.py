@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sddx.config import check, writable_folder
 from sddx.config.build import build
 from sddx.errors import UserError, mistakes_of, require_none
+from sddx.records import Positive, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,13 @@ class Recipe:
     documents: int
     tokens_per_step: int
     matrix_learning_rate: float
-    learning_rate: float
-    warmup: float
+    learning_rate: Positive
+    warmup: Share
     decay: float
     prompt_weight: float
     precision: Literal["float32", "bfloat16"]
     threads: int
-    seed: int
+    seed: Seed
     model: Shape
     evaluation: dict[str, Any]
 

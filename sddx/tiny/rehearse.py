@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sddx.records import Count
 from sddx.store import default_root
 from sddx.store.digest import digest
 
@@ -14,7 +15,7 @@ TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is ch
 
 
 def small(
-    config: dict[str, Any], *, width: int, rows: int, texts: int, items: int, new_tokens: int
+    config: dict[str, Any], *, width: Count, rows: Count, texts: Count, items: Count, new_tokens: Count
 ) -> dict[str, Any]:
     """The configuration with a random model of the same architecture, depth and kinds of layers but `width`
     channels, `rows` rows and `texts` texts of the embedded world, and `items` items of two of its tasks; answers of

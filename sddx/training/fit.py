@@ -18,7 +18,7 @@ from torch import nn
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, is_adapted
 from sddx.parallel.distributed import put_together, rank, shard, world
-from sddx.records import Cut
+from sddx.records import Count, Cut, Natural, NonNegative, Positive, Share
 from sddx.runtime import Runtime
 from sddx.store import keep_rows
 from sddx.students.teacher import SeparateTeacher
@@ -51,24 +51,24 @@ class Fit:
     """
 
     budget: Literal["examples", "tokens", "steps"] = "examples"
-    epochs: int = 3
-    tokens: int | None = None
-    steps: int | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    pool: int = 16
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
+    epochs: Natural = 3
+    tokens: Count | None = None
+    steps: Count | None = None
+    batch_size: Count = 16
+    accumulate: Count = 1
+    pool: Count = 16
+    learning_rate: Positive = 1e-3
+    warmup: Share = 0.05
+    weight_decay: NonNegative = 0.0
+    clip: Positive | None = 1.0
     precision: Literal[32, "32", "bf16"] = 32
-    head_chunk: int = 256
+    head_chunk: Count = 256
     keep: Literal["last", "best"] = "last"
-    validate_every: int | None = None
-    log_every: int = 10
-    checkpoint_every: int = 200
+    validate_every: Count | None = None
+    log_every: Count = 10
+    checkpoint_every: Count = 200
     strategy: Literal["single", "ddp", "fsdp"] = "single"
-    devices: int = 1
+    devices: Count = 1
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

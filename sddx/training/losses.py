@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sddx.records import NonNegative, Share
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label), in nats: logits [rows, vocabulary] and labels [rows] to [rows]."""
     return functional.cross_entropy(_exact(logits), labels, reduction="none")
 
 
-def kl_teacher_student(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def kl_teacher_student(student: Tensor, teacher: Tensor, *, temperature: NonNegative = 1.0) -> Tensor:
     """Forward KL(teacher || student) * T^2 of the logits [rows, vocabulary], in nats, to [rows].
 
     Both distributions are softened by T; T^2 keeps the size of the gradient (Hinton et al., 1503.02531).
@@ -28,12 +30,12 @@ def kl_teacher_student(student: Tensor, teacher: Tensor, *, temperature: float =
     return _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature)) * temperature**2
 
 
-def kl_student_teacher(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def kl_student_teacher(student: Tensor, teacher: Tensor, *, temperature: NonNegative = 1.0) -> Tensor:
     """Reverse KL(student || teacher) * T^2 of the logits [rows, vocabulary], in nats, to [rows]."""
     return _kl(_log_softmax(student, temperature), _log_softmax(teacher, temperature)) * temperature**2
 
 
-def jsd_beta(student: Tensor, teacher: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+def jsd_beta(student: Tensor, teacher: Tensor, *, beta: Share = 0.5, temperature: NonNegative = 1.0) -> Tensor:
     """Generalised Jensen-Shannon divergence * T^2 of the logits [rows, vocabulary], in nats, to [rows].
 
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) * student

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sddx.config.build import tried
 from sddx.errors import UserError
-from sddx.records import Cut, Outputs
+from sddx.records import Cut, NonNegative, Outputs
 from sddx.students.teacher import check_vocabularies
 
 ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
@@ -32,7 +32,7 @@ class Supervised:
     """A token term on labels: `loss(logits [rows, vocabulary], labels [rows]) -> [rows]`."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    weight: float = 1.0
+    weight: NonNegative = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         """The loss of each labelled token: [rows]."""
@@ -44,7 +44,7 @@ class Distilled:
     """A token term on the teacher's logits: `loss(student, teacher [rows, vocabulary]) -> [rows]`."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    weight: float = 1.0
+    weight: NonNegative = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         """The divergence of each labelled token: [rows]."""
@@ -62,7 +62,7 @@ class Layerwise:
     """
 
     loss: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     junction: Literal["own", "span_end", "skip"] = "own"
     reduction: Literal["micro_batch", "token"] = "micro_batch"
 

@@ -16,15 +16,16 @@ from sddx.config.build import build, tried
 from sddx.errors import UserError
 from sddx.models.anatomy import bare
 from sddx.models.structure import layout
+from sddx.records import Count, Positive, Share
 
 
 def lora(
     model: nn.Module,
     seed: int,
     *,
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
+    rank: Count = 8,
+    alpha: Positive = 16,
+    dropout: Share = 0.0,
     targets: str | list[str] = "all-linear",
 ) -> PeftModel:
     """Puts a LoRA adapter (2106.09685), scaled by alpha / rank, on the linear layers named in `targets`.
@@ -46,9 +47,9 @@ def qlora(
     seed: int,
     *,
     quantization: dict[str, Any],
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
+    rank: Count = 8,
+    alpha: Positive = 16,
+    dropout: Share = 0.0,
     targets: str | list[str] = "all-linear",
 ) -> PeftModel:
     """`lora` on a base whose linear layers are in 4 bit (2305.14314).
