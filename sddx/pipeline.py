@@ -46,7 +46,7 @@ class Method:
     text: Node
     seed: Seed
     merging: Mapping[str, Any] | None = None
-    speculation: Annotated[Node, Called(5)] | None = None
+    speculation: Node | None = None
 
 
 class Run:

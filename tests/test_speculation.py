@@ -17,9 +17,11 @@ from test_decoding import WINDOWED, endings, generated, prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sddx
-from sddx.compression.remove import apply_cut
+from sddx.compression.compressed import compress
+from sddx.compression.remove import Removal
 from sddx.data import selfdata
 from sddx.errors import UserError, mistakes_of, require_none
+from sddx.models.anatomy import DECODER
 from sddx.models.load import load_model, load_tokenizer
 from sddx.records import Cut
 from sddx.report import drafts as report_drafts
@@ -45,9 +47,9 @@ NEW = 12
 def routes(family: str = "llama", cut: Cut = CUT, adapted: bool = True) -> tuple[Any, Any]:
     """A random model, and what a cut and an adapter make of it, in one set of weights."""
     student = build(family).requires_grad_(False)
-    whole = apply_cut(student, cut)
-    student = adapt(student) if adapted else student
-    return beside(SharedTeacher(student, whole, cut)), student
+    made = compress(student, [Removal(cut)])
+    made.model = adapt(student) if adapted else student
+    return beside(SharedTeacher(made)), made.model
 
 
 def embedded(cut: Cut) -> tuple[Any, Any, list[list[int]], list[int]]:
@@ -58,7 +60,7 @@ def embedded(cut: Cut) -> tuple[Any, Any, list[list[int]], list[int]]:
     ).examples
     asked = selfdata.token_ids(tokenizer, [selfdata.render(tokenizer, row.prompt) for row in rows])
     ends = selfdata.end_ids(model, tokenizer)
-    return beside(SharedTeacher(model, apply_cut(model, cut), cut)), model, asked, ends
+    return beside(SharedTeacher(compress(model, [Removal(cut)]))), model, asked, ends
 
 
 def one_hot(chosen: torch.Tensor, size: int) -> torch.Tensor:
@@ -178,13 +180,15 @@ def test_both_routes_are_one_set_of_weights_and_leave_each_other_alone() -> None
     """The target is the unpruned model, without the adapter; the student is what it was."""
     plain, ids = build("llama"), tokens()
     student = build("llama").requires_grad_(False)
-    whole = apply_cut(student, CUT)
-    student = adapt(student)
+    made = compress(student, [Removal(CUT)])
+    student = made.model = adapt(student)
     before = student(input_ids=ids).logits
-    target = beside(SharedTeacher(student, whole, CUT))
+    target = beside(SharedTeacher(made))
     assert torch.equal(target(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert torch.equal(student(input_ids=ids).logits, before)
-    held = {id(weight) for weight in whole.blocks.parameters()} | {id(weight) for weight in student.parameters()}
+    held = {id(weight) for weight in made.whole[DECODER].blocks.parameters()} | {
+        id(weight) for weight in student.parameters()
+    }
     assert {id(weight) for weight in target.parameters()} <= held
     assert target.config.num_hidden_layers == 5 and student.config.num_hidden_layers == 4
 
@@ -233,7 +237,7 @@ def test_samples_are_distributed_as_the_target(monkeypatch: pytest.MonkeyPatch) 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=5, initializer_range=0.5, **shape)).eval().requires_grad_(False)
     cut = Cut((0, 1, 3), 4)
-    target = beside(SharedTeacher(model, apply_cut(model, cut), cut))
+    target = beside(SharedTeacher(compress(model, [Removal(cut)])))
 
     class Free(Sampling):
         """Numbers of their own for rows of one prompt."""

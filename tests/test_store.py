@@ -198,6 +198,9 @@ def test_runtime_does_not_move_the_key(lab: Laboratory) -> None:
 
 
 TOLD = """
+from typing import Annotated, ClassVar
+
+
 class Limits:
     lowest: int = 0
 
@@ -222,7 +225,7 @@ def double(x: int) -> int:
         ("doubling", "twice"),
         ('"doubled"', '"again"'),
         ("x: int) -> int", "x: float) -> float"),
-        ("lowest: int", "lowest: Annotated[int, Ge(0)]"),
+        ("lowest: int", "lowest: Annotated[int, 0]"),
         ("\ndef", "\nclass Record:\n    pass\n\ndef told(x):\n    return x\n\ndef"),
         ("\ndef", "\nfrom plug_helper import same\n\ndef"),
     ],

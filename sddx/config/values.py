@@ -19,6 +19,7 @@ WORDS = {
     int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list",
     Mapping: "a group of settings", type(None): "null",
 }  # fmt: skip
+ITEMS = {str: "texts", int: "whole numbers", float: "numbers"}
 CONTAINERS = {dict: Mapping, Mapping: Mapping, list: list, Sequence: list}
 OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}"}
@@ -67,9 +68,10 @@ def _wrong_plain(where: str, annotation: Any, options: list[Any], value: Any) ->
         yield f"{where} is empty. Name one at least."
     elif "less_than" in kinds:
         yield f"{where}={value} must be a number that 64 bits can hold."
-    elif isinstance(value, list) and any(_kind(each) is list for each in options):
-        odd = ", ".join(_shown(each) for each in value if not isinstance(each, str))
-        yield f"{where} holds {odd}, and texts alone are allowed."
+    elif isinstance(value, list) and (lists := [each for each in options if _kind(each) is list]):
+        item = _item(lists[0])
+        odd = ", ".join(_shown(each) for each in value if [*wrong_value("", item, each)])
+        yield f"{where} holds {odd}, and {ITEMS[_kind(item)]} alone are allowed."
     else:
         bounds = [found for each in options if (found := _bounds(each))]
         words = bounds if kinds & OUT_OF_RANGE and bounds else [word for each in options for word in _words(each)]
@@ -90,6 +92,12 @@ def _kind(annotation: Any) -> Any:
     if any(isinstance(mark, Called) for mark in marks):
         return annotation
     return CONTAINERS.get(get_origin(plain) or plain, plain)
+
+
+def _item(annotation: Any) -> Any:
+    """What a list may hold."""
+    plain = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return (*get_args(plain), str)[0]
 
 
 def _words(annotation: Any) -> list[str]:

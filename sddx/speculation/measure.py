@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from sddx.compression.soundness import cache_bytes
+from sddx.config.build import Node
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, head
 from sddx.models.decoding import greedy, is_batchable, write
 from sddx.models.load import context_of
 from sddx.models.outputs import run
+from sddx.records import Count, NonNegative, Seed
 from sddx.speculation.decoding import Sampling, can_draft, speculate
 from sddx.speculation.rules import Counts, forced, speed_up
 
@@ -45,12 +47,12 @@ class Drafts:
     greedily at a `temperature` of 0, else drawn by `seed`. Raises UserError for lookaheads that are none."""
 
     lookaheads: list[int]
-    size: int
-    max_new_tokens: int
-    batch_size: int
-    temperature: float
-    seed: int
-    datasets: Mapping[str, Any]
+    size: Count
+    max_new_tokens: Count
+    batch_size: Count
+    temperature: NonNegative
+    seed: Seed
+    datasets: Mapping[str, Node]
 
     def __post_init__(self) -> None:
         wrong = [each for each in self.lookaheads if type(each) is not int or each < 1]

@@ -32,9 +32,10 @@ def draft(
     attention: str,
     **compressions: Artifact | None,
 ) -> None:
-    """Writes `draft.json`, what `sddx.speculation.measure.Drafts` finds over the prompts of held-out `rows`. The
-    draft is the model after the `compressions`, or the recovered one where there is a `student`; the target is the unpruned one, in
-    the same weights unless the draft's are its own. What is timed is of this machine, and of no key."""
+    """Writes `draft.json`, what `sddx.speculation.measure.Drafts` finds over the prompts of held-out `rows`.
+    The draft is the model after the `compressions`, or the recovered one where there is a `student`; the target
+    is the unpruned one, in the same weights unless the draft's are its own. What is timed is of this machine,
+    and of no key."""
     how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
     target, drafting = _routes(base, read(compressions), student, how)
     tokenizer, tried = load_tokenizer(base.path), build(speculation)
