@@ -64,7 +64,7 @@ class Run:
         self.trains = bool(method.loss["terms"])
         self.dataset = pinned(method.dataset) if self.trains else method.dataset
         self.units = method.pruning.get("units", "blocks")
-        self.how = {name: method.model[name] for name in ("dtype", "attention")}
+        self.loading = {name: method.model[name] for name in ("dtype", "attention")}
         self._results: dict[str, Artifact] = {}
 
     @cached_property
@@ -95,7 +95,7 @@ class Run:
 
         files = [*read_by(self.store, self.calibration), *task_files(self.store, metrics)]
         spec = {"metrics": keyed_rows(self.store, metrics), "units": self.units, "calibration": self.calibration}
-        return self._make(score, {"base": self.base, "files": files}, **spec, **self.how)
+        return self._make(score, {"base": self.base, "files": files}, **spec, **self.loading)
 
     @cached_property
     def pruned(self) -> Artifact:
@@ -105,7 +105,7 @@ class Run:
         pruning = self.method.pruning
         spec = {"choose": pruning["choose"], "remove": pruning["remove"], "units": self.units}
         spec |= only(pruning, ("keep_pattern",)) if pruning.get("keep_pattern") else {}
-        return self._make(prune, {"base": self.base, "scores": self.scores}, **spec, **self.how)
+        return self._make(prune, {"base": self.base, "scores": self.scores}, **spec, **self.loading)
 
     @cached_property
     def cut(self) -> Artifact:
@@ -122,7 +122,7 @@ class Run:
             return None
         files = read_by(self.store, self.calibration)
         spec = {"patch": _own(settings), "calibration": self.calibration}
-        return self._make(patch, {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.how)
+        return self._make(patch, {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.loading)
 
     @property
     def compressions(self) -> dict[str, Artifact | None]:
@@ -151,7 +151,7 @@ class Run:
         with self.runtime.counting(sum(len(lines(shard.path)) for shard in shards), **bar) as watched:
             for shard in shards:
                 inputs: Inputs = {"base": self.base, "shard": shard}
-                yield self.store.build(distill, inputs, runtime=watched, **spec, **self.how)
+                yield self.store.build(distill, inputs, runtime=watched, **spec, **self.loading)
 
     @property
     def is_self_data(self) -> bool:
@@ -176,7 +176,7 @@ class Run:
         spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(method.trainer)}
         spec |= {"max_length": method.max_length, "seed": method.seed}
         spec |= {"selfdata": _left(method.selfdata, ("check", "reference")) if self.is_self_data else {}}
-        return self._make(train, inputs, **spec, **self.how)
+        return self._make(train, inputs, **spec, **self.loading)
 
     @cached_property
     def written(self) -> Artifact | None:
@@ -186,7 +186,7 @@ class Run:
         if not self.is_self_data:
             return None
         inputs: Inputs = {"base": self.base, "cut": self.cut, "rows": self.rows[1:], **self.compressions}
-        return self._make(written, inputs, max_length=self.method.max_length, **self.how)
+        return self._make(written, inputs, max_length=self.method.max_length, **self.loading)
 
     @cached_property
     def parents(self) -> list[Artifact]:
@@ -221,7 +221,7 @@ class Run:
         if self.method.merging is None:
             return None
         inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, **self.compressions}
-        return self._make(merge, inputs, method=self.method.merging["method"], **self.how)
+        return self._make(merge, inputs, method=self.method.merging["method"], **self.loading)
 
     @cached_property
     def subjects(self) -> list[Subject]:
@@ -256,7 +256,7 @@ class Run:
         """What each model but the unpruned one is worth as a draft for it, on each set of prompts."""
         from sddx.stages.draft.run import draft
 
-        spec = {"speculation": {**(self.method.speculation or {}), "datasets": {}}, **self.how}
+        spec = {"speculation": {**(self.method.speculation or {}), "datasets": {}}, **self.loading}
         return [
             self._make(draft, {"base": self.base, "rows": rows, **subject.inputs}, **spec)
             for subject in self.subjects[1:]
@@ -270,7 +270,7 @@ class Run:
         if subject.name not in self._results:
             inputs: Inputs = {"base": self.base, **subject.inputs}
             inputs["files"] = read_by(self.store, self.method.evaluation, self.text)
-            asked = {"evaluation": self.evaluation, "text": self.text, **self.how}
+            asked = {"evaluation": self.evaluation, "text": self.text, **self.loading}
             self._results[subject.name] = self._make(evaluate, inputs, **asked)
         return self._results[subject.name]
 

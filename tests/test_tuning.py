@@ -15,7 +15,7 @@ from sddx.models.narrow import built, narrow
 from sddx.records import Batch, Cut
 from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SharedTeacher
-from sddx.training.tuning import coverage, full, kind, lora, require_adapter, told
+from sddx.training.tuning import adapted_weights, coverage, full, kind, lora, require_adapter
 
 pytestmark = pytest.mark.fast
 
@@ -75,7 +75,7 @@ def test_all_linear_is_every_linear_map_but_routers_and_head(name):
     student = shaken(lora(model, 0, rank=2, alpha=4)).train()
     found, left = coverage(student)
     assert set(found) == adapted and {"lm_head", "model.embed_tokens", *routers} <= set(left)
-    assert all(each in told(student) for each in (*found, *left))
+    assert all(each in adapted_weights(student) for each in (*found, *left))
     names = [n for n, _ in student.named_parameters() if "lora_A" in n]
     assert all(any(f".{each}." in n for n in names) for each in maps)
     student(input_ids=tokens()).logits.log_softmax(-1)[..., 0].sum().backward()
@@ -118,7 +118,7 @@ def test_named_targets_beside_experts_are_the_layers_of_that_name():
 
 
 def test_full_tuning_is_told_as_such():
-    assert told(full(build("llama"), 0)) == "All weights are trained."
+    assert adapted_weights(full(build("llama"), 0)) == "All weights are trained."
 
 
 WRONG = {

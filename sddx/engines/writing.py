@@ -90,7 +90,7 @@ class Writer(Settings):
                 engine.ask(share)
             written: list[Any] = [None] * len(asked)
             for place, engine in enumerate(running):
-                written[place :: len(running)] = answered = engine.told()["answers"]
+                written[place :: len(running)] = answered = engine.answer()["answers"]
                 progress(len(answered))
             return written
         except BaseException:
@@ -148,10 +148,10 @@ class Engine:
         )
         weakref.finalize(self, _end, self._process, self._log)
         self._say(writer.engine(folder))
-        self.version: str = self.told()["version"]
+        self.version: str = self.answer()["version"]
 
     def ask(self, asked: Asked) -> None:
-        """Send requests, whose answer `told` waits for."""
+        """Send requests, whose answer `answer` waits for."""
         self._say({"prompts": [ids for ids, _ in asked], "sampling": [settings for _, settings in asked]})
 
     def _say(self, fields: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class Engine:
         except OSError:
             self._failed()
 
-    def told(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """The next answer. Raises UserError where the engine has ended instead."""
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline() or self._failed())

@@ -29,7 +29,7 @@ from sddx.estimate.texts import (
 from sddx.models.anatomy import is_adapted
 from sddx.records import Cut
 from sddx.store.digest import digest
-from sddx.training.tuning import lora, told
+from sddx.training.tuning import adapted_weights, lora
 
 WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
 # Settings of which a student is made.
@@ -140,7 +140,7 @@ class Estimate:
         def look() -> tuple[int, str, bool]:
             student = self.student()
             trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
-            return trained, told(student), is_adapted(student)
+            return trained, adapted_weights(student), is_adapted(student)
 
         return once(["tuned", *self.cutting, self.config["tuning"]], look)
 

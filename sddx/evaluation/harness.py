@@ -27,12 +27,12 @@ from sddx.evaluation.tasks import (
     OWN_TASKS,
     check_tasks,
     configure,
-    given,
     judged,
     load,
     named_in_files,
     new_tokens,
     not_texts,
+    of_task,
     require_room,
     said,
     tell,
@@ -259,7 +259,7 @@ def evaluate(
     shared |= {"generation_config": generation_config, "encoding": encoding, "side": side}
     return {
         "tasks": {
-            name: _record(task, raw, part_of[name], {**shared, "limit": given(limit, part_of[name])})
+            name: _record(task, raw, part_of[name], {**shared, "limit": of_task(limit, part_of[name])})
             | {"cut": lm.cut[name], "apart": part_of[name] in apart}
             for name, task in loaded["tasks"].items()
         },

@@ -8,7 +8,7 @@ from typing import Any
 
 from sddx.errors import UserError
 from sddx.evaluation.seeds import SEEDS
-from sddx.evaluation.tasks import given, said, text_of
+from sddx.evaluation.tasks import of_task, said, text_of
 
 # Of nine items, on average, so many are for the report and so many for choosing anything.
 SIDES = {"report": 7, "selection": 2}
@@ -32,7 +32,7 @@ def draw(
     drawn: dict[str, list[int]] = {}
     for asked in dict.fromkeys(part_of.values()):
         found = {name: _candidates(name, task, side) for name, task in tasks.items() if part_of[name] == asked}
-        wanted, sizes = given(limit, asked), {name: len(items) for name, items in found.items()}
+        wanted, sizes = of_task(limit, asked), {name: len(items) for name, items in found.items()}
         shares = sizes if wanted is None else shared_out(wanted, sizes)
         drawn |= {name: _sample(name, found[name], share) for name, share in shares.items()}
     return drawn

@@ -295,7 +295,7 @@ def text_of(task: Any, document: Any) -> str:
     return "\n".join(map(str, [task.doc_to_text(document), *answers]))
 
 
-def given(by_task: Any, asked: str) -> Any:
+def of_task(by_task: Any, asked: str) -> Any:
     """The value of a setting for one asked-for task; one that is not given by task is the same for all."""
     return by_task.get(asked) if isinstance(by_task, Mapping) else by_task
 
@@ -317,7 +317,7 @@ def configure(
     tell(tasks, part_of, metadata)
     for name, task in tasks.items():
         asked = part_of[name]
-        wanted, default = given(shots, asked), task.get_config("num_fewshot")
+        wanted, default = of_task(shots, asked), task.get_config("num_fewshot")
         fixed = default == 0 and not (isinstance(shots, Mapping) and name in shots)
         task.set_config("num_fewshot", (default or 0) if wanted is None or fixed else wanted)
         task.set_fewshot_seed(seed=SEEDS["fewshot"])

@@ -13,7 +13,7 @@ from sddx.errors import UserError
 from sddx.evaluation.seeds import SEEDS
 from sddx.evaluation.task_data import declared_mistakes, place, require_task_data
 from sddx.evaluation.task_files import Rows, examples_split
-from sddx.evaluation.tasks import claim, configure, given, is_mean, judged, load, said, shown, wrong_primary
+from sddx.evaluation.tasks import claim, configure, is_mean, judged, load, of_task, said, shown, wrong_primary
 
 
 class Mute(LM):
@@ -53,7 +53,7 @@ def tried(
         try:
             found = place(name, include, data_dir)
             if found is None:
-                wrong += declared_mistakes(name, include, given(by_task["primary"] or {}, name), setting)
+                wrong += declared_mistakes(name, include, of_task(by_task["primary"] or {}, name), setting)
                 continue
             loaded, parts = load([name], include, by_task["split"], setting, data_dir)
             claim(part_of, name, parts)

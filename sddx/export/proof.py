@@ -53,7 +53,7 @@ def prove(
     rows: Sequence[Sequence[int]],
     *,
     adapter: str,
-    how: dict[str, str],
+    loading: dict[str, str],
 ) -> dict[str, Any]:
     """How far a model's logits are from those expected: the largest difference at each position (the largest and
     the median of these), and at how many positions the likeliest token is another one (`flipped_greedy_tokens`).
@@ -65,14 +65,14 @@ def prove(
     scale = max(float(each.abs().max()) for each in expected)
     return {
         "adapter": adapter,
-        **how,
+        **loading,
         "prompts": len(rows),
         "tokens": len(differences),
         "equal": all(torch.equal(a, b) for a, b in pairs),
         "largest_difference": float(differences.max()),
         "median_difference": float(differences.median()),
         "largest_logit": scale,
-        "limit": _require_close(differences, scale, how["dtype"]),
+        "limit": _require_close(differences, scale, loading["dtype"]),
         "flipped_greedy_tokens": sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in pairs),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors")},
     }

@@ -44,12 +44,12 @@ def export(
     if evaluated:
         proof.require_evaluation(run)
     disable_progress_bar()
-    how = run.loading(dtype, device)
+    loading = run.loading(dtype, device)
     with _appearing(to) as folder:
         prompts = proof.prompts(run)
-        expected = _write_weights(run, folder, to, adapter, how, prompts)
-        model = load_exported(folder, adapter, how)
-        found = proof.prove(expected, model, prompts, adapter=adapter, how=how)
+        expected = _write_weights(run, folder, to, adapter, loading, prompts)
+        model = load_exported(folder, adapter, loading)
+        found = proof.prove(expected, model, prompts, adapter=adapter, loading=loading)
         found["formats"] = inspect_model(model_folder(folder, adapter))
         if evaluated:
             found["evaluation"] = proof.flipped_items(run, model, device)
@@ -64,14 +64,14 @@ def model_folder(folder: Path, adapter: str) -> Path:
     return folder / "base" if adapter == "apart" else folder
 
 
-def load_exported(folder: Path, adapter: str, how: dict[str, str]) -> Any:
+def load_exported(folder: Path, adapter: str, loading: dict[str, str]) -> Any:
     """The model as transformers, and peft where the adapter is apart, read it; nothing of ours takes part."""
-    model = load_model(model_folder(folder, adapter), **how)
+    model = load_model(model_folder(folder, adapter), **loading)
     if adapter == "merged":
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder / "adapter")).to(how["device"]).eval()
+    return PeftModel.from_pretrained(model, str(folder / "adapter")).to(loading["device"]).eval()
 
 
 def _require_exportable(run: Recovered, to: Path, adapter: str, dtype: str | None) -> None:
@@ -151,11 +151,11 @@ def _rename(folder: Path, to: Path) -> None:
 
 
 def _write_weights(
-    run: Recovered, folder: Path, to: Path, adapter: str, how: dict[str, str], prompts: list[list[int]]
+    run: Recovered, folder: Path, to: Path, adapter: str, loading: dict[str, str], prompts: list[list[int]]
 ) -> list[Any]:
     """Write model and tokenizer, and return the logits that they must give. The model is freed on leaving, so that
     one is held at a time."""
-    student = run.student(how["dtype"], how["device"]).model
+    student = run.student(loading["dtype"], loading["device"]).model
     expected = proof.logits(student, prompts)
     if adapter == "apart":
         assert run.trained is not None  # else it was refused

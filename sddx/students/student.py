@@ -68,8 +68,8 @@ def load_student(
     a stock loader can. Raises UserError where what is stored belongs to another cut or another base, or where
     weights are missing or left over.
     """
-    how = {"dtype": dtype, "attention": attention, "device": loading_device(device)}
-    made = _loaded(base_folder, folder, done, base, how)
+    loading = {"dtype": dtype, "attention": attention, "device": loading_device(device)}
+    made = _loaded(base_folder, folder, done, base, loading)
     if is_joined() and made.whole and made.has_twins:
         made.whole = {}
     placed(made.model, device, *(block for stack in made.whole.values() for block in stack.blocks))
@@ -77,14 +77,14 @@ def load_student(
 
 
 def _loaded(
-    base_folder: Path, folder: Path | None, done: Sequence[Compression], base: str, how: dict[str, str]
+    base_folder: Path, folder: Path | None, done: Sequence[Compression], base: str, loading: dict[str, str]
 ) -> Compressed:
     cut = cut_of(done)
     if folder is not None:
         _require_same_origin(folder, cut, base)
     if folder is not None and (folder / "config.json").is_file():
-        return Compressed(load_model(folder, **how).requires_grad_(False), cut, tuple(done))
-    made = compress(load_model(base_folder, **how).requires_grad_(False), done)
+        return Compressed(load_model(folder, **loading).requires_grad_(False), cut, tuple(done))
+    made = compress(load_model(base_folder, **loading).requires_grad_(False), done)
     if folder is None:
         return made
     for each in done:
@@ -97,11 +97,11 @@ def _loaded(
     return made
 
 
-def saved_and_loaded(made: Compressed, base_folder: Path, *, base: str, **how: str) -> Any:
+def saved_and_loaded(made: Compressed, base_folder: Path, *, base: str, **loading: str) -> Any:
     """The student as it comes back from a folder: by its own way, or, where a stock loader can, by that."""
     with tempfile.TemporaryDirectory() as name:
         save_student(made, Path(name), base=base)
-        return load_student(base_folder, Path(name), done=made.done, base=base, **how).model
+        return load_student(base_folder, Path(name), done=made.done, base=base, **loading).model
 
 
 def _restore(model: Any, file: Path) -> None:

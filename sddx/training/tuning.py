@@ -201,12 +201,12 @@ def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
     for name, weight in model.named_parameters():
         plain = name.replace(".base_layer", "")
         if weight.dim() > 1 and "lora_" not in name:
-            told = kind(plain.removeprefix("base_model.model.")).removesuffix(".weight")
-            found[plain not in adapted][told] = None
+            adapted_weights = kind(plain.removeprefix("base_model.model.")).removesuffix(".weight")
+            found[plain not in adapted][adapted_weights] = None
     return list(found[0]), list(found[1])
 
 
-def told(model: nn.Module) -> str:
+def adapted_weights(model: nn.Module) -> str:
     """In words, what of a model is adapted and what is not."""
     adapted, left = coverage(model)
     return f"Adapter on {', '.join(adapted)}; none on {', '.join(left)}." if adapted else "All weights are trained."

@@ -55,8 +55,8 @@ def distill(
         answers = write(base.path, load_tokenizer(base.path), prompts, partial(_told, runtime))
     else:
         about = {"backend": "transformers", "version": transformers.__version__}
-        how = {"dtype": dtype, "attention": attention}
-        answers = _answers(base.path, prompts, generation, how, runtime=runtime)
+        loading = {"dtype": dtype, "attention": attention}
+        answers = _answers(base.path, prompts, generation, loading, runtime=runtime)
     (out / "generation.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     rewrites = judge(examples, answers, check=build(check))
     write_rows(rewrites, out / "rewrites.jsonl")
@@ -65,9 +65,9 @@ def distill(
 
 @sharded
 def _answers(
-    folder: Path, prompts: list[str], generation: dict[str, Any], how: dict[str, str], *, runtime: Runtime
+    folder: Path, prompts: list[str], generation: dict[str, Any], loading: dict[str, str], *, runtime: Runtime
 ) -> list[Answer]:
-    teacher = frozen_model(folder, **how, device=runtime.device)
+    teacher = frozen_model(folder, **loading, device=runtime.device)
     return build(generation)(teacher, load_tokenizer(folder), prompts, partial(_told, runtime))
 
 

@@ -36,8 +36,8 @@ def draft(
     The draft is the model after the `compressions`, or the recovered one where there is a `student`; the target
     is the unpruned one, in the same weights unless the draft's are its own. What is timed is of this machine,
     and of no key."""
-    how: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
-    target, drafting = _routes(base, read(compressions), student, how)
+    loading: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
+    target, drafting = _routes(base, read(compressions), student, loading)
     tokenizer, tried = load_tokenizer(base.path), build(speculation)
     prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
     total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
@@ -49,11 +49,11 @@ def draft(
 
 
 def _routes(
-    base: Artifact, done: Sequence[Compression], student: Artifact | None, how: dict[str, Any]
+    base: Artifact, done: Sequence[Compression], student: Artifact | None, loading: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The unpruned model, and the pruned or recovered one."""
     free_memory()
-    loaded = load_student(base.path, student.path if student else None, done=done, base=base.key, **how)
+    loaded = load_student(base.path, student.path if student else None, done=done, base=base.key, **loading)
     if not loaded.whole:
-        return frozen_model(base.path, **how), loaded.model
+        return frozen_model(base.path, **loading), loaded.model
     return beside(SharedTeacher(loaded)), loaded.model

@@ -40,23 +40,23 @@ class Made:
     done: tuple[Compression, ...]
     student: Artifact | None
 
-    def load(self, how: dict[str, Any]) -> Compressed:
+    def load(self, loading: dict[str, Any]) -> Compressed:
         """The pruned or recovered model."""
         free_memory()
         trained = self.student.path if self.student else None
-        return load_student(self.base.path, trained, done=self.done, base=self.base.key, **how)
+        return load_student(self.base.path, trained, done=self.done, base=self.base.key, **loading)
 
-    def beside(self, how: dict[str, Any]) -> tuple[Any, Teacher]:
+    def beside(self, loading: dict[str, Any]) -> tuple[Any, Teacher]:
         """The pruned or recovered model, and the unpruned one to compare it with: in the same weights where they
         are still there, so that a large model is held once."""
-        student = self.load(how)
+        student = self.load(loading)
         if not student.whole:
-            return student.model, SeparateTeacher(frozen_model(self.base.path, **how))
+            return student.model, SeparateTeacher(frozen_model(self.base.path, **loading))
         return student.model, SharedTeacher(student)
 
-    def write(self, folder: Path, how: dict[str, Any], *, apart: bool) -> tuple[Path, Path | None]:
+    def write(self, folder: Path, loading: dict[str, Any], *, apart: bool) -> tuple[Path, Path | None]:
         """The folders of a model on disk and, where it has one and that is to be `apart`, of its adapter."""
-        model = self.load(how).model
+        model = self.load(loading).model
         if apart and is_adapted(model) and self.student:
             write_apart(model, self.base.path, self.student.path, folder)
             return folder / "base", folder / "adapter"
@@ -89,11 +89,11 @@ def evaluate(
     """
     keep_rows(out, 0)
     evaluation, made = placed(evaluation, files), Made(base, read(compressions), student)
-    how = {"dtype": dtype, "attention": attention}
+    loading = {"dtype": dtype, "attention": attention}
     apart = None
     if evaluation.get("backend") == "vllm":
-        apart = _by_vllm(out, made, evaluation, {**how, "device": runtime.roomy}, runtime.quiet)
-    results = _results(out, made, evaluation, text, how, apart, runtime=runtime)
+        apart = _by_vllm(out, made, evaluation, {**loading, "device": runtime.roomy}, runtime.quiet)
+    results = _results(out, made, evaluation, text, loading, apart, runtime=runtime)
     (out / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     for task, record in results["tasks"].items():
         runtime.log({f"evaluate/{task}": record["score"]})
@@ -106,15 +106,15 @@ def _results(
     made: Made,
     evaluation: dict[str, Any],
     text: dict[str, Any],
-    how: dict[str, Any],
+    loading: dict[str, Any],
     apart: dict[str, Any] | None,
     *,
     runtime: Runtime,
 ) -> dict[str, Any]:
     """Scores, unless they were found `apart`, and what they do not show."""
-    folder, how = made.base.path, {**how, "device": runtime.device}
+    folder, loading = made.base.path, {**loading, "device": runtime.device}
     tokenizer = load_tokenizer(folder)
-    judged, teacher = made.beside(how) if made.done else (frozen_model(folder, **how), None)
+    judged, teacher = made.beside(loading) if made.done else (frozen_model(folder, **loading), None)
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
     texts = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
     batches = [batch for _, batch in by_length(texts)]
@@ -133,15 +133,15 @@ def _by_vllm(
     out: Path,
     made: Made,
     evaluation: dict[str, Any],
-    how: dict[str, Any],
+    loading: dict[str, Any],
     quiet: bool,
 ) -> dict[str, Any]:
     """The scores by vLLM, which reads folders: the unpruned model's own, or what is gone afterwards, a model's
     merged weights or those without its adapter and the adapter. None of our models is in memory meanwhile."""
     engine = build(evaluation["vllm"])
-    settings = {"evaluation": evaluation, "dtype": how["dtype"], "answered": out / ANSWERED, "quiet": quiet}
+    settings = {"evaluation": evaluation, "dtype": loading["dtype"], "answered": out / ANSWERED, "quiet": quiet}
     if not made.done:
         return engine.judge(made.base.path, **settings)
     with TemporaryDirectory(dir=out) as name:
-        written = made.write(Path(name), how, apart=engine.adapter == "apart")
+        written = made.write(Path(name), loading, apart=engine.adapter == "apart")
         return engine.judge(*written, **settings)

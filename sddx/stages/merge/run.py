@@ -35,13 +35,13 @@ def merge(
 
     The students, and the pruned model before training, are written whole first (adapters worked into weights), then
     merged shard by shard. Raises UserError, before a tensor is merged, where they are not of one shape."""
-    how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
+    loading = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
     done = read(compressions)
     free_memory()
     with TemporaryDirectory(dir=out) as name:
         folders = []
         for number, trained in enumerate([*(student.path for student in students), None]):
-            model = load_student(base.path, trained, done=done, base=base.key, **how).model
+            model = load_student(base.path, trained, done=done, base=base.key, **loading).model
             folders.append(Path(name) / (f"student-{number}" if trained else "untrained"))
             write_merged(model, base.path, folders[-1])
             del model

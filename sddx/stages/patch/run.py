@@ -41,14 +41,14 @@ def patch(
 
     Raises UserError where a patch cannot stand in for what was removed, cannot be folded, or saw too little.
     """
-    how = {"dtype": dtype, "attention": attention}
-    unexplained = _fitted(out, base.path, cut.path, patch, calibration, how, runtime=runtime)
+    loading = {"dtype": dtype, "attention": attention}
+    unexplained = _fitted(out, base.path, cut.path, patch, calibration, loading, runtime=runtime)
     if runtime.shards == 1:
         free_memory()
-    how["device"] = runtime.roomy  # for the proof, as in prune
-    made = compress(load_model(base.path, **how), read({"cut": cut, "patch": out}))
+    loading["device"] = runtime.roomy  # for the proof, as in prune
+    made = compress(load_model(base.path, **loading), read({"cut": cut, "patch": out}))
     made.thaw()
-    write_proof(out, made, base, how)
+    write_proof(out, made, base, loading)
     (out / "size.json").write_text(json.dumps({"pruned": footprint(made.model)}) + "\n", encoding="utf-8")
     (out / "fit.json").write_text(json.dumps(unexplained) + "\n", encoding="utf-8")
     runtime.log({f"patch/unexplained/{name}": share for name, share in unexplained.items()})
@@ -61,18 +61,18 @@ def _fitted(
     cut: Path,
     patch: dict[str, Any],
     calibration: dict[str, Any],
-    how: dict[str, str],
+    loading: dict[str, str],
     *,
     runtime: Runtime,
 ) -> dict[str, float]:
     """Writes the patches and returns what they leave unexplained."""
     tokenizer = load_tokenizer(folder)
-    teacher = frozen_model(folder, **how, device=runtime.device)
+    teacher = frozen_model(folder, **loading, device=runtime.device)
     batches = list(text_batches(tokenizer, build(calibration), context=context_of(teacher.config)))
 
     def block(place: int) -> Any:
         """One that may be trained; out of shards none can be copied."""
-        return deepcopy(blocks(load_model(folder, **how) if is_joined() else teacher)[place]).to(runtime.device)
+        return deepcopy(blocks(load_model(folder, **loading) if is_joined() else teacher)[place]).to(runtime.device)
 
     what = Cut.load(cut / CUT)
     found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)

@@ -44,10 +44,10 @@ def prune(
     found = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
     # takes its time in host memory, beside the processes that hold them.
-    how = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
+    loading = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
     if runtime.shards == 1:
         free_memory()  # a second copy of a large model has no room
-    student = load_model(base.path, **how)
+    student = load_model(base.path, **loading)
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}
     cut = kinds.cut(build(choose)(found, len(kinds), remove))
@@ -58,7 +58,7 @@ def prune(
     made = compress(student, [Removal(cut)])
     size["pruned"] = footprint(student)
 
-    write_proof(out, made, base, how, sliced=sliced, whole=made.whole[DECODER])
+    write_proof(out, made, base, loading, sliced=sliced, whole=made.whole[DECODER])
     cut.save(out / CUT)
     (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
@@ -72,14 +72,14 @@ def footprint(model: Any) -> dict[str, int]:
     return {"parameters": sum(w.numel() for w in model.parameters()), "cache_bytes": cache_bytes(model)}
 
 
-def write_proof(out: Path, made: Compressed, base: Artifact, how: dict[str, str], **known: Any) -> None:
+def write_proof(out: Path, made: Compressed, base: Artifact, loading: dict[str, str], **known: Any) -> None:
     """Prove a pruned, maybe patched, model and write what was found to `proof.json`. Where its weights are too big
     to write a copy, a narrow model under the same cut makes the way through a folder; `known`: see `prove`."""
 
     def again() -> Any:
-        return saved_and_loaded(made, base.path, base=base.key, **how)
+        return saved_and_loaded(made, base.path, base=base.key, **loading)
 
     weights = sum(weight.numel() * weight.element_size() for weight in made.model.parameters())
-    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), made.cut, how["attention"])
+    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), made.cut, loading["attention"])
     proof = prove(made.model, vocabulary=vocabulary(made.model), again=again if small else None, **known)
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

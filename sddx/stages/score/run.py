@@ -33,8 +33,8 @@ def score(
 ) -> None:
     """Writes `scores.json`: by the name of each metric its mean and standard error over the calibration texts, and
     its means over parts of them. Metrics of hidden states share one pass."""
-    how = {"dtype": dtype, "attention": attention}
-    scores = _scores(base.path, placed(metrics, files), units, calibration, how, runtime=runtime)
+    loading = {"dtype": dtype, "attention": attention}
+    scores = _scores(base.path, placed(metrics, files), units, calibration, loading, runtime=runtime)
     (out / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
     runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
 
@@ -45,12 +45,12 @@ def _scores(
     metrics: dict[str, dict[str, Any]],
     units: str,
     calibration: dict[str, Any],
-    how: dict[str, str],
+    loading: dict[str, str],
     *,
     runtime: Runtime,
 ) -> dict[str, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
-    teacher = frozen_model(folder, **how, device=runtime.device)
+    teacher = frozen_model(folder, **loading, device=runtime.device)
     require_own_head(teacher)
     batches = list(text_batches(tokenizer, build(calibration), context=context_of(teacher.config)))
     subject = Subject(teacher, tokenizer, Units(units, len(blocks(teacher))), batches, runtime)

@@ -23,7 +23,7 @@ from sddx.records import Artifact, Example, Rewrite
 from sddx.runtime import Runtime, free_held
 from sddx.students.student import save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
-from sddx.training.tuning import told
+from sddx.training.tuning import adapted_weights
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +61,10 @@ def train(
     free_memory()  # what the stages before held, and vLLM's engines
     free_held()
     strategy = trainer.get("strategy", "single")
-    how: dict[str, Any] = {"dtype": dtype, "attention": attention}
+    loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
     if strategy != "single" and not is_joined():
         inputs: dict[str, Any] = dict(base=base, held_out=held_out, rows=rows, teacher=teacher, **compressions)
-        spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **how)
+        spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **loading)
         again = partial(train, out, **inputs, max_length=max_length, seed=seed, **spec)
         launch(again, trainer["devices"], runtime)
         return
@@ -77,11 +77,11 @@ def train(
     judged, _ = encode_all(tokenizer, _examples([held_out], selfdata), max_length=length)
 
     # What is to be cut into shards may not fit on one device.
-    load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **how)
+    load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **loading)
     made = compress(load(base.path, quantization=tuning.get("quantization")), read(compressions))
     made.model = build(tuning)(made.model, seed)
     made.thaw()
-    trains = told(made.model)
+    trains = adapted_weights(made.model)
     if rank() == 0:
         log.info(trains)
     beside: Any = None

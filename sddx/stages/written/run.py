@@ -44,8 +44,8 @@ def written(
     rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in rows))
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
-    how = {"dtype": dtype, "attention": attention}
-    surprise = _surprise(base, compressions, sample, max_length, how, runtime=runtime)
+    loading = {"dtype": dtype, "attention": attention}
+    surprise = _surprise(base, compressions, sample, max_length, loading, runtime=runtime)
     found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": surprise}
     (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -56,11 +56,11 @@ def _surprise(
     compressions: dict[str, Artifact | None],
     sample: Sequence[Rewrite],
     max_length: int,
-    how: dict[str, str],
+    loading: dict[str, str],
     *,
     runtime: Runtime,
 ) -> dict[str, dict[str, float | None]]:
-    tokenizer, how = load_tokenizer(base.path), {**how, "device": runtime.device}
+    tokenizer, loading = load_tokenizer(base.path), {**loading, "device": runtime.device}
     texts = {
         "reference": [Example(each.id, each.prompt, each.reference, "reference") for each in sample],
         "self": [Example(each.id, each.prompt, each.answer, "self") for each in sample],
@@ -69,9 +69,9 @@ def _surprise(
     def of(judged: Any) -> dict[str, float | None]:
         return {name: _loss(judged, tokenizer, rows, max_length, runtime.device) for name, rows in texts.items()}
 
-    unpruned = of(frozen_model(base.path, **how))
+    unpruned = of(frozen_model(base.path, **loading))
     free_memory()
-    pruned = load_student(base.path, None, done=read(compressions), base=base.key, **how)
+    pruned = load_student(base.path, None, done=read(compressions), base=base.key, **loading)
     return {"unpruned": unpruned, "pruned": of(pruned.model)}
 
 
