@@ -21,7 +21,7 @@ import sddx
 from sddx.commands.export import main
 from sddx.compression.junction import Gap, Junction
 from sddx.compression.patches import Map
-from sddx.compression.remove import apply_cut
+from sddx.compression.remove import Removal, apply_cut
 from sddx.errors import UserError
 from sddx.export.card import _without_paths
 from sddx.export.formats import inspect_model
@@ -164,10 +164,10 @@ FOREIGN = {
 def test_what_no_stock_loader_builds_is_refused(name: str, tmp_path: Path) -> None:
     """With the reason, and with what does load it."""
     cut, patched, said = FOREIGN[name]
-    Junction({Gap("blocks", 1, 3): Map(matrix=torch.eye(2))}).save(tmp_path)
+    patches = (Junction({Gap("blocks", 1, 3): Map(matrix=torch.eye(2))}),) if patched else ()
     summary = {"choices": {"patch": "linear"}}
     with pytest.raises(UserError) as caught:
-        require_stock(Recovered(tmp_path, summary, tmp_path, cut, tmp_path, tmp_path if patched else None))
+        require_stock(Recovered(tmp_path, summary, tmp_path, (Removal(cut), *patches), tmp_path))
     assert all(part in str(caught.value) for part in said)
 
 
