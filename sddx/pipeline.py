@@ -166,14 +166,16 @@ class Run:
     @cached_property
     def student(self) -> Artifact | None:
         """The pruned model after it learned from the rows."""
+        return self._trained(self.rows, self.method.trainer) if self.trains else None
+
+    def _trained(self, rows: list[Artifact], trainer: Node) -> Artifact:
+        """A student of these rows, of which the first are held out."""
         from sddx.stages.train.run import train
 
-        if not self.trains:
-            return None
-        method, (held_out, *rows) = self.method, self.rows
-        inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": held_out, "rows": rows}
+        method = self.method
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": rows[0], "rows": rows[1:]}
         inputs |= {**self.compressions, "teacher": self.teacher}
-        spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(method.trainer)}
+        spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(trainer)}
         spec |= {"max_length": method.max_length, "seed": method.seed}
         spec |= {"selfdata": _left(method.selfdata, ("check", "reference")) if self.is_self_data else {}}
         return self._make(train, inputs, **spec, **self.loading)
@@ -189,13 +191,17 @@ class Run:
         return self._make(written, inputs, max_length=self.method.max_length, **self.loading)
 
     @cached_property
+    def _others(self) -> list[Run | str]:
+        """The runs whose students are merged; of a finished one its folder."""
+        asked = self.method.merging["students"] if self.method.merging else []
+        return [each if isinstance(each, str) else Run(self.store, self.runtime, Method(**each)) for each in asked]
+
+    @cached_property
     def parents(self) -> list[Artifact]:
         """The students that are merged. Raises UserError where they are of another cut or base."""
-        asked = self.method.merging["students"] if self.method.merging else []
-        return [self._finished(each) if isinstance(each, str) else self._other(each) for each in asked]
+        return [self._finished(each) if isinstance(each, str) else self._other(each) for each in self._others]
 
-    def _other(self, settings: Node) -> Artifact:
-        run = Run(self.store, self.runtime, Method(**settings))
+    def _other(self, run: Run) -> Artifact:
         if (run.base, run.cut) != (self.base, self.cut) or run.student is None:
             raise UserError("merging.students: only students of this run's own base model and cut can be merged.")
         return run.student
@@ -224,6 +230,14 @@ class Run:
         return self._make(merge, inputs, method=self.method.merging["method"], **self.loading)
 
     @cached_property
+    def mixed(self) -> Artifact | None:
+        """One student of the rows of all that are merged, trained as long as all: what a merge is to reach."""
+        if not (self.method.merging or {}).get("mixed"):
+            return None
+        rows = [row for run in self._others if isinstance(run, Run) for row in run.rows[1:]]
+        return self._trained([self.rows[0], *rows], _longer(self.method.trainer, len(self._others)))
+
+    @cached_property
     def subjects(self) -> list[Subject]:
         """The models that are evaluated, first the one that all others are compared with."""
         pruned = self.compressions
@@ -232,11 +246,13 @@ class Run:
         return [*(found if self.trains else found[:2]), *self._merging(pruned)]
 
     def _merging(self, pruned: dict[str, Artifact | None]) -> Iterator[Subject]:
-        """The students that are merged, but for this run's own, and what they become."""
+        """The students that are merged, but for this run's own; the one of all their data; what they become."""
         names = self.method.merging["names"] if self.method.merging else []
         for name, student in zip(names, self.parents, strict=True):
             if student != self.student:
                 yield Subject(name, "parent", {**pruned, "student": student})
+        if self.mixed:
+            yield Subject("mixed", "mixed", {**pruned, "student": self.mixed})
         if self.merged:
             yield Subject("merged", "merged", {**pruned, "student": self.merged})
 
@@ -313,7 +329,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "merged", "drafts", "written", "overlap"):
+        for name in ("rows", "student", "mixed", "merged", "drafts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:
@@ -327,6 +343,15 @@ def _left(settings: Node, out: tuple[str, ...]) -> Node:
 def _own(settings: Node) -> Node:
     """A node's own settings, without what calls it."""
     return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _longer(trainer: Node, times: int) -> Node:
+    """A training of so many times the rows: a budget that counts epochs grows with them, one of tokens or steps
+    must be told."""
+    from sddx.training.batches import COUNTED
+
+    counted = COUNTED[trainer["budget"]]
+    return trainer if counted == "epochs" else {**trainer, counted: times * trainer[counted]}
 
 
 def _learned(trainer: Node) -> Node:

@@ -15,7 +15,7 @@ from sddx.errors import UserError
 from sddx.merging import methods
 from sddx.merging.files import merge_files
 from sddx.merging.methods import Place
-from sddx.pipeline import Run
+from sddx.pipeline import Run, _longer
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
 from sddx.store import Store
@@ -213,6 +213,11 @@ MERGED = (
         (["merging.students=['seed=0','pruning.remove=2']"], "changes pruning. Only students of one base model"),
         (["merging.students=['seed=0','loss=none']"], "'loss=none' trains nothing"),
         (["merging.students=['seed=0','seed=1']", "pruning.units=attention"], "written as plain models"),
+        (["merging.mixed=maybe"], "merging.mixed='maybe' must be true or false"),
+        (
+            ["merging.mixed=true", "merging.students=['seed=0','loss=kd']"],
+            "'loss=kd' changes loss, and one student",
+        ),
         (["+merging.method.sharp=1"], "merging.method.sharp is not a setting"),
     ],
 )
@@ -252,6 +257,33 @@ def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
         assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
         plan = look(resolve(cfg) | {"store": str(tmp_path / "empty")})
     assert "merge" in {step.stage for step in plan.steps if not step.present}
+
+
+def test_one_student_of_all_rows_stands_beside_what_is_merged(tmp_path: Path) -> None:
+    """It learns from the rows of both, as many tokens as both, holds out the run's own, and is planned so."""
+    with composed(*MERGED, "merging.mixed=true", f"store={tmp_path / 'store'}") as cfg:
+        config = resolve(cfg)
+    here = Run(Store(tmp_path / "store"), Runtime(quiet=True), method(config))
+    students = [json.loads((each.path / "training.json").read_text()) for each in here.parents]
+    assert here.mixed is not None
+    mixed = json.loads((here.mixed.path / "training.json").read_text())
+    for count in ("examples", "supervised_tokens"):
+        assert mixed[count] == sum(student[count] for student in students)
+    names = [subject.name for subject in here.subjects]
+    assert names == ["unpruned", "pruned", "recovered", "dataset=tiny_comparison", "mixed", "merged"]
+    parts = {part.stage: part.learning for part in estimated(config).parts()}
+    assert parts["train mixed"] > 1.5 * parts["train"] > 0
+
+
+def test_a_training_of_several_runs_rows_is_as_long_as_theirs() -> None:
+    """Epochs grow with the rows; tokens and steps are counted."""
+    assert _longer({"budget": "examples", "epochs": 2}, 3) == {"budget": "examples", "epochs": 2}
+    assert _longer({"budget": "tokens", "tokens": 10}, 3)["tokens"] == 30
+    assert _longer({"budget": "steps", "steps": 10, "epochs": 1}, 2) == {
+        "budget": "steps",
+        "steps": 20,
+        "epochs": 1,
+    }
 
 
 def test_a_plan_counts_what_the_students_take_once() -> None:

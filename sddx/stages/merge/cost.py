@@ -11,16 +11,20 @@ from sddx.stages.train import cost as train
 
 
 def parts(estimate: Estimate) -> Iterator[Part]:
-    """The students that are merged, trained and evaluated (finished runs take nothing), and what they become."""
-    merging = estimate.config.get("merging")
-    for settings in merging["students"] if merging else ():
-        if isinstance(settings, Mapping):
-            student = Estimate({**estimate.config, **settings, "merging": None}, {})
-            yield from distill.parts(student)
-            yield from train.parts(student)
-            yield evaluate.evaluated(student, "recovered", student.pruned, LEARNED)
-    if merging:
-        yield evaluate.evaluated(estimate, "merged", estimate.pruned, (*LEARNED, "merging"))
+    """The students that are merged, trained and evaluated (finished runs take nothing), one of all their rows where
+    that is asked for, and what they become."""
+    if not (merging := estimate.config.get("merging")):
+        return
+    settings = [each for each in merging["students"] if isinstance(each, Mapping)]
+    students = [Estimate({**estimate.config, **each, "merging": None}, {}) for each in settings]
+    for student in students:
+        yield from distill.parts(student)
+        yield from train.parts(student)
+        yield evaluate.evaluated(student, "recovered", student.pruned, LEARNED)
+    if merging["mixed"]:
+        yield train.of_all(estimate, students)
+        yield evaluate.evaluated(estimate, "mixed", estimate.pruned, (*LEARNED, "merging"))
+    yield evaluate.evaluated(estimate, "merged", estimate.pruned, (*LEARNED, "merging"))
 
 
 def peak(estimate: Estimate) -> float | None:

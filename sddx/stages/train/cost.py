@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sddx.config.shared import once
 from sddx.errors import UserError
@@ -19,6 +19,12 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     if estimate.trains:
         about = [estimate.config[name] for name in LEARNED]
         yield estimate.part("train", about, estimate.pruned, _effort(estimate))
+
+
+def of_all(estimate: Estimate, others: Sequence[Estimate]) -> Part:
+    """The training of one student on the rows of these runs, as long as all of theirs."""
+    about = [[each.config[name] for name in LEARNED] for each in others]
+    return estimate.part("train mixed", about, estimate.pruned, sum(map(_effort, others), Effort()))
 
 
 def peak(estimate: Estimate) -> float | None:
