@@ -329,7 +329,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "mixed", "merged", "drafts", "written", "overlap"):
+        for name in ("rows", "student", "merged", "drafts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:
