@@ -16,8 +16,8 @@ remember()
 # Modules of half a minute and more come first, so that no process of tests ends with one while the other waits;
 # those that build in the shared store stand beside others.
 LONG = (
-    "test_train", "test_config", "test_sweep", "test_estimate", "test_export", "test_report", "test_shards",
-    "test_distributed",
+    "test_train", "test_config", "test_sweep", "test_vllm_evaluation", "test_vllm", "test_estimate", "test_export",
+    "test_task_files", "test_speculation", "test_shards", "test_distributed", "test_rehearse", "test_report",
 )  # fmt: skip
 
 
