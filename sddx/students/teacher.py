@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sddx.compression.compressed import Compressed
+from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
 from sddx.models.anatomy import DECODER, INDICES, bare, blocks, head, is_adapted
+from sddx.models.load import free_memory, frozen_model
 from sddx.models.outputs import head_of, run
-from sddx.records import Batch, Cut, Outputs
+from sddx.records import Artifact, Batch, Cut, Outputs
+from sddx.students.student import load_student
 
 Teacher = Callable[..., Outputs]  # teacher(batch, states=False)
 
@@ -93,6 +95,16 @@ def beside(teacher: SharedTeacher) -> Any:
         modules = (m for m in model.modules() if not any(m.children()) and not INDICES & vars(m).keys())
         shared = [*modules, *model.parameters(), *model.buffers()]
         return deepcopy(model, {id(each): each for each in shared})
+
+
+def both(base: Artifact, done: Sequence[Compression], student: Artifact | None, **loading: str) -> tuple[Any, Any]:
+    """The unpruned model, and the pruned one, or where there is a `student` the recovered one: both can run, in one
+    set of weights unless the student's are its own."""
+    free_memory()
+    loaded = load_student(base.path, student.path if student else None, done=done, base=base.key, **loading)
+    if not loaded.whole:
+        return frozen_model(base.path, **loading), loaded.model
+    return beside(SharedTeacher(loaded)), loaded.model
 
 
 def _shares(student: nn.ModuleList, unpruned: nn.ModuleList, cut: Cut) -> bool:

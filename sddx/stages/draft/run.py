@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sddx.compression.compressed import Compression
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import render, token_ids
 from sddx.data.selfdata import end_ids
 from sddx.data.shards import read_examples
-from sddx.models.load import free_memory, frozen_model, load_tokenizer
+from sddx.models.load import load_tokenizer
 from sddx.records import Artifact
 from sddx.runtime import Runtime
-from sddx.students.student import load_student
-from sddx.students.teacher import SharedTeacher, beside
+from sddx.students.teacher import both
 
 
 def draft(
@@ -37,7 +34,7 @@ def draft(
     is the unpruned one, in the same weights unless the draft's are its own. What is timed is of this machine,
     and of no key."""
     loading: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
-    target, drafting = _routes(base, read(compressions), student, loading)
+    target, drafting = both(base, read(compressions), student, **loading)
     tokenizer, tried = load_tokenizer(base.path), build(speculation)
     prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
     total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
@@ -46,14 +43,3 @@ def draft(
     (out / "draft.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for ahead, record in found["lookaheads"].items():
         runtime.log({f"draft/acceptance_{ahead}": record["acceptance"], f"draft/length_{ahead}": record["length"]})
-
-
-def _routes(
-    base: Artifact, done: Sequence[Compression], student: Artifact | None, loading: dict[str, Any]
-) -> tuple[Any, Any]:
-    """The unpruned model, and the pruned or recovered one."""
-    free_memory()
-    loaded = load_student(base.path, student.path if student else None, done=done, base=base.key, **loading)
-    if not loaded.whole:
-        return frozen_model(base.path, **loading), loaded.model
-    return beside(SharedTeacher(loaded)), loaded.model
