@@ -47,6 +47,7 @@ class Method:
     seed: Seed
     merging: Mapping[str, Any] | None = None
     speculation: Node | None = None
+    drift: Node | None = None
 
 
 class Run:
@@ -279,6 +280,24 @@ class Run:
             for rows in self.prompts.values()
         ]
 
+    @cached_property
+    def drifts(self) -> list[Artifact]:
+        """How far each model but the unpruned one moved from it, on the held-out rows and texts."""
+        from sddx.data.sources import pinned
+        from sddx.stages.drift.run import drift
+
+        if self.method.drift is None:
+            return []
+        prepared = self.data or self._prepared(pinned(self.method.dataset))
+        rows = self.store.source("rows", prepared.path / "validation.jsonl")
+        inputs: Inputs = {"base": self.base, "rows": rows, "files": read_by(self.store, self.text)}
+        inputs["rewrites"] = self.rows[0] if self.is_self_data else None
+        spec: Node = {"measured": self.method.drift, "text": self.text, "max_length": self.method.max_length}
+        spec |= {"selfdata": _left(self.method.selfdata, ("check", "reference")) if self.is_self_data else {}}
+        return [
+            self._make(drift, {**inputs, **subject.inputs}, **spec, **self.loading) for subject in self.subjects[1:]
+        ]
+
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""
         from sddx.stages.evaluate.run import evaluate
@@ -329,7 +348,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "merged", "drafts", "written", "overlap"):
+        for name in ("rows", "student", "merged", "drafts", "drifts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:

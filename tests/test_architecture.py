@@ -22,7 +22,7 @@ LEVELS = [
     {"models"},
     {"compression", "data", "merging"},
     {"evaluation", "speculation", "students"},
-    {"engines", "gguf", "importance", "training"},
+    {"drift", "engines", "gguf", "importance", "training"},
     {"sweep"},
     {"estimate", "report"},
     {"export", "stages", "tiny"},
@@ -34,7 +34,7 @@ PAGE = runpy.run_path(str(ROOT.parent / "docs" / "architecture.py"))
 imported = PAGE["imported"]
 PURE = {
     "importance.metrics", "compression.choose", "training.losses", "merging.methods", "statistics.intervals",
-    "statistics.answers", "speculation.rules",
+    "statistics.answers", "speculation.rules", "drift.similarity",
 }  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

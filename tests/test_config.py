@@ -38,6 +38,7 @@ ADDED = {
     "rehearse": "+rehearse",
     "merging": "+merging",
     "speculation": "+speculation",
+    "drift": "+drift",
     "loss/term": "+loss/term@loss.terms.one_more",
 }
 OWED = {

@@ -56,6 +56,7 @@ def test_every_command_has_its_line() -> None:
         ("pruning", "pruning"),
         ("merging", "merging"),
         ("drafts", "speculation"),
+        ("drift", "drift"),
         ("sweeps", "sweeps hydra/launcher"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -132,6 +132,19 @@ def agreement(names: Sequence[str], correlations: Sequence[Sequence[float]]) -> 
     axis.set_yticks(range(len(names)), [f"{number} {name}" for number, name in enumerate(names, start=1)])
     axis.set_xticks(range(len(names)), [str(number) for number in range(1, len(names) + 1)])
     return _svg(figure, "Rank correlations between metrics")
+
+
+def scattered(points: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
+    """Points of several kinds, with lines through the origin of both axes."""
+    figure, axis = _figure(5, 3.6)
+    for number, (name, of) in enumerate(points.items()):
+        axis.plot(*zip(*of, strict=True), "o", color=_style(number)[0], label=name, ms=5, alpha=0.8)
+    axis.axhline(0, color=INK, lw=0.5)
+    axis.axvline(0, color=INK, lw=0.5)
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.legend(frameon=False, fontsize=10)
+    return _svg(figure, f"{up} over {across}")
 
 
 def quality_against_cost(runs: Sequence[Run]) -> str:

@@ -21,6 +21,7 @@ from sddx.report import figures
 from sddx.report.contrasts import Difference, differences, reading_differences
 from sddx.report.curves import Family, Point, Run, arms, families, is_share, is_trained, mean_of
 from sddx.report.drafts import draft_sections
+from sddx.report.drift import drift_sections
 from sddx.report.extraction import named, readings
 from sddx.report.headline import headline
 from sddx.report.law import fit, seed_curves
@@ -348,6 +349,7 @@ def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> l
         *agreements(runs),
         heat_maps(runs),
         *draft_sections(runs),
+        *drift_sections(runs),
         Section("answers", "Self-written answers", funnel_table(runs)),
         Section("cost", "Cost", cost_table(runs), COST, cost_figures(runs)),
         Section("failed", "Cells that are not done", cells),

@@ -25,7 +25,7 @@ from sddx.store import manifest
 class RunArtifacts:
     """What a run built, or found in the store, by name (`sddx.pipeline.Run` says what each is); of `results`, one
     for each of `subjects`, which are records of name and role; of `drafts`, one for each subject but the first and
-    each of `prompts`, which are names."""
+    each of `prompts`, which are names; of `drifts`, one for each subject but the first, or none."""
 
     base: Artifact
     pruned: Artifact
@@ -39,6 +39,7 @@ class RunArtifacts:
     merged: Artifact | None = None
     prompts: Sequence[str] = ()
     drafts: Sequence[Artifact] = ()
+    drifts: Sequence[Artifact] = ()
     written: Artifact | None = None
     overlap: Artifact | None = None
 
@@ -53,12 +54,19 @@ class RunArtifacts:
         pairs = product([each["name"] for each in self.subjects[1:]], self.prompts)
         return dict(zip(pairs, self.drafts, strict=True))
 
+    @property
+    def drifted(self) -> dict[str, Artifact]:
+        """How far each model moved, by its name."""
+        names = [each["name"] for each in self.subjects[1:]]
+        return dict(zip(names, self.drifts, strict=True)) if self.drifts else {}
+
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
         late = {"train": self.student, "merge": self.merged, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
         late |= {f"draft_{'_'.join(pair)}".removesuffix("_dataset"): made for pair, made in self.drafted.items()}
+        late |= {f"drift_{name}": made for name, made in self.drifted.items()}
         stages = {stage: [made] if made else [] for stage, made in one.items()}
         stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
         stages |= {stage: [made] if made else [] for stage, made in late.items()}
@@ -152,6 +160,7 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
         "dropped_rows": training.get("dropped_rows", 0),
         "merged": _read(found.merged, "merge.json") if found.merged else None,
         "drafts": _drafts(found),
+        "drift": {name: _read(made, "drift.json") for name, made in found.drifted.items()},
         "written": _read(found.written, "written.json") if found.written else None,
         "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},

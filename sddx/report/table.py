@@ -90,6 +90,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("merged", _ways((summary.get("merged") or {}).get("ways", {}))),
         *_drafts(summary.get("drafts") or {}),
         ("drafts were timed on", _timed(summary.get("drafts") or {})),
+        *_drift(summary.get("drift") or {}),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in found if text != ABSENT]
@@ -128,6 +129,41 @@ def _timed(drafts: Mapping[str, Mapping[str, Any]]) -> str:
     shares = [each["bytes"]["one_copy"] / each["bytes"]["plain"] for each in found]
     held = f"; {max(shares):.2f} times the memory of plain decoding" if found else ""
     return ", ".join(sorted(places)) + held if found else ABSENT
+
+
+def _drift(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far each model moved: divergences, surprise by the data, the block that is least like itself."""
+    return [
+        line
+        for model, record in found.items()
+        for line in (
+            (f"drift, {model}", _moved(record["kl"])),
+            (f"surprise by the data, {model}", _by_data(record["surprise"])),
+            (f"blocks alike, {model}", _alike(record["similarity"])),
+        )
+    ]
+
+
+def _moved(kl: Mapping[str, Any]) -> str:
+    """Divergences by where they were taken, and how much of the first a few tokens have."""
+    known = {name: each["nats"] for name, each in kl.items() if each["nats"] is not None}
+    shown = ", ".join(f"{nats:.3f} on {name}" for name, nats in known.items())
+    return f"KL(unpruned || model) {shown} nats a token; of that on prompts {percent(kl['prompts']['top'])} in 20 %"
+
+
+def _by_data(found: Mapping[str, Any]) -> str:
+    """Of the answers that are learned, and of references."""
+    losses = [found[side][kind]["nats"] for side in ("model", "unpruned") for kind in ("learned", "reference")]
+    if None in losses:
+        return ABSENT
+    mine, reference, whole, its_reference = (f"{loss:.2f}" for loss in losses)
+    return f"{mine} (references {reference}), unpruned {whole} (references {its_reference}) nats a token, held out"
+
+
+def _alike(found: Mapping[str, Any]) -> str:
+    blocks = found["blocks"]
+    least = min(blocks, key=blocks.get) if blocks else ""
+    return f"CKA {min(blocks.values()):.3f} at the least, block {least}" if blocks else ABSENT
 
 
 def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:

@@ -20,6 +20,7 @@ STAGES = (
     "train",
     "merge",
     "draft",
+    "drift",
     "written",
     "evaluate",
     "overlap",

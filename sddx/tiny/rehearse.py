@@ -65,6 +65,9 @@ def small(
     if asked := config.get("speculation"):
         replaced["speculation"] = {**asked, "size": held_out, "max_new_tokens": new_tokens, "datasets": {}}
         said.append(f"drafts: {asked['size']} prompts of each data set by the {held_out} held-out rows")
+    if asked := config.get("drift"):
+        replaced["drift"] = {**asked, "size": held_out, "max_new_tokens": new_tokens}
+        said.append(f"drift: {asked['size']} held-out rows by {held_out}")
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sddx.compression.kinds import read
-from sddx.data.encode import collate, encode_all, padding_id
 from sddx.data.selfdata import CUT_OFF
 from sddx.data.shards import read_rows
 from sddx.data.written import measured
-from sddx.evaluation.text import perplexity
+from sddx.drift.reading import Reading, surprise
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
 from sddx.records import Artifact, Example, Rewrite
@@ -45,8 +43,8 @@ def written(
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
     loading = {"dtype": dtype, "attention": attention}
-    surprise = _surprise(base, compressions, sample, max_length, loading, runtime=runtime)
-    found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": surprise}
+    losses = _surprise(base, compressions, sample, max_length, loading, runtime=runtime)
+    found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": losses}
     (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -65,19 +63,12 @@ def _surprise(
         "reference": [Example(each.id, each.prompt, each.reference, "reference") for each in sample],
         "self": [Example(each.id, each.prompt, each.answer, "self") for each in sample],
     }
+    reading = Reading(tokenizer, max_length, None, ROWS, runtime.device)
 
     def of(judged: Any) -> dict[str, float | None]:
-        return {name: _loss(judged, tokenizer, rows, max_length, runtime.device) for name, rows in texts.items()}
+        return {name: surprise(judged, rows, reading)["nats"] for name, rows in texts.items()}
 
     unpruned = of(frozen_model(base.path, **loading))
     free_memory()
     pruned = load_student(base.path, None, done=read(compressions), base=base.key, **loading)
     return {"unpruned": unpruned, "pruned": of(pruned.model)}
-
-
-def _loss(model: Any, tokenizer: Any, rows: Sequence[Example], max_length: int, device: str) -> float | None:
-    encoded, _ = encode_all(tokenizer, rows, max_length=max_length)
-    encoded.sort(key=lambda row: len(row.input_ids))
-    batches = (encoded[at : at + ROWS] for at in range(0, len(encoded), ROWS))
-    found = perplexity(model, (collate(rows, padding_id(tokenizer)).to(device) for rows in batches))
-    return None if found is None else math.log(found)

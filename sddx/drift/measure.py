@@ -1,0 +1,175 @@
+"""How far a model moved from the unpruned one: divergences, surprise, representations and answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sddx.data.selfdata import CUT_OFF, TOO_LONG, Answer, write_answers
+from sddx.drift.reading import Reading, surprise
+from sddx.drift.similarity import cka, concentration
+from sddx.evaluation.text import Places, attended, divergences, labelled
+from sddx.models.outputs import block_states, run
+from sddx.records import Batch, Count, Example, NonNegative, Rewrite, Seed
+from sddx.statistics.answers import mean_length, repetition
+from sddx.students.teacher import SeparateTeacher
+
+_log = logging.getLogger(__name__)
+# Tokens a channel: fewer do not tell how alike blocks are, and no more are read.
+FEWEST, MOST = 4, 16
+Told = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a drift is measured on: held-out rows with their references, the same rows as the student would learn
+    them, what the unpruned model wrote for them if it wrote, and held-out texts."""
+
+    rows: Sequence[Example]
+    learned: Sequence[Example]
+    rewrites: Sequence[Rewrite]
+    texts: Sequence[str]
+
+    def first(self, size: int) -> Material:
+        """The same of the first rows alone."""
+        ids = {row.id for row in self.rows[:size]}
+        learned = [row for row in self.learned if row.id in ids]
+        return Material(self.rows[:size], learned, [each for each in self.rewrites if each.id in ids], self.texts)
+
+    @property
+    def answers(self) -> dict[str, list[Example]]:
+        """Answers by kind: references, those that are learned, and where the unpruned model wrote, the ones of its
+        own that were accepted, with the references that these replace."""
+        accepted = [each for each in self.rewrites if not each.reason]
+        own = [Example(each.id, each.prompt, each.answer, "self") for each in accepted]
+        replaced = [Example(each.id, each.prompt, each.reference) for each in accepted]
+        of_own = {"self": own, "replaced": replaced} if accepted else {}
+        return {"reference": [*self.rows], "learned": [*self.learned], **of_own}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The group `drift`: over how many held-out rows it is measured (`size`), and how the model's own samples are
+    written: greedily at a `temperature` of 0, else drawn by `seed`."""
+
+    size: Count
+    max_new_tokens: Count
+    batch_size: Count
+    temperature: NonNegative
+    seed: Seed
+
+    def __call__(
+        self,
+        unpruned: Any,
+        model: Any,
+        kept: Sequence[int],
+        material: Material,
+        reading: Reading,
+        progress: Told = lambda rows: None,
+    ) -> dict[str, Any]:
+        """How far `model`, whose blocks are the `kept` ones of the `unpruned` one, moved from it.
+
+        Under `kl` stands KL(unpruned || model), by where it was taken (`_divergences`); under `surprise`, of both
+        models, what `surprise` finds of each kind of answers (`Material.answers`); under `similarity` the CKA of
+        each kept block with itself in the unpruned model (`similarity`); under `answers` length, repetition and
+        share cut off of what the model wrote for the rows' prompts. Raises UserError where no text holds a token.
+        """
+        asked = material.first(self.size)
+        written = self._written(model, asked.rows, reading, progress)
+        answers = asked.answers
+        return {
+            "rows": len(asked.rows),
+            "kl": _divergences(unpruned, model, asked, written, reading),
+            "surprise": {
+                name: {kind: surprise(judged, rows, reading) for kind, rows in answers.items()}
+                for name, judged in (("unpruned", unpruned), ("model", model))
+            },
+            "similarity": similarity(unpruned, model, kept, reading.texts(material.texts)),
+            "answers": _told(asked.rows, written),
+        }
+
+    def _written(self, model: Any, rows: Sequence[Example], reading: Reading, progress: Told) -> list[Answer]:
+        """The model's own answers."""
+        return write_answers(
+            model,
+            reading.tokenizer,
+            [row.prompt for row in rows],
+            progress,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=self.seed,
+        )
+
+
+def _divergences(
+    unpruned: Any, model: Any, material: Material, written: Sequence[Answer], reading: Reading
+) -> dict[str, dict[str, Any]]:
+    """KL(unpruned || model) in nats a token, by where it was taken: at every token of the rows' prompts, which end
+    where answers begin; at the tokens of their references and of the model's own answers, the end token among them;
+    at every token of held-out texts. With the part of the sum that the top 20 % of the tokens have."""
+    pairs = zip(material.rows, written, strict=True)
+    own = [Example(row.id, row.prompt, each.text) for row, each in pairs if each.fault != TOO_LONG]
+    taken: dict[str, tuple[Iterable[Batch], Places]] = {
+        "prompts": (reading.prompts(material.rows), attended),
+        "references": (reading.answered(material.rows), labelled),
+        "samples": (reading.answered(own, uncut=True), labelled),
+        "text": (reading.by_length(material.texts), attended),
+    }
+    teacher = SeparateTeacher(unpruned)
+    return {name: _spread(divergences(teacher, model, *where)) for name, where in taken.items()}
+
+
+def _spread(found: torch.Tensor) -> dict[str, Any]:
+    mean = float(found.mean()) if len(found) else None
+    return {"nats": mean, "top": concentration(found), "tokens": len(found)}
+
+
+def _told(rows: Sequence[Example], written: Sequence[Answer]) -> dict[str, Any]:
+    """What the model wrote, looked at; words of the references beside it."""
+    whole = [answer for answer in written if answer.fault != TOO_LONG]
+    texts = [answer.text for answer in whole]
+    return {
+        "answers": len(whole),
+        "mean_length": mean_length(texts),
+        "reference_length": mean_length([row.response for row in rows]),
+        "repetition": repetition(texts),
+        "cut_off": sum(answer.fault == CUT_OFF for answer in whole) / len(whole) if whole else None,
+    }
+
+
+def similarity(unpruned: Any, model: Any, kept: Sequence[int], batches: Iterable[Batch]) -> dict[str, Any]:
+    """Under `blocks`, by the number in the unpruned model, the debiased linear CKA (`cka`) of what block `kept[j]`
+    gives there with what block j gives in `model`, before the final norm, over the attended tokens of the texts
+    but their first, whose state is the same whatever the text, and large. Up to MOST tokens a channel are read;
+    where there are fewer than FEWEST, none is told, with a warning."""
+    pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in kept]
+    tokens, channels = 0, 0
+    for batch in batches:
+        theirs, mine = _states(unpruned, batch), _states(model, batch)
+        for block, found in enumerate(pairs):
+            found.append((theirs[kept[block]], mine[block]))
+        tokens, channels = tokens + len(mine[0]), mine[0].shape[1]
+        if tokens >= MOST * channels:
+            break
+    if tokens < FEWEST * channels:
+        _log.warning("%d tokens do not tell how alike blocks of %d channels are: CKA is left out", tokens, channels)
+        pairs = []
+    alike = [cka(*(torch.cat(side) for side in zip(*found, strict=True))) for found in pairs]
+    return {"blocks": dict(zip(map(str, kept), alike, strict=False)), "tokens": tokens, "channels": channels}
+
+
+@torch.no_grad()
+def _states(model: Any, batch: Batch) -> list[torch.Tensor]:
+    """What every block gives at the attended tokens but the first, [tokens, width] each, in main memory."""
+    places = attended(batch)
+    places[:, 0] = False
+    with block_states(model) as states:
+        run(model, batch.input_ids, batch.attention_mask)
+    return [state[places].float().cpu() for state in states[1:]]

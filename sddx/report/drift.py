@@ -1,0 +1,182 @@
+"""How far models moved from the unpruned one, by arm, and what of that goes with skills lost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from markupsafe import Markup
+
+from sddx.report import figures
+from sddx.report.curves import Run, arms, value_of
+from sddx.report.drafts import UNTUNED
+from sddx.report.sections import Figure, Section, Table
+from sddx.report.subjects import roles
+from sddx.statistics.intervals import rank_correlation, t_interval
+
+# What is measured, by its name in tables: where it stands in a record of `drift`. The first two are the predictors
+# that were named beforehand; all others are exploratory.
+MEASURES: dict[str, str] = {
+    "KL on prompts": "kl.prompts.nats",
+    "surprise of data": "surprise.unpruned.learned.nats",
+    "KL on references": "kl.references.nats",
+    "KL on own samples": "kl.samples.nats",
+    "KL on text": "kl.text.nats",
+    "own surprise by data": "surprise.model.learned.nats",
+    "own surprise by references": "surprise.model.reference.nats",
+    "own bits per byte, references": "surprise.model.reference.bits_per_byte",
+    "top 20 % on prompts": "kl.prompts.top",
+    "least CKA": "least",
+    "words": "answers.mean_length",
+    "repeated 4-grams": "answers.repetition",
+    "cut off": "answers.cut_off",
+}
+NAMED = tuple(MEASURES)[:2]
+FEWEST = 8  # points over which a correlation is told
+NOTE = (
+    "KL(unpruned || model) and surprise, under the unpruned model or the model's own, in nats a token, on held-out "
+    "rows and texts (docs/drift.md). Means over seeds with 95 % intervals over them. Items lost and won flipped "
+    "from right to wrong and back, over all tasks that are right or wrong, means over seeds."
+)
+PAIRED = "On the same rows and seeds; 95 % over seeds."
+PREDICTORS = (
+    "Skills lost are 1 minus the recovery on skills that were not trained on. A point is an arm at one cut, the "
+    "mean over its seeds less that of the cut's arms. Rank correlations are told from "
+    f"{FEWEST} points on, with 95 % as if points were drawn independently. The first two predictors were named "
+    "beforehand; the rest is exploratory."
+)
+Key = tuple[str, str]  # what tells runs from others, the arm
+Record = dict[str, Any]
+
+
+def drift_sections(runs: Sequence[Run]) -> list[Section]:
+    """How far each arm moved, the arms' paired differences to SFT, and what of it goes with skills lost."""
+    found, points = drifts(runs), centred(runs)
+    table, drawn = predictor_table(points), predictor_figures(points)
+    return [
+        Section("drift", "How far models moved", drift_table(found), NOTE),
+        Section("drift_differences", "Drift, paired differences to SFT", difference_table(found), PAIRED),
+        Section("predictors", "What goes with skills lost", table, PREDICTORS, drawn),
+    ]
+
+
+def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
+    """By seed, what was measured of each arm's student, and of the pruned model, which is one whichever arm and
+    seed the run had, but for what the arms' data says of it."""
+    found: dict[Key, dict[int, Record]] = {}
+    for where, arm, group in arms([run for run in runs if run.get("drift")]):
+        for run in group:
+            for name, record in run["drift"].items():
+                model = {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
+                seed = run["choices"]["seed"] if model != UNTUNED else 0
+                found.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
+    return found
+
+
+def _looked_at(run: Run, name: str, record: Record) -> Record:
+    """A record with the least CKA of its blocks and the items that flipped."""
+    flipped = [each for each in run.get("flipped", {}).get(name, {}).values() if each]
+    items = {way: sum(each[way] for each in flipped) for way in ("right_to_wrong", "wrong_to_right")}
+    return {**record, **items, "least": min(record["similarity"]["blocks"].values(), default=None)}
+
+
+def drift_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+    """A row for each model; of the pruned one nothing of data, which arms differ in."""
+    flips = {"lost": "right_to_wrong", "won": "wrong_to_right"}
+    rows = []
+    for (where, model), seeds in found.items():
+        count = "-" if model == UNTUNED else str(len(seeds))
+        asked = {name: "" if model == UNTUNED and "data" in name else place for name, place in MEASURES.items()}
+        told = [_told([value_of(each, place) for each in seeds.values()]) for place in asked.values()]
+        items = [f"{mean(each[way] for each in seeds.values()):.1f}" for way in flips.values()]
+        rows.append([where, model, count, *told, *items])
+    return {"header": ["runs", "model", "seeds", *MEASURES, *(f"items {way}" for way in flips)], "rows": rows}
+
+
+def _told(values: Sequence[float | None], sign: str = "") -> str:
+    """The mean, and the interval over seeds where there are two."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return f"{known[0]:{sign}.3f}" if known else "-"
+    found = t_interval(known)
+    return f"{found.estimate:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+
+
+def difference_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+    """A row for each student but SFT's, beside SFT's of at least two seeds in common."""
+    rows = []
+    for (where, arm), seeds in found.items():
+        base = found.get((where, "sft"), {})
+        common = sorted(seeds.keys() & base.keys())
+        if arm not in (UNTUNED, "sft") and len(common) > 1:
+            told = [
+                _told([_less(value_of(seeds[seed], at), value_of(base[seed], at)) for seed in common], "+")
+                for at in MEASURES.values()
+            ]
+            rows.append([where, f"{arm} - sft", str(len(common)), *told])
+    return {"header": ["runs", "models", "seeds", *MEASURES], "rows": rows}
+
+
+def _less(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else mine - theirs
+
+
+Points = dict[str, dict[str, list[tuple[float, float]]]]  # by measure and arm: (the measure, skills lost)
+
+
+def centred(runs: Sequence[Run]) -> Points:
+    """What each arm lost against each measure, both less their means over the arms of the same cut."""
+    cuts: dict[tuple, list[tuple[str, list[Run]]]] = defaultdict(list)
+    for where, arm, group in arms([run for run in runs if run.get("drift")]):
+        if (run := group[0]).get("recovery_held_out") is not None:
+            cuts[where, run["artifacts"]["model"], tuple(run["cut"])].append((arm, group))
+    points: Points = {}
+    for measure, place in MEASURES.items():
+        for held in cuts.values():
+            pairs = {arm: pair for arm, group in held if (pair := _point(group, place)) is not None}
+            middle = [mean(side) for side in zip(*pairs.values(), strict=True)] if len(pairs) > 1 else []
+            for arm, pair in pairs.items() if middle else ():
+                off = (pair[0] - middle[0], pair[1] - middle[1])
+                points.setdefault(measure, {}).setdefault(arm, []).append(off)
+    return points
+
+
+def _point(runs: Sequence[Run], place: str) -> tuple[float, float] | None:
+    """An arm's measure and what it lost, means over its seeds; None where one of them does not have either."""
+    pairs = []
+    for run in runs:
+        student = next((name for name, role in roles(run).items() if role == "student"), "")
+        if not (record := run["drift"].get(student)):
+            return None
+        pairs.append((value_of(_looked_at(run, student, record), place), run["recovery_held_out"]))
+    if any(None in pair for pair in pairs):
+        return None
+    return mean(measure for measure, _ in pairs), 1 - mean(recovery for _, recovery in pairs)
+
+
+def predictor_table(points: Points) -> Table:
+    """A row for each measure, those that were named beforehand first, the others by how far their rank correlation
+    is from 0."""
+    rows = []
+    for measure, of in points.items():
+        pairs = [pair for each in of.values() for pair in each]
+        if len(pairs) >= FEWEST:
+            found = rank_correlation(*zip(*pairs, strict=True))
+            told = f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
+            rows.append(
+                (measure not in NAMED, -abs(found.estimate), [measure, _kind(measure), str(len(pairs)), told])
+            )
+    return {"header": ["measure", "named", "points", "rank correlation"], "rows": [row for *_, row in sorted(rows)]}
+
+
+def _kind(measure: str) -> str:
+    return "beforehand" if measure in NAMED else "exploratory"
+
+
+def predictor_figures(points: Points) -> list[Figure]:
+    """Skills lost against the two predictors that were named beforehand."""
+    named = {measure: points[measure] for measure in NAMED if measure in points}
+    drawn = {measure: figures.scattered(of, f"{measure}, centred", "skills lost") for measure, of in named.items()}
+    return [Figure(f"Skills lost against {measure}", Markup(svg)) for measure, svg in drawn.items()]

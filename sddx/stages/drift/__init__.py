@@ -1,0 +1,1 @@
+"""drift: how far a pruned or recovered model moved from the unpruned one."""

@@ -1,0 +1,68 @@
+"""What measuring drift takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sddx.estimate import peaks
+from sddx.estimate.costs import LEARNED, WRITTEN, Estimate, Part
+from sddx.estimate.efforts import Effort
+from sddx.estimate.skeleton import Size
+from sddx.estimate.texts import LONGEST
+
+SMALLER = "drift.batch_size"  # what to lower where its memory does not suffice
+
+
+def parts(estimate: Estimate) -> Iterator[Part]:
+    """Of each model, what it reads and writes, and what the unpruned one reads for it."""
+    if not (asked := estimate.config.get("drift")):
+        return
+    models = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if estimate.trains else {})}
+    for name, settings in models.items():
+        own = ("generation", "selfdata") if _wrote(estimate) else ()
+        named = ("dataset", "text", "max_length", *own, *settings)
+        about = [asked, [estimate.config[each] for each in named]]
+        yield estimate.part(f"drift {name}", about, estimate.unpruned, _read(estimate, estimate.unpruned))
+        cached = asked["batch_size"] * (estimate.rows.prompt + _longest(estimate) / 2)
+        effort = _read(estimate, estimate.pruned) + _written(estimate)
+        yield estimate.part(f"drift {name}", [about, "model"], estimate.pruned, effort, cached)
+
+
+def peak(estimate: Estimate) -> float | None:
+    """Weights, and those of a model of its own weights beside them; a pass over the longest held-out texts with the
+    outputs of all blocks."""
+    if not estimate.config.get("drift"):
+        return None
+    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
+    passing = peaks.passing(estimate, estimate.text.side_by_side, estimate.text.longest, states=True)
+    return peaks.looked_at(estimate, own) + passing
+
+
+def _wrote(estimate: Estimate) -> bool:
+    """Whether there are answers of the unpruned model's own."""
+    return estimate.trains and estimate.config["loss"]["data"] != "reference"
+
+
+def _longest(estimate: Estimate) -> float:
+    """Tokens of the longest answer of a batch, for which the others wait."""
+    return min(LONGEST * estimate.answer, estimate.config["drift"]["max_new_tokens"])
+
+
+def _read(estimate: Estimate, size: Size) -> Effort:
+    """Held-out texts, twice, since blocks are compared apart from what they lead to; and the rows: their prompts,
+    their references for divergence and for surprise, the model's own answers, and twice two answers where
+    the unpruned model wrote. The head is applied to every token."""
+    rows, texts, asked = estimate.rows, estimate.text, estimate.config["drift"]
+    answered = rows.prompt + WRITTEN * rows.answer
+    tokens = asked["size"] * (rows.prompt + (4 + 2 * _wrote(estimate)) * answered)
+    reading = 2 * texts.count * texts.padded * (size.body(texts.padded) + 2 * size.head)
+    reading += tokens * (size.body(answered) + 2 * size.head)
+    return Effort(reading=reading, read=2 * texts.count * texts.mean + tokens)
+
+
+def _written(estimate: Estimate) -> Effort:
+    """The model's own answers: a step of every batch for each token of its longest, and the prompts read."""
+    asked, shown = estimate.config["drift"], estimate.rows.prompt
+    steps = _longest(estimate) * -(-asked["size"] // asked["batch_size"])
+    read, written = asked["size"] * shown, asked["size"] * _longest(estimate)
+    return Effort(reading=read * estimate.pruned.prefill(shown), steps=steps, read=read, written=written)
