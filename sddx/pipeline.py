@@ -294,6 +294,7 @@ class Run:
         inputs["rewrites"] = self.rows[0] if self.is_self_data else None
         spec: Node = {"measured": self.method.drift, "text": self.text, "max_length": self.method.max_length}
         spec |= {"selfdata": _left(self.method.selfdata, ("check", "reference")) if self.is_self_data else {}}
+        spec["check"] = self.dataset["check"] if self.method.drift.get("samples") else None
         return [
             self._make(drift, {**inputs, **subject.inputs}, **spec, **self.loading) for subject in self.subjects[1:]
         ]

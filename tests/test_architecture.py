@@ -34,7 +34,7 @@ PAGE = runpy.run_path(str(ROOT.parent / "docs" / "architecture.py"))
 imported = PAGE["imported"]
 PURE = {
     "importance.metrics", "compression.choose", "training.losses", "merging.methods", "statistics.intervals",
-    "statistics.answers", "speculation.rules", "drift.similarity",
+    "statistics.answers", "speculation.rules", "drift.passes", "drift.similarity",
 }  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

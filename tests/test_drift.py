@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from composing import SMALL, composed, resolve
 import sddx
 from sddx.compression.compressed import compress
 from sddx.compression.remove import Removal
+from sddx.data.checkers import Reason
 from sddx.data.encode import Encoded, collate
 from sddx.drift.measure import FEWEST, Drift, Material, similarity
+from sddx.drift.passes import pass_at
 from sddx.drift.reading import Reading, surprise
 from sddx.drift.similarity import cka, concentration
 from sddx.errors import UserError, mistakes_of, require_none
@@ -93,6 +97,24 @@ def test_how_much_a_few_tokens_have() -> None:
     assert concentration(torch.tensor([1.0, 3, -1e-9, 2])) == 0.5
     assert concentration(torch.arange(1.0, 7)) == pytest.approx(11 / 21)
     assert concentration(torch.zeros(4)) is None and concentration(torch.zeros(0)) is None
+
+
+@pytest.mark.parametrize(("k", "right", "answers"), [(1, 3, 8), (4, 3, 8), (4, 0, 8), (3, 6, 7), (2, 4, 4)])
+def test_pass_at_k_is_that_of_every_draw(k: int, right: int, answers: int) -> None:
+    """By enumeration of all draws of k answers."""
+    draws = list(combinations([True] * right + [False] * (answers - right), k))
+    assert pass_at(k, right, answers) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    """Over all that n answers can come to, each as likely as it is, it is the chance of k new ones."""
+    share, answers = 0.3, 10
+    for k in (1, 4, 5):
+        odds = [math.comb(answers, right) * share**right * (1 - share) ** (answers - right) for right in range(11)]
+        expected = sum(odd * pass_at(k, right, answers) for right, odd in enumerate(odds))
+        assert expected == pytest.approx(1 - (1 - share) ** k)
+    with pytest.raises(ValueError, match="pass@6 needs 12 answers or more, not 10"):
+        pass_at(6, 3, 10)
 
 
 def routes(cut: Cut = CUT) -> tuple[Any, Any]:
@@ -197,6 +219,20 @@ def test_own_samples_are_greedy_or_drawn() -> None:
     assert drawn == measured(CUT, given, temperature=1.0) != measured(CUT, given, temperature=1.0, seed=1)
 
 
+def test_more_answers_find_more() -> None:
+    """By the check, of whole answers; 16 is left out where there are fewer than 32, and no cut costs nothing."""
+    rows = material(4)
+    given = replace(rows, check=lambda answer, reference: Reason("no") if not answer[-2:-1].isdigit() else True)
+    how = {"temperature": 1.0, "samples": 8, "size": 4}
+    found = measured(CUT, given, **how)["passes"]
+    assert list(found["model"]) == list(found["unpruned"]) == ["1", "4"]
+    assert found["unpruned"]["1"] >= found["model"]["1"] and found["model"]["4"] >= found["model"]["1"]
+    none = measured(CUT, replace(rows, check=lambda answer, reference: Reason("no")), **how)["passes"]
+    assert none["model"] == {"1": 0.0, "4": 0.0}
+    same = measured(Cut.without(set(), 12), given, **how)["passes"]
+    assert same["model"] == same["unpruned"] and "passes" not in measured(CUT, given)
+
+
 def test_few_tokens_do_not_tell_how_alike_blocks_are(caplog: pytest.LogCaptureFixture) -> None:
     unpruned, model = routes()
     texts = data.conversations(split="text", size=4, seed=1)
@@ -231,6 +267,11 @@ def settings(*given: str) -> dict[str, Any]:
         ),
         (["drift.max_new_tokens=2000"], "No held-out prompt leaves room for 2000 tokens in the model's context"),
         (["drift.temperature=-1"], "drift.temperature=-1 must be 0 or more"),
+        (["drift.samples=8"], "at drift.temperature=0 all are the same. Use drift.temperature=1"),
+        (
+            ["drift.samples=8", "drift.temperature=1", "dataset.check._target_=sddx.data.checkers.none"],
+            r"right or wrong by dataset.check, and that of this data set \(sddx.data.checkers.none\) does not tell",
+        ),
         (["drift._target_=sddx.speculation.measure.Drafts"], "drift"),
     ],
 )
@@ -306,6 +347,17 @@ def test_arms_are_compared_over_seeds_and_predictors_within_cuts() -> None:
     assert told[0][1:3] == ["beforehand", "8"] and told[0][3].startswith("1.00")
     assert told[1][3].startswith("0.00") and {row[1] for row in told[2:]} == {"exploratory"}
     assert len(found["predictors"].figures) == 2
+    assert found["passes"].table["rows"] == []
+    for each in runs[:12]:
+        for record in each["drift"].values():
+            record["passes"] = {
+                "unpruned": {"1": 0.9, "4": 1.0},
+                "model": {"1": 0.1 + each["choices"]["seed"] / 10, "4": 0.5},
+            }
+    passed = {section.name: section for section in report_drift.drift_sections(runs)}["passes"].table
+    assert passed["header"][3:] == ["pass@1, %", "pass@4, %"]
+    assert [row[1:3] for row in passed["rows"][:3]] == [["unpruned", "-"], ["untuned", "-"], ["sft", "3"]]
+    assert passed["rows"][2][3] == "20.0 (-4.8 to 44.8)" and passed["rows"][0][3:] == ["90.0", "100.0"]
     few = {section.name: section for section in report_drift.drift_sections(runs[:9])}
     assert few["predictors"].table["rows"] == []
 
@@ -314,6 +366,9 @@ def test_a_plan_counts_drift() -> None:
     parts = [part for part in estimated(settings(*DRIFTED, "loss=sdd")).parts() if part.stage.startswith("drift")]
     assert {part.stage for part in parts} == {"drift pruned", "drift recovered"}
     assert all(part.reading > 0 for part in parts) and any(part.steps > 0 for part in parts)
+    drawn = estimated(settings(*DRIFTED, "loss=sdd", "drift.samples=32", "drift.temperature=1")).parts()
+    steps = [sum(part.steps for part in each if part.stage.startswith("drift")) for each in (parts, drawn)]
+    assert steps[1] == pytest.approx(65 * steps[0])
     assert not [part for part in estimated(settings(*SMALL)).parts() if part.stage.startswith("drift")]
 
 

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
 
 from sddx.data.selfdata import CUT_OFF, TOO_LONG, Answer, write_answers
+from sddx.drift.passes import pass_at
 from sddx.drift.reading import Reading, surprise
 from sddx.drift.similarity import cka, concentration
+from sddx.errors import UserError
 from sddx.evaluation.text import Places, attended, divergences, labelled
 from sddx.models.outputs import block_states, run
-from sddx.records import Batch, Count, Example, NonNegative, Rewrite, Seed
+from sddx.records import Batch, Count, Example, Natural, NonNegative, Rewrite, Seed
 from sddx.statistics.answers import mean_length, repetition
 from sddx.students.teacher import SeparateTeacher
 
 _log = logging.getLogger(__name__)
 # Tokens a channel: fewer do not tell how alike blocks are, and no more are read.
-FEWEST, MOST = 4, 16
+FEWEST, MOST = 4, 8
+PASSES = (1, 4, 16)  # k of pass@k
 Told = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Material:
     """What a drift is measured on: held-out rows with their references, the same rows as the student would learn
-    them, what the unpruned model wrote for them if it wrote, and held-out texts."""
+    them, what the unpruned model wrote for them if it wrote, and held-out texts. `check(answer, reference)` is True
+    of a right answer; None where nobody asks."""
 
     rows: Sequence[Example]
     learned: Sequence[Example]
     rewrites: Sequence[Rewrite]
     texts: Sequence[str]
+    check: Callable[[str, str], Any] | None = None
 
     def first(self, size: int) -> Material:
         """The same of the first rows alone."""
         ids = {row.id for row in self.rows[:size]}
         learned = [row for row in self.learned if row.id in ids]
-        return Material(self.rows[:size], learned, [each for each in self.rewrites if each.id in ids], self.texts)
+        rewrites = [each for each in self.rewrites if each.id in ids]
+        return replace(self, rows=self.rows[:size], learned=learned, rewrites=rewrites)
 
     @property
     def answers(self) -> dict[str, list[Example]]:
@@ -54,13 +61,27 @@ class Material:
 @dataclass(frozen=True)
 class Drift:
     """The group `drift`: over how many held-out rows it is measured (`size`), and how the model's own samples are
-    written: greedily at a `temperature` of 0, else drawn by `seed`."""
+    written: greedily at a `temperature` of 0, else drawn by `seed`. `samples` more are drawn of each model to each
+    prompt for pass@k. Raises UserError where these would all be the same."""
 
     size: Count
     max_new_tokens: Count
     batch_size: Count
     temperature: NonNegative
     seed: Seed
+    samples: Natural = 0
+
+    def __post_init__(self) -> None:
+        if self.samples and not self.temperature:
+            raise UserError(
+                f"drift.samples={self.samples} answers to a prompt are drawn, and at drift.temperature=0 all are "
+                "the same. Use drift.temperature=1."
+            )
+
+    @property
+    def answers(self) -> int:
+        """How many answers are written to a prompt, by both models."""
+        return 1 + 2 * self.samples
 
     def __call__(
         self,
@@ -76,23 +97,42 @@ class Drift:
         Under `kl` stands KL(unpruned || model), by where it was taken (`_divergences`); under `surprise`, of both
         models, what `surprise` finds of each kind of answers (`Material.answers`); under `similarity` the CKA of
         each kept block with itself in the unpruned model (`similarity`); under `answers` length, repetition and
-        share cut off of what the model wrote for the rows' prompts. Raises UserError where no text holds a token.
+        share cut off of what the model wrote for the rows' prompts; where `samples` are drawn, under `passes` the
+        pass@k of both models over them, for each k of PASSES of which there are twice as many. Raises UserError
+        where no text holds a token.
         """
         asked = material.first(self.size)
-        written = self._written(model, asked.rows, reading, progress)
-        answers = asked.answers
+        written = self._written(model, asked.rows, reading, progress, self.seed)
+        answers, models = asked.answers, {"unpruned": unpruned, "model": model}
+        drawn = {
+            name: self._passes(each, asked, reading, progress) for name, each in models.items() if self.samples
+        }
         return {
             "rows": len(asked.rows),
             "kl": _divergences(unpruned, model, asked, written, reading),
             "surprise": {
                 name: {kind: surprise(judged, rows, reading) for kind, rows in answers.items()}
-                for name, judged in (("unpruned", unpruned), ("model", model))
+                for name, judged in models.items()
             },
             "similarity": similarity(unpruned, model, kept, reading.texts(material.texts)),
             "answers": _told(asked.rows, written),
+            **({"passes": drawn} if drawn else {}),
         }
 
-    def _written(self, model: Any, rows: Sequence[Example], reading: Reading, progress: Told) -> list[Answer]:
+    def _passes(self, model: Any, material: Material, reading: Reading, progress: Told) -> dict[str, float]:
+        """pass@k by k, the mean over rows: right is a whole answer that the check finds right."""
+        assert material.check is not None
+        rows, right = material.rows, [0] * len(material.rows)
+        for number in range(self.samples):
+            written = self._written(model, rows, reading, progress, self.seed + number)
+            for place, (row, answer) in enumerate(zip(rows, written, strict=True)):
+                right[place] += not answer.fault and material.check(answer.text, row.response) is True
+        told = [k for k in PASSES if 2 * k <= self.samples]
+        return {str(k): mean(pass_at(k, each, self.samples) for each in right) for k in told}
+
+    def _written(
+        self, model: Any, rows: Sequence[Example], reading: Reading, progress: Told, seed: int
+    ) -> list[Answer]:
         """The model's own answers."""
         return write_answers(
             model,
@@ -104,7 +144,7 @@ class Drift:
             temperature=self.temperature,
             top_p=1.0,
             top_k=0,
-            seed=self.seed,
+            seed=seed,
         )
 
 
@@ -172,4 +212,4 @@ def _states(model: Any, batch: Batch) -> list[torch.Tensor]:
     places[:, 0] = False
     with block_states(model) as states:
         run(model, batch.input_ids, batch.attention_mask)
-    return [state[places].float().cpu() for state in states[1:]]
+    return [state[places].cpu() for state in states[1:]]

@@ -40,6 +40,10 @@ NOTE = (
     "rows and texts (docs/drift.md). Means over seeds with 95 % intervals over them. Items lost and won flipped "
     "from right to wrong and back, over all tasks that are right or wrong, means over seeds."
 )
+PASSED = (
+    "The chance that one of k answers to a held-out prompt is right, drawn at one temperature: a skill that is "
+    "lost stays low at every k, one that is demoted comes back. Means over seeds with 95 % intervals over them."
+)
 PAIRED = "On the same rows and seeds; 95 % over seeds."
 PREDICTORS = (
     "Skills lost are 1 minus the recovery on skills that were not trained on. A point is an arm at one cut, the "
@@ -58,6 +62,7 @@ def drift_sections(runs: Sequence[Run]) -> list[Section]:
     return [
         Section("drift", "How far models moved", drift_table(found), NOTE),
         Section("drift_differences", "Drift, paired differences to SFT", difference_table(found), PAIRED),
+        Section("passes", "Whether one of several answers is right", pass_table(found), PASSED),
         Section("predictors", "What goes with skills lost", table, PREDICTORS, drawn),
     ]
 
@@ -95,13 +100,27 @@ def drift_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
     return {"header": ["runs", "model", "seeds", *MEASURES, *(f"items {way}" for way in flips)], "rows": rows}
 
 
-def _told(values: Sequence[float | None], sign: str = "") -> str:
+def pass_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+    """A row for each model whose answers were drawn, and one for the unpruned one beside the pruned."""
+    drawn = {key: [each["passes"] for each in seeds.values() if "passes" in each] for key, seeds in found.items()}
+    counts = list(dict.fromkeys(k for passes in drawn.values() for each in passes for k in each["model"]))
+    rows = []
+    for (where, model), passes in drawn.items():
+        sides = {"unpruned": "unpruned", model: "model"} if model == UNTUNED else {model: "model"}
+        for name, side in sides.items() if passes else ():
+            shares = [[100 * each[side][k] for each in passes if k in each[side]] for k in counts]
+            count = "-" if model == UNTUNED else str(len(passes))
+            rows.append([where, name, count, *(_told(each, digits=1) for each in shares)])
+    return {"header": ["runs", "model", "seeds", *(f"pass@{k}, %" for k in counts)], "rows": rows}
+
+
+def _told(values: Sequence[float | None], sign: str = "", digits: int = 3) -> str:
     """The mean, and the interval over seeds where there are two."""
-    known = [value for value in values if value is not None]
+    known, form = [value for value in values if value is not None], f"{sign}.{digits}f"
     if len(known) < 2:
-        return f"{known[0]:{sign}.3f}" if known else "-"
+        return f"{known[0]:{form}}" if known else "-"
     found = t_interval(known)
-    return f"{found.estimate:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+    return f"{found.estimate:{form}} ({found.low:{form}} to {found.high:{form}})"
 
 
 def difference_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:

@@ -140,6 +140,7 @@ def _drift(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"drift, {model}", _moved(record["kl"])),
             (f"surprise by the data, {model}", _by_data(record["surprise"])),
             (f"blocks alike, {model}", _alike(record["similarity"])),
+            (f"pass@k, {model}", _passes(record.get("passes"))),
         )
     ]
 
@@ -164,6 +165,12 @@ def _alike(found: Mapping[str, Any]) -> str:
     blocks = found["blocks"]
     least = min(blocks, key=blocks.get) if blocks else ""
     return f"CKA {min(blocks.values()):.3f} at the least, block {least}" if blocks else ABSENT
+
+
+def _passes(found: Mapping[str, Any] | None) -> str:
+    """Of the model and of the unpruned one."""
+    shown = {side: ", ".join(percent(share) for share in of.values()) for side, of in (found or {}).items()}
+    return f"{shown['model']} (unpruned {shown['unpruned']}) at {', '.join(found['model'])}" if found else ABSENT
 
 
 def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:

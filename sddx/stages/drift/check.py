@@ -37,6 +37,12 @@ def _check(method: Settings) -> None:
             f"drift.size={asked.size} rows are held-out ones, and validation={held_out} holds out fewer. Use "
             f"validation={asked.size}, or a smaller drift.size."
         )
+    check = (method["dataset"].get("check") or {}).get("_target_", "")
+    if asked.samples and check.rpartition(".")[2] in ("", "none", "open_answer"):
+        raise UserError(
+            f"drift.samples={asked.samples} answers are right or wrong by dataset.check, and that of this data set "
+            f"({check or 'null'}) does not tell. Use drift.samples=0, or another data set."
+        )
     if method["trainer"].get("strategy") == "fsdp":
         raise UserError(
             "Drift is measured on one device that holds the model whole, which trainer.strategy=fsdp says that "

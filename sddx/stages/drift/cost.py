@@ -22,9 +22,11 @@ def parts(estimate: Estimate) -> Iterator[Part]:
         own = ("generation", "selfdata") if _wrote(estimate) else ()
         named = ("dataset", "text", "max_length", *own, *settings)
         about = [asked, [estimate.config[each] for each in named]]
-        yield estimate.part(f"drift {name}", about, estimate.unpruned, _read(estimate, estimate.unpruned))
+        drawn = asked.get("samples", 0)
         cached = asked["batch_size"] * (estimate.rows.prompt + _longest(estimate) / 2)
-        effort = _read(estimate, estimate.pruned) + _written(estimate)
+        effort = _read(estimate, estimate.unpruned) + _written(estimate, estimate.unpruned) * drawn
+        yield estimate.part(f"drift {name}", about, estimate.unpruned, effort, cached)
+        effort = _read(estimate, estimate.pruned) + _written(estimate, estimate.pruned) * (1 + drawn)
         yield estimate.part(f"drift {name}", [about, "model"], estimate.pruned, effort, cached)
 
 
@@ -60,9 +62,9 @@ def _read(estimate: Estimate, size: Size) -> Effort:
     return Effort(reading=reading, read=2 * texts.count * texts.mean + tokens)
 
 
-def _written(estimate: Estimate) -> Effort:
-    """The model's own answers: a step of every batch for each token of its longest, and the prompts read."""
+def _written(estimate: Estimate, size: Size) -> Effort:
+    """A model's own answers: a step of every batch for each token of its longest, and the prompts read."""
     asked, shown = estimate.config["drift"], estimate.rows.prompt
     steps = _longest(estimate) * -(-asked["size"] // asked["batch_size"])
     read, written = asked["size"] * shown, asked["size"] * _longest(estimate)
-    return Effort(reading=read * estimate.pruned.prefill(shown), steps=steps, read=read, written=written)
+    return Effort(reading=read * size.prefill(shown), steps=steps, read=read, written=written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def drift(
     measured: dict[str, Any],
     text: dict[str, Any],
     selfdata: dict[str, Any],
+    check: dict[str, Any] | None,
     max_length: int,
     dtype: str,
     attention: str,
@@ -39,14 +41,16 @@ def drift(
     """Writes `drift.json`: what `measured`, a `sddx.drift.measure.Drift`, finds on held-out `rows` and the texts of
     `text`, which are read from `files`. The model is the one after the `compressions`, or the recovered one where
     there is a `student`. `rewrites` are the unpruned model's answers to the same rows, and `selfdata` says what
-    becomes of refused ones."""
+    becomes of refused ones; `check` tells right answers where pass@k is asked for."""
     loading: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
     done, measure = read(compressions), build(measured)
     unpruned, model = both(base, done, student, **loading)
     context = context_of(model.config)
     reading = Reading(load_tokenizer(base.path), max_length, context, measure.batch_size, runtime.device)
     material = _material(rows, rewrites, selfdata, build(text))
-    with runtime.progress(total=len(material.rows[: measure.size]), what="drift", unit="answer") as bar:
+    material = replace(material, check=build(check)) if check else material
+    total = len(material.rows[: measure.size]) * measure.answers
+    with runtime.progress(total=total, what="drift", unit="answer") as bar:
         found = measure(unpruned, model, cut_of(done).kept, material, reading, bar.update)
     (out / "drift.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     runtime.log({f"drift/kl_{name}": each["nats"] for name, each in found["kl"].items()})
