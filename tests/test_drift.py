@@ -301,7 +301,11 @@ def test_a_run_says_how_far_its_models_moved(tmp_path: Path) -> None:
     assert "nats a token" in shown["drift, recovered"] and "unpruned" in shown["surprise by the data, recovered"]
     titles = {section.name: section for section in page.sections([summary], [])}
     assert [row[1] for row in titles["drift"].table["rows"]] == ["untuned", "sdd"]
-    run(settings(*asked, "loss=sft"), tmp_path / "two")
+    asked = (*asked, "drift.samples=2", "drift.temperature=1", "drift.size=4", "drift.max_new_tokens=96")
+    other = json.loads(run(settings(*asked, "loss=sft"), tmp_path / "two").read_text())
+    passes = [record["passes"] for record in other["drift"].values()]
+    assert len(passes) == 2 and passes[0]["unpruned"] == passes[1]["unpruned"] and passes[0]["unpruned"]["1"] > 0.8
+    assert "(unpruned " in dict(table.lines(other))["pass@k, recovered"]
     untrained = settings(*asked, "loss=none")
     assert {step.stage for step in look(untrained).steps if not step.present} == {"report"}
 
