@@ -51,17 +51,17 @@ def lowest(scores: Scores, remove: int) -> list[int]:
 
 def summary_table(scores: Mapping[str, Scores], remove: int, units: Sequence[str]) -> Table:
     """Per metric: the units that matter least, how many of them all other metrics name too, and stability."""
-    chosen = {name: lowest(found, remove) for name, found in scores.items()}
+    chosen = {name: lowest(summary, remove) for name, summary in scores.items()}
     rows = []
-    for name, found in scores.items():
+    for name, summary in scores.items():
         others = [len(set(chosen[name]) & set(chosen[other])) for other in scores if other != name]
         shared = f"{mean(others):.1f} of {remove}" if others and remove else "-"
-        stable = stability(found)
-        told = ", ".join(units[unit].removeprefix("block ") for unit in chosen[name])
-        known = found.get("stable")
-        sure = "-" if known is None else f"{100 * known:.0f} % after {found['orders']}"
+        stable = stability(summary)
+        least = ", ".join(units[unit].removeprefix("block ") for unit in chosen[name])
+        known = summary.get("stable")
+        sure = "-" if known is None else f"{100 * known:.0f} % after {summary['orders']}"
         rows.append(
-            [name, told, shared, "-" if stable is None else f"{stable:.2f}", sure, f"{found['sequences']:,}"]
+            [name, least, shared, "-" if stable is None else f"{stable:.2f}", sure, f"{summary['sequences']:,}"]
         )
     header = ["metric", f"least important {remove}", "shared with others", "stability", "known", "items"]
     return {"header": header, "rows": rows}
@@ -69,7 +69,7 @@ def summary_table(scores: Mapping[str, Scores], remove: int, units: Sequence[str
 
 def matrix(scores: Mapping[str, Scores]) -> list[list[float]]:
     """Rank correlations between all metrics."""
-    values = [per_unit(found["mean"]) for found in scores.values()]
+    values = [per_unit(summary["mean"]) for summary in scores.values()]
     return [[correlation(a, b) for b in values] for a in values]
 
 
@@ -101,9 +101,9 @@ def show_agreement(scored: Artifact, pruning: Mapping[str, Any], folder: Path) -
         console.print(shown)
     write(folder / "scores.json", dict(scores))
     write(folder / "agreement.svg", figures.agreement(list(scores), matrix(scores)))
-    for name, found in scores.items():
-        if isinstance(found["mean"][0], list):
-            cut = contiguous(dict(found), count, pruning["remove"])
-            write(folder / f"{name}.svg", figures.distances(found["mean"], [cut] if cut else []))
+    for name, summary in scores.items():
+        if isinstance(summary["mean"][0], list):
+            cut = contiguous(dict(summary), count, pruning["remove"])
+            write(folder / f"{name}.svg", figures.distances(summary["mean"], [cut] if cut else []))
     write(folder / "agreement.md", "\n\n".join(grid(**table) for table in tables) + "\n")
     return folder / "agreement.md"

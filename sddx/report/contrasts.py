@@ -41,14 +41,14 @@ class Difference:
 def differences(runs: Runs) -> list[Difference]:
     """Every arm minus SFT, wherever both were run with a seed in common and all else equal. Pairs of one seed whose
     samples are not at hand have no interval and are left out."""
-    found = []
+    unadjusted = []
     for where, arm, ours, theirs in _pairs(runs, seeds=1):
         whole, others = _averaged(ours, theirs), _held_out(ours, theirs)
         if whole[0] is not None:
             about = where, arm, len(ours), len(_tasks(ours[0])), _items(ours[0])
-            found.append(Difference(*about, whole[0], others[0], whole[1], others[1], _equal(ours, theirs)))
-    adjusted = zip(_holm([d.p_average for d in found]), _holm([d.p_held_out for d in found]), strict=True)
-    return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(found, adjusted, strict=True)]
+            unadjusted.append(Difference(*about, whole[0], others[0], whole[1], others[1], _equal(ours, theirs)))
+    adjusted = zip(_holm([d.p_average for d in unadjusted]), _holm([d.p_held_out for d in unadjusted]), strict=True)
+    return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(unadjusted, adjusted, strict=True)]
 
 
 def _averaged(arm: Runs, base: Runs) -> Compared:
@@ -73,7 +73,7 @@ def _of_one_seed(arm: Run, base: Run, without: Sequence[str] = ()) -> Compared:
 
 def _items(run: Run) -> int | None:
     """How many items the average is over; None where that is not at hand."""
-    return sum(len(found["scores"]) for found in in_average(samples_of(run, "student")).values()) or None
+    return sum(len(record["scores"]) for record in in_average(samples_of(run, "student")).values()) or None
 
 
 def _equal(arm: Runs, base: Runs) -> frozenset[str]:
@@ -102,14 +102,16 @@ class ReadingDifference:
 def reading_differences(runs: Runs) -> list[ReadingDifference]:
     """As `differences`, over two seeds at least, for every task whose answers can be read in several ways, or not
     at all."""
-    found = []
+    unadjusted = []
     for where, arm, ours, theirs in _pairs(runs, seeds=2):
         for key in _readings(ours[0]):
             if all(key in _readings(run) for run in (*ours, *theirs)):
                 interval, p = _paired(ours, theirs, partial(_read_by, key))
-                found.append(ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p))
-    adjusted = _holm([difference.p for difference in found])
-    return [replace(difference, p=p) for difference, p in zip(found, adjusted, strict=True)]
+                unadjusted.append(
+                    ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p)
+                )
+    adjusted = _holm([difference.p for difference in unadjusted])
+    return [replace(difference, p=p) for difference, p in zip(unadjusted, adjusted, strict=True)]
 
 
 def _readings(run: Run) -> dict[Key, Reading]:
@@ -153,8 +155,8 @@ def average(run: Run) -> float:
 
 def held_out(run: Run) -> float | None:
     """The recovered model's average over the tasks that were not trained on; None where there is none."""
-    found = [score for task, score in _tasks(run).items() if task not in run["trained"]]
-    return mean(found) if found else None
+    scores = [score for task, score in _tasks(run).items() if task not in run["trained"]]
+    return mean(scores) if scores else None
 
 
 def _tasks(run: Run) -> dict[str, float]:

@@ -112,10 +112,10 @@ def is_trained(run: Run) -> bool:
 
 def value_of(run: Run, name: str) -> Any:
     """A field of a run by its dotted name; None where there is none."""
-    found: Any = run
+    value: Any = run
     for part in name.split("."):
-        found = (found or {}).get(part)
-    return found
+        value = (value or {}).get(part)
+    return value
 
 
 def mean_of(runs: Sequence[Run], name: str) -> float | None:
@@ -145,12 +145,12 @@ def removed_label(runs: Sequence[Run]) -> str:
 
 def families(runs: Sequence[Run]) -> list[Family]:
     """The curves that these runs can draw: for every axis, the runs that share all other choices."""
-    found = []
+    drawable = []
     for axis in AXES:
         groups = alike([run for run in runs if run["choices"].get(axis) is not None], axis, "loss", "seed")
         drawn = {key: group for key, group in groups.items() if not _one_each(group, axis)}
-        found += [Family(axis, distinction(key, list(drawn)), group) for key, group in drawn.items()]
-    return found
+        drawable += [Family(axis, distinction(key, list(drawn)), group) for key, group in drawn.items()]
+    return drawable
 
 
 def losses(runs: Sequence[Run]) -> list[str]:
@@ -167,13 +167,13 @@ def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
     to the arm, not to what tells groups apart."""
     names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
     own = sorted(names) if "loss" in besides else []
-    found: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, list[Run]] = {}
     for key, group in _grouped(runs, *besides, *own).items():
         if all(_one_each(group, name) for name in own):
-            found[key] = group
+            groups[key] = group
         else:
-            found |= _grouped(group, *besides)
-    return found
+            groups |= _grouped(group, *besides)
+    return groups
 
 
 def _grouped(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
@@ -190,7 +190,7 @@ def _one_each(runs: Sequence[Run], setting: str) -> bool:
     values: dict[str, set] = defaultdict(set)
     for run in runs:
         values[run["choices"]["loss"]].add(run["choices"].get(setting))
-    return all(len(found) == 1 for found in values.values())
+    return all(len(each) == 1 for each in values.values())
 
 
 def _plain(value: Any) -> str:
@@ -238,13 +238,15 @@ def variants(runs: Sequence[Run], choice: str) -> list[Variant]:
     named = [(key, _by_variant(group, choice, details)) for key, group in groups.items()]
     varying = [(key, names) for key, names in named if len(names) > 1]
     keys = [key for key, _ in varying]
-    return [Variant(distinction(key, keys), name, found) for key, names in varying for name, found in names.items()]
+    return [
+        Variant(distinction(key, keys), name, places) for key, names in varying for name, places in names.items()
+    ]
 
 
 def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dict[str, dict[float, list[Run]]]:
     """Runs by the name of the variant, with those of its details that vary under that name, then by how much was
     removed."""
-    found: dict[str, dict[float, list[Run]]] = {}
+    by_name: dict[str, dict[float, list[Run]]] = {}
     for name in dict.fromkeys(run["choices"][choice] for run in runs):
         own = [run for run in runs if run["choices"][choice] == name]
         varies = [d for d in details if len({_plain(run["choices"].get(d)) for run in own}) > 1]
@@ -252,9 +254,9 @@ def _by_variant(runs: Sequence[Run], choice: str, details: Sequence[str]) -> dic
             varies = []  # what the others are held against has no details
         for run in own:
             parts = [f"{detail.split('_')[-1]}={_plain(run['choices'].get(detail))}" for detail in varies]
-            places = found.setdefault(" ".join([name, *parts]), {})
+            places = by_name.setdefault(" ".join([name, *parts]), {})
             places.setdefault(run["choices"]["removed"], []).append(run)
-    return {name: dict(sorted(places.items())) for name, places in found.items()}
+    return {name: dict(sorted(places.items())) for name, places in by_name.items()}
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDiffere
     """Every variant against the first one named in `VARIANTS`, wherever both removed as much with a seed in
     common. Several draws of what is cut: intervals over draws; else several seeds: over seeds; else over items.
     Runs without samples, or with other items, are left out."""
-    base, found = VARIANTS[choice][2], []
+    base, differences = VARIANTS[choice][2], []
     everything = variants(runs, choice)
     bases = {variant.where: variant for variant in everything if variant.name == base}
     for variant in (variant for variant in everything if variant.name != base and variant.where in bases):
@@ -285,27 +287,27 @@ def variant_differences(runs: Sequence[Run], choice: str) -> list[VariantDiffere
             if before is not None:
                 seeds = {run["choices"]["seed"] for pairs in draws for run, _ in pairs}
                 about = variant.where, variant.name, removed, len(seeds), len(draws)
-                found.append(VariantDifference(*about, before, after))
-    return found
+                differences.append(VariantDifference(*about, before, after))
+    return differences
 
 
 def _by_draw(own: Sequence[Run], others: Sequence[Run], choice: str) -> list[list[Pair]]:
     """Runs beside those of the same seed that they are held against, for each draw of what was cut."""
     by_seed = {run["choices"]["seed"]: run for run in others}
-    found: dict[tuple, dict[int, Pair]] = defaultdict(dict)
+    by_draw: dict[tuple, dict[int, Pair]] = defaultdict(dict)
     for run in own:
         if (seed := run["choices"]["seed"]) in by_seed:
             draw = tuple(run["choices"].get(name) for name in DRAWS.get(choice, ()))
-            found[draw][seed] = run, by_seed[seed]
-    return [list(pairs.values()) for pairs in found.values()]
+            by_draw[draw][seed] = run, by_seed[seed]
+    return [list(pairs.values()) for pairs in by_draw.values()]
 
 
 def _over_draws(draws: Sequence[Sequence[Pair]], role: str) -> Interval | None:
     """The difference in one draw, or the mean over several. All draws are held against the same runs, so that only
     they are independent: each counts once, whatever its seeds."""
     each = [over_pairs(pairs, role) for pairs in draws]
-    found = [interval for interval in each if interval is not None]
-    if not found or len(found) < len(each):
+    intervals = [interval for interval in each if interval is not None]
+    if not intervals or len(intervals) < len(each):
         return None
-    several = len(found) > 1
-    return replace(t_interval([f.estimate for f in found]), contains="draws") if several else found[0]
+    several = len(intervals) > 1
+    return replace(t_interval([f.estimate for f in intervals]), contains="draws") if several else intervals[0]

@@ -31,12 +31,15 @@ Key = tuple[str, str, str, str]  # what tells runs from others, the draft, the p
 
 def draft_sections(runs: Sequence[Run]) -> list[Section]:
     """What each draft is worth, and the arms' paired differences to SFT."""
-    found = drafts(runs)
+    records = drafts(runs)
     return [
-        Section("drafts", "As drafts for the unpruned model", draft_table(found), NOTE),
+        Section("drafts", "As drafts for the unpruned model", draft_table(records), NOTE),
         Section("draft_cuts", "Which cut makes a good draft", cut_table(runs), CUTS),
         Section(
-            "draft_differences", "Acceptance of drafts, paired differences to SFT", difference_table(found), PAIRED
+            "draft_differences",
+            "Acceptance of drafts, paired differences to SFT",
+            difference_table(records),
+            PAIRED,
         ),
     ]
 
@@ -44,7 +47,7 @@ def draft_sections(runs: Sequence[Run]) -> list[Section]:
 def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
     """By seed, counts, rates and times of each draft at each lookahead. The pruned model is one draft, whichever
     arm and seed the run had."""
-    found: dict[Key, dict[int, dict[str, Any]]] = {}
+    records: dict[Key, dict[int, dict[str, Any]]] = {}
     for where, arm, group in arms([run for run in runs if run.get("drafts")]):
         for run in group:
             for name, of in run["drafts"].items():
@@ -53,8 +56,8 @@ def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
                     for ahead, each in _each(record):
                         shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
                         seed = run["choices"]["seed"] if draft != UNTUNED else 0
-                        found.setdefault((where, draft, shown, ahead), {})[seed] = each
-    return found
+                        records.setdefault((where, draft, shown, ahead), {})[seed] = each
+    return records
 
 
 def _each(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -62,10 +65,10 @@ def _each(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((ahead, {**each, **timed[ahead]}) for ahead, each in record["lookaheads"].items())
 
 
-def draft_table(found: dict[Key, dict[int, dict[str, Any]]]) -> Table:
+def draft_table(records: dict[Key, dict[int, dict[str, Any]]]) -> Table:
     """A row for each draft, set of prompts and lookahead."""
     rows = []
-    for (where, draft, prompts, ahead), seeds in found.items():
+    for (where, draft, prompts, ahead), seeds in records.items():
         rates = [each["acceptance"] for each in seeds.values() if each["acceptance"] is not None]
         numbers = [
             f"{mean(each[name] for each in seeds.values()):.2f}"
@@ -86,17 +89,17 @@ def _spread(shares: Sequence[float]) -> str:
     return f" ({interval.low:.1f} to {interval.high:.1f})"
 
 
-def difference_table(found: dict[Key, dict[int, dict[str, Any]]]) -> Table:
+def difference_table(records: dict[Key, dict[int, dict[str, Any]]]) -> Table:
     """A row for each trained draft but SFT, beside SFT's of at least two seeds in common."""
     rows = []
-    for (where, draft, prompts, ahead), seeds in found.items():
-        base = found.get((where, "sft", prompts, ahead), {})
+    for (where, draft, prompts, ahead), seeds in records.items():
+        base = records.get((where, "sft", prompts, ahead), {})
         common = sorted(seeds.keys() & base.keys())
         if draft not in (UNTUNED, "sft") and len(common) > 1:
             pairs = [(seeds[seed]["acceptance"], base[seed]["acceptance"]) for seed in common]
             interval = t_interval([100 * (mine - theirs) for mine, theirs in pairs])
-            told = f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
-            rows.append([where, f"{draft} - sft", prompts, ahead, str(len(common)), told])
+            shown = f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
+            rows.append([where, f"{draft} - sft", prompts, ahead, str(len(common)), shown])
     return {"header": ["runs", "drafts", "prompts", "ahead", "seeds", "accepted"], "rows": rows}
 
 
@@ -108,10 +111,10 @@ def cut_table(runs: Sequence[Run]) -> Table:
             run
         )
     rows = [
-        [f"{removed:g} removed", draft, metric, *told]
+        [f"{removed:g} removed", draft, metric, *cells]
         for (_, _, removed), group in groups.items()
         for draft, cuts in _by_cut(group).items()
-        for metric, told in _told(group, cuts)
+        for metric, cells in _told(group, cuts)
     ]
     return {"header": ["cuts", "draft", "metric", "random cuts", "correlation", "own cut", "random"], "rows": rows}
 
@@ -121,15 +124,15 @@ Cuts = dict[str, dict[tuple[int, ...], list[float]]]  # acceptances by rule and 
 
 def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
     """The acceptances of each draft at the smallest lookahead, of runs that differ in cut and seed."""
-    found: dict[str, Cuts] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    acceptances: dict[str, Cuts] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         for name, of in run["drafts"].items():
             draft = {"cut": UNTUNED, "student": run["choices"]["loss"]}.get(roles(run)[name], name)
             tried = of["dataset"]["lookaheads"]
             accepted = tried[min(tried, key=int)]["acceptance"]
             if accepted is not None:
-                found[draft][run["choices"]["pruning"]][removed_units(run)].append(accepted)
-    return found
+                acceptances[draft][run["choices"]["pruning"]][removed_units(run)].append(accepted)
+    return acceptances
 
 
 def _told(
@@ -142,7 +145,9 @@ def _told(
     for metric, run in {run["choices"]["pruning"]: run for run in runs if "score" in run["artifacts"]}.items():
         if (scores := scores_of(run)) and metric in cuts:
             values = per_unit(scores["mean"])
-            found = rank_correlation([-sum(values[unit] for unit in cut) for cut in drawn], list(drawn.values()))
+            correlation = rank_correlation(
+                [-sum(values[unit] for unit in cut) for cut in drawn], list(drawn.values())
+            )
             own = mean(accepted for each in cuts[metric].values() for accepted in each)
-            told = f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
-            yield metric, [str(len(drawn)), told, percent(own), percent(mean(drawn.values()))]
+            shown = f"{correlation.estimate:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
+            yield metric, [str(len(drawn)), shown, percent(own), percent(mean(drawn.values()))]

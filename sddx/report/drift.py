@@ -57,12 +57,12 @@ Record = dict[str, Any]
 
 def drift_sections(runs: Sequence[Run]) -> list[Section]:
     """How far each arm moved, the arms' paired differences to SFT, and what of it goes with skills lost."""
-    found, points = drifts(runs), centred(runs)
+    records, points = drifts(runs), centred(runs)
     table, drawn = predictor_table(points), predictor_figures(points)
     return [
-        Section("drift", "How far models moved", drift_table(found), NOTE),
-        Section("drift_differences", "Drift, paired differences to SFT", difference_table(found), PAIRED),
-        Section("passes", "Whether one of several answers is right", pass_table(found), PASSED),
+        Section("drift", "How far models moved", drift_table(records), NOTE),
+        Section("drift_differences", "Drift, paired differences to SFT", difference_table(records), PAIRED),
+        Section("passes", "Whether one of several answers is right", pass_table(records), PASSED),
         Section("predictors", "What goes with skills lost", table, PREDICTORS, drawn),
     ]
 
@@ -70,14 +70,14 @@ def drift_sections(runs: Sequence[Run]) -> list[Section]:
 def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
     """By seed, what was measured of each arm's student, and of the pruned model, which is one whichever arm and
     seed the run had, but for what the arms' data says of it."""
-    found: dict[Key, dict[int, Record]] = {}
+    records: dict[Key, dict[int, Record]] = {}
     for where, arm, group in arms([run for run in runs if run.get("drift")]):
         for run in group:
             for name, record in run["drift"].items():
                 model = {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
                 seed = run["choices"]["seed"] if model != UNTUNED else 0
-                found.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
-    return found
+                records.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
+    return records
 
 
 def _looked_at(run: Run, name: str, record: Record) -> Record:
@@ -87,22 +87,22 @@ def _looked_at(run: Run, name: str, record: Record) -> Record:
     return {**record, **items, "least": min(record["similarity"]["blocks"].values(), default=None)}
 
 
-def drift_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+def drift_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
     """A row for each model; of the pruned one nothing of data, which arms differ in."""
     flips = {"lost": "right_to_wrong", "won": "wrong_to_right"}
     rows = []
-    for (where, model), seeds in found.items():
+    for (where, model), seeds in records.items():
         count = "-" if model == UNTUNED else str(len(seeds))
         asked = {name: "" if model == UNTUNED and "data" in name else place for name, place in MEASURES.items()}
-        told = [_told([value_of(each, place) for each in seeds.values()]) for place in asked.values()]
+        measures = [_told([value_of(each, place) for each in seeds.values()]) for place in asked.values()]
         items = [f"{mean(each[way] for each in seeds.values()):.1f}" for way in flips.values()]
-        rows.append([where, model, count, *told, *items])
+        rows.append([where, model, count, *measures, *items])
     return {"header": ["runs", "model", "seeds", *MEASURES, *(f"items {way}" for way in flips)], "rows": rows}
 
 
-def pass_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+def pass_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
     """A row for each model whose answers were drawn, and one for the unpruned one beside the pruned."""
-    drawn = {key: [each["passes"] for each in seeds.values() if "passes" in each] for key, seeds in found.items()}
+    drawn = {key: [each["passes"] for each in seeds.values() if "passes" in each] for key, seeds in records.items()}
     counts = list(dict.fromkeys(k for passes in drawn.values() for each in passes for k in each["model"]))
     rows = []
     for (where, model), passes in drawn.items():
@@ -119,22 +119,22 @@ def _told(values: Sequence[float | None], sign: str = "", digits: int = 3) -> st
     known, form = [value for value in values if value is not None], f"{sign}.{digits}f"
     if len(known) < 2:
         return f"{known[0]:{form}}" if known else "-"
-    found = t_interval(known)
-    return f"{found.estimate:{form}} ({found.low:{form}} to {found.high:{form}})"
+    interval = t_interval(known)
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
-def difference_table(found: Mapping[Key, Mapping[int, Record]]) -> Table:
+def difference_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
     """A row for each student but SFT's, beside SFT's of at least two seeds in common."""
     rows = []
-    for (where, arm), seeds in found.items():
-        base = found.get((where, "sft"), {})
+    for (where, arm), seeds in records.items():
+        base = records.get((where, "sft"), {})
         common = sorted(seeds.keys() & base.keys())
         if arm not in (UNTUNED, "sft") and len(common) > 1:
-            told = [
+            differences = [
                 _told([_less(value_of(seeds[seed], at), value_of(base[seed], at)) for seed in common], "+")
                 for at in MEASURES.values()
             ]
-            rows.append([where, f"{arm} - sft", str(len(common)), *told])
+            rows.append([where, f"{arm} - sft", str(len(common)), *differences])
     return {"header": ["runs", "models", "seeds", *MEASURES], "rows": rows}
 
 
@@ -182,10 +182,14 @@ def predictor_table(points: Points) -> Table:
     for measure, of in points.items():
         pairs = [pair for each in of.values() for pair in each]
         if len(pairs) >= FEWEST:
-            found = rank_correlation(*zip(*pairs, strict=True))
-            told = f"{found.estimate:.2f} ({found.low:.2f} to {found.high:.2f})"
+            correlation = rank_correlation(*zip(*pairs, strict=True))
+            shown = f"{correlation.estimate:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
             rows.append(
-                (measure not in NAMED, -abs(found.estimate), [measure, _kind(measure), str(len(pairs)), told])
+                (
+                    measure not in NAMED,
+                    -abs(correlation.estimate),
+                    [measure, _kind(measure), str(len(pairs)), shown],
+                )
             )
     return {"header": ["measure", "named", "points", "rank correlation"], "rows": [row for *_, row in sorted(rows)]}
 

@@ -20,12 +20,12 @@ class Reading(NamedTuple):
 def readings(summary: Mapping[str, Any]) -> dict[str, dict[Key, Reading]]:
     """By model, the readings of every task with more than one filter, or of which a model left an answer unparsed.
     The parts of a task count equally, as they do in its score."""
-    found = {model: _all(summary, model) for model in summary.get("metrics", {})}
-    filters = {(task, metric.partition(",")[2]) for read in found.values() for task, metric in read}
+    by_model = {model: _all(summary, model) for model in summary.get("metrics", {})}
+    filters = {(task, metric.partition(",")[2]) for read in by_model.values() for task, metric in read}
     several = [task for task, _ in filters]
     shown = {task for task in several if several.count(task) > 1}
-    shown |= {task for read in found.values() for (task, _), reading in read.items() if reading.unparsed}
-    return {model: {key: read[key] for key in read if key[0] in shown} for model, read in found.items()}
+    shown |= {task for read in by_model.values() for (task, _), reading in read.items() if reading.unparsed}
+    return {model: {key: read[key] for key in read if key[0] in shown} for model, read in by_model.items()}
 
 
 def _all(summary: Mapping[str, Any], model: str) -> dict[Key, Reading]:

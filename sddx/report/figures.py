@@ -161,14 +161,14 @@ def quality_against_cost(runs: Sequence[Run]) -> str:
     return _svg(figure, "Recovery over seconds of training and self-data")
 
 
-def forest(found: Sequence[tuple[Difference, Interval]], title: str) -> str:
+def forest(pairs: Sequence[tuple[Difference, Interval]], title: str) -> str:
     """Differences to SFT with their intervals, a row for each, beside the line of no difference. A row whose
     interval is over items, as there is one seed, has a hollow point and a thin line, and says so."""
-    rows = [f"{d.arm}, {d.where}" if d.where != "all runs" else d.arm for d, _ in found]
-    colours = _colours(d.arm for d, _ in found)
+    rows = [f"{d.arm}, {d.where}" if d.where != "all runs" else d.arm for d, _ in pairs]
+    colours = _colours(d.arm for d, _ in pairs)
     figure, axis = _figure(6, 1 + 0.4 * len(rows))
     axis.axvline(0, color=INK, lw=0.8)
-    for place, (d, interval) in enumerate(found):
+    for place, (d, interval) in enumerate(pairs):
         alone = interval.contains == "items"
         style: dict[str, Any] = {"mfc": "none", "elinewidth": 0.8} if alone else {"elinewidth": 1.8}
         reach = [[interval.estimate - interval.low], [interval.high - interval.estimate]]

@@ -19,14 +19,14 @@ def headline(runs: Sequence[Run]) -> str:
     trained = [run for run in runs if is_trained(run)]
     reported = [run for run in trained if not is_choosing(run)]
     arms = losses(reported)
-    found = [d for d in differences(reported) if d.seeds > 1]
-    if reason := _silent(trained, reported, arms, found):
+    compared = [d for d in differences(reported) if d.seeds > 1]
+    if reason := _silent(trained, reported, arms, compared):
         return f"Nothing is said of arms: {reason}."
-    return _one(found[0]) if len(found) == 1 else _several(found)
+    return _one(compared[0]) if len(compared) == 1 else _several(compared)
 
 
 def _silent(
-    trained: Sequence[Run], reported: Sequence[Run], arms: Sequence[str], found: Sequence[Difference]
+    trained: Sequence[Run], reported: Sequence[Run], arms: Sequence[str], compared: Sequence[Difference]
 ) -> str:
     """Why there is nothing to say; empty where there is something."""
     if not trained:
@@ -37,7 +37,7 @@ def _silent(
         return f"{arms[0]} is the only one"
     if "sft" not in arms:
         return f"no run of sft is here to hold {_and(arms)} against"
-    if not found:
+    if not compared:
         return "none has two seeds in common with sft, and one does not say what another training run would give"
     return ""
 
@@ -57,48 +57,50 @@ def _one(d: Difference) -> str:
     return f"{start} ({_points([d.average])}) in {_about([d])}; {_equal([d])}."
 
 
-def _several(found: Sequence[Difference]) -> str:
-    arms = dict.fromkeys(d.arm for d in found)
-    said = "; ".join(_arm([d for d in found if d.arm == arm]) for arm in arms)
-    over = f"{_about(found)}, p adjusted by Holm over {len(found)} comparisons"
-    return f"Held against sft in {over}: {said}; {_equal(found)}."
+def _several(compared: Sequence[Difference]) -> str:
+    arms = dict.fromkeys(d.arm for d in compared)
+    said = "; ".join(_arm([d for d in compared if d.arm == arm]) for arm in arms)
+    over = f"{_about(compared)}, p adjusted by Holm over {len(compared)} comparisons"
+    return f"Held against sft in {over}: {said}; {_equal(compared)}."
 
 
-def _arm(found: Sequence[Difference]) -> str:
+def _arm(compared: Sequence[Difference]) -> str:
     """How often an arm scored higher, lower or neither, and by how much where it did."""
     said = []
     for kind in (HIGHER, LOWER, SAME):
-        those = [d.average for d in found if verdict(d) == kind]
+        those = [d.average for d in compared if verdict(d) == kind]
         if not those:
             continue
-        often = f" in {len(those)} of {len(found)}" if len(found) > 1 else ""
-        points = f" ({_points(those)})" if kind != SAME or len(found) == 1 else ""
+        often = f" in {len(those)} of {len(compared)}" if len(compared) > 1 else ""
+        points = f" ({_points(those)})" if kind != SAME or len(compared) == 1 else ""
         said.append(f"{kind}{often}{points}")
-    return f"{found[0].arm} is " + ", ".join(said)
+    return f"{compared[0].arm} is " + ", ".join(said)
 
 
-def _points(found: Sequence[Interval]) -> str:
+def _points(intervals: Sequence[Interval]) -> str:
     """One difference with its interval, or the span of several estimates."""
-    first, *others = found
+    first, *others = intervals
     if others:
-        return f"estimates {_span([each.estimate for each in found], '{:+.1f}')} points"
+        return f"estimates {_span([each.estimate for each in intervals], '{:+.1f}')} points"
     return f"{first.estimate:+.1f} points, {first.low:+.1f} to {first.high:+.1f}"
 
 
-def _about(found: Sequence[Difference]) -> str:
+def _about(compared: Sequence[Difference]) -> str:
     """What the differences are over."""
-    items = [d.items for d in found if d.items]
+    items = [d.items for d in compared if d.items]
     counted = f", {_span(items, '{:,}')} items" if items else ""
-    tasks, seeds = _span([d.tasks for d in found], "{}"), _span([d.seeds for d in found], "{}")
+    tasks, seeds = _span([d.tasks for d in compared], "{}"), _span([d.seeds for d in compared], "{}")
     return f"the average over {tasks} task{'s' * (tasks != '1')} (95 % over {seeds} seeds{counted})"
 
 
-def _equal(found: Sequence[Difference]) -> str:
+def _equal(compared: Sequence[Difference]) -> str:
     """What all comparisons hold equal; a claim needs both."""
     said = []
     for name in COUNTED:
-        count = sum(name in d.equal for d in found)
-        share = "equal" if count == len(found) else f"equal in {count} of {len(found)}" if count else "unequal"
+        count = sum(name in d.equal for d in compared)
+        share = (
+            "equal" if count == len(compared) else f"equal in {count} of {len(compared)}" if count else "unequal"
+        )
         said.append(f"{name.replace('_', ' ')} {share}")
     return ", ".join(said)
 

@@ -44,8 +44,8 @@ class Law:
             return f"fewer than the smallest size, {self.first:,.0f}"
         if not self.samples:
             return f"{needed:,.0f} (no interval: that takes {FOR_INTERVAL[0]} sizes and {FOR_INTERVAL[1]} seeds)"
-        found = [_reached(sample, recovery, self.first) for sample in self.samples]
-        low, high = np.quantile([np.inf if n is None else n for n in found], [0.025, 0.975], method="nearest")
+        resampled = [_reached(sample, recovery, self.first) for sample in self.samples]
+        low, high = np.quantile([np.inf if n is None else n for n in resampled], [0.025, 0.975], method="nearest")
         top = f"{high:,.0f}" if high <= REACH * self.largest else f"more than {REACH * self.largest:,.0f}"
         return f"{needed:,.0f} ({low:,.0f} to {top})"
 
@@ -76,8 +76,8 @@ def fit(curves: Sequence[Curve], seed: int = 0) -> Law | str:
     whole = [curve for curve in curves if set(curve) == set(sizes)]
     if not whole:
         return "no law: no seed was run at every size"
-    found = _fitted(whole, sizes)
-    if found is None:
+    parameters = _fitted(whole, sizes)
+    if parameters is None:
         return "no law: recovery does not rise with the number of examples and level off"
     samples: list[tuple[float, float, float]] = []
     if len(sizes) >= FOR_INTERVAL[0] and len(whole) >= FOR_INTERVAL[1]:
@@ -87,7 +87,7 @@ def fit(curves: Sequence[Curve], seed: int = 0) -> Law | str:
         if sum(refit is None for refit in refits) > 0.05 * RESAMPLES:
             return "no law: it does not hold in one of twenty resamplings of the seeds"
         samples = [refit for refit in refits if refit is not None]
-    return Law(*found, first=sizes[0], largest=sizes[-1], samples=tuple(samples))
+    return Law(*parameters, first=sizes[0], largest=sizes[-1], samples=tuple(samples))
 
 
 def _fitted(curves: Sequence[Curve], sizes: Sequence[float]) -> tuple[float, float, float] | None:
@@ -101,12 +101,12 @@ def _fitted(curves: Sequence[Curve], sizes: Sequence[float]) -> tuple[float, flo
         return None
     low, high, top = 0.05, 5.0, 1.1  # a student that ends a tenth above the unpruned model is no finding of sizes
     try:
-        found, _ = curve_fit(
+        best, _ = curve_fit(
             lambda n, ceiling, drop, rate: ceiling - drop * n**-rate, x, y,
             p0=(y[-1], y[-1] - y[0], 0.5), bounds=([0, 0, low], [top, 2, high]), maxfev=5000,
         )  # fmt: skip
     except RuntimeError:
         return None
-    ceiling, drop, rate = (float(value) for value in found)
+    ceiling, drop, rate = (float(value) for value in best)
     inside = low * 1.01 < rate < high * 0.99 and ceiling < 0.99 * top and drop > 0
     return (ceiling, drop, rate) if inside else None

@@ -62,15 +62,15 @@ COST = "Seconds of each stage when it was built, means over seeds."
 
 def of_store(root: Path) -> list[Run]:
     """The newest finished run of every set of choices in a store."""
-    found: dict[str, tuple[float, Run]] = {}
+    newest: dict[str, tuple[float, Run]] = {}
     for path in (root / "report").glob("*/*/summary.json"):
         if (path.parent / "manifest.json").is_file():
             if (run := _summary(path)) is None:
                 continue
             made, key = path.stat().st_mtime, json.dumps(run["choices"], sort_keys=True)
-            if key not in found or made > found[key][0]:
-                found[key] = (made, run)
-    return sorted((run | {"store": str(root)} for _, run in found.values()), key=lambda run: str(run["choices"]))
+            if key not in newest or made > newest[key][0]:
+                newest[key] = (made, run)
+    return sorted((run | {"store": str(root)} for _, run in newest.values()), key=lambda run: str(run["choices"]))
 
 
 def of_folders(folders: Iterable[Path]) -> list[Run]:
@@ -93,15 +93,15 @@ def _summary(path: Path) -> Run | None:
 
 def failed(folders: Iterable[Path]) -> list[tuple[str, str, str]]:
     """(name, state, reason) of every cell below these folders that began and is not done."""
-    found = []
+    failures = []
     for path in sorted(path for folder in folders for path in folder.rglob(cells.RECORD)):
         try:
             cell = cells.look(path.parent)
         except UserError as error:
             cell = {"name": path.parent.name, "state": "unknown", "reason": str(error)}
         if cell["state"] not in ("done", "waiting"):
-            found.append((cell["name"], cell["state"], cell.get("reason", "")))
-    return found
+            failures.append((cell["name"], cell["state"], cell.get("reason", "")))
+    return failures
 
 
 def arm_table(runs: Sequence[Run]) -> Table:
@@ -113,11 +113,11 @@ def arm_table(runs: Sequence[Run]) -> Table:
     rows = []
     for where, arm, group in arms([run for run in runs if is_trained(run)]):
         seconds = mean(run["seconds"].get("train", 0) for run in group)
-        found = [percent(mean_of(group, name)) for name in shares] + [
+        values = [percent(mean_of(group, name)) for name in shares] + [
             f"{mean_of(group, name):,.0f}" for name in counts
         ]
         rate = _plain(group[0]["choices"].get("learning_rate"))
-        rows.append([where, arm, rate, str(len(group)), *found, f"{seconds:.0f}"])
+        rows.append([where, arm, rate, str(len(group)), *values, f"{seconds:.0f}"])
     header = ["runs", "arm", "rate", "seeds", "gap closed", "untrained", "held-out", "trained", "recovery"]
     return {"header": [*header, "refused", "examples", "supervised tokens", "steps", "train s"], "rows": rows}
 
@@ -126,7 +126,7 @@ def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def difference_table(found: Sequence[Difference]) -> Table:
+def difference_table(compared: Sequence[Difference]) -> Table:
     """Every arm minus SFT, in points with 95 % intervals."""
     rows = [
         [
@@ -139,17 +139,17 @@ def difference_table(found: Sequence[Difference]) -> Table:
             _p(d.p_average),
             ABSENT if d.items is None else f"{d.items:,}",
         ]
-        for d in found
+        for d in compared
     ]
     header = ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average", "items"]
     return {"header": header, "rows": rows}
 
 
-def forests(found: Sequence[Difference]) -> list[Figure]:
+def forests(compared: Sequence[Difference]) -> list[Figure]:
     """The same, drawn: over all tasks, and over those that were not trained on where that is another picture."""
-    columns = {"All tasks": [(d, d.average) for d in found]}
-    if any(d.held_out and _points(d.held_out) != _points(d.average) for d in found):
-        columns["Tasks that were not trained on"] = [(d, d.held_out) for d in found if d.held_out]
+    columns = {"All tasks": [(d, d.average) for d in compared]}
+    if any(d.held_out and _points(d.held_out) != _points(d.average) for d in compared):
+        columns["Tasks that were not trained on"] = [(d, d.held_out) for d in compared if d.held_out]
     return [Figure(title, Markup(figures.forest(rows, title))) for title, rows in columns.items() if rows]
 
 
@@ -197,10 +197,10 @@ def reading_table(runs: Sequence[Run]) -> Table:
 
 
 def _read(runs: Sequence[Run], model: str) -> list[list[str]]:
-    found = [readings(run).get(model, {}) for run in runs]
+    by_run = [readings(run).get(model, {}) for run in runs]
     rows = []
-    for key in dict.fromkeys(key for read in found for key in read):
-        read = [each[key] for each in found if key in each]
+    for key in dict.fromkeys(key for read in by_run for key in read):
+        read = [each[key] for each in by_run if key in each]
         shares = [reading.unparsed for reading in read if reading.unparsed is not None]
         score, unparsed = percent(mean(r.score for r in read)), percent(mean(shares) if shares else None)
         rows.append([key[0], named(runs[0], key), score, unparsed])
@@ -254,8 +254,8 @@ def funnel_table(runs: Sequence[Run]) -> Table:
     return {"header": ["runs", "arm", "accepted", "refused", *compared], "rows": rows}
 
 
-def _written(found: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    known = [each for each in found if each and each["rouge_l"] is not None]
+def _written(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    known = [each for each in records if each and each["rouge_l"] is not None]
     if not known:
         return [ABSENT] * 7
     shares = [percent(mean(each[name] for each in known)) for name in ("copied", "cut_off")]
@@ -293,8 +293,8 @@ def law_table(runs: Sequence[Run]) -> Table:
                 formula = f"{100 * law.ceiling:.1f} - {100 * law.drop:.1f} (n / {law.first:,.0f})^-{law.rate:.2f} %"
                 level = law.ceiling - law.drop * (law.largest / law.first) ** -law.rate
                 goals = [round(level, 2) - 0.05, round(level, 2), round(level, 2) + 0.01]
-                told = "; ".join(f"{100 * goal:.0f} %: {law.predict(goal)}" for goal in goals)
-                rows.append([family.fixed or "all runs", arm, measure, formula, told])
+                predictions = "; ".join(f"{100 * goal:.0f} %: {law.predict(goal)}" for goal in goals)
+                rows.append([family.fixed or "all runs", arm, measure, formula, predictions])
     return {"header": ["runs", "arm", "measure", "law", "examples for a recovery of"], "rows": rows}
 
 
@@ -325,7 +325,7 @@ def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> l
     """The parts of the report, in their order; those that have nothing to show are left out."""
     cells = {"header": ["cell", "state", "reason"], "rows": [list(cell) for cell in failures]}
     compared = differences(runs)
-    found = [
+    parts = [
         *curve_sections(runs),
         Section("arms", "What each arm brought back", arm_table(runs), "Means over seeds."),
         Section(
@@ -354,12 +354,12 @@ def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> l
         Section("cost", "Cost", cost_table(runs), COST, cost_figures(runs)),
         Section("failed", "Cells that are not done", cells),
     ]
-    return [section for section in found if section.figures or section.tables]
+    return [section for section in parts if section.figures or section.tables]
 
 
 def curve_sections(runs: Sequence[Run]) -> list[Section]:
     """For every family of curves, a figure of each measure that it has."""
-    found = []
+    parts = []
     for number, family in enumerate(families(runs), start=1):
         title = f"Over {family.label}" + (f" ({family.fixed})" if family.fixed else "")
         drawn = [
@@ -367,8 +367,8 @@ def curve_sections(runs: Sequence[Run]) -> list[Section]:
             for name, label in family.measures.items()
             if any(family.curve(arm, name) for arm in family.arms)
         ]
-        found.append(Section(f"curves {number}", title, figures=drawn))
-    return found
+        parts.append(Section(f"curves {number}", title, figures=drawn))
+    return parts
 
 
 def cost_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -379,20 +379,20 @@ def cost_figures(runs: Sequence[Run]) -> list[Figure]:
 
 def choosing(runs: Sequence[Run]) -> str:
     """What must be said where runs were evaluated on selection items; empty where none was."""
-    found = [run for run in runs if is_choosing(run)]
-    return f"{len(found)} of {len(runs)} runs were evaluated on {CHOOSING}." if found else ""
+    on_selection = [run for run in runs if is_choosing(run)]
+    return f"{len(on_selection)} of {len(runs)} runs were evaluated on {CHOOSING}." if on_selection else ""
 
 
-def html(found: dict[str, Any]) -> str:
+def html(page: dict[str, Any]) -> str:
     """The page, with everything inside it."""
     environment = Environment(loader=PackageLoader("sddx.report", "."), autoescape=select_autoescape(["html"]))
-    return environment.get_template("page.html").render(found)
+    return environment.get_template("page.html").render(page)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(page: dict[str, Any]) -> str:
     """The tables of the page."""
-    parts = [found["headline"], *([found["choosing"]] if found["choosing"] else [])]
-    for section in found["sections"]:
+    parts = [page["headline"], *([page["choosing"]] if page["choosing"] else [])]
+    for section in page["sections"]:
         parts += [f"## {title}\n\n{grid(**table)}" for title, table in section.tables.items()]
     return "\n\n".join(parts) + "\n"
 

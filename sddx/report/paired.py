@@ -69,15 +69,15 @@ def compare(first: Samples, second: Samples) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "average": _average(first, second, "scores", list(first)),
-        "measures": {name: found for name, found in measures.items() if found},
+        "measures": {name: by_task for name, by_task in measures.items() if by_task},
     }
 
 
 def _measured(first: Samples, second: Samples, measure: str) -> dict[str, Interval]:
     """The difference of a measure by task, for tasks that have it in both, and on their average."""
     having = [task for task in first if first[task].get(measure) and second[task].get(measure)]
-    found = {task: _difference(first, second, measure, [task]) for task in having}
-    return found | ({"average": average} if (average := _average(first, second, measure, having)) else {})
+    by_task = {task: _difference(first, second, measure, [task]) for task in having}
+    return by_task | ({"average": average} if (average := _average(first, second, measure, having)) else {})
 
 
 def _average(first: Samples, second: Samples, what: str, tasks: Sequence[str]) -> Interval | None:
@@ -108,17 +108,17 @@ def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) 
     over seeds, or over items where there is one pair. `without` names reported tasks to leave out of the average.
     None where no task is left, or where a run has no samples or was evaluated on other items."""
     sides: Any = [[samples_of(run, role) for run in side] for side in zip(*pairs, strict=True)]
-    items = {(task, *found["hashes"]) for side in sides for scores in side for task, found in scores.items()}
+    items = {(task, *record["hashes"]) for side in sides for scores in side for task, record in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
         return None
-    counted = {task: found for task, found in in_average(sides[0][0]).items() if found["part_of"] not in without}
+    counted = {task: record for task, record in in_average(sides[0][0]).items() if record["part_of"] not in without}
     if not counted:
         return None
     sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
     if role == "cut":  # the same for every seed of training
         sides = [side[:1] for side in sides]
     weights = task_weights(list(counted), pairs[0][0].get("part_of"))
-    clusters = {task: found.get("clusters") for task, found in counted.items()}
+    clusters = {task: record.get("clusters") for task, record in counted.items()}
     return paired_difference(*sides, weights=weights, clusters=clusters)
 
 
@@ -132,4 +132,4 @@ def samples_of(run: Mapping[str, Any], role: str) -> Samples:
 
 def in_average(samples: Samples) -> Samples:
     """The tasks that count in the average: those that do not stand apart."""
-    return {task: found for task, found in samples.items() if not found.get("apart")}
+    return {task: record for task, record in samples.items() if not record.get("apart")}

@@ -21,28 +21,28 @@ def of_sweep(folder: Path, loggers: Mapping[str, Node], group: str | None) -> No
     runs = page.of_folders([folder])
     if not runs:
         return
-    found = publish(runs, page.failed([folder]), folder)
-    print(f"{found['headline']}\nWhat they found: {folder / 'report.html'}")
+    contents = publish(runs, page.failed([folder]), folder)
+    print(f"{contents['headline']}\nWhat they found: {folder / 'report.html'}")
     store, artifacts = Path(runs[0]["store"]), [run["artifacts"] for run in runs]
     marks = {name: mark(store, "report", node, artifacts) for name, node in loggers.items()}
     seen = {name for name, marked in marks.items() if marked.exists()}
-    for name in to_loggers(runs, found, folder, loggers, group, seen):
+    for name in to_loggers(runs, contents, folder, loggers, group, seen):
         marks[name].touch()
 
 
 def publish(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]], out: Path) -> dict[str, Any]:
     """Write report.html, report.md and report.csv; returns the contents of the page."""
-    found = page.contents(runs, failures)
+    contents = page.contents(runs, failures)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"html": page.html(found), "md": page.markdown(found), "csv": page.table_of_runs(runs)}
+    texts = {"html": page.html(contents), "md": page.markdown(contents), "csv": page.table_of_runs(runs)}
     for name, text in texts.items():
         write(out / f"report.{name}", text)
-    return found
+    return contents
 
 
 def to_loggers(
     runs: Sequence[Run],
-    found: Mapping[str, Any],
+    contents: Mapping[str, Any],
     out: Path,
     loggers: Mapping[str, Node],
     group: str | None = None,
@@ -59,13 +59,13 @@ def to_loggers(
             for family in families(runs):
                 _log_curves(logger, family)
             if hasattr(logger, "pages"):
-                _show(logger, found, out)
+                _show(logger, contents, out)
     return list(used)
 
 
-def _show(logger: Any, found: Mapping[str, Any], out: Path) -> None:
+def _show(logger: Any, contents: Mapping[str, Any], out: Path) -> None:
     """What a logger of ours can show beside curves."""
-    for section in found["sections"]:
+    for section in contents["sections"]:
         for figure in section.figures:
             logger.figure(f"{section.title}/{figure.title}", str(figure.svg))
         if section.table:

@@ -55,15 +55,15 @@ class Section:
 
 def heat_maps(runs: Sequence[Run]) -> Section:
     """The distances that cuts were chosen from, one figure for each scoring that the store still has."""
-    found: list[Figure] = []
+    maps: list[Figure] = []
     for key in sorted({run["artifacts"]["score"] for run in runs if "score" in run["artifacts"]}):
         scored = [run for run in runs if run["artifacts"].get("score") == key]
         distances = scores_of(scored[0]).get("mean", [])
         if distances and isinstance(distances[0], list):
             cuts = {removed_units(run) for run in scored}
             svg = Markup(figures.distances(distances, [cut for cut in cuts if cut]))
-            found.append(Figure(f"Distances {len(found) + 1}", svg))
-    return Section("distances", "Block distances", note="Rings mark the cuts that were chosen.", figures=found)
+            maps.append(Figure(f"Distances {len(maps) + 1}", svg))
+    return Section("distances", "Block distances", note="Rings mark the cuts that were chosen.", figures=maps)
 
 
 def scores_of(run: Run) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def agreements(runs: Sequence[Run]) -> list[Section]:
         if "score" in run["artifacts"] and run["choices"].get("pruning"):
             units = run["choices"].get("units", "blocks")
             groups.setdefault((run["artifacts"]["model"], units), []).append(run)
-    found = []
+    sections = []
     for (_, units), group in groups.items():
         # Some metrics are measured for a number of units to remove: those of the largest cut are compared.
         by_name = {run["choices"]["pruning"]: run for run in sorted(group, key=lambda r: r["choices"]["removed"])}
@@ -104,8 +104,8 @@ def agreements(runs: Sequence[Run]) -> list[Section]:
             svg = Markup(figures.agreement(list(scores), matrix(scores)))
             drawn = Figure("Rank correlations", svg, correlation_table(scores))
             table, title = summary_table(scores, remove, names), f"Agreement of metrics, {units}"
-            found.append(Section(f"agreement {units}", title, table, STABILITY, [drawn]))
-    return found
+            sections.append(Section(f"agreement {units}", title, table, STABILITY, [drawn]))
+    return sections
 
 
 def variant_sections(runs: Sequence[Run]) -> list[Section]:
@@ -113,14 +113,14 @@ def variant_sections(runs: Sequence[Run]) -> list[Section]:
     removed, differences, scores per task before training, and figures."""
     sections = []
     for choice, (label, _, base) in VARIANTS.items():
-        if found := variants(runs, choice):
+        if varied := variants(runs, choice):
             name, title = f"by {label}", f"By {label}"
             over = "Recovery before → after training, per cent, means over seeds."
             minus = "In points of the average, on the same items and seeds; 95 %."
             held = _variant_differences(runs, choice, label)
-            tasks = _variant_tasks(found, label)
+            tasks = _variant_tasks(varied, label)
             sections += [
-                Section(name, title, _variant_table(found, label), over, _variant_figures(found)),
+                Section(name, title, _variant_table(varied, label), over, _variant_figures(varied)),
                 Section(f"{name} differences", f"{title}, minus {base}", held, minus),
                 Section(
                     f"{name} tasks", f"{title}, scores per task before training", tasks, "Per cent.", folded=True
@@ -129,20 +129,20 @@ def variant_sections(runs: Sequence[Run]) -> list[Section]:
     return sections
 
 
-def _variant_figures(found: Sequence[Variant]) -> list[Figure]:
-    every = [run for variant in found for runs in variant.runs.values() for run in runs]
+def _variant_figures(varied: Sequence[Variant]) -> list[Figure]:
+    every = [run for variant in varied for runs in variant.runs.values() for run in runs]
     return [
-        Figure(title, Markup(figures.over_removed(found, measure, title)))
+        Figure(title, Markup(figures.over_removed(varied, measure, title)))
         for measure, title in (("pruned_recovery", "Before training"), ("recovery", "After training"))
         if all(run[measure] is not None for run in every)
     ]
 
 
-def _variant_table(found: Sequence[Variant], label: str) -> Table:
-    counts = sorted({count for variant in found for count in variant.runs})
+def _variant_table(varied: Sequence[Variant], label: str) -> Table:
+    counts = sorted({count for variant in varied for count in variant.runs})
     rows = [
         [variant.where or "all runs", variant.name, *(_before_after(variant.runs.get(n, [])) for n in counts)]
-        for variant in found
+        for variant in varied
     ]
     return {"header": ["runs", label, *(f"{count:g} removed" for count in counts)], "rows": rows}
 
@@ -170,9 +170,9 @@ def _shares(interval: Any) -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points) + f" over {interval.contains}"
 
 
-def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
+def _variant_tasks(varied: Sequence[Variant], label: str) -> Table:
     """Scores per task of the pruned model before training: whether one choice trades tasks against each other."""
-    first = next(iter(found[0].runs.values()))[0]
+    first = next(iter(varied[0].runs.values()))[0]
     pruned = having(first, "cut") or ""
     tasks = list(first["scores"][pruned])
     rows = [
@@ -182,7 +182,7 @@ def _variant_tasks(found: Sequence[Variant], label: str) -> Table:
             f"{count:g}",
             *(score_of(runs, pruned, task) for task in tasks),
         ]
-        for variant in found
+        for variant in varied
         for count, runs in variant.runs.items()
     ]
     return {"header": ["runs", label, "removed", *tasks], "rows": rows}

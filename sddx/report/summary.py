@@ -92,19 +92,19 @@ def conclude(report: Artifact, written: list[Rewrite], folder: Path, about: dict
     return summary
 
 
-def summarised(found: RunArtifacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarised(artifacts: RunArtifacts) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the run's artifacts say: the summary, and by model what comparisons need of every item."""
-    results = {model: _read(result, "results.json") for model, result in found.judged.items()}
-    return {"subjects": found.subjects, **_quality(found, results), **_cost(found)}, {
+    results = {model: _read(result, "results.json") for model, result in artifacts.judged.items()}
+    return {"subjects": artifacts.subjects, **_quality(artifacts, results), **_cost(artifacts)}, {
         model: compact(r) for model, r in results.items()
     }
 
 
-def _quality(found: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]:
+def _quality(artifacts: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]:
     """Scores, recoveries, and what scores do not show."""
-    roles = {each["name"]: each["role"] for each in found.subjects}
-    trained = _read(found.data, "dataset.json")["trains"] if found.data else []
-    records = results[found.subjects[0]["name"]]["tasks"]
+    roles = {each["name"]: each["role"] for each in artifacts.subjects}
+    trained = _read(artifacts.data, "dataset.json")["trains"] if artifacts.data else []
+    records = results[artifacts.subjects[0]["name"]]["tasks"]
     chance = {task: record["chance"] for task, record in records.items()}
     part_of = {task: record["part_of"] for task, record in records.items()}
     apart = {part_of[task] for task, record in records.items() if record["apart"]}
@@ -120,7 +120,7 @@ def _quality(found: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]:
         "likelihoods": {model: likelihoods(r["tasks"], part_of, apart) for model, r in results.items()},
         "part_of": part_of,
         "chance": reported_chance(chance, part_of),
-        "overlap": _read(found.overlap, "overlap.json") if found.overlap else None,
+        "overlap": _read(artifacts.overlap, "overlap.json") if artifacts.overlap else None,
         "text": {model: result["text"] for model, result in results.items()},
         "metrics": {
             model: {task: record["metrics"] for task, record in result["tasks"].items()}
@@ -135,15 +135,15 @@ def _quality(found: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cost(found: RunArtifacts) -> dict[str, Any]:
+def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
-    cut = Cut.load(found.pruned.path / "cut.json")
-    training: dict[str, Any] = _read(found.student, "training.json") if found.student else {}
-    answers = rewrites(found.rows[1:])
-    stages = found.built()
+    cut = Cut.load(artifacts.pruned.path / "cut.json")
+    training: dict[str, Any] = _read(artifacts.student, "training.json") if artifacts.student else {}
+    answers = rewrites(artifacts.rows[1:])
+    stages = artifacts.built()
     manifests = {stage: [manifest.read(each.path) or {} for each in made] for stage, made in stages.items()}
     built = manifests.get("train", manifests["prune"])[0]
-    size = _read(found.pruned, "size.json") | (_read(found.patch, "size.json") if found.patch else {})
+    size = _read(artifacts.pruned, "size.json") | (_read(artifacts.patch, "size.json") if artifacts.patch else {})
     return {
         "cut": list(cut.kept),
         "blocks": cut.total,
@@ -152,25 +152,25 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
         "depth": cut.name,
         "parameters": {model: sizes["parameters"] for model, sizes in size.items()},
         "cache_bytes": {model: sizes["cache_bytes"] for model, sizes in size.items()},
-        "patch_unexplained": _read(found.patch, "fit.json") if found.patch else {},
+        "patch_unexplained": _read(artifacts.patch, "fit.json") if artifacts.patch else {},
         "examples": training.get("examples", 0),
         "supervised_tokens": training.get("supervised_tokens", 0),
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
-        "merged": _read(found.merged, "merge.json") if found.merged else None,
-        "drafts": _drafts(found),
-        "drift": {name: _read(made, "drift.json") for name, made in found.drifted.items()},
-        "written": _read(found.written, "written.json") if found.written else None,
+        "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,
+        "drafts": _drafts(artifacts),
+        "drift": {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()},
+        "written": _read(artifacts.written, "written.json") if artifacts.written else None,
         "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
         "artifacts": {
-            "model": found.base.key,
+            "model": artifacts.base.key,
             **{stage: [a.key for a in made] if len(made) > 1 else made[0].key for stage, made in stages.items()},
         },
-        "model_path": str(found.base.path),
-        "dequantised": origin(found.base.path),
+        "model_path": str(artifacts.base.path),
+        "dequantised": origin(artifacts.base.path),
         "dtype": built["spec"]["dtype"],
         "attention": built["spec"]["attention"],
         "versions": built["versions"],
@@ -179,10 +179,10 @@ def _cost(found: RunArtifacts) -> dict[str, Any]:
     }
 
 
-def _drafts(found: RunArtifacts) -> dict[str, dict[str, Any]]:
+def _drafts(artifacts: RunArtifacts) -> dict[str, dict[str, Any]]:
     """By the name of the model and that of the prompts, what it is worth as a draft."""
     drafts: dict[str, dict[str, Any]] = {}
-    for (name, prompts), made in found.drafted.items():
+    for (name, prompts), made in artifacts.drafted.items():
         drafts.setdefault(name, {})[prompts] = _read(made, "draft.json")
     return drafts
 

@@ -63,7 +63,7 @@ def header(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What stands under the table, as (label, text): the recoveries and what the run cost."""
-    found = [
+    pairs = [
         ("gap closed", percent(summary.get("gap_closed"))),
         ("recovery", _with_interval(summary)),
         ("recovery, pruned model", percent(summary.get("pruned_recovery"))),
@@ -93,7 +93,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_drift(summary.get("drift") or {}),
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
-    return [(label, text) for label, text in found if text != ABSENT]
+    return [(label, text) for label, text in pairs if text != ABSENT]
 
 
 def _ways(tensors: Mapping[str, int]) -> str:
@@ -106,15 +106,15 @@ def _drafts(drafts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What each draft is worth at each lookahead, on each set of prompts; times are of the machine that is
     named."""
     return [
-        (f"draft {model}, {ahead} ahead" + (f", {name}" if name != "dataset" else ""), _draft(found, ahead))
+        (f"draft {model}, {ahead} ahead" + (f", {name}" if name != "dataset" else ""), _draft(record, ahead))
         for model, of in drafts.items()
-        for name, found in of.items()
-        for ahead in found["lookaheads"]
+        for name, record in of.items()
+        for ahead in record["lookaheads"]
     ]
 
 
-def _draft(found: Mapping[str, Any], ahead: str) -> str:
-    rates, timed = found["lookaheads"][ahead], found["measured"]["lookaheads"][ahead]
+def _draft(record: Mapping[str, Any], ahead: str) -> str:
+    rates, timed = record["lookaheads"][ahead], record["measured"]["lookaheads"][ahead]
     accepted, saved = percent(rates["acceptance"]), percent(rates["saved"])
     return (
         f"{accepted} accepted, {rates['accepted_length']:.2f} a pass ({rates['length']:.2f} with the target's "
@@ -124,18 +124,18 @@ def _draft(found: Mapping[str, Any], ahead: str) -> str:
 
 def _timed(drafts: Mapping[str, Mapping[str, Any]]) -> str:
     """The machines on which drafts were timed, and what both models take in one set of weights."""
-    found = [found for of in drafts.values() for found in of.values()]
-    places = {f"{each['measured']['device']} (threads: {each['measured']['threads']})" for each in found}
-    shares = [each["bytes"]["one_copy"] / each["bytes"]["plain"] for each in found]
-    held = f"; {max(shares):.2f} times the memory of plain decoding" if found else ""
-    return ", ".join(sorted(places)) + held if found else ABSENT
+    records = [record for of in drafts.values() for record in of.values()]
+    places = {f"{each['measured']['device']} (threads: {each['measured']['threads']})" for each in records}
+    shares = [each["bytes"]["one_copy"] / each["bytes"]["plain"] for each in records]
+    held = f"; {max(shares):.2f} times the memory of plain decoding" if records else ""
+    return ", ".join(sorted(places)) + held if records else ABSENT
 
 
-def _drift(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _drift(drifts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How far each model moved: divergences, surprise by the data, the block that is least like itself."""
     return [
         line
-        for model, record in found.items()
+        for model, record in drifts.items()
         for line in (
             (f"drift, {model}", _moved(record["kl"])),
             (f"surprise by the data, {model}", _by_data(record["surprise"])),
@@ -152,31 +152,31 @@ def _moved(kl: Mapping[str, Any]) -> str:
     return f"KL(unpruned || model) {shown} nats a token; of that on prompts {percent(kl['prompts']['top'])} in 20 %"
 
 
-def _by_data(found: Mapping[str, Any]) -> str:
+def _by_data(surprise: Mapping[str, Any]) -> str:
     """Of the answers that are learned, and of references."""
-    losses = [found[side][kind]["nats"] for side in ("model", "unpruned") for kind in ("learned", "reference")]
+    losses = [surprise[side][kind]["nats"] for side in ("model", "unpruned") for kind in ("learned", "reference")]
     if None in losses:
         return ABSENT
     mine, reference, whole, its_reference = (f"{loss:.2f}" for loss in losses)
     return f"{mine} (references {reference}), unpruned {whole} (references {its_reference}) nats a token, held out"
 
 
-def _alike(found: Mapping[str, Any]) -> str:
-    blocks = found["blocks"]
+def _alike(similarity: Mapping[str, Any]) -> str:
+    blocks = similarity["blocks"]
     least = min(blocks, key=blocks.get) if blocks else ""
     return f"CKA {min(blocks.values()):.3f} at the least, block {least}" if blocks else ABSENT
 
 
-def _passes(found: Mapping[str, Any] | None) -> str:
+def _passes(passes: Mapping[str, Any] | None) -> str:
     """Of the model and of the unpruned one."""
-    shown = {side: ", ".join(percent(share) for share in of.values()) for side, of in (found or {}).items()}
-    return f"{shown['model']} (unpruned {shown['unpruned']}) at {', '.join(found['model'])}" if found else ABSENT
+    shown = {side: ", ".join(percent(share) for share in of.values()) for side, of in (passes or {}).items()}
+    return f"{shown['model']} (unpruned {shown['unpruned']}) at {', '.join(passes['model'])}" if passes else ABSENT
 
 
 def likelihood(summary: Mapping[str, Any], measure: str, task: str = "average") -> str:
     """What each model has of a measure of likelihood, with its difference to the unpruned one."""
-    found = {model: of.get(measure, {}).get(task) for model, of in summary.get("likelihoods", {}).items()}
-    known = {model: value for model, value in found.items() if value is not None}
+    values = {model: of.get(measure, {}).get(task) for model, of in summary.get("likelihoods", {}).items()}
+    known = {model: value for model, value in values.items() if value is not None}
     first = next(iter(known), "")  # the reference
     shown = [f"{m} {v:.3f}" + (f" ({v - known[first]:+.3f})" if m != first else "") for m, v in known.items()]
     return ", ".join(shown) + (" nats" if measure == "margin" else "") if shown else ABSENT
@@ -191,12 +191,12 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
 
 def _readings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each model's score under each filter that reads a task's answers, and the share that the filter could not."""
-    found = readings(summary)
-    keys = dict.fromkeys(key for read in found.values() for key in read)
+    by_model = readings(summary)
+    keys = dict.fromkeys(key for read in by_model.values() for key in read)
     return [
         (
             f"{key[0]}, {named(summary, key)}",
-            ", ".join(f"{model} {_reading(read[key])}" for model, read in found.items() if key in read),
+            ", ".join(f"{model} {_reading(read[key])}" for model, read in by_model.items() if key in read),
         )
         for key in keys
     ]
@@ -214,35 +214,35 @@ def _reading(reading: Reading) -> str:
 def _overlap(summary: Mapping[str, Any]) -> str:
     """The share of items that share a run of words with a training row, of each task (with its parts) that has
     any."""
-    if not (found := summary.get("overlap")):
+    if not (overlap := summary.get("overlap")):
         return ABSENT
     items, hits = Counter[str](), Counter[str]()
-    for task, record in found["tasks"].items():
+    for task, record in overlap["tasks"].items():
         name = summary.get("part_of", {}).get(task, task)
         items[name] += record["items"]
         hits[name] += record["overlapping"]
     shown = [f"{name} {percent(count / items[name])}" for name, count in hits.items() if count]
-    return (", ".join(shown) or "none") + f" of evaluation items ({found['words']} words in a row)"
+    return (", ".join(shown) or "none") + f" of evaluation items ({overlap['words']} words in a row)"
 
 
-def _written(found: Mapping[str, Any] | None) -> str:
+def _written(written: Mapping[str, Any] | None) -> str:
     """How the answers compare with their references."""
-    if not found or found["rouge_l"] is None:
+    if not written or written["rouge_l"] is None:
         return ABSENT
-    words = " and ".join(f"{found['words'][name]:.0f} ({name})" for name in ("self", "reference"))
-    shares = f"copied {percent(found['copied'])}, cut off {percent(found['cut_off'])}"
-    return f"{shares}, ROUGE-L {found['rouge_l']:.2f} to the references, {words} words"
+    words = " and ".join(f"{written['words'][name]:.0f} ({name})" for name in ("self", "reference"))
+    shares = f"copied {percent(written['copied'])}, cut off {percent(written['cut_off'])}"
+    return f"{shares}, ROUGE-L {written['rouge_l']:.2f} to the references, {words} words"
 
 
-def _surprise(found: Mapping[str, Any] | None) -> str:
+def _surprise(written: Mapping[str, Any] | None) -> str:
     """The models' cross-entropy on references and on answers of the unpruned model's own."""
-    if not found or not found["sample"]:
+    if not written or not written["sample"]:
         return ABSENT
     shown = (
         f"{model} {losses['self']:.2f} (reference {losses['reference']:.2f})"
-        for model, losses in found["surprise"].items()
+        for model, losses in written["surprise"].items()
     )
-    return ", ".join(shown) + f" nats a token, {found['sample']} rows"
+    return ", ".join(shown) + f" nats a token, {written['sample']} rows"
 
 
 def _with_interval(summary: Mapping[str, Any]) -> str:
@@ -300,9 +300,9 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 def _title(summary: Mapping[str, Any]) -> str:
     named = f", {summary['name']}" if summary.get("name") else ""
-    told = [f"unpruned: dequantised {kind}"] if (kind := summary.get("dequantised")) else []
-    told += [CHOOSING] if is_choosing(summary) else []
-    return f"Scores in percent ± standard error{named}" + (f" ({'; '.join(told)})" if told else "")
+    notes = [f"unpruned: dequantised {kind}"] if (kind := summary.get("dequantised")) else []
+    notes += [CHOOSING] if is_choosing(summary) else []
+    return f"Scores in percent ± standard error{named}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def is_choosing(summary: Mapping[str, Any]) -> bool:

@@ -41,12 +41,12 @@ def _judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, Sequence[
 
 def scores(runs: Sequence[Run], task: str) -> list[Score]:
     """What every evaluated model scored in a task; those that were not evaluated on it are left out."""
-    found: list[Score] = []
+    kept: list[Score] = []
     for where, label, role, model, group in _judged(runs):
         score = _score(where, label, role, model, group, task)
-        if score.seeds and not (role in ONCE and score in found):
-            found.append(score)
-    return found
+        if score.seeds and not (role in ONCE and score in kept):
+            kept.append(score)
+    return kept
 
 
 def _score(where: str, label: str, role: str, model: str, runs: Sequence[Run], task: str) -> Score:
@@ -58,8 +58,8 @@ def _score(where: str, label: str, role: str, model: str, runs: Sequence[Run], t
 
 def tasks_of(runs: Sequence[Run]) -> list[str]:
     """Every reported task of these runs, and last their average."""
-    found = dict.fromkeys(task for run in runs for task in run["scores"][reference(run)] if task != "average")
-    return [*found, "average"]
+    tasks = dict.fromkeys(task for run in runs for task in run["scores"][reference(run)] if task != "average")
+    return [*tasks, "average"]
 
 
 def task_table(runs: Sequence[Run]) -> Table:
@@ -67,8 +67,8 @@ def task_table(runs: Sequence[Run]) -> Table:
     tasks = tasks_of(runs)
 
     def measured(group: Sequence[Run], model: str) -> list[list[str]]:
-        found = [_score("", "", "", model, group, task) for task in tasks]
-        return [[*(str(score) if score.seeds else ABSENT for score in found), perplexity_of(group, model)]]
+        by_task = [_score("", "", "", model, group, task) for task in tasks]
+        return [[*(str(score) if score.seeds else ABSENT for score in by_task), perplexity_of(group, model)]]
 
     trained = {task for run in runs for task in run["trained"]}
     apart = {task for run in runs for task in run.get("apart", ())}

@@ -57,13 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entity", required=True, help="the W&B user or team")
     parser.add_argument("--project", default="sddx", help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="*", default=[], help="tasks to draw one by one, such as gsm8k")
-    given = parser.parse_args(arguments)
-    names = {"--entity": given.entity, "--project": given.project}
+    options = parser.parse_args(arguments)
+    names = {"--entity": options.entity, "--project": options.project}
     if wrong := [f"{name} {value!r}" for name, value in names.items() if not NAME.fullmatch(value)]:
         raise UserError(f"W&B has no such names: {', '.join(wrong)}. Give those that its address bar shows.")
     require_login()
     try:
-        made = workspace(given.entity, given.project, given.tasks)
+        made = workspace(options.entity, options.project, options.tasks)
     except ImportError:
         raise UserError("This needs wandb-workspaces: pip install 'sddx[workspace]'.") from None
     made.save()

@@ -10,7 +10,7 @@ def repetition(responses: Sequence[str], *, n: int = 4) -> float | None:
     """Share of n-grams of words that occurred before in the same response; None where none has n words."""
     grams = [_grams(response.split(), n) for response in responses]
     total = sum(map(len, grams))
-    return 1 - sum(len(set(found)) for found in grams) / total if total else None
+    return 1 - sum(len(set(each)) for each in grams) / total if total else None
 
 
 def _grams(words: Sequence[Any], n: int) -> list[tuple]:
