@@ -47,11 +47,11 @@ class Resumed(CachingLM):
 
 def _whole_lines(path: Path) -> dict[str, Any]:
     """The answers in a file, without a line that a crash cut short. Pairs are tuples, as lm-eval gives them."""
-    found = {}
+    answers = {}
     for line in lines(path) if path.exists() else []:
         try:
             request, answer = json.loads(line)
         except ValueError:
             continue
-        found[request] = tuple(answer) if isinstance(answer, list) else answer
-    return found
+        answers[request] = tuple(answer) if isinstance(answer, list) else answer
+    return answers

@@ -230,10 +230,10 @@ def evaluate(
     require_counted(tasks, apart)
     with _calm(runtime.quiet), seeded():
         loaded, part_of = load(tasks, include, split, data_dir=data_dir)
-        told = {"primary": primary, "chance": chance, "cluster": cluster}
+        overrides = {"primary": primary, "chance": chance, "cluster": cluster}
         if chat_template:
             _require_template(tokenizer, loaded["tasks"], part_of)
-        configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=told)
+        configure(loaded["tasks"], part_of, shots=shots, max_new_tokens=max_new_tokens, metadata=overrides)
         lm: Any = model if backend == "vllm" else _by_transformers(model, tokenizer, batch_size, encoding)
         _require_sound(loaded["tasks"])
         require_room(_answers(loaded["tasks"]), lm.max_length)
@@ -315,8 +315,8 @@ def _by_transformers(model: Any, tokenizer: Any, batch_size: int, encoding: str)
     from sddx.evaluation.prompts import SameTokensHFLM
 
     reads = SameTokensHFLM if encoding == "same" else HFLM
-    how: dict[str, Any] = {"softmax_dtype": "float32", "chat_template_args": TEMPLATE_SETTINGS}
-    return reads(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **how)
+    options: dict[str, Any] = {"softmax_dtype": "float32", "chat_template_args": TEMPLATE_SETTINGS}
+    return reads(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **options)
 
 
 def _require_template(tokenizer: Any, tasks: Mapping[str, Any], part_of: Mapping[str, str]) -> None:
@@ -340,7 +340,7 @@ def _precision(
     """How sure the scores to come can be, in points, before the first model is run; averages without what stands
     `apart`."""
     items = {name: _judged(name, task, drawn) for name, task in tasks.items()}
-    sure = {name: independent(_clusters(tasks[name], found)) for name, found in items.items()}
+    sure = {name: independent(_clusters(tasks[name], places)) for name, places in items.items()}
     counted = {name: number for name, number in sure.items() if part_of[name] not in apart}
     widths = {**expected_half_width(sure, part_of), **expected_half_width(counted, part_of)}
     shown = ", ".join(f"{name} {100 * width:.1f}" for name, width in widths.items())
@@ -380,8 +380,8 @@ def _calm(quiet: bool) -> Iterator[None]:
     propagate, handlers = parent.propagate, parent.handlers
     parent.propagate, parent.handlers = False, [logging.NullHandler()]
     lm_eval.api.task.tqdm = lambda items, total: items  # type: ignore[assignment]
-    lm_eval.api.model.tqdm = lambda items, desc, **how: (  # type: ignore[assignment]
-        bars[1](items, desc=desc, **how) if how else items
+    lm_eval.api.model.tqdm = lambda items, desc, **options: (  # type: ignore[assignment]
+        bars[1](items, desc=desc, **options) if options else items
     )
     compiled = env.from_string
     env.from_string = cache(compiled)  # type: ignore[method-assign]
@@ -441,8 +441,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def clusters_of(samples: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """The cluster of each item; None where each is a draw by itself."""
-    found = [sample.get("cluster") for sample in samples]
-    return None if None in found else found  # type: ignore[return-value]
+    clusters = [sample.get("cluster") for sample in samples]
+    return None if None in clusters else clusters  # type: ignore[return-value]
 
 
 def _samples(task: Any, rows: Sequence[Mapping[str, Any]], primary: str) -> list[dict[str, Any]]:
@@ -548,8 +548,8 @@ def compact(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _known(samples: Sequence[Mapping[str, Any]], measure: str) -> list[float] | None:
-    found = [sample.get(measure) for sample in samples]
-    return None if None in found else found  # type: ignore[return-value]
+    values = [sample.get(measure) for sample in samples]
+    return None if None in values else values  # type: ignore[return-value]
 
 
 def responses(results: Mapping[str, Any]) -> list[str]:

@@ -31,10 +31,10 @@ def draw(
         return None
     drawn: dict[str, list[int]] = {}
     for asked in dict.fromkeys(part_of.values()):
-        found = {name: _candidates(name, task, side) for name, task in tasks.items() if part_of[name] == asked}
-        wanted, sizes = of_task(limit, asked), {name: len(items) for name, items in found.items()}
+        candidates = {name: _candidates(name, task, side) for name, task in tasks.items() if part_of[name] == asked}
+        wanted, sizes = of_task(limit, asked), {name: len(items) for name, items in candidates.items()}
         shares = sizes if wanted is None else shared_out(wanted, sizes)
-        drawn |= {name: _sample(name, found[name], share) for name, share in shares.items()}
+        drawn |= {name: _sample(name, candidates[name], share) for name, share in shares.items()}
     return drawn
 
 

@@ -106,7 +106,7 @@ def _states(model: Any, rows: Sequence[Row]) -> Tensor:
     body, width = decoder(model), max(len(row.tokens) for row in rows)
     device = next(body.parameters()).device
     ids, places = (
-        torch.tensor([[*given, *[0] * (width - len(given))] for given in column], device=device)
+        torch.tensor([[*values, *[0] * (width - len(values))] for values in column], device=device)
         for column in ([row.tokens for row in rows], [row.places for row in rows])
     )
     seen = torch.stack([row.seen(width) for row in rows])[:, None].to(device)
@@ -140,15 +140,15 @@ def _judged(head: Head, size: int, states: Tensor, columns: list[int], tokens: l
     """Of each token the log-probability in the state of its column, and whether it is the likeliest there. The head
     reads each column once, `size` of them at a time."""
     wanted, which = torch.tensor(columns, device=states.device).unique(return_inverse=True)
-    given = torch.tensor(tokens, device=states.device)
+    targets = torch.tensor(tokens, device=states.device)
     likely, greedy = (
-        given.new_empty(len(tokens), dtype=torch.float32),
-        given.new_empty(len(tokens), dtype=torch.bool),
+        targets.new_empty(len(tokens), dtype=torch.float32),
+        targets.new_empty(len(tokens), dtype=torch.bool),
     )
     for first in range(0, len(wanted), size):
         table = log_softmax(head(states[wanted[first : first + size]]), -1, dtype=torch.float32)
         here = (which // size == first // size).nonzero()[:, 0]
-        at, token = which[here] - first, given[here]
+        at, token = which[here] - first, targets[here]
         likely[here], greedy[here] = table[at, token], table.argmax(-1)[at] == token
     return likely, greedy
 
@@ -158,6 +158,6 @@ def _packed_and_apart(model: Any) -> tuple[Tensor, Tensor]:
     texts = [[token % vocabulary(model) for token in text] for text in ([1, 2, 3, 4], [1, 2, 5])]
     (row,) = packed_rows(texts)
     states = _states(model, [row])[0]
-    given = [torch.tensor([text], device=states.device) for text in texts]
-    alone = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in given]
+    inputs = [torch.tensor([text], device=states.device) for text in texts]
+    alone = [decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in inputs]
     return torch.cat([states[row.texts[number][0]] for number in range(len(texts))]), torch.cat(alone)

@@ -128,17 +128,17 @@ class Fitting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.lm, name)
 
-    def loglikelihood(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+    def loglikelihood(self, requests: Sequence[Instance], **options: Any) -> list[Any]:
         """The model's own answers, after all requests were looked at. Raises UserError as `require_fit` does."""
         room = self.lm.max_length + self.spare
         self._look((each, "".join(each.args), room) for each in requests)
-        return self.lm.loglikelihood(requests, **how)
+        return self.lm.loglikelihood(requests, **options)
 
-    def generate_until(self, requests: Sequence[Instance], **how: Any) -> list[Any]:
+    def generate_until(self, requests: Sequence[Instance], **options: Any) -> list[Any]:
         """The same for answers that are written: a prompt must leave room for its answer."""
         rooms = (self.lm.max_length - answer_length(each.args[1]) for each in requests)
         self._look((each, each.args[0], room) for each, room in zip(requests, rooms, strict=True))
-        return self.lm.generate_until(requests, **how)
+        return self.lm.generate_until(requests, **options)
 
     def _look(self, asked: Iterable[tuple[Instance, str, int]]) -> None:
         """Count the requests whose text has more tokens than there is room for. Raises UserError as `require_fit`
@@ -152,8 +152,8 @@ class Fitting:
         require_fit(cut, total, self.lm.max_length)
         self.cut += cut
         for task, count in cut.items():
-            told = "%s: %d of %d requests do not fit the model's context of %d tokens, and lose their beginning."
-            _log.warning(told, task, count, total[task], self.lm.max_length)
+            message = "%s: %d of %d requests do not fit the model's context of %d tokens, and lose their beginning."
+            _log.warning(message, task, count, total[task], self.lm.max_length)
 
 
 def answer_length(settings: Mapping[str, Any]) -> int:

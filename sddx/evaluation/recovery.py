@@ -97,8 +97,8 @@ def _interval(
     if _ratio(scores, reference, names) is None:
         return {"recovery": None, "recovery_low": None, "recovery_high": None}
     sides = ({task: each[task] for task in names} for each in (scores, reference))
-    found = ratio_interval(*sides, weights=task_weights(list(names), names), clusters=clusters, **settings)
-    bounds = {"recovery": found.estimate, "recovery_low": found.low, "recovery_high": found.high}
+    interval = ratio_interval(*sides, weights=task_weights(list(names), names), clusters=clusters, **settings)
+    bounds = {"recovery": interval.estimate, "recovery_low": interval.low, "recovery_high": interval.high}
     return {name: value if math.isfinite(value) else None for name, value in bounds.items()}
 
 
@@ -167,8 +167,8 @@ def _error(parts: Sequence[Sequence[float]], clusters: Sequence[Sequence[Hashabl
     if len(items) < 2:
         return None
     spread = float(np.std(items, ddof=1))
-    found = [standard_error(part, shared) for part, shared in zip(parts, clusters, strict=True)]
-    errors = [spread if error is None else error for error in found]
+    estimates = [standard_error(part, shared) for part, shared in zip(parts, clusters, strict=True)]
+    errors = [spread if error is None else error for error in estimates]
     return math.hypot(*errors) / len(parts)
 
 
@@ -178,15 +178,15 @@ def likelihoods(
     """By measure (sddx.evaluation.likelihood) what one model's tasks have of it, from their records: the unweighted
     mean over the parts of each reported task, and under "average" over those that do not stand `apart`. A task that
     has no such measure is in neither."""
-    found: dict[str, dict[str, float]] = {}
+    by_measure: dict[str, dict[str, float]] = {}
     for measure in MEASURES:
         parts: dict[str, list[Any]] = {
             name: [records[task].get(measure) for task in tasks] for name, tasks in _parts(part_of).items()
         }
         means = {name: float(np.mean(values)) for name, values in parts.items() if None not in values}
         counted = [mean for name, mean in means.items() if name not in apart]
-        found[measure] = means | ({"average": float(np.mean(counted))} if counted else {})
-    return found
+        by_measure[measure] = means | ({"average": float(np.mean(counted))} if counted else {})
+    return by_measure
 
 
 def reported_chance(

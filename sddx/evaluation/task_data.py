@@ -40,8 +40,8 @@ def task_datasets(
     `check_tasks` does.
     """
     parts = [settings for parts in _parts(tasks, include).values() for settings in parts]
-    found = [on_hub(settings) for settings in parts if not files_of(settings["task"], data_dir)]
-    return list(dict.fromkeys(pair for pair in found if pair is not None))
+    pairs = [on_hub(settings) for settings in parts if not files_of(settings["task"], data_dir)]
+    return list(dict.fromkeys(pair for pair in pairs if pair is not None))
 
 
 def task_files(tasks: Sequence[str], include: str | None, data_dir: str | None) -> dict[str, dict[str, Path]]:
@@ -113,7 +113,7 @@ def place(task: str, include: str | None, data_dir: str | None = None) -> Litera
 def declared_mistakes(task: str, include: str | None, primary: str | None, setting: str) -> list[str]:
     """What is wrong with the primary metric of a task, or of the parts of a group, as their YAML says: it is not
     there, or no mean over items. What is left to code there is left to the trial on documents."""
-    told: list[str] = []
+    mistakes: list[str] = []
     for part in _parts([task], include).get(task, []):
         metrics, asked = _metrics(part), primary or (part.get("metadata") or {}).get("primary")
         means = [name for name, mean in metrics.items() if mean]
@@ -121,8 +121,8 @@ def declared_mistakes(task: str, include: str | None, primary: str | None, setti
         # may give others than its YAML lists.
         assumed = asked or next(iter([*means, *metrics]), None)
         if assumed in metrics or (metrics and "process_results" not in part):
-            told += wrong_primary(str(assumed), list(metrics), means, setting)
-    return list(dict.fromkeys(f"The task {task!r} {wrong}" for wrong in told))
+            mistakes += wrong_primary(str(assumed), list(metrics), means, setting)
+    return list(dict.fromkeys(f"The task {task!r} {wrong}" for wrong in mistakes))
 
 
 def written(tasks: Sequence[str], include: str | None, most: int | None) -> dict[str, int]:
@@ -147,9 +147,12 @@ def _metrics(settings: Mapping[str, Any]) -> dict[str, bool]:
     kind = settings.get("output_type") or "generate_until"
     listed = settings.get("metric_list") or [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, [])]
     named = [(metric.get("metric"), metric.get("aggregation")) for metric in listed]
-    if "class" in settings or any(not name or "/" in f"{name}{how}" for name, how in named):
+    if "class" in settings or any(not name or "/" in f"{name}{aggregation}" for name, aggregation in named):
         return {}
-    means = {name: is_mean(get_aggregation(how) if how else get_metric_aggregation(name)) for name, how in named}
+    means = {
+        name: is_mean(get_aggregation(aggregation) if aggregation else get_metric_aggregation(name))
+        for name, aggregation in named
+    }
     filters = [each["name"] for each in settings.get("filter_list") or [{"name": "none"}]]
     return {f"{metric},{by}": mean for by in filters for metric, mean in means.items()}
 

@@ -40,15 +40,15 @@ def folder_of(data_dir: str | None, setting: str = "evaluation") -> Path | None:
 def files_of(task: str, data_dir: str | None) -> dict[str, Path]:
     """The files of a task by split; under "" that of the split which it evaluates. Empty where there is none.
     Raises UserError for two files of one split."""
-    folder, found = folder_of(data_dir), dict[str, Path]()
+    folder, files = folder_of(data_dir), dict[str, Path]()
     for path in sorted(folder.glob(f"{task}.*")) if folder else ():
         split = path.name.removesuffix(path.suffix).removeprefix(task).removeprefix(".")
         if path.suffix not in KINDS or "." in split:
             continue
-        if split in found:
-            raise UserError(f"{folder} has {found[split].name} and {path.name} for {task!r}. Keep one of them.")
-        found[split] = path
-    return found
+        if split in files:
+            raise UserError(f"{folder} has {files[split].name} and {path.name} for {task!r}. Keep one of them.")
+        files[split] = path
+    return files
 
 
 def placed(settings: Any, inputs: Sequence[Artifact]) -> Any:
@@ -56,18 +56,18 @@ def placed(settings: Any, inputs: Sequence[Artifact]) -> Any:
     if not isinstance(settings, dict):
         return settings
     folders = {artifact.key: str(artifact.path) for artifact in inputs if artifact.stage == ROWS}
-    found = {name: placed(value, inputs) for name, value in settings.items()}
+    values = {name: placed(value, inputs) for name, value in settings.items()}
     key = settings.get("data_dir")
-    return {**found, "data_dir": folders.get(key, key)} if key is not None else found
+    return {**values, "data_dir": folders.get(key, key)} if key is not None else values
 
 
 def on_hub(source: Mapping[str, Any]) -> tuple[str, str | None] | None:
     """What a task's settings read from the hub, as (path, name) of `datasets.load_dataset`; None for other data."""
-    path, given = source.get("dataset_path"), source.get("dataset_kwargs") or {}
+    path, options = source.get("dataset_path"), source.get("dataset_kwargs") or {}
     if path is None or source.get("custom_dataset") or Path(path).exists():
         return None
     # `json`, `parquet` and their like are no datasets, but ways to read the files that are given.
-    reader = "/" not in path and ("data_files" in given or "data_dir" in given)
+    reader = "/" not in path and ("data_files" in options or "data_dir" in options)
     return None if reader else (path, source.get("dataset_name"))
 
 

@@ -64,7 +64,7 @@ def check_tasks(
     read (5 s).
     """
     wrong = no_names(tasks, setting, **by_task)
-    maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
+    maps = {f"{setting}.{key}": values for key, values in by_task.items() if isinstance(values, Mapping)}
     for where, names in {f"{setting}.tasks": tasks, **maps}.items():
         wrong += missing(names, include, where, setting)
     if wrong:
@@ -73,11 +73,13 @@ def check_tasks(
 
 def no_names(tasks: Sequence[Any], setting: str, **by_task: Any) -> list[str]:
     """What can be no task's name, or no value of a setting that is given by task; and which tasks come twice."""
-    maps = {f"{setting}.{key}": given for key, given in by_task.items() if isinstance(given, Mapping)}
+    maps = {f"{setting}.{key}": values for key, values in by_task.items() if isinstance(values, Mapping)}
     wrong = [
-        told for where, names in {f"{setting}.tasks": tasks, **maps}.items() for told in not_texts(names, where)
+        mistake
+        for where, names in {f"{setting}.tasks": tasks, **maps}.items()
+        for mistake in not_texts(names, where)
     ]
-    wrong += [told for where, given in maps.items() for told in _no_values(where, given)]
+    wrong += [mistake for where, values in maps.items() for mistake in _no_values(where, values)]
     if doubled := sorted({name for name in tasks if isinstance(name, str) and list(tasks).count(name) > 1}):
         wrong.append(f"{setting}.tasks={list(tasks)} names {', '.join(doubled)} more than once.")
     return wrong
@@ -89,9 +91,9 @@ def not_texts(names: Iterable[Any], where: str) -> list[str]:
     return [f"{where} names {name!r}, and a task's name is a text." for name in wrong]
 
 
-def _no_values(where: str, given: Mapping[Any, Any]) -> Iterator[str]:
+def _no_values(where: str, values: Mapping[Any, Any]) -> Iterator[str]:
     kinds = BY_TASK[where.rpartition(".")[2]]
-    for name, value in given.items():
+    for name, value in values.items():
         if not isinstance(value, kinds) or isinstance(value, bool):
             yield f"{where}.{name}={value!r} must be {'a text' if str in kinds else 'a number'}."
 
@@ -107,7 +109,7 @@ def missing(names: Iterable[Any], include: str | None, where: str, setting: str 
         if unknown and unknown - _built_in():
             task_manager(sorted(unknown), include, setting)
     except UserError as error:
-        return [f"{where}: {told}" for told in error.args]
+        return [f"{where}: {mistake}" for mistake in error.args]
     return []
 
 
@@ -186,8 +188,8 @@ def _where(folders: Sequence[Path], setting: str) -> str:
     """Where a task was searched, and the files there that lm-eval passes over, with the reason."""
     searched = ", ".join(map(str, folders)) or "no folder"
     passed = "; ".join(f"{file} ({why})" for folder in folders for file, why in _damaged(folder))
-    told = f" Searched lm-eval's own tasks and {searched} ({setting}.include)."
-    return told + (f" Could not be read there: {passed}." if passed else "")
+    message = f" Searched lm-eval's own tasks and {searched} ({setting}.include)."
+    return message + (f" Could not be read there: {passed}." if passed else "")
 
 
 def _damaged(folder: Path) -> Iterator[tuple[str, str]]:
@@ -208,10 +210,10 @@ def _root(error: BaseException) -> BaseException:
 def shown(error: BaseException) -> str:
     """An error in one line: what was first raised and, where its words alone say little, the line of code."""
     error = _root(error)
-    told = f"{type(error).__name__}: {' '.join(str(error).split()).removesuffix('.')}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split()).removesuffix('.')}"
     if not isinstance(error, (LookupError, TypeError, AttributeError, AssertionError)) or not error.__traceback__:
-        return told
-    return f"{told}, in `{traceback.extract_tb(error.__traceback__)[-1].line}`"
+        return message
+    return f"{message}, in `{traceback.extract_tb(error.__traceback__)[-1].line}`"
 
 
 def load(
@@ -231,12 +233,12 @@ def load(
     loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
     part_of: dict[str, str] = {}
     for name in tasks:
-        found = _loaded(reading(manager, data_dir, (split or {}).get(name)), name)
-        claim(part_of, name, found["tasks"])
-        for part, task in found["tasks"].items() if name in (split or {}) else ():
+        entries = _loaded(reading(manager, data_dir, (split or {}).get(name)), name)
+        claim(part_of, name, entries["tasks"])
+        for part, task in entries["tasks"].items() if name in (split or {}) else ():
             _judge_on(task, part, (split or {})[name], setting)
         for kind in loaded:
-            loaded[kind].update(found.get(kind, {}))
+            loaded[kind].update(entries.get(kind, {}))
     return loaded, part_of
 
 
@@ -244,7 +246,7 @@ def _loaded(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except UserError as error:
-        raise UserError(*(f"The evaluation task {name!r}: {told}" for told in error.args)) from error
+        raise UserError(*(f"The evaluation task {name!r}: {mistake}" for mistake in error.args)) from error
     except Exception as error:
         # All that happens here is reading a task's YAML and data, and trying its first document: files, the hub,
         # templates and functions of the task's author.
@@ -331,8 +333,8 @@ def tell(
     """Override what each task's YAML says of itself by `metadata` (by name and asked-for task)."""
     for name, task in tasks.items():
         asked = part_of[name]
-        told = {key: by_task[asked] for key, by_task in metadata.items() if by_task and asked in by_task}
-        task.set_config("metadata", {**said(task), **told})
+        overrides = {key: by_task[asked] for key, by_task in metadata.items() if by_task and asked in by_task}
+        task.set_config("metadata", {**said(task), **overrides})
 
 
 def said(task: Any) -> dict[str, Any]:

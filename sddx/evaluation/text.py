@@ -28,10 +28,10 @@ def divergence(
 ) -> float:
     """KL(unpruned || model) in nats, the mean over attended tokens of held-out text (`divergences`). Raises
     ValueError where no token is attended."""
-    found = divergences(teacher, model, batches, chunk=chunk)
-    if not len(found):
+    values = divergences(teacher, model, batches, chunk=chunk)
+    if not len(values):
         raise ValueError("there is no attended token to measure the divergence on")
-    return float(found.mean())
+    return float(values.mean())
 
 
 @torch.no_grad()
@@ -49,17 +49,17 @@ def divergences(
     p (log p - log q), in float32; the heads are applied to `chunk` tokens at a time, so that no
     [batch, time, vocabulary] tensor is made.
     """
-    found = [torch.zeros(0, dtype=torch.float64)]
+    values = [torch.zeros(0, dtype=torch.float64)]
     for batch in batches:
         mask = places(batch)
-        expected, given = teacher(batch, states=False), run(model, batch.input_ids, batch.attention_mask)
-        pairs = zip(expected.hidden[mask].split(chunk), given.hidden[mask].split(chunk), strict=True)
-        found += [_divergence(expected.head(p), given.head(q)) for p, q in pairs]
-    return torch.cat(found)
+        expected, actual = teacher(batch, states=False), run(model, batch.input_ids, batch.attention_mask)
+        pairs = zip(expected.hidden[mask].split(chunk), actual.hidden[mask].split(chunk), strict=True)
+        values += [_divergence(expected.head(p), actual.head(q)) for p, q in pairs]
+    return torch.cat(values)
 
 
-def _divergence(expected: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    log_p, log_q = expected.float().log_softmax(-1), given.float().log_softmax(-1)
+def _divergence(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu()
 
 
@@ -70,9 +70,9 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, chunk: int = 512) 
     total, tokens = 0.0, 0
     for batch in batches:
         mask = labelled(batch)
-        given = run(model, batch.input_ids, batch.attention_mask)
-        pairs = zip(given.hidden[mask].split(chunk), batch.labels[mask].split(chunk), strict=True)
-        total += sum(_cross_entropy(given.head(hidden), labels) for hidden, labels in pairs)
+        outputs = run(model, batch.input_ids, batch.attention_mask)
+        pairs = zip(outputs.hidden[mask].split(chunk), batch.labels[mask].split(chunk), strict=True)
+        total += sum(_cross_entropy(outputs.head(hidden), labels) for hidden, labels in pairs)
         tokens += int(mask.sum())
     # Not math.exp, which raises where a ruined model is beyond all numbers.
     return float(torch.tensor(total / tokens, dtype=torch.float64).exp()) if tokens else None

@@ -51,15 +51,15 @@ def tried(
             return wrong  # each task would say it once more
     for name in tasks:
         try:
-            found = place(name, include, data_dir)
-            if found is None:
+            location = place(name, include, data_dir)
+            if location is None:
                 wrong += declared_mistakes(name, include, of_task(by_task["primary"] or {}, name), setting)
                 continue
             loaded, parts = load([name], include, by_task["split"], setting, data_dir)
             claim(part_of, name, parts)
-            told = {key: by_task.get(key) for key in ("primary", "cluster")}
-            configure(loaded["tasks"], parts, shots=by_task["shots"], max_new_tokens=None, metadata=told)
-            wrong += mistakes(loaded["tasks"], setting, every=found == "files")
+            overrides = {key: by_task.get(key) for key in ("primary", "cluster")}
+            configure(loaded["tasks"], parts, shots=by_task["shots"], max_new_tokens=None, metadata=overrides)
+            wrong += mistakes(loaded["tasks"], setting, every=location == "files")
         except UserError as error:
             wrong += error.args
     return wrong + list(_idle(part_of, setting, by_task))
@@ -89,7 +89,7 @@ def mistakes(tasks: Mapping[str, Any], setting: str = "evaluation", *, every: bo
         ]
         wrong = wrong or list(_of_scores(name, task, setting))
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
-        yield from (f"The task {name!r} {told}" for told in wrong)
+        yield from (f"The task {name!r} {mistake}" for mistake in wrong)
 
 
 def _of_documents(task: Any, *, every: bool) -> Iterator[str]:
@@ -97,24 +97,24 @@ def _of_documents(task: Any, *, every: bool) -> Iterator[str]:
     shots, examples = task.get_config("num_fewshot") or 0, getattr(getattr(task, "sampler", None), "df", [])
     kinds = [(f"split {judged(task)!r}", task.eval_docs, task.config, True)]
     kinds += [("examples", examples, task.fewshot_cfg, False)] if shots and examples else []
-    for kind, documents, how, is_judged in kinds if hasattr(task, "fewshot_cfg") else ():
+    for kind, documents, templates, is_judged in kinds if hasattr(task, "fewshot_cfg") else ():
         unfit = [
             (number, why)
             for number, document in enumerate(documents if every else [documents[0]], 1)
-            if (why := _unfit(task, document, how, is_judged))
+            if (why := _unfit(task, document, templates, is_judged))
         ]
         if unfit:
             more = f", and so with {len(unfit) - 1} more" if len(unfit) > 1 else ""
             yield f"cannot use document {unfit[0][0]} of its {kind}: {unfit[0][1]}{more}."
 
 
-def _unfit(task: Any, document: Any, how: Any, is_judged: bool) -> str | None:
-    """Why a document gives no prompt or no answer, in the words of the task's or its examples' templates (`how`);
+def _unfit(task: Any, document: Any, templates: Any, is_judged: bool) -> str | None:
+    """Why a document gives no prompt or no answer, in the words of `templates`, the task's or its examples';
     None where it gives both."""
     try:
-        text = task.doc_to_text(document, how.doc_to_text)
-        choices = task.doc_to_choice(document, how.doc_to_choice) if how.doc_to_choice else None
-        target = task.doc_to_target(document, how.doc_to_target)
+        text = task.doc_to_text(document, templates.doc_to_text)
+        choices = task.doc_to_choice(document, templates.doc_to_choice) if templates.doc_to_choice else None
+        target = task.doc_to_target(document, templates.doc_to_target)
     except Exception as error:  # whatever the author's templates and functions raise
         return shown(error)
     if choices is not None and not (_texts(choices) and choices):
@@ -195,9 +195,9 @@ def _of_scores(name: str, task: Any, setting: str) -> Iterator[str]:
         yield f"cannot be evaluated: {shown(error)}, on its first document."
         return
     rows = raw["samples"][name] if raw else []
-    found = {f"{metric},{row['filter']}": row[metric] for row in rows for metric in row["metrics"]}
+    scores = {f"{metric},{row['filter']}": row[metric] for row in rows for metric in row["metrics"]}
     by = task.aggregation()
-    numbers = [key for key, value in found.items() if not isinstance(value, (tuple, list))]
+    numbers = [key for key, value in scores.items() if not isinstance(value, (tuple, list))]
     means = [key for key in numbers if is_mean(by.get(key.partition(",")[0]))]
-    primary = said(task).get("primary") or next(iter(found))
-    yield from wrong_primary(primary, list(found), means, setting)
+    primary = said(task).get("primary") or next(iter(scores))
+    yield from wrong_primary(primary, list(scores), means, setting)
