@@ -243,8 +243,8 @@ class Run:
         """The models that are evaluated, first the one that all others are compared with."""
         pruned = self.compressions
         recovered = {**pruned, "student": self.student}
-        found = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
-        return [*(found if self.trains else found[:2]), *self._merging(pruned)]
+        models = [REFERENCE, Subject("pruned", "cut", pruned), Subject("recovered", "student", recovered)]
+        return [*(models if self.trains else models[:2]), *self._merging(pruned)]
 
     def _merging(self, pruned: dict[str, Artifact | None]) -> Iterator[Subject]:
         """The students that are merged, but for this run's own; the one of all their data; what they become."""

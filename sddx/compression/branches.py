@@ -34,7 +34,7 @@ class NoAttention(nn.Module):
         self.layer_idx = layer_idx
         self.patch: nn.Module | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
         """The update of the patch, or zeros, and no attention weights; the cache is told how many tokens passed."""
         cache = next(
             (named[name] for name in ("past_key_values", "layer_past") if named.get(name) is not None), None
@@ -67,7 +67,7 @@ class _Counting:
 
     count = 0
 
-    def update(self, *given: Any, **named: Any) -> Any:
+    def update(self, *arguments: Any, **named: Any) -> Any:
         raise RuntimeError("a block without attention was given keys to remember")
 
     def get_seq_length(self) -> int:

@@ -100,7 +100,7 @@ class Compressed:
     def held(self) -> Iterator[None]:
         """Inside, every step of whatever optimiser is followed by each kind's `after_step`."""
 
-        def after(optimizer: Optimizer, *given: Any) -> None:
+        def after(optimizer: Optimizer, *arguments: Any) -> None:
             for each in self.done:
                 each.after_step(self)
 

@@ -53,8 +53,8 @@ def fit_patches(
         if fit.epochs:
             solved[gap] = _imitate(model, gap, fit, solved[gap], batches, runtime)
     unexplained = _unexplained(model, fits, solved, batches)
-    found = {gap: patch if isinstance(patch, Patch) else patch.state_dict() for gap, patch in solved.items()}
-    return found, unexplained
+    patches = {gap: patch if isinstance(patch, Patch) else patch.state_dict() for gap, patch in solved.items()}
+    return patches, unexplained
 
 
 def _require_possible(model: Any, cut: Cut, gap: Gap, fit: Fit) -> None:
@@ -85,7 +85,7 @@ def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen
     branched: Any = branch_states(model) if any(gap.kind != "blocks" for gap in fits) else nullcontext([])
     with block_states(model) as states, branched as pairs, _neighbours(model, fits) as (calls, written):
         decoder(model)(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-    kept, found = mask.bool(), {}
+    kept, activations = mask.bool(), {}
     for gap, fit in fits.items():
         if gap.kind == "blocks":
             before, after = states[gap.start][kept], states[gap.end][kept]
@@ -94,8 +94,8 @@ def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen
         if fit.reads == "feedforward":
             output = written[gap].reshape(*kept.shape, -1)[kept]
             before, after = output, output + (after - before)
-        found[gap] = Seen(before, after, calls.get(gap))
-    return found
+        activations[gap] = Seen(before, after, calls.get(gap))
+    return activations
 
 
 @contextmanager

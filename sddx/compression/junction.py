@@ -53,10 +53,10 @@ class Gap:
 
 def gaps(cut: Cut) -> list[Gap]:
     """What the cut removed, in the order of the blocks."""
-    found = [Gap("blocks", start, end) for start, end in cut.spans]
-    found += [Gap("attention", block, block + 1) for block in cut.no_attention]
-    found += [Gap("feedforward", block, block + 1) for block in cut.no_feedforward]
-    return sorted(found, key=lambda gap: (gap.start, gap.kind))
+    removed = [Gap("blocks", start, end) for start, end in cut.spans]
+    removed += [Gap("attention", block, block + 1) for block in cut.no_attention]
+    removed += [Gap("feedforward", block, block + 1) for block in cut.no_feedforward]
+    return sorted(removed, key=lambda gap: (gap.start, gap.kind))
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Junction(Compression):
     def load(cls, folder: Path) -> Junction:
         """What `save` wrote."""
         about, weights = json.loads((folder / RECORD).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-        found: dict[Gap, Any] = {}
+        by_gap: dict[Gap, Any] = {}
         for entry in about["gaps"]:
             kind = entry.pop("patch")
             gap = Gap(**entry)
             own = {n.removeprefix(f"{gap.name}."): w for n, w in weights.items() if n.startswith(f"{gap.name}.")}
-            found[gap] = own if kind == BLOCK else getattr(patches, kind)(**own)
-        return cls(found, about["trained"], about["fold"])
+            by_gap[gap] = own if kind == BLOCK else getattr(patches, kind)(**own)
+        return cls(by_gap, about["trained"], about["fold"])
 
     @property
     def name(self) -> str:
@@ -114,8 +114,8 @@ class Junction(Compression):
     def keep(self, made: Compressed, folder: Path) -> None:
         """Write the weights of the patches as they are now; where they were folded there are none."""
         if own := self._own(made):
-            found = {name: weight.detach().float().cpu().contiguous() for name, weight in own.items()}
-            save_file(found, folder / WEIGHTS)
+            tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in own.items()}
+            save_file(tensors, folder / WEIGHTS)
 
     def restore(self, made: Compressed, folder: Path) -> None:
         """Raises UserError where the weights are not those of these patches."""
@@ -147,15 +147,15 @@ def attach(model: Any, cut: Cut, junction: Junction) -> Attached:
 
     Raises UserError where a patch cannot stand there, or cannot be folded.
     """
-    found: Attached = {}
+    attached: Attached = {}
     for gap, patch in junction.patches.items():
         if junction.fold:
             _fold(model, cut, gap, patch)
             continue
         module = _insert(model, cut, gap, patch)
-        found |= {f"{gap.name}.{name}": weight for name, weight in module.named_parameters()}
+        attached |= {f"{gap.name}.{name}": weight for name, weight in module.named_parameters()}
     set_blocks(model, stack(model))  # a block that was put in needs its index
-    return found
+    return attached
 
 
 def _insert(model: Any, cut: Cut, gap: Gap, patch: Any) -> nn.Module:

@@ -19,5 +19,5 @@ def read(folders: Mapping[str, Artifact | Path | None]) -> tuple[Compression, ..
     Raises TypeError for a name that is none of a kind: a stage was given an input that it does not know."""
     if unknown := folders.keys() - KINDS.keys():
         raise TypeError(f"{', '.join(sorted(unknown))} is no kind of compression ({', '.join(KINDS)})")
-    given = {name: each.path if isinstance(each, Artifact) else each for name, each in folders.items()}
-    return tuple(load(folder) for name, load in KINDS.items() if (folder := given.get(name)))
+    paths = {name: each.path if isinstance(each, Artifact) else each for name, each in folders.items()}
+    return tuple(load(folder) for name, load in KINDS.items() if (folder := paths.get(name)))

@@ -57,13 +57,13 @@ def prove(
     ids = _tokens(model, vocabulary)
     with _failures_told(), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        found = {**_structure(model), **_head(model, ids, logits)}
+        proof = {**_structure(model), **_head(model, ids, logits)}
         if sliced is not None:
             _require(torch.equal(logits, sliced), "its logits are not those of the kept blocks")
-        found |= {**_padding(model, ids, logits), **_cache(model, ids)}
+        proof |= {**_padding(model, ids, logits), **_cache(model, ids)}
         if again is not None:
-            found |= _round_trip(again, ids, logits)
-        return {**found, **_gradients(model, ids, whole), "cache_bytes": cache_bytes(model)}
+            proof |= _round_trip(again, ids, logits)
+        return {**proof, **_gradients(model, ids, whole), "cache_bytes": cache_bytes(model)}
 
 
 def sliced_logits(model: Any, cut: Cut, *, vocabulary: int) -> torch.Tensor:
@@ -157,14 +157,14 @@ def _padding(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, A
     token that is attended to, as `generate` does."""
     numbered = "position_ids" in inspect.signature(bare(model).forward).parameters
     padded, mask = (functional.pad(row, (0, PADDING)) for row in (ids, torch.ones_like(ids)))
-    found = {}
+    differences = {}
     for side, shift in (("right", 0), ("left", PADDING)):
         seen = mask.roll(shift, 1)
         positions = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0)} if numbered and shift else {}
         made = model(input_ids=padded.roll(shift, 1), attention_mask=seen, use_cache=False, **positions).logits
-        found[side] = _difference(made[seen.bool()].reshape(logits.shape), logits, model)
-        _require(found[side] is not None, f"padding on the {side} changes its logits")
-    return {f"padded_{side}_difference": difference for side, difference in found.items()}
+        differences[side] = _difference(made[seen.bool()].reshape(logits.shape), logits, model)
+        _require(differences[side] is not None, f"padding on the {side} changes its logits")
+    return {f"padded_{side}_difference": difference for side, difference in differences.items()}
 
 
 def _difference(made: torch.Tensor, expected: torch.Tensor, model: Any) -> float | None:

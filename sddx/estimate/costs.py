@@ -204,11 +204,11 @@ class Estimate:
     def part(self, stage: str, about: Any, size: Size, effort: Effort, cached: float = 0) -> Part:
         """A piece of work by a model of this size, which hangs on the settings `about`. `cached`: tokens that a
         step of decoding attends to, over all rows."""
-        how = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
+        loading = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
         flops = {"reading": effort.reading, "learning": effort.learning, "steps": effort.steps}
         tokens = {"read": effort.read, "written": effort.written, "trained": effort.trained}
         step = size.weight_bytes + cached * size.cache_bytes
-        key = digest([stage, how, about])
+        key = digest([stage, loading, about])
         return Part(stage, key, **flops, step_bytes=step, blocks=size.blocks, tokens=tokens)
 
     @property
@@ -228,12 +228,12 @@ class Estimate:
         to resume from, each the weights that are trained with two moments, the next is written before the last is
         deleted; vLLM reads merged weights."""
         student = self.pruned.weight_bytes if self.is_full else 4 * self.trained
-        found: dict[str, float] = {"model": self.unpruned.weight_bytes}
+        sizes: dict[str, float] = {"model": self.unpruned.weight_bytes}
         read = ["calibration", "text", *(["dataset"] if self.trains else [])]
         names = {self.config[node].get("name") for node in read if not self.config[node].get("data_files")}
-        found |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
-        found |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
-        return found | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
+        sizes |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
+        sizes |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
+        return sizes | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
 
 
 def distinct(parts: Sequence[Part]) -> list[Part]:

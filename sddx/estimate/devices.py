@@ -83,19 +83,17 @@ def this_machine(name: str | None) -> Device:
 
 def _here(like: str | None = None) -> Device:
     """This machine's GPU, with the memory that it has. Raises UserError where it is in no table and `like` none."""
-    found = torch.cuda.get_device_name()
-    if (name := _known(found) or like) is None:
-        raise UserError(
-            f"This GPU ({found}) is in no table. Name one that is like it, gpu=a100, and use probe=60s."
-        )
-    return replace(DEVICES[name], name=found, memory=torch.cuda.get_device_properties(0).total_memory)
+    card = torch.cuda.get_device_name()
+    if (name := _known(card) or like) is None:
+        raise UserError(f"This GPU ({card}) is in no table. Name one that is like it, gpu=a100, and use probe=60s.")
+    return replace(DEVICES[name], name=card, memory=torch.cuda.get_device_properties(0).total_memory)
 
 
-def _known(found: str) -> str | None:
-    """The name in DEVICES of a GPU that calls itself `found`; None for one that is in no table, as the slower cards
+def _known(card: str) -> str | None:
+    """The name in DEVICES of a GPU that calls itself `card`; None for one that is in no table, as the slower cards
     of a kind for a PCIe slot (PCIe, NVL) or a laptop."""
-    words = [word.split("-")[0] for word in found.lower().replace("rtx ", "rtx").split()]
-    slower = any(mark in found.lower() for mark in ("pcie", "nvl", "laptop", "max-q"))
+    words = [word.split("-")[0] for word in card.lower().replace("rtx ", "rtx").split()]
+    slower = any(mark in card.lower() for mark in ("pcie", "nvl", "laptop", "max-q"))
     return None if slower else next((name for name in DEVICES if name in words), None)
 
 

@@ -24,11 +24,11 @@ def peaks(estimate: Estimate) -> dict[str, float]:
     return {name: FRAGMENTS * size for name, size in held.items() if size is not None}
 
 
-def traced(trace: Callable[..., int], *given: Any, **settings: Any) -> int:
+def traced(trace: Callable[..., int], *arguments: Any, **settings: Any) -> int:
     """What a traced pass (`memory`) holds; nothing, with a word, where a family cannot run without numbers
     (experts, in some dtypes)."""
     try:
-        return trace(*given, **settings)
+        return trace(*arguments, **settings)
     except (RuntimeError, AttributeError) as error:
         log.warning("memory beyond the weights is not known for this model: %s", str(error).splitlines()[0])
         return 0

@@ -146,7 +146,7 @@ def _way_out(estimate: Estimate, stage: str, room: float) -> str:
 
 def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
     """Of the runs that hold the same things in memory, the one that is pruned least."""
-    found: dict[Any, Estimate] = {}
+    largest: dict[Any, Estimate] = {}
     for each in sorted(estimates, key=lambda estimate: estimate.pruned.parameters):
         config, pruning, trainer = each.config, each.config["pruning"], each.config["trainer"]
         about = [config[name] for name in HELD] + [trainer.get(name) for name in HELD_BY_TRAINER]
@@ -159,8 +159,8 @@ def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
             each.needs_teacher,
         ]
         about += [config["dataset"].get(name) for name in ("name", "path", "skill")]
-        found[digest(about)] = each
-    return list(found.values())
+        largest[digest(about)] = each
+    return list(largest.values())
 
 
 def show(estimates: Sequence[Estimate], config: Mapping[str, Any], console: Console) -> None:
@@ -169,14 +169,14 @@ def show(estimates: Sequence[Estimate], config: Mapping[str, Any], console: Cons
     device = device_for(config, estimates[0])
     for estimate in {(e.model["path"], e.cut.name): e for e in estimates}.values():
         console.print(_model(estimate, config["context"]))
-    found = [(peaks(estimate), estimate) for estimate in heaviest(estimates)]
+    candidates = [(peaks(estimate), estimate) for estimate in heaviest(estimates)]
     held: dict[str, float] = {}
-    for sizes, _ in found:
+    for sizes, _ in candidates:
         held |= {stage: max(size, held.get(stage, 0)) for stage, size in sizes.items()}
     parts = [part for each in estimates for part in each.parts()]
     spent = seconds(parts, device)
     console.print(_stages(distinct(parts), spent, held, device, len(estimates)))
-    largest = max(found, key=lambda pair: max(pair[0].values()))[1]
+    largest = max(candidates, key=lambda pair: max(pair[0].values()))[1]
     for line in _notes(largest, held, device):
         console.print(line, highlight=False, soft_wrap=True)
     _within_budget(config, None if spent is None else sum(spent.values()) / 3600)
@@ -215,9 +215,9 @@ def _stages(
     for stage in dict.fromkeys(part.stage for part in once):
         here = [part for part in once if part.stage == stage]
         tokens = [sum(part.tokens.get(kind, 0) for part in here) for kind in ("read", "written", "trained")]
-        told = "?" if spent is None else clock(spent[stage])
+        duration = "?" if spent is None else clock(spent[stage])
         memory = f"{held[stage.split()[0]] / 1e9:.1f}" if stage.split()[0] in held else ""
-        table.add_row(stage, str(len(here)), *(_count(value) for value in tokens), memory, told)
+        table.add_row(stage, str(len(here)), *(_count(value) for value in tokens), memory, duration)
     total = "?" if spent is None else clock(sum(spent.values()))
     table.add_section()
     table.add_row("all", "", "", "", "", f"{max(held.values()) / 1e9:.1f}", total)

@@ -114,11 +114,11 @@ def texts_of(node: Mapping[str, Any], tokens: Tokens) -> Texts:
     if "split" in node and "name" in node and not node.get("data_files"):
         mean = min(TEXTS.get(node["name"], 2_000) / CHARACTERS, TEXT_LENGTH)
         return Texts(node["size"] or 1_000, mean, min(LONGEST * mean, TEXT_LENGTH), TEXT_LENGTH)
-    found = build(node)
-    lengths = [min(tokens(text), TEXT_LENGTH) for text in found[: 8 * TEXT_BATCH]]
+    texts = build(node)
+    lengths = [min(tokens(text), TEXT_LENGTH) for text in texts[: 8 * TEXT_BATCH]]
     batches = [lengths[first:end] for first, end in text_spans(lengths)]
     padded = sum(max(batch) * len(batch) for batch in batches) / len(lengths)
-    return Texts(len(found), sum(lengths) / len(lengths), padded, int(max(lengths)))
+    return Texts(len(texts), sum(lengths) / len(lengths), padded, int(max(lengths)))
 
 
 def items_of(task: str, data_dir: str | None = None) -> Items | None:
@@ -138,7 +138,7 @@ def _items_of(task: str, data_dir: str | None) -> Items | None:
         return None
     rows = [json.loads(line) for line in lines(file)]
     answers = [row.get("choices", [row["answer"]]) for row in rows]
-    texts = [row["question"] + answer for row, given in zip(rows, answers, strict=True) for answer in given]
+    texts = [row["question"] + answer for row, choices in zip(rows, answers, strict=True) for answer in choices]
     characters = sum(map(len, texts)) / len(texts)
     return Items(len(rows), len(answers[0]), characters, written=0 if "choices" in rows[0] else 30)
 

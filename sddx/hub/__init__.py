@@ -127,7 +127,7 @@ def notes() -> Path:
 def note(commits: Mapping[tuple[str, str | None], str]) -> None:
     """Remember the commits that were fetched for datasets, by name and the revision asked for. Raises UserError
     where the file cannot be written."""
-    noted = _noted() | {_entry(*asked): found for asked, found in commits.items()}
+    noted = _noted() | {_entry(*asked): sha for asked, sha in commits.items()}
     try:
         notes().parent.mkdir(parents=True, exist_ok=True)
         replace_text(notes(), json.dumps(noted, indent=1, sort_keys=True) + "\n")
@@ -158,6 +158,6 @@ def unpacked(name: str, subset: str | None, at: str = "*") -> list[Path]:
 
     *owner, last = name.split("/")
     folder = Path(config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(last)])
-    found = [path.parent for path in folder.glob(f"{subset or '*'}/*/{at}/dataset_info.json")]
-    whole = [path for path in found if path.suffix != ".incomplete"]
+    folders = [path.parent for path in folder.glob(f"{subset or '*'}/*/{at}/dataset_info.json")]
+    whole = [path for path in folders if path.suffix != ".incomplete"]
     return sorted(whole, key=lambda path: path.stat().st_mtime)

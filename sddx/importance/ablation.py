@@ -220,8 +220,8 @@ class Shapley(Ablation):
 
     def _known(self, sources: Sources) -> float | None:
         """The probability that the lowest units are these; None where it was not asked for, or cannot be told."""
-        told = len(sources["orders"]) >= 4 and len(sources["texts"]) > 1
-        if self.lowest is None or not told or not 0 < self.lowest < sources["texts"].shape[1]:
+        enough = len(sources["orders"]) >= 4 and len(sources["texts"]) > 1
+        if self.lowest is None or not enough or not 0 < self.lowest < sources["texts"].shape[1]:
             return None
         return membership(sources, self.lowest, self.seed)
 

@@ -49,12 +49,12 @@ class Replay:
 
     def _variants(self, block: Any) -> dict[tuple[bool, bool], Any]:
         """The block as it is and without each of its branches; None without both."""
-        found = {(True, True): block, (False, False): None}
+        variants = {(True, True): block, (False, False): None}
         if self.units.granularity != "blocks":
             kinds = branches(self.model)
-            found[False, True] = without(block, "attention", kinds["attention"])
-            found[True, False] = without(block, "feedforward", kinds["feedforward"])
-        return found
+            variants[False, True] = without(block, "attention", kinds["attention"])
+            variants[True, False] = without(block, "feedforward", kinds["feedforward"])
+        return variants
 
     def load(self, batch: Batch) -> None:
         """Take up a batch: note how the whole model calls each of its blocks."""
@@ -128,7 +128,7 @@ class OfLogits:
         """[coalitions, sequences], float64. Raises UserError where no text has a label."""
         distinct = _in_order(coalitions)
         replay = Replay(subject.model, subject.units, reuse=self.reuse)
-        found: list[Tensor] = []
+        columns: list[Tensor] = []
         batches = subject.first(self.sequences)
         total = len(distinct) * len(batches)
         with subject.runtime.progress(total=total, what=self.label, unit="pass") as bar, torch.no_grad():
@@ -139,8 +139,8 @@ class OfLogits:
                 for coalition in distinct:
                     rows.append(self._sequences(subject, batch, replay.run(coalition), full))
                     bar.update(1)
-                found.append(torch.stack(rows)[:, (batch.labels >= 0).any(1)])  # texts of one token have none
-        values = torch.cat(found, dim=1)
+                columns.append(torch.stack(rows)[:, (batch.labels >= 0).any(1)])  # texts of one token have none
+        values = torch.cat(columns, dim=1)
         if not values.shape[1]:
             raise UserError(f"{self.label} needs labels, and no calibration text has a token after the first.")
         if not values.isfinite().all():
@@ -243,9 +243,9 @@ class TaskScore:
 
     def require(self) -> None:
         """Raises UserError where the tasks cannot be evaluated by these settings."""
-        given: dict[str, Any] = {"split": self.split, "shots": self.shots, "primary": self.primary}
-        given |= {"include": self.include, "data_dir": self.data_dir, "cluster": self.cluster}
-        require_tasks(WHERE, tasks=self.tasks, limit=self.limit, **given)
+        settings: dict[str, Any] = {"split": self.split, "shots": self.shots, "primary": self.primary}
+        settings |= {"include": self.include, "data_dir": self.data_dir, "cluster": self.cluster}
+        require_tasks(WHERE, tasks=self.tasks, limit=self.limit, **settings)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         """Each item's score under each coalition, [coalitions, items] in float64."""
@@ -296,10 +296,10 @@ def _in_order(coalitions: Sequence[Coalition]) -> list[Coalition]:
     return sorted(set(coalitions), reverse=True)
 
 
-def _by_name(asked: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(asked: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is given for tasks, by the names of what is evaluated for them (`asked`: the task by that name)."""
-    known = {name: given[key] for name, task in asked.items() for key in (task, name) if key in given}
-    return {**{key: value for key, value in given.items() if key not in asked.values()}, **known}
+    known = {name: settings[key] for name, task in asked.items() for key in (task, name) if key in settings}
+    return {**{key: value for key, value in settings.items() if key not in asked.values()}, **known}
 
 
 def _selection(task: str, include: str | None) -> str:

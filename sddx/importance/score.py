@@ -49,14 +49,14 @@ class Subject:
 
     def texts(self, sequences: int | None) -> list[Subject]:
         """The first texts with a label, each as a subject of its own, without padding."""
-        found = []
+        subjects = []
         for batch in self.first(sequences):
             for row in range(len(batch.input_ids)):
                 kept = batch.attention_mask[row].bool()
                 alone = Batch(*(part[row : row + 1, kept] for part in vars(batch).values()))
                 if (alone.labels >= 0).any():
-                    found.append(replace(self, batches=[alone]))
-        return found
+                    subjects.append(replace(self, batches=[alone]))
+        return subjects
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,21 @@ def score_units(subject: Subject, metrics: Mapping[str, OfStates | Measures]) ->
     where there are no sequences, or a score is not finite.
     """
     passing: dict[str, Any] = {name: m for name, m in metrics.items() if not hasattr(m, "measure")}
-    found = one_pass(subject, passing) if passing else {}
+    summaries = one_pass(subject, passing) if passing else {}
     for name, metric in metrics.items():
         if name not in passing:
-            found[name] = metric.measure(subject)  # type: ignore[union-attr]
-    return {name: found[name] for name in metrics}
+            summaries[name] = metric.measure(subject)  # type: ignore[union-attr]
+    return {name: summaries[name] for name in metrics}
 
 
 def works(metrics: Mapping[str, OfStates | Measures], units: Units, texts: int) -> dict[str, Work]:
     """What `score_units` runs on so many texts: by metric, and under "" the one pass of all functions of states. A
     metric that does not say is taken for another pass."""
-    found = {"": Work(body=texts)} if any(not hasattr(m, "measure") for m in metrics.values()) else {}
+    by_metric = {"": Work(body=texts)} if any(not hasattr(m, "measure") for m in metrics.values()) else {}
     for name, metric in metrics.items():
         if hasattr(metric, "measure"):
-            found[name] = metric.work(units, texts) if hasattr(metric, "work") else Work(body=texts)
-    return found
+            by_metric[name] = metric.work(units, texts) if hasattr(metric, "work") else Work(body=texts)
+    return by_metric
 
 
 def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dict[str, Any]]:
@@ -123,14 +123,14 @@ def one_pass(subject: Subject, metrics: Mapping[str, OfStates]) -> dict[str, dic
             for name, metric in metrics.items():
                 values[name] |= zip(places, _values(metric, seen, mask, subject.units).cpu(), strict=True)
             bar.update(len(mask))
-    return {name: _summed(found) for name, found in values.items()}
+    return {name: _summed(by_place) for name, by_place in values.items()}
 
 
-def _summed(found: Mapping[int, Tensor]) -> dict[str, Any]:
+def _summed(by_place: Mapping[int, Tensor]) -> dict[str, Any]:
     """The summary of one value per sequence, by its place among the texts."""
     sums = Sums()
-    for place in sorted(found):
-        sums.add(found[place][None])
+    for place in sorted(by_place):
+        sums.add(by_place[place][None])
     return sums.summary()
 
 
@@ -187,11 +187,11 @@ class Sums:
         }
 
 
-def require_sequences(metric: str, given: int, needed: int) -> None:
+def require_sequences(metric: str, count: int, needed: int) -> None:
     """Raises UserError where there is too little calibration data."""
-    if given < needed:
+    if count < needed:
         raise UserError(
-            f"{metric} was given {given} calibration sequences and needs {needed} at least, better hundreds. Raise "
+            f"{metric} was given {count} calibration sequences and needs {needed} at least, better hundreds. Raise "
             "calibration.size, or choose a larger text."
         )
 

@@ -32,12 +32,12 @@ def errors(sources: Sources) -> dict[str, Any]:
         return {"stderr": None, "half_width": None}
     variances = {name: parts.double().var(0) / len(parts) for name, parts in sources.items()}
     reach = sum(quantile(len(sources[name])) ** 2 * variance for name, variance in variances.items())
-    found = {
+    overall = {
         "stderr": torch.stack([*variances.values()]).sum(0).sqrt().tolist(),
         "half_width": reach.sqrt().tolist(),
     }
     apart = {"stderr_of": {name: variance.sqrt().tolist() for name, variance in variances.items()}}
-    return found | (apart if len(sources) > 1 else {})
+    return overall | (apart if len(sources) > 1 else {})
 
 
 def quantile(drawn: int) -> float:

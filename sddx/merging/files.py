@@ -21,18 +21,18 @@ Method = Callable[..., Merged]
 
 def shards(folder: Path) -> dict[str, list[str]]:
     """The tensors' names in each file of weights of a model folder."""
-    found = {}
+    by_file = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found[path.name] = sorted(file.keys())
-    return found
+            by_file[path.name] = sorted(file.keys())
+    return by_file
 
 
 def merge_files(
-    parents: Sequence[Path], base: Path, out: Path, method: Method, told: Callable[[int], Any] = lambda count: None
+    parents: Sequence[Path], base: Path, out: Path, method: Method, tick: Callable[[int], Any] = lambda count: None
 ) -> Counter[str]:
     """Write the merged weights into `out`, shard by shard as those of the first of `parents`; all are folders with
-    safetensors. `told` is given the number of tensors that were written. Returns how many tensors took which way.
+    safetensors. `tick` is given the number of tensors that were written. Returns how many tensors took which way.
 
     Raises UserError, before a tensor is read, where names, shapes or dtypes differ."""
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def merge_files(
                 merged, way = method(students, origin, _place(name))
                 made[name] = merged.contiguous()
                 ways[way] += 1
-                told(1)
+                tick(1)
             save_file(made, out / file, metadata={"format": "pt"})
     if (parents[0] / INDEX).is_file():
         (out / INDEX).write_text((parents[0] / INDEX).read_text(encoding="utf-8"), encoding="utf-8")
@@ -96,5 +96,5 @@ def _said(dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def _place(name: str) -> Place:
-    found = re.search(r"\.(\d+)\.", name)
-    return Place(name, int(found[1]) if found else None)
+    match = re.search(r"\.(\d+)\.", name)
+    return Place(name, int(match[1]) if match else None)

@@ -146,15 +146,15 @@ def branches(model: Any) -> dict[str, Branch]:
             f"where a {type(bare(model)).__name__} keeps the branches of its blocks is not known (sddx.models."
             f"families.FAMILIES). Use pruning.units=blocks, or one of {BRANCHED}."
         )
-    found = {"attention": named.attention, "feedforward": named.feedforward}
-    for kind, branch in found.items():
+    by_kind = {"attention": named.attention, "feedforward": named.feedforward}
+    for kind, branch in by_kind.items():
         for name in filter(None, (branch.core, *branch.others, branch.post)):
             if any(name not in dict(block.named_children()) for block in blocks(model)):
                 raise UserError(
                     f"the {kind} branch of a {type(bare(model)).__name__} cannot be told from the rest of its "
                     f"block ({name} is not there). Use pruning.units=blocks."
                 )
-    return found
+    return by_kind
 
 
 def is_parallel(model: Any) -> bool:

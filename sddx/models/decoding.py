@@ -124,18 +124,18 @@ def remembers_all(model: Any, longest: int) -> bool:
 
 def holds(model: Any, proof: Callable[[Any], tuple[Tensor, Tensor]]) -> bool:
     """Whether the states that a proof finds are those it expects, to the rounding of their dtype."""
-    told = "rows of a %s are read alone: %s"
+    message = "rows of a %s are read alone: %s"
     try:
         with torch.no_grad():
-            found, expected = proof(model)
+            states, expected = proof(model)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each family has its own way of refusing a cache or a mask
-        _log.info(told, type(bare(model)).__name__, error)
+        _log.info(message, type(bare(model)).__name__, error)
         return False
-    apart = float((found - expected).float().norm() / expected.float().norm())
+    apart = float((states - expected).float().norm() / expected.float().norm())
     if not (sound := apart <= torch.finfo(expected.dtype).eps ** 0.5):
-        _log.info(told, type(bare(model)).__name__, f"side by side their states differ by {apart:.2g}")
+        _log.info(message, type(bare(model)).__name__, f"side by side their states differ by {apart:.2g}")
     return sound
 
 
@@ -145,9 +145,9 @@ def _side_by_side(model: Any) -> tuple[Tensor, Tensor]:
     body = decoder(model)
     with grouped(model):
         batch = ContinuousBatch(model, 2, 6, first[:1])
-        found = torch.stack([batch.admit([first, second]), batch.step(last * 2)], dim=1)
-    rows = [torch.tensor([row + last], device=found.device) for row in (first, second)]
-    return found, torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[:, -2:] for row in rows])
+        states = torch.stack([batch.admit([first, second]), batch.step(last * 2)], dim=1)
+    rows = [torch.tensor([row + last], device=states.device) for row in (first, second)]
+    return states, torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[:, -2:] for row in rows])
 
 
 class ContinuousBatch:
@@ -359,10 +359,10 @@ def grouped_attention(
     if query.device.type == "cpu":  # where the fused kernel takes twice as long for a few positions
         scores = (folded @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
         scores = (scores * (width**-0.5 if scaling is None else scaling)).masked_fill_(~attention_mask, -torch.inf)
-        found = scores.softmax(-1).to(value.dtype) @ value
+        attended = scores.softmax(-1).to(value.dtype) @ value
     else:
-        found = scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(rows, 1, heads, -1), None
+        attended = scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return attended.reshape(rows, 1, heads, -1), None
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

@@ -93,10 +93,10 @@ def cached(path: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in this machine's cache; None where it lacks what a run reads (its licence is not
     asked for)."""
     try:
-        found = Path(_snapshot(path, revision, RUNS, local_files_only=True))
+        snapshot = Path(_snapshot(path, revision, RUNS, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return found if _has_weights(found) else None
+    return snapshot if _has_weights(snapshot) else None
 
 
 def download(path: str, revision: str | None) -> Path:
@@ -111,8 +111,10 @@ def download(path: str, revision: str | None) -> Path:
         return Path(_snapshot(path, revision, FILES))
 
 
-def _snapshot(path: str, revision: str | None, files: Sequence[str], **how: Any) -> str:
-    return snapshot_download(path, revision=revision, allow_patterns=[*files], ignore_patterns=[*ELSEWHERE], **how)
+def _snapshot(path: str, revision: str | None, files: Sequence[str], **options: Any) -> str:
+    return snapshot_download(
+        path, revision=revision, allow_patterns=[*files], ignore_patterns=[*ELSEWHERE], **options
+    )
 
 
 def fetched(name: str, files: Sequence[str] = FILES) -> bool:
@@ -204,7 +206,7 @@ def _require_weights(folder: Path, attention: str) -> None:
             progress.enable_progress_bar()
 
 
-def _read(folder: Path, attention: str, **how: Any) -> Any:
+def _read(folder: Path, attention: str, **loading: Any) -> Any:
     """The model in a folder, every weight of it accounted for, its blocks in their place."""
     if not _has_weights(folder):
         raise UserError(
@@ -222,7 +224,7 @@ def _read(folder: Path, attention: str, **how: Any) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            **how,
+            **loading,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
@@ -456,28 +458,28 @@ def stated_dtype(path: str, revision: str | None) -> str:
     with asking("model", path, revision, otherwise=otherwise):
         file = hf_hub_download(path, "config.json", revision=revision)
     config = json.loads(Path(file).read_text(encoding="utf-8"))
-    found = config.get("dtype") or config.get("torch_dtype")
-    if found not in DTYPES:
-        raise UserError(f"The config of {path} says no dtype that is known ({found}). Give model.dtype=bfloat16.")
-    return found
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in DTYPES:
+        raise UserError(f"The config of {path} says no dtype that is known ({dtype}). Give model.dtype=bfloat16.")
+    return dtype
 
 
 def own_dtype(folder: Path) -> str:
     """The dtype that a model's files hold it in: what its config says, or that of its first weight of real numbers.
     Raises UserError for one that no model can be asked to compute in."""
     if (said_by_config := getattr(_config(folder), "dtype", None)) is not None:
-        found = str(said_by_config).removeprefix("torch.")
+        dtype = str(said_by_config).removeprefix("torch.")
     else:
         with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
             kinds = (weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118
-            found = next((str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point), "none")
-    if found not in DTYPES:
-        raise UserError(f"{folder} holds its weights as {found}. Give model.dtype={', '.join(DTYPES)}.")
-    return found
+            dtype = next((str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point), "none")
+    if dtype not in DTYPES:
+        raise UserError(f"{folder} holds its weights as {dtype}. Give model.dtype={', '.join(DTYPES)}.")
+    return dtype
 
 
 def context_of(config: Any) -> int | None:
     """The tokens that a model was made for at most; None where its config does not say."""
     text = config.get_text_config()
-    found = (getattr(text, name, None) for name in CONTEXT)
-    return next((length for length in found if isinstance(length, int) and length > 0), None)
+    lengths = (getattr(text, name, None) for name in CONTEXT)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)

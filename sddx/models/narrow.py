@@ -125,12 +125,12 @@ def _shorten_rotation(config: Any, head: int) -> None:
                 rotation[name] = value[: head // 2]
 
 
-def built(config: Any, dtype: torch.dtype, **how: Any) -> nn.Module:
+def built(config: Any, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The model of this config with random weights, the same ones each time. Raises UserError where transformers
     makes none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         except REFUSALS as error:
             raise UserError(f"no {config.model_type} model is made of this config: {error}.") from error

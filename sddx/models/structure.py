@@ -101,13 +101,13 @@ def _calls(model: Any, names: dict[Any, str]) -> tuple[list[str], dict[Any, Any]
 
 def _in_order(names: dict[Any, str], begun: list[str]) -> list[nn.ModuleList]:
     """The lists of modules whose members a pass entered once each, in their order."""
-    found = []
+    lists = []
     for module, name in names.items():
         if isinstance(module, nn.ModuleList):
             members = [f"{name}.{number}" for number in range(len(module))]
             if [each for each in begun if each in set(members)] == members:
-                found.append(module)
-    return found
+                lists.append(module)
+    return lists
 
 
 def _is_body(module: nn.Module, outputs: dict[Any, Any]) -> bool:

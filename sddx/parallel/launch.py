@@ -41,7 +41,7 @@ class Place:
 
 
 def sharded(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates `work(*given, runtime=...)`, which runs passes of frozen models: where `runtime.shards` is above 1
+    """Decorates `work(*inputs, runtime=...)`, which runs passes of frozen models: where `runtime.shards` is above 1
     it is called in so many processes as `launch` calls it, between which the models are cut (`models.load.placed`).
 
     All of them make the same passes over the same batches in the same order, since each pass needs the shards of
@@ -50,11 +50,11 @@ def sharded(work: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(work)
-    def run(*given: Any, runtime: Runtime) -> Any:
+    def run(*inputs: Any, runtime: Runtime) -> Any:
         if runtime.shards == 1:
-            return work(*given, runtime=runtime)
+            return work(*inputs, runtime=runtime)
         try:
-            return _kept(runtime.shards, runtime.device).run(partial(run, *given), runtime)
+            return _kept(runtime.shards, runtime.device).run(partial(run, *inputs), runtime)
         except BaseException:
             release()
             raise
@@ -208,8 +208,8 @@ def _serve(place: Place, end: Connection) -> None:
     except (UserError, Interrupted) as known:
         end.send(("failed", known))
     except BaseException:
-        told = f"in process {place.rank} of {place.devices}:\n{traceback.format_exc()}"
-        end.send(("failed", RuntimeError(told)))
+        message = f"in process {place.rank} of {place.devices}:\n{traceback.format_exc()}"
+        end.send(("failed", RuntimeError(message)))
 
 
 def _end_with_parent() -> None:

@@ -37,9 +37,9 @@ def precheck(
     wrong += [mistake for each in everyone for mistake in _refused("of_settings", each, shaky=shaky)]
     wrong += mistakes_of([lambda: require_tracked(loggers)], shaky=shaky)
     if is_here(model["path"], model["revision"]) or (download and not wrong):
-        found: list[LocalModel] = []
-        wrong += mistakes_of([lambda: found.append(_local(model))], shaky=shaky)
-        asked = [(each, local) for local in found for each in everyone]
+        models: list[LocalModel] = []
+        wrong += mistakes_of([lambda: models.append(_local(model))], shaky=shaky)
+        asked = [(each, local) for local in models for each in everyone]
         wrong += [mistake for each, local in asked for mistake in _refused("of_model", each, local, shaky=shaky)]
     require_none(wrong)
 
@@ -74,11 +74,11 @@ def _refused(kind: str, method: Settings, *model: LocalModel, shaky: bool) -> li
     return wrong
 
 
-def _asked(listed: Listed, number: int, *given: Any, shaky: bool) -> list[str]:
+def _asked(listed: Listed, number: int, *arguments: Any, shaky: bool) -> list[str]:
     """What one of a stage's checks finds wrong; the settings come last."""
-    *model, method = given
+    *model, method = arguments
     return mistakes_of([listed(method, *model)[number]], shaky=shaky)
 
 
-def _nothing(*given: Any) -> list[Check]:
+def _nothing(*arguments: Any) -> list[Check]:
     return []

@@ -30,10 +30,10 @@ def read_by(store: Store, *nodes: Mapping[str, Any]) -> list[Artifact]:
     paths = [Path(node[key]) for node in nodes for key in ("path", "include", "data_files") if node.get(key)]
     evaluated = [node for node in nodes if "tasks" in node]
     asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in evaluated]
-    commits = [found for each in asked if (found := task_commits(*each))]
+    commits = [pinned for each in asked if (pinned := task_commits(*each))]
     files = [store.source("files", path) for path in ([OWN_TASKS] if asked else []) + paths]
     files += [_task_rows(store, node) for node in evaluated if node.get("data_dir")]
-    return files + [Artifact("files", digest(found), OWN_TASKS) for found in commits]
+    return files + [Artifact("files", digest(pinned), OWN_TASKS) for pinned in commits]
 
 
 def task_files(store: Store, metrics: Mapping[str, Any]) -> list[Artifact]:
@@ -46,9 +46,9 @@ def keyed_rows(store: Store, settings: Any) -> Any:
     """Settings in which a folder of tasks' rows is known by the key of what is read there, wherever it lies."""
     if not isinstance(settings, dict):
         return settings
-    found = {name: keyed_rows(store, value) for name, value in settings.items()}
+    keyed = {name: keyed_rows(store, value) for name, value in settings.items()}
     placed = "tasks" in settings and settings.get("data_dir")
-    return {**found, "data_dir": _task_rows(store, settings).key} if placed else found
+    return {**keyed, "data_dir": _task_rows(store, settings).key} if placed else keyed
 
 
 def _task_rows(store: Store, node: Mapping[str, Any]) -> Artifact:
@@ -56,6 +56,6 @@ def _task_rows(store: Store, node: Mapping[str, Any]) -> Artifact:
     from sddx.evaluation.task_data import task_files as files_of_tasks
     from sddx.evaluation.task_files import ROWS, folder_of
 
-    found = files_of_tasks(node["tasks"], node.get("include"), node["data_dir"])
-    keys = {task: {split: store.source(ROWS, path).key for split, path in of.items()} for task, of in found.items()}
+    files = files_of_tasks(node["tasks"], node.get("include"), node["data_dir"])
+    keys = {task: {split: store.source(ROWS, path).key for split, path in of.items()} for task, of in files.items()}
     return Artifact(ROWS, digest(keys), folder_of(node["data_dir"]) or Path())

@@ -67,15 +67,15 @@ def recipe(
     """
     settings = {key: plain(value, key) for key, value in spec.items()}
     wired = _renamed(settings, lambda target: digest(_summed(sources.reached(target))))
-    named = tuple((name, each) for name, given in inputs.items() for each in _listed(given))
+    named = tuple((name, each) for name, artifacts in inputs.items() for each in _listed(artifacts))
     every = [stage_source(stage), *map(sources.reached, _targets(settings))]
     return Recipe(stage.__name__, settings, wired, named, sources.together(every))
 
 
-def _listed(given: Artifact | Sequence[Artifact] | None) -> Sequence[Artifact]:
-    if given is None:
+def _listed(artifacts: Artifact | Sequence[Artifact] | None) -> Sequence[Artifact]:
+    if artifacts is None:
         return ()
-    return (given,) if isinstance(given, Artifact) else given
+    return (artifacts,) if isinstance(artifacts, Artifact) else artifacts
 
 
 def stage_source(stage: Callable[..., Any]) -> Reached:

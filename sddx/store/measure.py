@@ -63,11 +63,11 @@ def threads() -> int:
 @cache
 def versions() -> dict[str, str]:
     """The version of Python and of each of PACKAGES that is installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3])), "sddx": sddx.__version__}
+    installed = {"python": ".".join(map(str, sys.version_info[:3])), "sddx": sddx.__version__}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 @cache

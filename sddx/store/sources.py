@@ -131,14 +131,14 @@ class Module:
 def changed(definitions: Iterable[Definition]) -> list[Definition]:
     """Those that are no longer as this process first read them."""
     fresh: dict[Module, Module | None] = {}
-    found = []
+    stale = []
     for one in definitions:
         if one.module not in fresh:
             fresh[one.module] = one.module.edited()
         now = fresh[one.module]
         if now is not None and (now is one.module or now.digest(one.name) != one.digest):
-            found.append(one)
-    return found
+            stale.append(one)
+    return stale
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def reached(target: str) -> Reached:
 
 def name(target: str) -> str | None:
     """The name that the first-party definition behind a dotted name has in its module; None for others."""
-    found = {one.name for one in _resolve(current(target)) if isinstance(one, Definition)} - {EFFECTS}
-    return found.pop() if len(found) == 1 else None
+    names = {one.name for one in _resolve(current(target)) if isinstance(one, Definition)} - {EFFECTS}
+    return names.pop() if len(names) == 1 else None
 
 
 def together(parts: Iterable[Reached]) -> Reached:
@@ -194,15 +194,15 @@ def _closed(pending: set[Definition | str]) -> Reached:
 def _next(one: Definition) -> set[Definition | str]:
     """What the code of a definition speaks of, and what its module and the packages around it run on import."""
     module = one.module
-    found: set[Definition | str] = {Definition(module, EFFECTS)}
+    mentioned: set[Definition | str] = {Definition(module, EFFECTS)}
     if one.name == EFFECTS:
         around = [module.name.rsplit(".", cut)[0] for cut in range(1, module.name.count(".") + 1)]
         others = filter(None, map(_module, (*around, *_with_above(module.imports.values()))))
-        found |= {Definition(other, EFFECTS) for other in others}
+        mentioned |= {Definition(other, EFFECTS) for other in others}
     for statement in module.bare(one.name):
         for chain in _chains(statement):
-            found |= _in_module(module, chain)
-    return found
+            mentioned |= _in_module(module, chain)
+    return mentioned
 
 
 def _with_above(imports: Iterable[list[str]]) -> set[str]:
@@ -213,15 +213,15 @@ def _with_above(imports: Iterable[list[str]]) -> set[str]:
 
 def _in_module(module: Module, chain: list[str]) -> set[Definition | str]:
     """What a dotted name means inside a module; nothing for a local name or a builtin."""
-    found: set[Definition | str] = set()
+    meanings: set[Definition | str] = set()
     if chain[0] in module.names:
-        found.add(Definition(module, chain[0]))
+        meanings.add(Definition(module, chain[0]))
     for target in module.imports.get(chain[0], []):
-        found |= _resolve(".".join([target, *chain[1:]]))
+        meanings |= _resolve(".".join([target, *chain[1:]]))
     for star in module.imports.get("*", []):
         if (other := _module(star)) and other is not module and chain[0] in (*other.names, *other.imports):
-            found |= _in_module(other, chain)
-    return found
+            meanings |= _in_module(other, chain)
+    return meanings
 
 
 @cache
@@ -251,10 +251,10 @@ def _module(name: str) -> Module | None:
             return None
         home = PACKAGE.parent
     else:
-        found = _home(top, name, strict=False)
-        if found is None or _third_party(found):
+        root = _home(top, name, strict=False)
+        if root is None or _third_party(root):
             return None
-        home = found
+        home = root
     base = home.joinpath(top, *rest)
     files = (base / "__init__.py", base.with_name(base.name + ".py"))
     path = next((file for file in files if file.is_file()), None)
@@ -348,20 +348,20 @@ def _assigned(target: ast.expr) -> list[str]:
 def _imports(tree: ast.Module, name: str, *, is_package: bool) -> dict[str, list[str]]:
     """By the name that it binds, at any depth, the absolute dotted names that an import may give it."""
     package = name.split(".") if is_package else name.split(".")[:-1]
-    found: dict[str, list[str]] = {}
+    bindings: dict[str, list[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 whole = alias.asname or alias.name.partition(".")[0]
-                found.setdefault(whole, []).append(alias.name if alias.asname else whole)
-                found.setdefault("", []).append(alias.name)  # what it loads, under no name
+                bindings.setdefault(whole, []).append(alias.name if alias.asname else whole)
+                bindings.setdefault("", []).append(alias.name)  # what it loads, under no name
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 target = stem if alias.name == "*" else f"{stem}.{alias.name}"
-                found.setdefault(alias.asname or alias.name, []).append(target)
-    return found
+                bindings.setdefault(alias.asname or alias.name, []).append(target)
+    return bindings
 
 
 def _chains(statement: ast.AST) -> Iterator[list[str]]:
@@ -392,8 +392,8 @@ class _Bare(ast.NodeTransformer):
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        told = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if told or self._only_tells(node.value) else self.generic_visit(node)
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text or self._only_tells(node.value) else self.generic_visit(node)
 
     def _only_tells(self, value: ast.expr) -> bool:
         if not isinstance(value, ast.Call):

@@ -71,12 +71,12 @@ def find_run(path: str | Path) -> Recovered:
             f"{error} Give the summary.json that the last line of sddx.train names, or its folder."
         ) from None
     keys, base, store = fields["artifacts"], Path(fields["model_path"]), Path(fields["store"])
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for stage in (stage for stage in ("prune", "patch", "train") if stage in keys):
         place = manifest.find(store, stage, keys[stage])
         if place is None or not base.is_dir():
             gone = base if place else f"{stage} {keys[stage]} in the store {store}"
             raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
-        found[stage] = place
-    done = read({"cut": found["prune"], "patch": found.get("patch")})
-    return Recovered(file.parent, fields, base, done, found.get("train"))
+        folders[stage] = place
+    done = read({"cut": folders["prune"], "patch": folders.get("patch")})
+    return Recovered(file.parent, fields, base, done, folders.get("train"))

@@ -107,8 +107,8 @@ def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequenc
     `load` composes Hydra's configuration of one cell. Raises UserError where two cells would have one name or one
     folder.
     """
-    numbered = [(first + place, tuple(given)) for place, given in enumerate(overrides)]
-    cells = [_cell(_numbered(load(list(given)), number), given, number) for number, given in numbered]
+    numbered = [(first + place, tuple(arguments)) for place, arguments in enumerate(overrides)]
+    cells = [_cell(_numbered(load(list(arguments)), number), arguments, number) for number, arguments in numbered]
     parts = varying(cells)
     group = "-".join([*(part.split(".")[-1] for part in parts), digest([cell.config for cell in cells])[:8]])
     cells = [cell.labelled(_name(cell, parts), shortened(group, GROUP)) for cell in cells]

@@ -81,9 +81,9 @@ def _devices() -> list[str]:
     """The CUDA devices that this process may use, without touching them."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,19 @@ class Submitit:
 
     def __call__(self, levels: Levels, task: str) -> None:
         submitit = _engine("submitit")
-        given = {name: value for name, value in self.parameters.items() if value is not None}
+        parameters = {name: value for name, value in self.parameters.items() if value is not None}
         try:
             executor = submitit.AutoExecutor(folder=levels[0][0].parent / ".submitit", cluster=self.cluster)
-            executor.update_parameters(**given)
+            executor.update_parameters(**parameters)
         # No Slurm here; a parameter that does not exist, or is of another type.
         except (RuntimeError, NameError, ValueError, AssertionError) as error:
-            raise UserError(f"submitit cannot use cluster={self.cluster} with {given}: {error}") from None
+            raise UserError(f"submitit cannot use cluster={self.cluster} with {parameters}: {error}") from None
         ordered = self.cluster == "slurm"  # it knows dependencies; elsewhere a level waits for the one before
         jobs: list[Any] = []
         with Runtime().progress(total=sum(map(len, levels)), what="cells", unit="cell") as bar:
             for level in levels:
                 if ordered:
-                    _follow(executor, given, jobs)
+                    _follow(executor, parameters, jobs)
                 with executor.batch():
                     submitted = [executor.submit(Job(folder, task)) for folder in level]
                 jobs += submitted
@@ -140,10 +140,10 @@ class Submitit:
                 _wait(jobs, self.poll, bar)
 
 
-def _follow(executor: Any, given: dict[str, Any], jobs: Sequence[Any]) -> None:
+def _follow(executor: Any, parameters: dict[str, Any], jobs: Sequence[Any]) -> None:
     """The jobs to come start when these have ended, however they ended."""
     arrays = sorted({job.job_id.split("_")[0] for job in jobs})
-    more = dict(given.get("slurm_additional_parameters", {}))
+    more = dict(parameters.get("slurm_additional_parameters", {}))
     if arrays:
         more["dependency"] = f"afterany:{':'.join(arrays)}"
     executor.update_parameters(slurm_additional_parameters=more)

@@ -64,9 +64,9 @@ class Plan(Store):
             folders = [path for path in (self.root / stage).glob("*/*") if not path.suffix]
             recent = sorted(folders, key=lambda path: path.stat().st_mtime)[-RECENT:]
             for _, made in manifest.artifacts(recent):
-                unit, amount = work(stage, [given["stage"] for given in made["inputs"]], made["spec"])
+                unit, amount = work(stage, [entry["stage"] for entry in made["inputs"]], made["spec"])
                 seconds.setdefault(unit, []).append(made["seconds"] / amount)
-        return {unit: median(found) for unit, found in seconds.items()}
+        return {unit: median(times) for unit, times in seconds.items()}
 
 
 def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, float]:
@@ -110,8 +110,10 @@ def describe(plans: Sequence[Plan]) -> None:
     print(f"{len(plans)} cells, {len(steps)} distinct stages, {len(steps) - len(missing)} of them in the store.")
     if missing:
         doubt = f", without {', '.join(unknown)}, which this store has not built yet" if unknown else ""
-        told = f"about {clock(seconds)}{doubt}" if seconds else "how long it takes is not known before a first run"
-        print(f"To build: {parts}; {told}.")
+        duration = (
+            f"about {clock(seconds)}{doubt}" if seconds else "how long it takes is not known before a first run"
+        )
+        print(f"To build: {parts}; {duration}.")
 
 
 def estimate(steps: Sequence[Step], rates: dict[str, float]) -> tuple[float, list[str]]:

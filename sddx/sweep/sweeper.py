@@ -28,9 +28,9 @@ class Grids(Sweeper):
 
     def require_values(self, arguments: Sequence[str]) -> None:
         """Raises UserError where a grid waits for a value that only another sweep can tell."""
-        given = {argument.partition("=")[0] for argument in arguments}
+        names = {argument.partition("=")[0] for argument in arguments}
         for grid in self.grids:
-            owed = [name for name, values in grid.items() if values is None and name not in given]
+            owed = [name for name, values in grid.items() if values is None and name not in names]
             known = ", ".join(f"{name}={values}" for name, values in grid.items() if values is not None)
             if owed:
                 raise UserError(

@@ -48,8 +48,8 @@ def finish(folder: Path, failure: BaseException | None, seconds: float) -> None:
     if failure is None:
         cells.write(folder, state="done", seconds=seconds)
         return
-    told = "".join(traceback.format_exception(failure))
-    (folder / cells.TRACEBACK).write_text(told, encoding="utf-8", errors="backslashreplace")
+    trace = "".join(traceback.format_exception(failure))
+    (folder / cells.TRACEBACK).write_text(trace, encoding="utf-8", errors="backslashreplace")
     reason = str(failure).strip() or type(failure).__name__
     kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
     cells.write(folder, state="failed", seconds=seconds, reason=f"{kind}{reason}")

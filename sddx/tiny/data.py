@@ -61,4 +61,4 @@ def conversations(
     for more than MOST_TEXTS."""
     if not 1 <= size <= MOST_TEXTS:
         raise UserError(f"{setting('size')}={size} texts were asked for. Give 1 to {MOST_TEXTS}.")
-    return [given + answered for given, answered in documents(split, size, seed)]
+    return [prompt + answered for prompt, answered in documents(split, size, seed)]

@@ -61,11 +61,11 @@ class Corpus:
         """The documents in their order."""
         stream = documents("pretrain", self.total, self.seed)
         while texts := list(islice(stream, 512)):  # at a time, because the tokenizer is quick with many
-            for given, answered in texts:
-                self.digest.update(f"{given}{answered}\n".encode())
-            given = self.tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+            for prompt, answered in texts:
+                self.digest.update(f"{prompt}{answered}\n".encode())
+            prompts = self.tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
             answered = self.tokenizer([text for _, text in texts], add_special_tokens=False)["input_ids"]
-            yield from (Row(first + second, len(first)) for first, second in zip(given, answered, strict=True))
+            yield from (Row(first + second, len(first)) for first, second in zip(prompts, answered, strict=True))
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def grouped_attention(
         shapes, *(states[0].split(sizes, dim=1) for states in (query, key, value)), strict=True
     ):
         q, k, v = (part.unflatten(1, shape).transpose(0, 1) for part in parts)
-        found = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        attended.append(found.transpose(1, 2).flatten(0, 1))
+        output = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        attended.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)[None], None
 
 
@@ -247,7 +247,7 @@ def save(model: Any, tokenizer: Any, out: Path, asked: Recipe, digest: str) -> d
 
 def card(model: Any, scores: dict[str, float], asked: Recipe, digest: str) -> str:
     """The model card: what it is, what it can do, the hash of what it read, the settings that made it."""
-    given = flatten({key: value for key, value in asdict(asked).items() if key not in ("out", "evaluation")})
+    settings = flatten({key: value for key, value in asdict(asked).items() if key not in ("out", "evaluation")})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     average = sum(scores.values()) / len(scores)
     return f"""---
@@ -267,7 +267,7 @@ sha256 of every document in order: `{digest}`
 
 ## Recipe
 
-{_listed(given)}
+{_listed(settings)}
 """
 
 

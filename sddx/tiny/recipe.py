@@ -58,10 +58,12 @@ class Recipe:
 
     def mistakes(self) -> list[str]:
         """Which numbers are out of their range; empty where all are within."""
-        given, shares = asdict(self), ("warmup", "decay")
+        values, shares = asdict(self), ("warmup", "decay")
         rest = ("documents", "tokens_per_step", "matrix_learning_rate", "learning_rate", "threads")
-        wrong = [f"{name}={given[name]} must be above 0." for name in (*rest, *shares) if not _above_0(given[name])]
-        wrong += [f"{name}={given[name]} is a share: 1 at most." for name in shares if given[name] > 1]
+        wrong = [
+            f"{name}={values[name]} must be above 0." for name in (*rest, *shares) if not _above_0(values[name])
+        ]
+        wrong += [f"{name}={values[name]} is a share: 1 at most." for name in shares if values[name] > 1]
         if not 0 <= self.prompt_weight < math.inf:
             wrong.append(f"prompt_weight={self.prompt_weight} must be 0 or more.")
         if not 0 <= self.seed < 2**63:

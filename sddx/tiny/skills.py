@@ -251,13 +251,13 @@ def stories(dice: Dice) -> Item:
     person, thing = dice.pick(words.PEOPLE), dice.pick(objects)
     end = dice.between(1, len(steps) - 1)
     start = max(0, end - dice.between(1, 2))
-    told = " ".join(f"{person} {step.format(thing)}." for step in steps[start:end])
+    story = " ".join(f"{person} {step.format(thing)}." for step in steps[start:end])
     elsewhere = dice.pick([name for name in words.SCRIPTS if name != script])
     same = [step for number, step in enumerate(steps) if number != end]
     wrong = [*dice.sample(same, 2), dice.pick(words.SCRIPTS[elsewhere][1])]
     return _choice(
         f"{person} {thing} {start} {end}",
-        f"{told} What happens next?",
+        f"{story} What happens next?",
         f"{person} {steps[end].format(thing)}.",
         [f"{person} {step.format(thing)}." for step in wrong],
     )
@@ -287,8 +287,8 @@ def pronouns(dice: Dice) -> Item:
         sentence, reasons = _SOCIAL[number]
         she = dice.chance(0.5)
         pair = dice.sample(words.SHE if she else words.HE, 2)
-        told = sentence.format(*pair, "she" if she else "he", reasons[side])
-        prompt = f"{told} Who {reasons[side]}?"
+        story = sentence.format(*pair, "she" if she else "he", reasons[side])
+        prompt = f"{story} Who {reasons[side]}?"
         answers = [f"{first}, not {second}." for first, second in (pair, pair[::-1])]
     else:
         number = dice.below(len(_PHYSICAL))

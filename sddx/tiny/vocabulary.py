@@ -48,7 +48,7 @@ def _words() -> list[str]:
     texts = list(documents("pretrain", 20_000))
     texts += [document(kind, "pretrain", f"words/{n}", 0) for kind in ("stories", "rumour") for n in range(3000)]
     words = {f"{space}{digit}" for digit in range(10) for space in ("", "▁")}
-    for given, answered in texts:
-        for part in re.split(r"<\|\w+\|>", given + answered):
+    for prompt, answered in texts:
+        for part in re.split(r"<\|\w+\|>", prompt + answered):
             words.update(re.findall(PIECES, "▁" + part.replace(" ", "▁")))
     return sorted(words)

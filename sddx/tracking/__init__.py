@@ -98,10 +98,10 @@ def finished(loggers: Sequence[Logger]) -> Iterator[None]:
 def made(nodes: Mapping[str, Settings], tracked: Tracked, seen: Collection[str] = ()) -> dict[str, Logger]:
     """The loggers of the group `logger` for one run, without those that are switched off, and of those that have
     `seen` the run already the ones alone that log into its own folder. Raises UserError where one is none."""
-    found = {name: _made(name, node, tracked) for name, node in nodes.items()}
+    by_name = {name: _made(name, node, tracked) for name, node in nodes.items()}
     return {
         name: logger
-        for name, logger in found.items()
+        for name, logger in by_name.items()
         if logger is not None and (name not in seen or getattr(logger, "local", False))
     }
 

@@ -72,8 +72,8 @@ class Wandb(WandbLogger, Shows):
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-        given = {name: value for name, value in self._wandb_init.items() if name != "anonymous"}
-        run = wandb.init(**given, reinit="create_new", settings=quiet)
+        arguments = {name: value for name, value in self._wandb_init.items() if name != "anonymous"}
+        run = wandb.init(**arguments, reinit="create_new", settings=quiet)
         if self._of_run:
             run.define_metric("step", hidden=True)
             for family in ("train/*", "validation/*"):
@@ -85,9 +85,9 @@ class Wandb(WandbLogger, Shows):
         at = {"step": step} if self._of_run and step is not None else {}
         self.experiment.log({**at, **metrics})
 
-    def conclude(self, found: Mapping[str, Any]) -> None:
+    def conclude(self, results: Mapping[str, Any]) -> None:
         """A run's final numbers and words, where W&B's own charts find them."""
-        self.experiment.summary.update({name: value for name, value in found.items() if value is not None})
+        self.experiment.summary.update({name: value for name, value in results.items() if value is not None})
 
     def finalize(self, status: str) -> None:
         """Ends the run, with status 1 where it failed."""
@@ -142,9 +142,9 @@ class TensorBoard(TensorBoardLogger, Shows):
 
     local = True
 
-    def conclude(self, found: Mapping[str, Any]) -> None:
+    def conclude(self, results: Mapping[str, Any]) -> None:
         """A run's final numbers, beside its settings."""
-        self.log_hyperparams(self.hparams, numbers(found))
+        self.log_hyperparams(self.hparams, numbers(results))
 
     def plot(self, name: str, axis: str, curves: Curves, drawn: Callable[[], Any]) -> None:
         """The figure as an image."""
@@ -209,8 +209,8 @@ def wandb(
     if mode == "disabled":
         return None
     job = None if tracked.job == "run" else tracked.job
-    given = {"entity": entity, "group": group, "tags": _texts(tags), "mode": mode, "job_type": job}
-    return Wandb(tracked, project=project, **given)
+    options = {"entity": entity, "group": group, "tags": _texts(tags), "mode": mode, "job_type": job}
+    return Wandb(tracked, project=project, **options)
 
 
 def csv(tracked: Tracked) -> Csv:
@@ -246,8 +246,8 @@ def _known_run(uri: str, experiment: str, identity: str) -> str | None:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     with lock.hold(Path(tempfile.gettempdir()) / f"sddx-mlflow-{digest(uri)[:16]}.lock"):
         client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else client.create_experiment(experiment, _artifacts(uri))
+        known = client.get_experiment_by_name(experiment)
+        number = known.experiment_id if known else client.create_experiment(experiment, _artifacts(uri))
     runs = client.search_runs([number], f"tags.`sddx.identity` = '{identity}'", max_results=1)
     return runs[0].info.run_id if runs else None
 
@@ -301,9 +301,9 @@ def require_wandb(name: str, node: Settings) -> None:
 
     if node["mode"] == "disabled":
         return
-    given = {"project": node["project"], "entity": node["entity"], "run_group": node["group"]}
+    settings = {"project": node["project"], "entity": node["entity"], "run_group": node["group"]}
     try:
-        wandb.Settings(**given, run_tags=_texts(node["tags"]))
+        wandb.Settings(**settings, run_tags=_texts(node["tags"]))
     except ValidationError as error:
         raise UserError(f"W&B refuses the settings of wandb: {error.errors()[0]['msg']}.") from None
     except wandb.errors.Error as error:

@@ -139,12 +139,12 @@ class Resume(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         """Save where it is due or SIGTERM came. Raises Interrupted in the second case, where nobody else
         decides."""
-        step, told = index + 1, any_of_us(self.told, module.device)
-        if step == module.steps_total or not (told or step % self.every == 0):
+        step, stopping = index + 1, any_of_us(self.told, module.device)
+        if step == module.steps_total or not (stopping or step % self.every == 0):
             return
         self.save(trainer)
         self.told = False
-        if told and not callable(self.before):
+        if stopping and not callable(self.before):
             if rank() == 0:
                 log.warning(
                     "SIGTERM: saved after step %d of %d; the same command goes on", step, module.steps_total

@@ -233,14 +233,14 @@ def _run(
         default_root_dir=out,
     )
     checkpoint = out / "resume" / "last.ckpt"
-    found = checkpoint.exists()
+    exists = checkpoint.exists()
     if checkpoint.parent.exists() and rank() == 0:
-        done = torch.load(checkpoint, weights_only=True)["global_step"] if found else 0
+        done = torch.load(checkpoint, weights_only=True)["global_step"] if exists else 0
         for row in keep_rows(out, done + 1):
             runtime.log(row)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        trainer.fit(module, loader, ckpt_path=str(checkpoint) if found else None, weights_only=True)
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if exists else None, weights_only=True)
 
 
 def _with_number(device: torch.device) -> torch.device:

@@ -141,18 +141,18 @@ def kind(name: str) -> str:
 def _maps(model: nn.Module) -> dict[str, torch.Size]:
     """The shapes of the language model's linear maps by the names of their layers; of fused experts
     [experts, .., ..] by the names of their weights."""
-    found: dict[str, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
     for name, module in model.named_modules():
         if re.fullmatch(_outside(model), name):
             continue
         if isinstance(module, nn.Linear):
-            found[name] = torch.Size((module.out_features, module.in_features))  # in 4 bit the weight has another
+            shapes[name] = torch.Size((module.out_features, module.in_features))  # in 4 bit the weight has another
         elif isinstance(module, Conv1D):  # GPT-2's own linear layer
-            found[name] = module.weight.shape
+            shapes[name] = module.weight.shape
         elif "experts" in f"{name}.{type(module).__name__}".lower():
             own = module.named_parameters(recurse=False)
-            found |= {f"{name}.{weight}": value.shape for weight, value in own if value.dim() == 3}
-    return found
+            shapes |= {f"{name}.{weight}": value.shape for weight, value in own if value.dim() == 3}
+    return shapes
 
 
 def _outside(model: nn.Module) -> str:
@@ -197,13 +197,13 @@ def coverage(model: nn.Module) -> tuple[list[str], list[str]]:
     for name, module in model.named_modules():
         if getattr(module, "lora_A", None):
             adapted.add(f"{name}.{getattr(module, 'parameter_name', 'weight')}".replace(".base_layer", ""))
-    found: tuple[dict[str, None], dict[str, None]] = {}, {}
+    kinds: tuple[dict[str, None], dict[str, None]] = {}, {}
     for name, weight in model.named_parameters():
         plain = name.replace(".base_layer", "")
         if weight.dim() > 1 and "lora_" not in name:
             adapted_weights = kind(plain.removeprefix("base_model.model.")).removesuffix(".weight")
-            found[plain not in adapted][adapted_weights] = None
-    return list(found[0]), list(found[1])
+            kinds[plain not in adapted][adapted_weights] = None
+    return list(kinds[0]), list(kinds[1])
 
 
 def adapted_weights(model: nn.Module) -> str:

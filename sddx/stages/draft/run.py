@@ -39,7 +39,7 @@ def draft(
     prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
     total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
     with runtime.progress(total=total, what="drafting", unit="text") as bar:
-        found = tried(target, drafting, prompts, end_ids(target, tokenizer), bar.update)
-    (out / "draft.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for ahead, record in found["lookaheads"].items():
+        measured = tried(target, drafting, prompts, end_ids(target, tokenizer), bar.update)
+    (out / "draft.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    for ahead, record in measured["lookaheads"].items():
         runtime.log({f"draft/acceptance_{ahead}": record["acceptance"], f"draft/length_{ahead}": record["length"]})

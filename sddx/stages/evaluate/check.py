@@ -40,8 +40,8 @@ def check_names(config: Settings) -> None:
     from sddx.evaluation.tasks import check_tasks
 
     evaluation = config["evaluation"]
-    given = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split", "cluster")}
-    check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **given)
+    settings = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split", "cluster")}
+    check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **settings)
     require_none(mistakes_of([check_evaluated, lambda: check_trained(config)]))
 
 
@@ -101,5 +101,5 @@ def _check_descriptions(evaluation: Settings, tokenizer: Any) -> None:
     from sddx.data.encode import require_system_turn
     from sddx.evaluation.task_data import described
 
-    if tokenizer.chat_template and (told := described(evaluation["tasks"], evaluation["include"])):
-        require_system_turn(tokenizer, told)
+    if tokenizer.chat_template and (descriptions := described(evaluation["tasks"], evaluation["include"])):
+        require_system_turn(tokenizer, descriptions)

@@ -41,8 +41,8 @@ def overlap(
     hits = [owners[place] for place in overlapping(rows, [text for items in texts.values() for text in items])]
     counts = {task: {"items": len(items), "overlapping": hits.count(task)} for task, items in texts.items()}
     shares = {task: count["overlapping"] / max(count["items"], 1) for task, count in counts.items()}
-    found = {task: {**count, "share": shares[task]} for task, count in counts.items()}
+    records = {task: {**count, "share": shares[task]} for task, count in counts.items()}
     (out / "overlap.json").write_text(
-        json.dumps({"words": WORDS, "tasks": found}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"words": WORDS, "tasks": records}, indent=1) + "\n", encoding="utf-8"
     )
     runtime.log({f"overlap/{task}": share for task, share in shares.items()})

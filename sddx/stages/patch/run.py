@@ -75,7 +75,7 @@ def _fitted(
         return deepcopy(blocks(load_model(folder, **loading) if is_joined() else teacher)[place]).to(runtime.device)
 
     what = Cut.load(cut / CUT)
-    found, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)
+    patches, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)
     if rank() == 0:
-        Junction(found, patch["trained"], patch["fold"]).save(out)
+        Junction(patches, patch["trained"], patch["fold"]).save(out)
     return unexplained

@@ -41,7 +41,7 @@ def prune(
     Raises UserError where more is to go than there is or where `keep_pattern` asks for other blocks, UnsoundModel
     where a check fails.
     """
-    found = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
+    scored = json.loads((scores.path / "scores.json").read_text(encoding="utf-8"))["pruning"] if scores else None
     # The proof compares whole weights and runs backward, once and over a few tokens: where they are in shards, it
     # takes its time in host memory, beside the processes that hold them.
     loading = {"dtype": dtype, "attention": attention, "device": runtime.roomy}
@@ -50,7 +50,7 @@ def prune(
     student = load_model(base.path, **loading)
     kinds = Units(units, len(blocks(student)))
     size = {"unpruned": footprint(student)}
-    cut = kinds.cut(build(choose)(found, len(kinds), remove))
+    cut = kinds.cut(build(choose)(scored, len(kinds), remove))
     if keep_pattern:
         require_kept(decoder(student).config, cut)
     require_own_head(student)

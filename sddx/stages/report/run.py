@@ -25,7 +25,7 @@ def report(
     """Writes `summary.json` (the run's choices, recoveries with their intervals, scores, costs) and `samples.json`
     (every item's score and hash, for comparisons). `results` are those of the `subjects`, in their order, the one
     that all others are compared with first; what `further` there may be, `RunArtifacts` says."""
-    found = RunArtifacts(base, pruned, subjects, results, **further)
-    summary, samples = summarised(found)
+    artifacts = RunArtifacts(base, pruned, subjects, results, **further)
+    summary, samples = summarised(artifacts)
     write(out / "summary.json", {"choices": choices, **summary})
     write(out / "samples.json", samples)

@@ -40,8 +40,8 @@ def _scored(estimate: Estimate) -> list[tuple[Any, Work]]:
     metrics = {name: build(node) for name, node in _metrics(estimate).items()}
     if not metrics:
         return []
-    found = works(metrics, Units(estimate.units, estimate.unpruned.blocks), estimate.calibration.count)
-    return [(metrics.get(name), work) for name, work in found.items()]
+    by_metric = works(metrics, Units(estimate.units, estimate.unpruned.blocks), estimate.calibration.count)
+    return [(metrics.get(name), work) for name, work in by_metric.items()]
 
 
 def _effort(estimate: Estimate) -> Effort:

@@ -36,7 +36,7 @@ def score(
     loading = {"dtype": dtype, "attention": attention}
     scores = _scores(base.path, placed(metrics, files), units, calibration, loading, runtime=runtime)
     (out / "scores.json").write_text(json.dumps(scores) + "\n", encoding="utf-8")
-    runtime.log({f"score/{name}/sequences": found["sequences"] for name, found in scores.items()})
+    runtime.log({f"score/{name}/sequences": summary["sequences"] for name, summary in scores.items()})
 
 
 @sharded

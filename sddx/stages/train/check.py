@@ -57,11 +57,11 @@ def on_device(config: Settings, device: str) -> None:
         ("model.dtype", config["model"]["dtype"], "float32"),
         ("tuning.quantization.compute", quantization.get("compute"), "float32"),
     ]
-    half = [(f"{name}={given}", f"{name}={full}") for name, given, full in asked if given in ("bf16", "bfloat16")]
+    half = [(f"{name}={value}", f"{name}={full}") for name, value, full in asked if value in ("bf16", "bfloat16")]
     if half and not torch.cuda.is_bf16_supported(including_emulation=False):
-        given, instead = zip(*half, strict=True)
+        refused, instead = zip(*half, strict=True)
         raise UserError(
-            f"{', '.join(given)}, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
+            f"{', '.join(refused)}, but a {torch.cuda.get_device_name()} does not compute in bfloat16. Use "
             f"{' '.join(instead)}."
         )
 

@@ -42,11 +42,11 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
     """The overrides, each alone, with which training would fit into so many bytes; the largest smaller batch."""
     trainer, tuning = estimate.config["trainer"], estimate.config["tuning"]
     rows, steps = trainer["batch_size"], trainer["accumulate"]
-    found = [
+    changes = [
         ("trainer.gradient_checkpointing=true", {"trainer": {**trainer, "gradient_checkpointing": True}}),
         ("tuning=qlora", {"tuning": {**tuning, "quantization": {}}}),
     ]
-    fitting = [name for name, change in found if _fits(estimate.varied(**change), room)]
+    fitting = [name for name, change in changes if _fits(estimate.varied(**change), room)]
     while rows > 1:
         rows, steps = rows // 2, steps * 2
         if _fits(estimate.varied(trainer={**trainer, "batch_size": rows, "accumulate": steps}), room):
@@ -61,11 +61,11 @@ def _fits(estimate: Estimate, room: float) -> bool:
 def _passing(estimate: Estimate) -> float:
     """What a pass over a batch of the longest rows holds, with its gradients."""
     config, trainer = estimate.config, estimate.config["trainer"]
-    given = trainer["batch_size"], config["max_length"]
+    shape = trainer["batch_size"], config["max_length"]
     checkpointing = bool(trainer.get("gradient_checkpointing"))
     return once(
-        ["learning", *estimate.cutting, config["tuning"], *given, checkpointing],
-        lambda: peaks.traced(memory.learning, estimate.student(), *given, checkpointing=checkpointing),
+        ["learning", *estimate.cutting, config["tuning"], *shape, checkpointing],
+        lambda: peaks.traced(memory.learning, estimate.student(), *shape, checkpointing=checkpointing),
     )
 
 

@@ -92,7 +92,7 @@ def train(
         made.whole = {}  # a large model's removed blocks are freed
     names = {id(weight): name for name, weight in made.model.named_parameters()}
     with made.held():
-        found = build(trainer)(
+        metrics = build(trainer)(
             made.model, beside, objective, made.cut, encoded, judged, padding_id(tokenizer), seed, out, runtime
         )
     if rank() == 0:
@@ -100,7 +100,7 @@ def train(
             if weight.requires_grad:  # shards were put together in a new one
                 made.own[gap] = made.model.get_parameter(names[id(weight)])
         save_student(made, out, base=base.key)
-        summary = found | {"dropped_rows": dropped, "trains": trains}
+        summary = metrics | {"dropped_rows": dropped, "trains": trains}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 

@@ -44,8 +44,8 @@ def written(
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
     loading = {"dtype": dtype, "attention": attention}
     losses = _surprise(base, compressions, sample, max_length, loading, runtime=runtime)
-    found = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": losses}
-    (out / "written.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    record = {**measured(rewrites, CUT_OFF), "sample": len(sample), "surprise": losses}
+    (out / "written.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 @sharded
