@@ -59,11 +59,11 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if not name.startswith("sddx.") or (new := current(name)) == name:
             return None
-        if (found := importlib.util.find_spec(new)) is None:
+        if (spec := importlib.util.find_spec(new)) is None:
             return None
-        is_room = found.submodule_search_locations is not None
+        is_room = spec.submodule_search_locations is not None
         # the origin is what `python -m` gives to Hydra
-        return importlib.util.spec_from_loader(name, _Alias(name, new), origin=found.origin, is_package=is_room)
+        return importlib.util.spec_from_loader(name, _Alias(name, new), origin=spec.origin, is_package=is_room)
 
 
 class _Alias(Loader):

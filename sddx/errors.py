@@ -49,5 +49,5 @@ def require_none(wrong: Sequence[str]) -> None:
 
 def near(key: str, names: Sequence[str], prefix: str) -> str:
     """A question after the name that is most like a key, if any is."""
-    found = difflib.get_close_matches(key, names, n=1)
-    return f" Did you mean {prefix}{found[0]}?" if found else ""
+    matches = difflib.get_close_matches(key, names, n=1)
+    return f" Did you mean {prefix}{matches[0]}?" if matches else ""

@@ -188,13 +188,13 @@ def holds_another(folder: Path, config: Mapping[str, Any]) -> bool:
 def is_another(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the settings that lie in a folder, as far as they decide results, are others or cannot be told."""
     try:
-        found = read_config(folder)
+        settings = read_config(folder)
     except UserError:
         return True
     ours = {key: value for key, value in config.items() if key not in SURROUNDINGS}
     if config["stages"]:
         ours |= {key: config[key] for key in ("stages", "metrics")}
-    return {key: found.get(key) for key in ours} != _settings(OmegaConf.to_yaml(OmegaConf.create(ours)))
+    return {key: settings.get(key) for key in ours} != _settings(OmegaConf.to_yaml(OmegaConf.create(ours)))
 
 
 @contextmanager

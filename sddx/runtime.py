@@ -14,16 +14,16 @@ from tqdm import tqdm
 class _Bar(tqdm):
     """A bar that says to `watch` where it is whenever it is drawn, at most once a second."""
 
-    def __init__(self, *given: Any, watch: Callable[[dict[str, Any]], None], **settings: Any) -> None:
+    def __init__(self, *arguments: Any, watch: Callable[[dict[str, Any]], None], **settings: Any) -> None:
         self._watch, self._told = watch, 0.0
-        super().__init__(*given, **settings)
+        super().__init__(*arguments, **settings)
 
-    def display(self, *given: Any, **settings: Any) -> Any:
+    def display(self, *arguments: Any, **settings: Any) -> Any:
         if time.monotonic() - self._told >= 1:
             self._told, state = time.monotonic(), self.format_dict
             rate = state["rate"] or (self.n / state["elapsed"] if state["elapsed"] else None)
             self._watch({"what": self.desc, "done": self.n, "total": self.total, "rate": rate})
-        return super().display(*given, **settings)
+        return super().display(*arguments, **settings)
 
 
 _held: list[Callable[[], object]] = []

@@ -62,13 +62,15 @@ def measure(model: Any, ids: torch.Tensor, new: int) -> dict[str, float]:
             made = model(input_ids=token, past_key_values=made.past_key_values, use_cache=True, logits_to_keep=1)
             token = made.logits[:, -1:].argmax(-1)
         end = _now(device)
-    found = {
+    figures = {
         "prefill_tokens_per_second": ids.numel() / (read - start),
         "decode_tokens_per_second": len(ids) * (new - 1) / (end - first),
         "seconds_to_first_token": first - start,
         "cache_bytes": _cache_bytes(made.past_key_values),
     }
-    return found | ({"peak_bytes": torch.cuda.max_memory_allocated(device) - held} if device.type == "cuda" else {})
+    return figures | (
+        {"peak_bytes": torch.cuda.max_memory_allocated(device) - held} if device.type == "cuda" else {}
+    )
 
 
 def _now(device: torch.device) -> float:
@@ -160,19 +162,19 @@ def _size(model: Any) -> dict[str, int]:
 
 
 def _summarised(sizes: dict[str, dict[str, int]], runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    found: dict[str, Any] = {name: dict(size) for name, size in sizes.items()}
+    figures: dict[str, Any] = {name: dict(size) for name, size in sizes.items()}
     for name, measured in runs.items():
-        found[name] |= {what: statistics.median(run[what] for run in measured) for what in measured[0]}
-        if "peak_bytes" in found[name]:
-            found[name]["peak_bytes"] += sizes[name]["parameter_bytes"]
+        figures[name] |= {what: statistics.median(run[what] for run in measured) for what in measured[0]}
+        if "peak_bytes" in figures[name]:
+            figures[name]["peak_bytes"] += sizes[name]["parameter_bytes"]
     ratios: dict[str, Any] = {}
-    for what in found["unpruned"]:
+    for what in figures["unpruned"]:
         if what.endswith("second") or what.startswith("seconds"):
             each = [b[what] / a[what] for a, b in zip(runs["unpruned"], runs["pruned"], strict=True)]
             ratios[what] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
         else:
-            ratios[what] = found["pruned"][what] / found["unpruned"][what]
-    return found | {"ratios": ratios}
+            ratios[what] = figures["pruned"][what] / figures["unpruned"][what]
+    return figures | {"ratios": ratios}
 
 
 def _where(device: torch.device, models: dict[str, Any]) -> dict[str, Any]:
@@ -195,26 +197,27 @@ LABELS = {
 }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(figures: dict[str, Any], console: Console) -> None:
     """Print the table, and what the numbers are of."""
     table = Table(
         "", "unpruned", "pruned", "pruned / unpruned", "range", title="What pruning buys", title_justify="left"
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    for what in (what for what in LABELS if what in found["unpruned"]):
-        ratio = found["ratios"][what]
+    for what in (what for what in LABELS if what in figures["unpruned"]):
+        ratio = figures["ratios"][what]
         timed = isinstance(ratio, dict)
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if timed else "-"
-        cells = [_shown(what, found[name][what]) for name in MODELS]
+        cells = [_shown(what, figures[name][what]) for name in MODELS]
         table.add_row(LABELS[what], *cells, f"{ratio['median'] if timed else ratio:.3f}", spread)
     console.print(table)
-    context, asked = found["context"], found["asked_context"]
+    context, asked = figures["context"], figures["asked_context"]
     cut = "" if context == asked else f" (asked: {asked}, more than fits)"
     console.print(
-        f"batch {found['batch']}, context {context}{cut}, {found['new']} new tokens, {found['repeats']} pairs on "
-        f"{found['device_name']} in {found['dtype']}; medians, and the range of the ratio over the pairs. The "
-        "share of parameters is no speed: embeddings and head stay, and attention costs more as the context grows.",
+        f"batch {figures['batch']}, context {context}{cut}, {figures['new']} new tokens, {figures['repeats']} "
+        f"pairs on {figures['device_name']} in {figures['dtype']}; medians, and the range of the ratio over the "
+        "pairs. The share of parameters is no speed: embeddings and head stay, and attention costs more as the "
+        "context grows.",
         highlight=False,
     )
 
@@ -238,22 +241,22 @@ def bench(
         student = run.student(dtype, device).model
         return student.merge_and_unload() if is_adapted(student) else student
 
-    found = race(lambda: load_model(run.base, **run.loading(dtype, device)), recovered, **work)
-    found = {"depth": run.cut.name, "pruned_is": "recovered, adapter merged", **found}
+    figures = race(lambda: load_model(run.base, **run.loading(dtype, device)), recovered, **work)
+    figures = {"depth": run.cut.name, "pruned_is": "recovered, adapter merged", **figures}
     place = run.folder / "bench.json"
-    replace_text(place, json.dumps(found, indent=1) + "\n")
-    return place, found
+    replace_text(place, json.dumps(figures, indent=1) + "\n")
+    return place, figures
 
 
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a run's models. Returns the exit status: 0, or 2 for a mistake of the user's."""
-    given = sys.argv[1:] if arguments is None else arguments
+    argv = sys.argv[1:] if arguments is None else arguments
     defaults = {"batch": "1", "context": "512", "new": "64", "repeats": "5", "device": "auto", "dtype": None}
-    values = plain_arguments(given, __doc__, run=REQUIRED, **defaults)
+    values = plain_arguments(argv, __doc__, run=REQUIRED, **defaults)
     work = {name: number(values, name) for name in ("batch", "context", "new", "repeats")}
-    place, found = bench(values["run"], dtype=values["dtype"], device=find_device(values["device"]), **work)
-    show(found, Console(width=max(100, Console().width)))
+    place, figures = bench(values["run"], dtype=values["dtype"], device=find_device(values["device"]), **work)
+    show(figures, Console(width=max(100, Console().width)))
     print(place)
     return 0
 

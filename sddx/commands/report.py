@@ -28,25 +28,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wandb", choices=("offline", "online"), help="log it as a W&B run of its own too")
     parser.add_argument("--project", default="sddx", help="the W&B project (default: %(default)s)")
     parser.add_argument("--entity", help="the W&B entity (default: the user's own)")
-    given = parser.parse_args(arguments)
-    runs = page.of_folders(given.folders) if given.folders else page.of_store(given.store)
+    options = parser.parse_args(arguments)
+    runs = page.of_folders(options.folders) if options.folders else page.of_store(options.store)
     if not runs:
-        where = ", ".join(map(str, given.folders)) or f"the store {given.store}"
+        where = ", ".join(map(str, options.folders)) or f"the store {options.store}"
         raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
-    writable_folder(given.out, "--out")
-    if given.wandb:
-        require(loggers := {"wandb": _wandb(given)})
-    found = publish(runs, page.failed(given.folders), given.out)
-    if given.wandb:
-        to_loggers(runs, found, given.out, loggers)
-    print(found["headline"])
-    print(f"{len(runs)} runs: {given.out / 'report.html'}, and the same as report.md and report.csv")
+    writable_folder(options.out, "--out")
+    if options.wandb:
+        require(loggers := {"wandb": _wandb(options)})
+    contents = publish(runs, page.failed(options.folders), options.out)
+    if options.wandb:
+        to_loggers(runs, contents, options.out, loggers)
+    print(contents["headline"])
+    print(f"{len(runs)} runs: {options.out / 'report.html'}, and the same as report.md and report.csv")
     return 0
 
 
-def _wandb(given: argparse.Namespace) -> Node:
+def _wandb(options: argparse.Namespace) -> Node:
     """W&B's logger as the flags have it."""
-    of_run = {"project": given.project, "entity": given.entity, "mode": given.wandb, "group": None, "tags": []}
+    of_run = {
+        "project": options.project,
+        "entity": options.entity,
+        "mode": options.wandb,
+        "group": None,
+        "tags": [],
+    }
     return {"_target_": "sddx.tracking.loggers.wandb", "_partial_": True, **of_run}
 
 

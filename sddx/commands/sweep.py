@@ -26,12 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("status", "watch"), help="the table once, or again and again")
     parser.add_argument("folder", nargs="?", help="the sweep's folder (default: the newest under multirun/)")
     parser.add_argument("--every", type=_seconds, default=5, metavar="SECONDS", help="how often watch looks")
-    given = parser.parse_intermixed_args(arguments)
-    folder = Path(given.folder) if given.folder else newest(Path("multirun"))
+    options = parser.parse_intermixed_args(arguments)
+    folder = Path(options.folder) if options.folder else newest(Path("multirun"))
     print(table(folder))
     with suppress(KeyboardInterrupt):
-        while given.command == "watch" and any(cell["state"] in ("running", "waiting") for cell in look(folder)[0]):
-            time.sleep(given.every)
+        while options.command == "watch" and any(
+            cell["state"] in ("running", "waiting") for cell in look(folder)[0]
+        ):
+            time.sleep(options.every)
             print(f"\033[H\033[2J{table(folder)}")
     return 0
 
@@ -46,44 +48,44 @@ def _seconds(text: str) -> float:
 
 def newest(root: Path) -> Path:
     """The sweep under `root` that was changed last. Raises UserError where there is none."""
-    found = {record.parent.parent for record in root.glob(f"*/*/*/{cells.RECORD}")}
-    if not found:
+    folders = {record.parent.parent for record in root.glob(f"*/*/*/{cells.RECORD}")}
+    if not folders:
         raise UserError(f"There is no sweep under {root.absolute()}. Give the folder of one.")
-    return max(found, key=lambda folder: folder.stat().st_mtime)
+    return max(folders, key=lambda folder: folder.stat().st_mtime)
 
 
 def look(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of all cells, in their order, with the progress of those that run; and why others cannot be read.
     Raises UserError where the folder holds none."""
-    found, unread = [], []
+    records, unread = [], []
     for record in sorted(folder.glob(f"*/{cells.RECORD}")):
         try:
-            found.append(cells.look(record.parent) | {"progress": cells.progress(record.parent)})
+            records.append(cells.look(record.parent) | {"progress": cells.progress(record.parent)})
         except UserError as error:
             unread.append(str(error))
-    if not found:
-        told = f"{folder} holds no cells of a sweep. Give a folder such as multirun/<date>/<time>."
-        raise UserError(*unread or [told])
-    return sorted(found, key=lambda cell: cell["number"]), unread
+    if not records:
+        message = f"{folder} holds no cells of a sweep. Give a folder such as multirun/<date>/<time>."
+        raise UserError(*unread or [message])
+    return sorted(records, key=lambda cell: cell["number"]), unread
 
 
 def table(folder: Path) -> str:
     """The cells as text: number, name, state, time, and the reason of a failure; then the counts, and what is left
     out."""
-    found, unread = look(folder)
-    width = max(len(cell["name"]) for cell in found)
+    records, unread = look(folder)
+    width = max(len(cell["name"]) for cell in records)
     lines = [
         f"{cell['number']:>5}  {cell['name']:<{width}}  {cell['state']:<11}  {_time(cell):>12}  "
         f"{_where(cell) if cell['state'] == 'running' else _why(cell)}"
-        for cell in found
+        for cell in records
     ]
-    counts = Counter(cell["state"] for cell in found)
+    counts = Counter(cell["state"] for cell in records)
     total = ", ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])
     header = f"{'cell':>5}  {'name':<{width}}  {'state':<11}  {'time':>12}"
-    launchers = ", ".join(sorted({cell["launcher"] for cell in found}))
+    launchers = ", ".join(sorted({cell["launcher"] for cell in records}))
     rows = [line.rstrip() for line in lines]
     left = [f"left out: {reason}" for reason in unread]
-    return "\n".join([f"{folder} ({launchers})", header, *rows, f"{len(found)} cells: {total}", *left])
+    return "\n".join([f"{folder} ({launchers})", header, *rows, f"{len(records)} cells: {total}", *left])
 
 
 def _time(cell: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ def _from_nearest(
 ) -> Iterable[str]:
     """What differs from the artifact of this stage that differs in least; of inputs that are to be built, that
     they are."""
-    waits = [f"its input {_input(given)} is to be built" for given in recipe["inputs"] if given["key"] in to_build]
+    waits = [f"its input {_input(entry)} is to be built" for entry in recipe["inputs"] if entry["key"] in to_build]
     same = [fields for fields in artifacts.values() if fields["stage"] == recipe["stage"]]
     listed = [list(_differences(fields, recipe, {}, "")) for fields in same]
     if not listed:
@@ -54,8 +54,8 @@ def of_keys(root: Path, a: str, b: str) -> int:
 def _only(artifacts: dict[str, dict[str, Any]], prefix: str) -> dict[str, Any]:
     keys = [key for key in artifacts if key.startswith(prefix)]
     if len(keys) != 1:
-        found = f"{len(keys)} artifacts have a key" if keys else "no artifact has a key"
-        raise UserError(f"{found} that starts with {prefix!r}; `sddx store ls` lists the keys")
+        problem = f"{len(keys)} artifacts have a key" if keys else "no artifact has a key"
+        raise UserError(f"{problem} that starts with {prefix!r}; `sddx store ls` lists the keys")
     return artifacts[keys[0]]
 
 

@@ -87,8 +87,8 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
     """The group `merging` with the settings of each run that it names, and what tables call it."""
     own = [name for name in config if name not in (*SURROUNDINGS, "merging")]
     asked = config["merging"]["students"]
-    students = [parent(given, "train", own) for given in asked]
-    return {**config["merging"], "students": students, "names": [named(given) for given in asked]}
+    students = [parent(student, "train", own) for student in asked]
+    return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
 def unresolved(error: OmegaConfBaseException) -> str:
     """An interpolation without a value, in words: what it lacks, and the setting that asks for it."""
     where = f" (in {error.full_key})" if getattr(error, "full_key", None) else ""
-    told = re.sub(r"^\w+ (?:raised )?while resolving interpolation: ", "", str(error).splitlines()[0])
-    return f"The settings do not go together: {told}{where}. Give the setting a value of its own."
+    message = re.sub(r"^\w+ (?:raised )?while resolving interpolation: ", "", str(error).splitlines()[0])
+    return f"The settings do not go together: {message}{where}. Give the setting a value of its own."
 
 
 def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,10 +112,10 @@ def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, An
     in it are not runs of one kind either."""
     sources = str(OmegaConf.to_container(cfg.choices, resolve=False)).replace("hydra:runtime.choices.", "")
     named, beside = set(re.findall(r"[\w./]+", sources)), (*SURROUNDINGS, *FILES)
-    given = dict(override.lstrip("+").partition("=")[::2] for override in HydraConfig.get().overrides.task)
+    overrides = dict(override.lstrip("+").partition("=")[::2] for override in HydraConfig.get().overrides.task)
     return {
         key: settings.get(key, value)
-        for key, value in given.items()
+        for key, value in overrides.items()
         if key not in named and key.split(".")[0] not in beside
     }
 
@@ -133,7 +133,7 @@ def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] 
     for number, student in enumerate((config.get("merging") or {}).get("students", ())):
         if isinstance(student, Mapping):
             problems += bound(f"merging.students[{number}]", student, schema)
-    problems += [found for key, node in _once(config).items() for found in _walk(key, node)]
+    problems += [problem for key, node in _once(config).items() for problem in _walk(key, node)]
     raise_for(problems)
 
 
@@ -188,13 +188,13 @@ def _wrong_node(where: str, node: Mapping[str, Any], target: Callable) -> Iterat
     if (parameters := _parameters(target)) is None:
         yield f"{where}._target_: {named} does not say what it takes. Name a function or class of Python's own."
         return
-    given = {key: node[key] for key in node if not key.startswith("_")}
+    arguments = {key: node[key] for key in node if not key.startswith("_")}
     waits = _waits(target, parameters)
     if waits and node.get("_partial_", False) is not True:
         yield f"{where}._partial_ must be true: {named} is called later, with what the code gives it."
-    if not waits and node.get("_partial_", False) and not _may_wait(target, parameters, given):
+    if not waits and node.get("_partial_", False) and not _may_wait(target, parameters, arguments):
         yield f"{where}._partial_ must not be set: {named} waits for nothing. Take it out."
-    yield from bound(where, given, target)
+    yield from bound(where, arguments, target)
 
 
 def _parameters(target: Callable) -> list[inspect.Parameter] | None:
@@ -207,19 +207,19 @@ def _parameters(target: Callable) -> list[inspect.Parameter] | None:
 
 def _waits(target: Callable, parameters: Sequence[inspect.Parameter]) -> bool:
     """Whether a function needs what the code gives it, and not settings alone."""
-    given = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return not inspect.isclass(target) and any(p.default is p.empty for p in given)
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return not inspect.isclass(target) and any(p.default is p.empty for p in positional)
 
 
-def _may_wait(target: Callable, parameters: Sequence[inspect.Parameter], given: Collection[str]) -> bool:
+def _may_wait(target: Callable, parameters: Sequence[inspect.Parameter], arguments: Collection[str]) -> bool:
     """Whether anything is left that the code could give it."""
     if inspect.isclass(target):
-        return any(p.default is p.empty and p.name not in given for p in parameters)
+        return any(p.default is p.empty and p.name not in arguments for p in parameters)
     return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
 
 
-def bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[str]:
-    """What is wrong with the keyword arguments `given` to `target`."""
+def bound(where: str, arguments: Mapping[str, Any], target: Callable) -> Iterator[str]:
+    """What is wrong with `arguments` as the keyword arguments of `target`."""
     parameters = _parameters(target) or []
     # A function's positional parameters are passed by code; a record's fields may all be set.
     settable = [p for p in parameters if p.kind is p.KEYWORD_ONLY or inspect.isclass(target)]
@@ -227,16 +227,16 @@ def bound(where: str, given: Mapping[str, Any], target: Callable) -> Iterator[st
         return
     names = [p.name for p in settable]
     prefix = f"{where}." if where else ""
-    for key in given:
+    for key in arguments:
         if key not in names:
             yield f"{prefix}{key} is not a setting.{near(str(key), names, prefix)} Known here: {', '.join(names)}."
     for parameter in settable:
         name, place = parameter.name, f"{prefix}{parameter.name}"
-        if name not in given:
+        if name not in arguments:
             if parameter.default is parameter.empty:
                 yield f"{place} has no value."
         elif is_ours(target):
-            value, annotation = given[name], annotation_of(parameter, target)
+            value, annotation = arguments[name], annotation_of(parameter, target)
             yield from [*wrong_value(place, annotation, value)] or _uncallable(place, value, _called(annotation))
 
 
@@ -255,12 +255,12 @@ def _uncallable(where: str, node: Any, values: int | None) -> Iterator[str]:
         return
     settings = {key: None for key in node if not key.startswith("_")}
     called: Any = target
-    given: list[None] = [None] * values
+    arguments: list[None] = [None] * values
     if inspect.isclass(target):
         called = next((vars(each)["__call__"] for each in target.__mro__ if "__call__" in vars(each)), None)
-        settings, given = {}, [None, *given]  # itself
+        settings, arguments = {}, [None, *arguments]  # itself
     try:
-        inspect.signature(called).bind(*given, **settings)
+        inspect.signature(called).bind(*arguments, **settings)
     except TypeError as error:
         named = node["_target_"]
         yield f"{where}._target_: {named} is called with {values} values, which it does not take ({error})."

@@ -17,10 +17,10 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates an entry point: where it raises UserError, that is printed and the exit status is 2."""
 
     @wraps(main)
-    def guarded(*given: Any) -> int:
+    def guarded(*arguments: Any) -> int:
         print_anywhere()
         try:
-            return main(*given)
+            return main(*arguments)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

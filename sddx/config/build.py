@@ -31,13 +31,13 @@ def only(node: Mapping[str, Any], names: Collection[str]) -> Node:
 
 def made(node: Mapping[str, Any], kind: type, where: str) -> Any:
     """What a node makes. Raises UserError where that is of another kind."""
-    found = build(node)
-    if not isinstance(found, kind):
+    result = build(node)
+    if not isinstance(result, kind):
         raise UserError(
-            f"{where}._target_={node.get('_target_')} makes a {type(found).__name__}, and a {kind.__name__} is "
+            f"{where}._target_={node.get('_target_')} makes a {type(result).__name__}, and a {kind.__name__} is "
             f"needed. The files of conf/{where} make one."
         )
-    return found
+    return result
 
 
 def tried(where: str, function: Callable[..., Any], *values: Any) -> Any:
@@ -48,8 +48,8 @@ def tried(where: str, function: Callable[..., Any], *values: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a user's function raises
-        told = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{where} failed when it was tried: {type(error).__name__}: {told}.") from error
+        message = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where} failed when it was tried: {type(error).__name__}: {message}.") from error
 
 
 def build(node: Mapping[str, Any]) -> Any:
@@ -64,5 +64,5 @@ def build(node: Mapping[str, Any]) -> Any:
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
-        told = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{node.get('_target_')} cannot be made with its settings: {told}.") from error
+        message = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{node.get('_target_')} cannot be made with its settings: {message}.") from error

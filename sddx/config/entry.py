@@ -99,21 +99,21 @@ def _options(group: str) -> list[str]:
 def _in_our_words(error: Exception, root: str) -> str:
     """What is refused of a command line or a configuration file, with what the user may have meant and without
     Hydra's search path."""
-    told = str(error)
-    if found := re.match("Could not override '(.*)'", told):
-        return _unknown(found[1], root)
-    if found := re.search("Could not find '(.*)/(.*)'", told):
-        group, name = found[1], found[2]
+    message = str(error)
+    if match := re.match("Could not override '(.*)'", message):
+        return _unknown(match[1], root)
+    if match := re.search("Could not find '(.*)/(.*)'", message):
+        group, name = match[1], match[2]
         return f"{group}={name} is not there.{near(name, _options(group), f'{group}=')} {_listed(group)}"
     if isinstance(error, OmegaConfBaseException):
         open_ended = [argument for argument in sys.argv[1:] if "${" in argument or "???" in argument]
         return unresolved(error) + (f" Given: {', '.join(open_ended)}." if open_ended else "")
     if broken := _broken_files() if isinstance(_root_of(error), (yaml.YAMLError, ValueError)) else []:
         return "\n".join(broken)
-    if isinstance(error, HydraException) and told.startswith(GRAMMAR):
-        return f"{told.splitlines()[0]}. {FORM} {ALL}"
+    if isinstance(error, HydraException) and message.startswith(GRAMMAR):
+        return f"{message.splitlines()[0]}. {FORM} {ALL}"
     if isinstance(error, HydraException):
-        return told.partition("Config search path")[0].strip()
+        return message.partition("Config search path")[0].strip()
     deepest = _root_of(error)
     if isinstance(deepest, OSError) and deepest.filename:
         where = shortened(str(deepest.filename), 120)
@@ -133,15 +133,15 @@ def _root_of(error: BaseException) -> BaseException:
 
 def _broken_files() -> list[str]:
     """What is wrong with each file of the user's --config-dir that is no YAML in UTF-8."""
-    given = [after for flag, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True) if flag in CONFIG_DIR]
-    given += [argument.partition("=")[2] for argument in sys.argv if argument.partition("=")[0] in CONFIG_DIR]
+    folders = [after for flag, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True) if flag in CONFIG_DIR]
+    folders += [argument.partition("=")[2] for argument in sys.argv if argument.partition("=")[0] in CONFIG_DIR]
     broken = []
-    for path in sorted(path for folder in given for path in Path(folder).rglob("*.y*ml")):
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("*.y*ml")):
         try:
             content = OmegaConf.load(path)
         except (yaml.YAMLError, ValueError, OSError) as error:
-            told = " ".join(str(error).split())
-            broken.append(f"{path} is no YAML that can be read: {told}. Mend the file.")
+            message = " ".join(str(error).split())
+            broken.append(f"{path} is no YAML that can be read: {message}. Mend the file.")
             continue
         defaults = content.get("defaults") if isinstance(content, DictConfig) else None
         if defaults is not None and not OmegaConf.is_list(defaults):

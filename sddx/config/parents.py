@@ -17,23 +17,23 @@ from sddx.errors import UserError
 APART = ("merging", "sweeps")  # of a run that names others, what these do not share
 
 
-def named(given: str | Sequence[str]) -> str:
+def named(run: str | Sequence[str]) -> str:
     """What such a run is called in tables: its overrides, or the folder of a finished one."""
-    return given if isinstance(given, str) else " ".join(given)
+    return run if isinstance(run, str) else " ".join(run)
 
 
-def parent(given: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, Any] | str:
+def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, Any] | str:
     """The settings of the run that these overrides make of this one, as plain values; the path of a finished run as
     it stands. `job` is the configuration's name. Raises UserError where there is no such configuration."""
-    if isinstance(given, str) and Path(given).expanduser().exists():
-        return given
-    asked = shlex.split(given) if isinstance(given, str) else [str(each) for each in given]
+    if isinstance(run, str) and Path(run).expanduser().exists():
+        return run
+    asked = shlex.split(run) if isinstance(run, str) else [str(each) for each in run]
     shared = [each for each in HydraConfig.get().overrides.task if _key(each) not in APART]
     try:
         composed = compose(job, overrides=[*shared, *asked])
     except HydraException as error:
         raise UserError(
-            f"merging.students: {named(given)!r} is no finished run's folder, nor does it make a run here: {error}"
+            f"merging.students: {named(run)!r} is no finished run's folder, nor does it make a run here: {error}"
         ) from None
     settings: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     return {name: settings[name] for name in own if name in settings} | {"choices": {}}

@@ -46,10 +46,10 @@ def once_as_read(about: Any, settings: Mapping[str, Any], find: Callable[[Mappin
         if (key := _key([about, _read_of(settings, names)])) in known:
             return known[key]
     noted = Noted(settings)
-    found = find(noted)
+    result = find(noted)
     ways.add(names := tuple(sorted(noted.names)))
-    known[_key([about, _read_of(settings, names)])] = found
-    return found
+    known[_key([about, _read_of(settings, names)])] = result
+    return result
 
 
 class Noted(Mapping):

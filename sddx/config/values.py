@@ -73,7 +73,7 @@ def _wrong_plain(where: str, annotation: Any, options: list[Any], value: Any) ->
         odd = ", ".join(_shown(each) for each in value if [*wrong_value("", item, each)])
         yield f"{where} holds {odd}, and {ITEMS[_kind(item)]} alone are allowed."
     else:
-        bounds = [found for each in options if (found := _bounds(each))]
+        bounds = [bound for each in options if (bound := _bounds(each))]
         words = bounds if kinds & OUT_OF_RANGE and bounds else [word for each in options for word in _words(each)]
         literal = [word for each in options if get_origin(each) is Literal for word in _words(each)]
         yield f"{where}={_shown(value)} must be {' or '.join(words)}.{near(str(value), literal, '')}"

@@ -32,18 +32,18 @@ def fill(name: str, template: str, rows: Sequence[Row], columns: Sequence[str], 
     a column that there is not, and for rows whose cells are no text: lists and objects, bytes, infinite numbers,
     half of a surrogate pair, and those that the format string does not fit.
     """
-    plain, told = template in columns, f"{setting(name)}={template!r}"
+    plain, assignment = template in columns, f"{setting(name)}={template!r}"
     if not plain and (broken := line_breaks(template)) != template:
         remark(f"{where}: backslash-n in {template!r} is read as a line break")
         template = broken
-    fields = [template] if plain else _fields(template, told)
-    _require(fields or [template], told, columns, where)
+    fields = [template] if plain else _fields(template, assignment)
+    _require(fields or [template], assignment, columns, where)
     whole = {column for column in set(fields) if _is_whole(column, rows, where)}
     write: Callable[[Row], str] = (lambda row: text_of(row.get(template))) if plain else _writer(template, fields)
-    return _written(lambda row: write(_read(row, fields, whole)), rows, where, told)
+    return _written(lambda row: write(_read(row, fields, whole)), rows, where, assignment)
 
 
-def _written(write: Callable[[Row], str], rows: Sequence[Row], where: str, told: str) -> list[str]:
+def _written(write: Callable[[Row], str], rows: Sequence[Row], where: str, assignment: str) -> list[str]:
     """Each row's text. Raises UserError with all that is wrong, each with the rows that it is wrong with."""
     texts: list[str] = []
     unfit: dict[str, list[int]] = {}
@@ -53,7 +53,7 @@ def _written(write: Callable[[Row], str], rows: Sequence[Row], where: str, told:
         except _NoText as error:
             unfit.setdefault(str(error), []).append(number)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = f"does not fit {told} ({error}). Name columns, or parts of them that every row has."
+            reason = f"does not fit {assignment} ({error}). Name columns, or parts of them that every row has."
             unfit.setdefault(reason, []).append(number)
     if unfit:
         raise UserError(*(f"{where}, {numbered(places)}: {reason}" for reason, places in unfit.items()))
@@ -76,8 +76,8 @@ def text_of(value: Any) -> str:
             "as in '{messages[0][content]}', or write it as text."
         )
     text = str(value)
-    if found := _SURROGATE.search(text):
-        around = text[max(found.start() - 20, 0) : found.end()].encode("ascii", "backslashreplace").decode()
+    if match := _SURROGATE.search(text):
+        around = text[max(match.start() - 20, 0) : match.end()].encode("ascii", "backslashreplace").decode()
         raise _NoText(f"half of a surrogate pair, which is no character: ...{around}. Mend the text.")
     return text.strip()
 
@@ -96,9 +96,9 @@ def _writer(template: str, fields: Sequence[str]) -> Callable[[Row], str]:
 
 def _read(row: Row, fields: Sequence[str], whole: set[str]) -> Row:
     """The cells of a row that a template reads and that are there."""
-    found = {name: row[name] for name in fields if row.get(name) is not None and not _is_nan(row[name])}
+    cells = {name: row[name] for name in fields if row.get(name) is not None and not _is_nan(row[name])}
     return {
-        name: int(value) if name in whole and isinstance(value, float) else value for name, value in found.items()
+        name: int(value) if name in whole and isinstance(value, float) else value for name, value in cells.items()
     }
 
 
@@ -107,10 +107,10 @@ def _is_whole(column: str, rows: Sequence[Row], where: str) -> bool:
     floats = [row[column] for row in rows if isinstance(row.get(column), float)]
     if missing := sum(map(math.isnan, floats)):
         remark(f"{where}: {missing} of {len(rows)} rows hold NaN in column {column!r}: read as missing")
-    told = [value for value in floats if not math.isnan(value)]
-    if not told or not all(value.is_integer() and abs(value) < _EXACT for value in told):
+    numbers = [value for value in floats if not math.isnan(value)]
+    if not numbers or not all(value.is_integer() and abs(value) < _EXACT for value in numbers):
         return False
-    remark(f"{where}: column {column!r} holds whole numbers as floats ({told[0]}): written as {int(told[0])}")
+    remark(f"{where}: column {column!r} holds whole numbers as floats ({numbers[0]}): written as {int(numbers[0])}")
     return True
 
 
@@ -118,13 +118,13 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, (float, Decimal)) and math.isnan(value)
 
 
-def _require(fields: Sequence[str], told: str, columns: Sequence[str], where: str) -> None:
-    """Raises UserError for each field that is no column; `told` is the setting that names it."""
+def _require(fields: Sequence[str], assignment: str, columns: Sequence[str], where: str) -> None:
+    """Raises UserError for each field that is no column; `assignment` is the setting that names it."""
     wrong = []
     for missing in [field for field in dict.fromkeys(fields) if field not in columns]:
         near = get_close_matches(missing, columns, n=3)
         wrong.append(
-            f"{where} has no column {missing!r}. Given: {told}. Columns: {', '.join(columns)}."
+            f"{where} has no column {missing!r}. Given: {assignment}. Columns: {', '.join(columns)}."
             + (f" Near names: {', '.join(near)}." if near else "")
             + " Give a column, or a text with {columns}."
         )
@@ -132,12 +132,12 @@ def _require(fields: Sequence[str], told: str, columns: Sequence[str], where: st
         raise UserError(*wrong)
 
 
-def _fields(template: str, told: str) -> list[str]:
+def _fields(template: str, assignment: str) -> list[str]:
     """The columns that a format string names; `{choices[0]}` names `choices`. Raises UserError for none such."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise UserError(
-            f"{told} is malformed: {error}. Write columns as {{column}} and a brace as {{{{ or }}}}."
+            f"{assignment} is malformed: {error}. Write columns as {{column}} and a brace as {{{{ or }}}}."
         ) from None
     return [name.split("[")[0].split(".")[0] for name in names]

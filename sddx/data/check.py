@@ -68,8 +68,8 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     tokens = list(dict.fromkeys([*added, *tokenizer.all_special_tokens]))
     texts = [f"{example.prompt}\n{example.response}" for example in examples]
-    found = {token: [place for place, text in enumerate(texts, 1) if token in text] for token in tokens}
-    return {token: places for token, places in found.items() if places}
+    by_token = {token: [place for place, text in enumerate(texts, 1) if token in text] for token in tokens}
+    return {token: places for token, places in by_token.items() if places}
 
 
 def _dataset(node: Mapping[str, Any], validation: int) -> Dataset | None:

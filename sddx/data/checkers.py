@@ -89,8 +89,8 @@ def final_number(text: str) -> Fraction | None:
     sign. None where there is no number, or where it has more than 100 characters (a model that repeats
     itself).
     """
-    found = list(_NUMBER.finditer(_plain(text.rsplit("####", 1)[-1])))
-    return _value(found[-1]) if found else None
+    numbers = list(_NUMBER.finditer(_plain(text.rsplit("####", 1)[-1])))
+    return _value(numbers[-1]) if numbers else None
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
@@ -189,10 +189,10 @@ def _results(text: str) -> list[Fraction]:
 
 def _leading(text: str) -> Fraction | None:
     """The number that a text begins with, unless that goes on as a formula, a range or a list."""
-    found = _NUMBER.search(text)
-    if found is None or re.search(r"\w", text[: found.start()]) or _GOES_ON.match(text, found.end()):
+    match = _NUMBER.search(text)
+    if match is None or re.search(r"\w", text[: match.start()]) or _GOES_ON.match(text, match.end()):
         return None
-    return _value(found)
+    return _value(match)
 
 
 def _boxed(text: str) -> str | None:
@@ -258,8 +258,8 @@ def final_letter(text: str) -> str | None:
     brackets, a letter that ends the text, or one that begins a line ("B. ..."), in this order; the last one
     of its kind."""
     for pattern in _LETTERS:
-        if found := pattern.findall(text.strip()):
-            return found[-1]
+        if letters := pattern.findall(text.strip()):
+            return letters[-1]
     return None
 
 

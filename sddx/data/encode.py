@@ -221,9 +221,9 @@ def _tell(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], alter
     """Log which rows the template would have changed, and which hold special tokens."""
     tokens = [token for token in tokenizer.all_special_tokens if token]
     special = [row.id for row in examples if any(token in row.prompt + row.response for token in tokens)]
-    for ids, told in ((altered, ALTERED), (special, SPECIAL)):
+    for ids, message in ((altered, ALTERED), (special, SPECIAL)):
         if ids:
-            _log.warning("%d of %d rows: %s The first: %s.", len(ids), len(examples), told, ids[0])
+            _log.warning("%d of %d rows: %s The first: %s.", len(ids), len(examples), message, ids[0])
 
 
 def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int) -> None:

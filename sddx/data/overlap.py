@@ -19,14 +19,14 @@ def overlapping(training: Iterable[str], evaluation: Sequence[str], n: int = WOR
     """
     places: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # by length of run, by hash
     for place, text in enumerate(evaluation):
-        found = _words(text)
-        for run in _runs(found, min(n, len(found))):
-            places[min(n, len(found))][run].append(place)
+        words = _words(text)
+        for run in _runs(words, min(n, len(words))):
+            places[min(n, len(words))][run].append(place)
     hit: set[int] = set()
     for text in training:
-        found = _words(text)
+        words = _words(text)
         for length, runs in places.items():
-            hit.update(place for run in _runs(found, length) & runs.keys() for place in runs[run])
+            hit.update(place for run in _runs(words, length) & runs.keys() for place in runs[run])
     return sorted(hit)
 
 

@@ -84,11 +84,11 @@ def write_answers(
     uniforms = _uniforms([texts[row] for row in fitting], max_new_tokens, seed) if temperature > 0 else None
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     pick = greedy if uniforms is None else partial(_picked, uniforms, sampling)
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
     if asked and is_batchable(model, max(map(len, asked)) + max_new_tokens):
-        written = write(model, asked, pick, progress, **how)
+        written = write(model, asked, pick, progress, **options)
     else:
-        written = _by_generate(model, asked, uniforms, sampling, padding_id(tokenizer), progress, **how)
+        written = _by_generate(model, asked, uniforms, sampling, padding_id(tokenizer), progress, **options)
     for row, ids in zip(fitting, written, strict=True):
         answers[row] = answer_of(tokenizer, ids, ends)
     return answers
@@ -197,10 +197,14 @@ def _sampling(
 
 
 def _picked(
-    uniforms: torch.Tensor, how: dict[str, Any], rows: Sequence[int], places: Sequence[int], logits: torch.Tensor
+    uniforms: torch.Tensor,
+    sampling: dict[str, Any],
+    rows: Sequence[int],
+    places: Sequence[int],
+    logits: torch.Tensor,
 ) -> torch.Tensor:
     """The sample of each row at its own place."""
-    choose = _sampling(uniforms[rows, places][:, None], 0, **how)
+    choose = _sampling(uniforms[rows, places][:, None], 0, **sampling)
     return choose(torch.empty(len(rows), 0, dtype=torch.long, device=logits.device), logits).argmax(-1)
 
 
@@ -225,8 +229,8 @@ def _by_generate(
         choose = LogitsProcessorList()
         if uniforms is not None:
             choose = _sampling(uniforms[batch], len(prompts[batch[0]]), **sampling)
-        found = _continue(model, [prompts[row] for row in batch], choose, max_new_tokens, ends, pad)
-        for row, ids in zip(batch, found, strict=True):
+        continuations = _continue(model, [prompts[row] for row in batch], choose, max_new_tokens, ends, pad)
+        for row, ids in zip(batch, continuations, strict=True):
             written[row] = ids
         progress(len(batch))
     return written

@@ -98,8 +98,8 @@ def hub_texts(
 def _texts(
     rows: Iterable[dict[str, Any]], column: str, min_characters: int, size: int | None, seed: int, where: str
 ) -> list[str]:
-    found = _examples(rows, {"column": column}, where=where)
-    if not (long := [example for example in found if len(example.prompt) >= min_characters]):
+    examples = _examples(rows, {"column": column}, where=where)
+    if not (long := [example for example in examples if len(example.prompt) >= min_characters]):
         raise UserError(
             f"No row of {where} has {setting('min_characters')}={min_characters} in {column!r}. Ask for fewer."
         )
@@ -191,9 +191,9 @@ def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, w
     texts = _filled(templates, rows, columns, where)
     pairs = list(zip(texts[0], texts[-1], strict=True))
     if not any(all(pair) for pair in pairs):
-        given = ", ".join(f"{setting(name)}={template!r}" for name, template in templates.items())
+        assignments = ", ".join(f"{setting(name)}={template!r}" for name, template in templates.items())
         raise UserError(
-            f"No row of {where} has a {' and a '.join(templates)}. Given: {len(rows)} rows, {given}. Choose "
+            f"No row of {where} has a {' and a '.join(templates)}. Given: {len(rows)} rows, {assignments}. Choose "
             f"columns that hold text: {', '.join(columns)}."
         )
     if empty := [number for number, pair in enumerate(pairs, 1) if not all(pair)]:

@@ -69,11 +69,11 @@ def _text(path: Path, mend: str) -> list[Any]:
 
 def _json(path: Path, mend: str) -> list[Any]:
     """The values of a JSON array, or of each line."""
-    given = _lines(path, mend)
-    if given and (given[0].lstrip().startswith("[") or given[0].strip() == "{"):
-        given = ["\n".join(given)]  # one value over many lines
+    texts = _lines(path, mend)
+    if texts and (texts[0].lstrip().startswith("[") or texts[0].strip() == "{"):
+        texts = ["\n".join(texts)]  # one value over many lines
     values, damaged = [], []
-    for place, line in enumerate(given, 1):
+    for place, line in enumerate(texts, 1):
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:

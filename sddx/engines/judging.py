@@ -38,11 +38,11 @@ class Engine(Settings):
         """Raises UserError where vLLM is not there, or not GPUs enough, and where the interpreter has another
         lm-eval than this one, whose version the evaluation is filed under."""
         needs = ["vllm", "lm_eval", "scipy", *(["ray"] if self.data_parallel > 1 else [])]
-        found = self.require_packages(*needs, group="evaluation.vllm", instead="evaluation.backend=hf")
-        if found["lm_eval"] != (ours := metadata.version("lm_eval")):
+        versions = self.require_packages(*needs, group="evaluation.vllm", instead="evaluation.backend=hf")
+        if versions["lm_eval"] != (ours := metadata.version("lm_eval")):
             raise UserError(
-                f"evaluation.vllm.python={self.python} has lm-eval {found['lm_eval']}, and sddx runs with {ours}: "
-                f"their numbers need not agree. Install lm_eval=={ours} there."
+                f"evaluation.vllm.python={self.python} has lm-eval {versions['lm_eval']}, and sddx runs with "
+                f"{ours}: their numbers need not agree. Install lm_eval=={ours} there."
             )
 
     def require_adapter(self, rank: int | None) -> None:
@@ -74,10 +74,10 @@ class Engine(Settings):
         free_memory()
         settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
         asked = {"model": self._model(folder, adapter, dtype), "evaluation": settings, "answered": str(answered)}
-        told = self._told(asked, quiet)
-        if "mistake" in told:
-            raise UserError(*told["mistake"])
-        return told["results"]
+        reply = self._told(asked, quiet)
+        if "mistake" in reply:
+            raise UserError(*reply["mistake"])
+        return reply["results"]
 
     def _told(self, request: dict[str, Any], quiet: bool) -> dict[str, Any]:
         """The worker's answer. Its log is kept where it fails."""
@@ -89,9 +89,9 @@ class Engine(Settings):
             command = [self.python or sys.executable, "-P", judging_worker.__file__, str(asked), str(answer)]
             if status := _watched(command, log, quiet):
                 raise failed(status, log.name)
-            told = json.loads(answer.read_text(encoding="utf-8"))
+            reply = json.loads(answer.read_text(encoding="utf-8"))
         Path(log.name).unlink()
-        return told
+        return reply
 
     def _model(self, folder: Path, adapter: Path | None, dtype: str) -> dict[str, Any]:
         """What lm-eval's VLLM is made with."""

@@ -40,9 +40,9 @@ class Settings:
         an older vLLM than `OLDEST`, or where there are not GPUs enough; with the names that the settings have in
         `group`, and what to use `instead`."""
         python = self.python or sys.executable
-        found = _versions(python, needs, group)
-        wrong = [f"cannot import {name}" for name, version in found.items() if version is None]
-        if (version := found["vllm"]) is not None and Version(version) < Version(OLDEST):
+        versions = _versions(python, needs, group)
+        wrong = [f"cannot import {name}" for name, version in versions.items() if version is None]
+        if (version := versions["vllm"]) is not None and Version(version) < Version(OLDEST):
             wrong.append(f"has vLLM {version}, and {OLDEST} or newer is needed")
         if wrong:
             raise UserError(
@@ -56,16 +56,18 @@ class Settings:
                 f"{group}.tensor_parallel={self.tensor_parallel} times data_parallel={self.data_parallel} "
                 f"makes {wanted} GPUs, and there are {there}. Give less of either."
             )
-        return found
+        return versions
 
 
 def _versions(python: str, packages: Sequence[str], group: str) -> dict[str, str | None]:
     """The version of each package in another interpreter, None where it cannot be imported there."""
     try:
-        told = subprocess.run([python, "-P", "-c", LOOK, *packages], capture_output=True, timeout=60, text=True)
+        completed = subprocess.run(
+            [python, "-P", "-c", LOOK, *packages], capture_output=True, timeout=60, text=True
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{group}.python={python} cannot be run: {error}. Give an interpreter.") from error
-    return json.loads(told.stdout) if told.returncode == 0 else dict.fromkeys(packages)
+    return json.loads(completed.stdout) if completed.returncode == 0 else dict.fromkeys(packages)
 
 
 def failed(status: int, log: str) -> UserError:

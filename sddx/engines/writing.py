@@ -191,8 +191,8 @@ def _environment(writer: Writer, place: int) -> dict[str, str]:
     """The worker's environment: where engines share the rows, each sees GPUs of its own."""
     if writer.data_parallel == 1:
         return dict(os.environ)
-    each, given = writer.tensor_parallel, os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = given.split(",") if given else [str(gpu) for gpu in range(each * writer.data_parallel)]
+    each, visible = writer.tensor_parallel, os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = visible.split(",") if visible else [str(gpu) for gpu in range(each * writer.data_parallel)]
     return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen[place * each : (place + 1) * each])}
 
 

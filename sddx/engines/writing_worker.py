@@ -13,13 +13,13 @@ import sys
 from typing import Any, TextIO
 
 
-def serve(given: TextIO, answers: TextIO) -> None:
+def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more."""
     import vllm
 
-    engine = vllm.LLM(**json.loads(given.readline()))
+    engine = vllm.LLM(**json.loads(requests.readline()))
     _answer(answers, {"version": vllm.__version__})
-    for line in given:
+    for line in requests:
         request = json.loads(line)
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         sampling = [vllm.SamplingParams(**settings) for settings in request["sampling"]]
