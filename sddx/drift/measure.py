@@ -115,7 +115,7 @@ class Drift:
                 for name, judged in models.items()
             },
             "similarity": similarity(unpruned, model, kept, reading.texts(material.texts)),
-            "answers": _told(asked.rows, written),
+            "answers": _looked_at(asked.rows, written),
             **({"passes": drawn} if drawn else {}),
         }
 
@@ -127,8 +127,8 @@ class Drift:
             written = self._written(model, rows, reading, progress, self.seed + number)
             for place, (row, answer) in enumerate(zip(rows, written, strict=True)):
                 right[place] += not answer.fault and material.check(answer.text, row.response) is True
-        told = [k for k in PASSES if 2 * k <= self.samples]
-        return {str(k): mean(pass_at(k, each, self.samples) for each in right) for k in told}
+        tries = [k for k in PASSES if 2 * k <= self.samples]
+        return {str(k): mean(pass_at(k, each, self.samples) for each in right) for k in tries}
 
     def _written(
         self, model: Any, rows: Sequence[Example], reading: Reading, progress: Told, seed: int
@@ -166,12 +166,12 @@ def _divergences(
     return {name: _spread(divergences(teacher, model, *where)) for name, where in taken.items()}
 
 
-def _spread(found: torch.Tensor) -> dict[str, Any]:
-    mean = float(found.mean()) if len(found) else None
-    return {"nats": mean, "top": concentration(found), "tokens": len(found)}
+def _spread(nats: torch.Tensor) -> dict[str, Any]:
+    average = float(nats.mean()) if len(nats) else None
+    return {"nats": average, "top": concentration(nats), "tokens": len(nats)}
 
 
-def _told(rows: Sequence[Example], written: Sequence[Answer]) -> dict[str, Any]:
+def _looked_at(rows: Sequence[Example], written: Sequence[Answer]) -> dict[str, Any]:
     """What the model wrote, looked at; words of the references beside it."""
     whole = [answer for answer in written if answer.fault != TOO_LONG]
     texts = [answer.text for answer in whole]
@@ -193,15 +193,15 @@ def similarity(unpruned: Any, model: Any, kept: Sequence[int], batches: Iterable
     tokens, channels = 0, 0
     for batch in batches:
         theirs, mine = _states(unpruned, batch), _states(model, batch)
-        for block, found in enumerate(pairs):
-            found.append((theirs[kept[block]], mine[block]))
+        for block, states in enumerate(pairs):
+            states.append((theirs[kept[block]], mine[block]))
         tokens, channels = tokens + len(mine[0]), mine[0].shape[1]
         if tokens >= MOST * channels:
             break
     if tokens < FEWEST * channels:
         _log.warning("%d tokens do not tell how alike blocks of %d channels are: CKA is left out", tokens, channels)
         pairs = []
-    alike = [cka(*(torch.cat(side) for side in zip(*found, strict=True))) for found in pairs]
+    alike = [cka(*(torch.cat(side) for side in zip(*states, strict=True))) for states in pairs]
     return {"blocks": dict(zip(map(str, kept), alike, strict=False)), "tokens": tokens, "channels": channels}
 
 

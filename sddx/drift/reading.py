@@ -39,8 +39,8 @@ class Reading:
     def prompts(self, rows: Sequence[Example]) -> Iterator[Batch]:
         """The prompts of rows in the model's form, up to where the answers begin."""
         texts = [render(self.tokenizer, row.prompt) for row in rows]
-        how = {"max_length": self.max_length, "batch_size": self.batch_size}
-        return self._here(text_batches(self.tokenizer, texts, context=self.context, **how))
+        size = {"max_length": self.max_length, "batch_size": self.batch_size}
+        return self._here(text_batches(self.tokenizer, texts, context=self.context, **size))
 
     def answered(self, rows: Sequence[Example], *, uncut: bool = False) -> Iterator[Batch]:
         """Rows of like length side by side, the tokens of their answers and the end tokens as labels; cut at the
@@ -64,8 +64,8 @@ def surprise(model: Any, rows: Sequence[Example], reading: Reading) -> dict[str,
     bytes, without white space around them, of which end tokens have none. None where no row has a label; bits per
     byte also where a row is cut off."""
     encoded = reading.encoded(rows)
-    found = perplexity(model, reading.answered(rows))
-    nats = None if found is None else math.log(found)
+    per_token = perplexity(model, reading.answered(rows))
+    nats = None if per_token is None else math.log(per_token)
     longest = min(reading.max_length, reading.context or sys.maxsize)
     whole = len(encoded) == len(rows) and all(len(row.input_ids) < longest for row in encoded)
     size = sum(len(row.response.strip().encode()) for row in rows)

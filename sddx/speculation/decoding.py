@@ -101,8 +101,8 @@ class _Batch:
                 text.append(token)
         drafted = [text[-self.lookahead :] for text in grown]
         logits = self.target.read(grown, self.lookahead + 1)
-        found = self.rule.judge(self.rows, places, torch.tensor(drafted, device=logits.device), logits)
-        verdicts = zip(self.rows, drafted, *(each.tolist() for each in found), strict=True)
+        judged = self.rule.judge(self.rows, places, torch.tensor(drafted, device=logits.device), logits)
+        verdicts = zip(self.rows, drafted, *(each.tolist() for each in judged), strict=True)
         for row, tokens, accepted, own in verdicts:
             texts.take(row, [*tokens[:accepted], own], accepted, self.lookahead)
 
@@ -265,7 +265,7 @@ def _there_and_back(model: Any) -> tuple[Tensor, Tensor]:
         route = Route(model, 2, 9)
         route.read([first[:3] + astray, second[:1] + astray])
         route.back([3, 1])
-        found = route.read([first, second], 2)
+        back = route.read([first, second], 2)
     rows = [torch.tensor([row], device=route.device) for row in (first, second)]
     hidden = torch.cat([route.body(input_ids=row, use_cache=False).last_hidden_state[:, -2:] for row in rows])
-    return found, route.head(hidden).float()
+    return back, route.head(hidden).float()

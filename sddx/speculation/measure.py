@@ -93,26 +93,26 @@ class Drafts:
         plain, alone = (self._plain(model, asked, ends, progress) for model in (target, draft))
         drafted = {ahead: self._drafted(target, draft, asked, ends, progress, ahead) for ahead in self.lookaheads}
         cost = _read_by_step(draft) / _read_by_step(target)
-        found = {str(ahead): _found(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
+        outcomes = {str(ahead): _outcome(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
         return {
             "prompts": len(asked),
             "skipped": len(prompts[: self.size]) - len(asked),
             "temperature": self.temperature,
             "cost": cost,
-            "lookaheads": found,
+            "lookaheads": outcomes,
             "forced": {} if self.temperature else _forced(draft, asked, plain.texts, max(drafted), self.batch_size),
             "bytes": _bytes(target, draft, max(map(len, asked)) + self.new, min(self.batch_size, len(asked))),
-            "measured": _measured(target, plain, alone, drafted, found),
+            "measured": _measured(target, plain, alone, drafted, outcomes),
         }
 
-    def _how(self, ends: Sequence[int]) -> dict[str, Any]:
+    def _options(self, ends: Sequence[int]) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
 
     def _plain(self, model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], progress: Told) -> Written:
         """The texts that a model writes alone."""
         sampling = Sampling(prompts, self.max_new_tokens, self.temperature, self.seed)
         return _timed(
-            model, write, prompts, sampling.pick if self.temperature else greedy, progress, **self._how(ends)
+            model, write, prompts, sampling.pick if self.temperature else greedy, progress, **self._options(ends)
         )
 
     def _drafted(
@@ -125,7 +125,9 @@ class Drafts:
         ahead: int,
     ) -> Written:
         drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
-        return _timed(target, speculate, draft, prompts, progress, lookahead=ahead, **self._how(ends), **drawing)
+        return _timed(
+            target, speculate, draft, prompts, progress, lookahead=ahead, **self._options(ends), **drawing
+        )
 
     def _warm(self, target: Any, draft: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
         """Write a little untimed: a first pass loads what later ones find."""
@@ -135,13 +137,13 @@ class Drafts:
 
 def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
     """The prompts that leave room for so many tokens. Raises UserError where none does."""
-    found = [prompt for prompt in prompts if len(prompt) + new <= (context or float("inf"))]
-    if not found:
+    short = [prompt for prompt in prompts if len(prompt) + new <= (context or float("inf"))]
+    if not short:
         raise UserError(
             f"No held-out prompt leaves room for {new} tokens in the model's context of {context}. Lower "
             "speculation.max_new_tokens."
         )
-    return found
+    return short
 
 
 def require_route(model: Any, longest: int) -> None:
@@ -153,19 +155,19 @@ def require_route(model: Any, longest: int) -> None:
         )
 
 
-def _timed(model: Any, writing: Callable[..., Any], *given: Any, **how: Any) -> Written:
+def _timed(model: Any, writing: Callable[..., Any], *arguments: Any, **options: Any) -> Written:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = perf_counter()
-    made = writing(model, *given, **how)
+    made = writing(model, *arguments, **options)
     seconds = perf_counter() - start  # what was asked of the device is done: its tokens are here
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     texts, counts = made if isinstance(made, tuple) else (made, [])
     return Written(texts, counts, seconds, peak)
 
 
-def _found(written: Written, plain: Sequence[Sequence[int]], lookahead: int, cost: float) -> dict[str, Any]:
+def _outcome(written: Written, plain: Sequence[Sequence[int]], lookahead: int, cost: float) -> dict[str, Any]:
     """What became of drafts of one length."""
     same = sum(mine == theirs for mine, theirs in zip(written.texts, plain, strict=True))
     return {**_counted(sum(written.counts, Counts()), lookahead, cost), "same_texts": same}
@@ -190,7 +192,7 @@ def hits(
     model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], batch_size: int
 ) -> list[list[bool]]:
     """Whether the model's likeliest token is the text's, at every token of each text after its prompt."""
-    found: list[list[bool]] = [[] for _ in prompts]
+    agreeing: list[list[bool]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(texts[row]))
     for at in range(0, len(order), batch_size):
@@ -204,8 +206,8 @@ def hits(
             for place, row in enumerate(rows):
                 before = slice(len(prompts[row]) - 1, len(whole[place]) - 1)
                 likeliest = outputs.head(outputs.hidden[place, before]).argmax(-1)
-                found[row] = (likeliest == ids[place, len(prompts[row]) : len(whole[place])]).tolist()
-    return found
+                agreeing[row] = (likeliest == ids[place, len(prompts[row]) : len(whole[place])]).tolist()
+    return agreeing
 
 
 def _read_by_step(model: Any) -> int:
@@ -231,7 +233,7 @@ def _weights(*models: Any) -> int:
 
 
 def _measured(
-    target: Any, plain: Written, alone: Written, drafted: dict[int, Written], found: dict[str, Any]
+    target: Any, plain: Written, alone: Written, drafted: dict[int, Written], outcomes: dict[str, Any]
 ) -> dict[str, Any]:
     """What is true of this machine alone."""
     device, cost = next(target.parameters()).device, plain.speed / alone.speed
@@ -245,7 +247,7 @@ def _measured(
             str(ahead): {
                 "tokens_per_second": each.speed,
                 "speed_up": each.speed / plain.speed,
-                "promised": speed_up(found[str(ahead)]["acceptance"] or 0.0, ahead, cost),
+                "promised": speed_up(outcomes[str(ahead)]["acceptance"] or 0.0, ahead, cost),
             }
             for ahead, each in drafted.items()
         },

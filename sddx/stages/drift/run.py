@@ -51,9 +51,9 @@ def drift(
     material = replace(material, check=build(check)) if check else material
     total = len(material.rows[: measure.size]) * measure.answers
     with runtime.progress(total=total, what="drift", unit="answer") as bar:
-        found = measure(unpruned, model, cut_of(done).kept, material, reading, bar.update)
-    (out / "drift.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    runtime.log({f"drift/kl_{name}": each["nats"] for name, each in found["kl"].items()})
+        record = measure(unpruned, model, cut_of(done).kept, material, reading, bar.update)
+    (out / "drift.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runtime.log({f"drift/kl_{name}": each["nats"] for name, each in record["kl"].items()})
 
 
 def _material(
