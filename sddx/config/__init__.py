@@ -162,7 +162,7 @@ def _walk(where: str, node: Any) -> Iterator[str]:
         yield f"{where} has {', '.join(map(repr, odd))} for a name: put names that are no words in quotes."
         return
     if "_target_" in node:
-        target = _found(node["_target_"])
+        target = _imported(node["_target_"])
         if target is None:
             named = node["_target_"]
             yield f"{where}._target_: {named!r} cannot be imported and called.{_near_target(named)}"
@@ -172,7 +172,7 @@ def _walk(where: str, node: Any) -> Iterator[str]:
         yield from _walk(f"{where}.{key}", value)
 
 
-def _found(named: Any) -> Callable | None:
+def _imported(named: Any) -> Callable | None:
     try:
         target = get_object(named)
     except Exception:  # whatever the import of a user's module raises, there is nothing to call
@@ -251,7 +251,7 @@ def _called(annotation: Any) -> int | None:
 
 def _uncallable(where: str, node: Any, values: int | None) -> Iterator[str]:
     """Whether what a node makes cannot be called with so many values."""
-    if values is None or not isinstance(node, Mapping) or (target := _found(node.get("_target_"))) is None:
+    if values is None or not isinstance(node, Mapping) or (target := _imported(node.get("_target_"))) is None:
         return
     settings = {key: None for key in node if not key.startswith("_")}
     called: Any = target

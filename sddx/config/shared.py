@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 _known: ContextVar[dict[str, Any] | None] = ContextVar("known", default=None)
 
 
@@ -24,7 +24,7 @@ def sharing() -> Iterator[None]:
         _known.reset(token)
 
 
-def once(about: Any, find: Callable[[], Found]) -> Found:
+def once(about: Any, find: Callable[[], Result]) -> Result:
     """What `find` gives; inside `sharing` what it gave before, where it was asked `about` equal plain values. What
     it raises is raised and not kept."""
     known = _known.get()
@@ -35,7 +35,7 @@ def once(about: Any, find: Callable[[], Found]) -> Found:
     return known[key]
 
 
-def once_as_read(about: Any, settings: Mapping[str, Any], find: Callable[[Mapping[str, Any]], Found]) -> Found:
+def once_as_read(about: Any, settings: Mapping[str, Any], find: Callable[[Mapping[str, Any]], Result]) -> Result:
     """What `find(settings)` gives; inside `sharing` what it gave before `about` the same, where all settings that
     it looked at then have the values that they had. It must hang on nothing else that differs between cells."""
     known = _known.get()

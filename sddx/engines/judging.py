@@ -74,12 +74,12 @@ class Engine(Settings):
         free_memory()
         settings = {name: value for name, value in evaluation.items() if name != "vllm" and name[0] != "_"}
         asked = {"model": self._model(folder, adapter, dtype), "evaluation": settings, "answered": str(answered)}
-        reply = self._told(asked, quiet)
+        reply = self._reply(asked, quiet)
         if "mistake" in reply:
             raise UserError(*reply["mistake"])
         return reply["results"]
 
-    def _told(self, request: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    def _reply(self, request: dict[str, Any], quiet: bool) -> dict[str, Any]:
         """The worker's answer. Its log is kept where it fails."""
         log = tempfile.NamedTemporaryFile(prefix="sddx-vllm-", suffix=".log", delete=False)
         logger.info("vLLM judges the model. Its log: %s", log.name)

@@ -78,7 +78,7 @@ def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any])
     name = member if isinstance(member, str) else own.get("group", own.get("task"))
     entry = index.get(name) if isinstance(name, str) else None
     config = own if entry is None else entry.cfg or {}
-    settings = {**_told(config), **settings, **_told(own)}
+    settings = {**_stated(config), **settings, **_stated(own)}
     # A tag has no configuration, but names of its own; a group has a list of tasks.
     members = sorted(entry.tags) if entry is not None and entry.cfg is None else config.get("task")
     if not isinstance(members, list):
@@ -88,7 +88,7 @@ def _sources(index: Mapping[str, Any], member: Any, settings: Mapping[str, Any])
         yield from _sources(index, each, settings)
 
 
-def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in LOOKED_AT if name in config}
 
 

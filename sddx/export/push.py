@@ -26,7 +26,7 @@ def require(name: str, adapter: str, *, private: bool) -> None:
         raise UserError(f"push={name} is no name of a repository: {error} Give push=org/name.") from error
     if get_token() is None:
         raise UserError("push=... needs a token of the Hugging Face hub, and there is none. Run `hf auth login`.")
-    with _told(name, "Nothing was exported yet: leave push=... out to export alone, or try again."):
+    with _uploading(name, "Nothing was exported yet: leave push=... out to export alone, or try again."):
         _require_vacant(name, private)
 
 
@@ -39,7 +39,7 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     again = f"hf upload {name} {folder}" + (" --private" if private else "")
-    with _told(name, f"The export itself is complete: {folder}. To try again: {again}"):
+    with _uploading(name, f"The export itself is complete: {folder}. To try again: {again}"):
         _require_vacant(name, private)
         HfApi().create_repo(name, private=private, exist_ok=True)
         message = "Recovered model, exported by sddx"
@@ -60,7 +60,7 @@ def _require_vacant(name: str, private: bool) -> None:
 
 
 @contextmanager
-def _told(name: str, then: str) -> Iterator[None]:
+def _uploading(name: str, then: str) -> Iterator[None]:
     """Around calls to the hub: raises UserError where one fails, with what to do then."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError

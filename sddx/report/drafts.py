@@ -114,7 +114,7 @@ def cut_table(runs: Sequence[Run]) -> Table:
         [f"{removed:g} removed", draft, metric, *cells]
         for (_, _, removed), group in groups.items()
         for draft, cuts in _by_cut(group).items()
-        for metric, cells in _told(group, cuts)
+        for metric, cells in _correlations(group, cuts)
     ]
     return {"header": ["cuts", "draft", "metric", "random cuts", "correlation", "own cut", "random"], "rows": rows}
 
@@ -135,7 +135,7 @@ def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
     return acceptances
 
 
-def _told(
+def _correlations(
     runs: Sequence[Run], cuts: Mapping[str, Mapping[tuple[int, ...], list[float]]]
 ) -> Iterator[tuple[str, list[str]]]:
     """Of each metric that a cut was chosen by, what its scores say of random ones."""

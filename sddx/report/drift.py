@@ -94,7 +94,7 @@ def drift_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
     for (where, model), seeds in records.items():
         count = "-" if model == UNTUNED else str(len(seeds))
         asked = {name: "" if model == UNTUNED and "data" in name else place for name, place in MEASURES.items()}
-        measures = [_told([value_of(each, place) for each in seeds.values()]) for place in asked.values()]
+        measures = [_cell([value_of(each, place) for each in seeds.values()]) for place in asked.values()]
         items = [f"{mean(each[way] for each in seeds.values()):.1f}" for way in flips.values()]
         rows.append([where, model, count, *measures, *items])
     return {"header": ["runs", "model", "seeds", *MEASURES, *(f"items {way}" for way in flips)], "rows": rows}
@@ -110,11 +110,11 @@ def pass_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
         for name, side in sides.items() if passes else ():
             shares = [[100 * each[side][k] for each in passes if k in each[side]] for k in counts]
             count = "-" if model == UNTUNED else str(len(passes))
-            rows.append([where, name, count, *(_told(each, digits=1) for each in shares)])
+            rows.append([where, name, count, *(_cell(each, digits=1) for each in shares)])
     return {"header": ["runs", "model", "seeds", *(f"pass@{k}, %" for k in counts)], "rows": rows}
 
 
-def _told(values: Sequence[float | None], sign: str = "", digits: int = 3) -> str:
+def _cell(values: Sequence[float | None], sign: str = "", digits: int = 3) -> str:
     """The mean, and the interval over seeds where there are two."""
     known, form = [value for value in values if value is not None], f"{sign}.{digits}f"
     if len(known) < 2:
@@ -131,7 +131,7 @@ def difference_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
         common = sorted(seeds.keys() & base.keys())
         if arm not in (UNTUNED, "sft") and len(common) > 1:
             differences = [
-                _told([_less(value_of(seeds[seed], at), value_of(base[seed], at)) for seed in common], "+")
+                _cell([_less(value_of(seeds[seed], at), value_of(base[seed], at)) for seed in common], "+")
                 for at in MEASURES.values()
             ]
             rows.append([where, f"{arm} - sft", str(len(common)), *differences])

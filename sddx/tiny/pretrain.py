@@ -32,10 +32,10 @@ GROUP = 4  # documents of like length that share their padding
 
 @dataclass(frozen=True)
 class Row:
-    """One document as token ids; the first `given` of them are the prompt."""
+    """One document as token ids; the first `prompt_tokens` of them are the prompt."""
 
     ids: list[int]
-    given: int
+    prompt_tokens: int
 
 
 class Corpus:
@@ -102,9 +102,9 @@ def _grid(rows: list[Row], prompt_weight: float) -> tuple[torch.Tensor, torch.Te
     weights = torch.zeros(len(rows), width)
     for number, row in enumerate(rows):
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        a_token = (len(row.ids) - row.given) ** -0.5
-        weights[number, : row.given] = prompt_weight * a_token
-        weights[number, row.given : len(row.ids)] = a_token
+        a_token = (len(row.ids) - row.prompt_tokens) ** -0.5
+        weights[number, : row.prompt_tokens] = prompt_weight * a_token
+        weights[number, row.prompt_tokens : len(row.ids)] = a_token
     return ids[:, :-1], ids[:, 1:], weights[:, 1:]
 
 

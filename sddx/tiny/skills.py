@@ -41,7 +41,7 @@ def arithmetic(dice: Dice) -> Item:
         event = kind(dice, person, things, total)
         total = event.total
         form.append(event.form)
-        story.append(event.told)
+        story.append(event.text)
         own.append(event.own)
         foreign.append(event.foreign)
     question = f"How many {things} does {person} have now?"
@@ -57,7 +57,7 @@ def arithmetic(dice: Dice) -> Item:
 @dataclass(frozen=True)
 class _Event:
     form: str
-    told: str
+    text: str
     own: str
     foreign: str
     total: int

@@ -121,7 +121,7 @@ class Resume(lightning.Callback):
     """
 
     def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every, self.told = path, every, False
+        self.path, self.every, self.interrupted = path, every, False
         self.before = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -132,18 +132,18 @@ class Resume(lightning.Callback):
 
     def notice(self, number: int, frame: Any) -> None:
         """The handler of SIGTERM: note it for the end of the step, and call the one that was there before."""
-        self.told = True
+        self.interrupted = True
         if callable(self.before):
             self.before(number, frame)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         """Save where it is due or SIGTERM came. Raises Interrupted in the second case, where nobody else
         decides."""
-        step, stopping = index + 1, any_of_us(self.told, module.device)
+        step, stopping = index + 1, any_of_us(self.interrupted, module.device)
         if step == module.steps_total or not (stopping or step % self.every == 0):
             return
         self.save(trainer)
-        self.told = False
+        self.interrupted = False
         if stopping and not callable(self.before):
             if rank() == 0:
                 log.warning(

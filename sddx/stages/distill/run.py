@@ -52,7 +52,7 @@ def distill(
     # One that can say who writes reads the model from its folder itself: ours stays out of memory.
     if hasattr(write, "about"):
         about = write.about(base.path)
-        answers = write(base.path, load_tokenizer(base.path), prompts, partial(_told, runtime))
+        answers = write(base.path, load_tokenizer(base.path), prompts, partial(_progress, runtime))
     else:
         about = {"backend": "transformers", "version": transformers.__version__}
         loading = {"dtype": dtype, "attention": attention}
@@ -68,8 +68,8 @@ def _answers(
     folder: Path, prompts: list[str], generation: dict[str, Any], loading: dict[str, str], *, runtime: Runtime
 ) -> list[Answer]:
     teacher = frozen_model(folder, **loading, device=runtime.device)
-    return build(generation)(teacher, load_tokenizer(folder), prompts, partial(_told, runtime))
+    return build(generation)(teacher, load_tokenizer(folder), prompts, partial(_progress, runtime))
 
 
-def _told(runtime: Runtime, rows: int) -> None:
+def _progress(runtime: Runtime, rows: int) -> None:
     runtime.log({"distill/written": rows})
