@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from sddx.config.build import Called, Node, only
 from sddx.errors import UserError
 from sddx.files.lines import lines
-from sddx.records import Artifact, Count, Cut, Natural, Seed, Subject
+from sddx.records import CUT_FILE, Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
 from sddx.stages.inputs import keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
@@ -111,7 +111,7 @@ class Run:
     @cached_property
     def cut(self) -> Artifact:
         """The cut by what it keeps: metrics that choose the same units share all that follows."""
-        return self.store.by_content(self.pruned, "cut.json")
+        return self.store.by_content(self.pruned, CUT_FILE)
 
     @cached_property
     def patch(self) -> Artifact | None:
@@ -127,7 +127,8 @@ class Run:
 
     @property
     def compressions(self) -> dict[str, Artifact | None]:
-        """What is done to the base model, in order (`sddx.compression.kinds`)."""
+        """What is done to the base model, in order (`sddx.compression.kinds`). Inputs name the cut before others,
+        because the order of inputs counts in keys."""
         return {"cut": self.cut, "patch": self.patch}
 
     @cached_property
@@ -178,8 +179,13 @@ class Run:
         inputs |= {**self.compressions, "teacher": self.teacher}
         spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(trainer)}
         spec |= {"max_length": method.max_length, "seed": method.seed}
-        spec |= {"selfdata": _left(method.selfdata, ("check", "reference")) if self.is_self_data else {}}
+        spec |= {"selfdata": self._kept_answers}
         return self._make(train, inputs, **spec, **self.loading)
+
+    @property
+    def _kept_answers(self) -> Node:
+        """What becomes of answers after they were written and checked."""
+        return _left(self.method.selfdata, ("check", "reference")) if self.is_self_data else {}
 
     @cached_property
     def written(self) -> Artifact | None:
@@ -211,7 +217,7 @@ class Run:
         from sddx.students.recovered import find_run
 
         run = find_run(folder)
-        key, kept = run.summary["artifacts"].get("train"), self.pruned.path / "cut.json"
+        key, kept = run.summary["artifacts"].get("train"), self.pruned.path / CUT_FILE
         cut = Cut.load(kept) if kept.exists() else run.cut  # a plan does not know yet what will be cut
         if run.trained is None or (run.summary["artifacts"]["model"], run.cut) != (self.base.key, cut):
             raise UserError(
@@ -264,9 +270,18 @@ class Run:
 
         if (asked := self.method.speculation) is None:
             return {}
-        nodes = {"dataset": self.method.dataset, **asked["datasets"]}
-        prepared = {name: self._prepared(pinned(node)).path for name, node in nodes.items()}
-        return {name: self.store.source("rows", path / "validation.jsonl") for name, path in prepared.items()}
+        others = {name: self._prepared(pinned(node)) for name, node in asked["datasets"].items()}
+        return {"dataset": self.held_out} | {name: self._held_out(each) for name, each in others.items()}
+
+    @cached_property
+    def held_out(self) -> Artifact:
+        """The rows of the data set that no student learns from, with their references."""
+        from sddx.data.sources import pinned
+
+        return self._held_out(self.data or self._prepared(pinned(self.method.dataset)))
+
+    def _held_out(self, prepared: Artifact) -> Artifact:
+        return self.store.source("rows", prepared.path / "validation.jsonl")
 
     @cached_property
     def drafts(self) -> list[Artifact]:
@@ -283,17 +298,15 @@ class Run:
     @cached_property
     def drifts(self) -> list[Artifact]:
         """How far each model but the unpruned one moved from it, on the held-out rows and texts."""
-        from sddx.data.sources import pinned
         from sddx.stages.drift.run import drift
 
         if self.method.drift is None:
             return []
-        prepared = self.data or self._prepared(pinned(self.method.dataset))
-        rows = self.store.source("rows", prepared.path / "validation.jsonl")
-        inputs: Inputs = {"base": self.base, "rows": rows, "files": read_by(self.store, self.text)}
+        inputs: Inputs = {"base": self.base, "rows": self.held_out}
+        inputs |= {"files": read_by(self.store, self.text)}
         inputs["rewrites"] = self.rows[0] if self.is_self_data else None
         spec: Node = {"measured": self.method.drift, "text": self.text, "max_length": self.method.max_length}
-        spec |= {"selfdata": _left(self.method.selfdata, ("check", "reference")) if self.is_self_data else {}}
+        spec |= {"selfdata": self._kept_answers}
         spec["check"] = self.dataset["check"] if self.method.drift.get("samples") else None
         return [
             self._make(drift, {**inputs, **subject.inputs}, **spec, **self.loading) for subject in self.subjects[1:]

@@ -97,6 +97,9 @@ class Units:
         return Cut(kept, self.total, *halves)
 
 
+CUT_FILE = "cut.json"  # in which stages keep a cut
+
+
 @dataclass(frozen=True)
 class Cut:
     """Which parts of a model stay. Blocks are counted from 0; every list is ascending.

@@ -14,9 +14,7 @@ from sddx.compression.branches import without
 from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
 from sddx.models.anatomy import Stack, blocks, branches, is_adapted, set_blocks, stack
-from sddx.records import Cut
-
-CUT = "cut.json"
+from sddx.records import CUT_FILE, Cut
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Removal(Compression):
     @classmethod
     def load(cls, folder: Path) -> Removal:
         """That of the cut in a folder."""
-        return cls(Cut.load(folder / CUT))
+        return cls(Cut.load(folder / CUT_FILE))
 
     @property
     def name(self) -> str:

@@ -231,12 +231,27 @@ def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Exa
     than the first row that has."""
     end, rows = ending(tokenizer), list(examples)
     if rows and not any(_encode(tokenizer, row, end, max_length)[0] for row in rows):
-        shortest = min(len(ids) for ids in token_ids(tokenizer, (render(tokenizer, row.prompt) for row in rows)))
+        shortest = min(map(len, prompts_of(tokenizer, rows)))
         raise UserError(
             f"No row has an answer left to train on after truncation. Given: {len(rows)} rows, whose shortest "
             f"prompt has {shortest} tokens, and max_length={max_length}. Raise max_length above the length of the "
             "prompts."
         )
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> list[list[int]]:
+    """The tokens of the rows' prompts in the model's form, up to where the answers begin."""
+    return token_ids(tokenizer, [render(tokenizer, row.prompt) for row in rows])
+
+
+def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int, setting: str) -> list[Sequence[int]]:
+    """The prompts that leave room for so many tokens. Raises UserError (lower this setting) where none does."""
+    short = [prompt for prompt in prompts if len(prompt) + new <= (context or float("inf"))]
+    if not short:
+        raise UserError(
+            f"No held-out prompt leaves room for {new} tokens in the model's context of {context}. Lower {setting}."
+        )
+    return short
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:

@@ -28,7 +28,7 @@ from sddx.data.checkers import Reason
 from sddx.data.encode import ending, padding_id, render, token_ids
 from sddx.data.templates import leaks
 from sddx.errors import UserError
-from sddx.models.decoding import greedy, is_batchable, write
+from sddx.models.decoding import Progress, greedy, is_batchable, write
 from sddx.models.generation import neutral
 from sddx.models.load import context_of
 from sddx.records import Count, Example, Natural, NonNegative, PositiveShare, Rewrite, Seed
@@ -51,7 +51,7 @@ def write_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Progress = lambda rows: None,
     *,
     max_new_tokens: Count,
     batch_size: Count,
@@ -214,7 +214,7 @@ def _by_generate(
     uniforms: torch.Tensor | None,
     sampling: dict[str, Any],
     pad: int,
-    progress: Callable[[int], object],
+    progress: Progress,
     *,
     max_new_tokens: int,
     batch_size: int,

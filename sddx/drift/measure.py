@@ -16,6 +16,7 @@ from sddx.drift.reading import Reading, surprise
 from sddx.drift.similarity import cka, concentration
 from sddx.errors import UserError
 from sddx.evaluation.text import Places, attended, divergences, labelled
+from sddx.models.decoding import Progress
 from sddx.models.outputs import block_states, run
 from sddx.records import Batch, Count, Example, Natural, NonNegative, Rewrite, Seed
 from sddx.statistics.answers import mean_length, repetition
@@ -25,7 +26,6 @@ _log = logging.getLogger(__name__)
 # Tokens a channel: fewer do not tell how alike blocks are, and no more are read.
 FEWEST, MOST = 4, 8
 PASSES = (1, 4, 16)  # k of pass@k
-Told = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Drift:
         kept: Sequence[int],
         material: Material,
         reading: Reading,
-        progress: Told = lambda rows: None,
+        progress: Progress = lambda rows: None,
     ) -> dict[str, Any]:
         """How far `model`, whose blocks are the `kept` ones of the `unpruned` one, moved from it.
 
@@ -119,7 +119,7 @@ class Drift:
             **({"passes": drawn} if drawn else {}),
         }
 
-    def _passes(self, model: Any, material: Material, reading: Reading, progress: Told) -> dict[str, float]:
+    def _passes(self, model: Any, material: Material, reading: Reading, progress: Progress) -> dict[str, float]:
         """pass@k by k, the mean over rows: right is a whole answer that the check finds right."""
         assert material.check is not None
         rows, right = material.rows, [0] * len(material.rows)
@@ -131,7 +131,7 @@ class Drift:
         return {str(k): mean(pass_at(k, each, self.samples) for each in right) for k in tries}
 
     def _written(
-        self, model: Any, rows: Sequence[Example], reading: Reading, progress: Told, seed: int
+        self, model: Any, rows: Sequence[Example], reading: Reading, progress: Progress, seed: int
     ) -> list[Answer]:
         """The model's own answers."""
         return write_answers(

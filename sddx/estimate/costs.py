@@ -175,6 +175,11 @@ class Estimate:
         return self.config["evaluation"].get("backend") == "vllm"
 
     @property
+    def own_weights(self) -> int:
+        """Bytes of the student's weights where they are its own, beside those of the unpruned model."""
+        return self.pruned.weight_bytes if self.is_full and self.trains else 0
+
+    @property
     def rewrites(self) -> bool:
         """Whether the unpruned model writes the answers."""
         return self.trains and self.config["loss"]["data"] != "reference"

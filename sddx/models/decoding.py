@@ -47,13 +47,14 @@ PROMPT_TOKENS, PADDING = 2048, 0.1
 REFILL = 0.125
 
 Pick = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
+Progress = Callable[[int], object]  # is told how many rows have ended
 
 
 def write(
     model: Any,
     prompts: Sequence[Sequence[int]],
     pick: Pick,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Progress = lambda rows: None,
     *,
     max_new_tokens: int,
     batch_size: int,

@@ -10,16 +10,15 @@ from typing import Any
 from sddx.report.agreement import per_unit
 from sddx.report.curves import Run, arms
 from sddx.report.sections import Section, Table, removed_units, scores_of
-from sddx.report.subjects import roles
-from sddx.report.table import percent
+from sddx.report.subjects import UNTUNED, shown_as
+from sddx.report.table import percent, within
 from sddx.statistics.intervals import rank_correlation, t_interval
 
-UNTUNED = "untuned"
 NOTE = (
     "Means over seeds, acceptance with its 95 % interval over them. Times are those of the machines that the runs "
     "name; promised is what the acceptance comes to at the cost of a draft's step measured there."
 )
-FEWEST = 8  # random cuts over which a correlation is told
+FEWEST = 8  # points over which a correlation is told
 CUTS = (
     "Over cuts drawn at random: the rank correlation of a draft's acceptance, at the smallest lookahead, with "
     "minus the sum of the removed units' scores, 95 % over cuts; 1 where scores order cuts as acceptance does. "
@@ -51,7 +50,7 @@ def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
     for where, arm, group in arms([run for run in runs if run.get("drafts")]):
         for run in group:
             for name, of in run["drafts"].items():
-                draft = {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
+                draft = shown_as(run, name, arm)
                 for prompts, record in of.items():
                     for ahead, each in _each(record):
                         shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
@@ -98,8 +97,7 @@ def difference_table(records: dict[Key, dict[int, dict[str, Any]]]) -> Table:
         if draft not in (UNTUNED, "sft") and len(common) > 1:
             pairs = [(seeds[seed]["acceptance"], base[seed]["acceptance"]) for seed in common]
             interval = t_interval([100 * (mine - theirs) for mine, theirs in pairs])
-            shown = f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
-            rows.append([where, f"{draft} - sft", prompts, ahead, str(len(common)), shown])
+            rows.append([where, f"{draft} - sft", prompts, ahead, str(len(common)), within(interval, "+.1f")])
     return {"header": ["runs", "drafts", "prompts", "ahead", "seeds", "accepted"], "rows": rows}
 
 
@@ -127,7 +125,7 @@ def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
     acceptances: dict[str, Cuts] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         for name, of in run["drafts"].items():
-            draft = {"cut": UNTUNED, "student": run["choices"]["loss"]}.get(roles(run)[name], name)
+            draft = shown_as(run, name, run["choices"]["loss"])
             tried = of["dataset"]["lookaheads"]
             accepted = tried[min(tried, key=int)]["acceptance"]
             if accepted is not None:
@@ -149,5 +147,4 @@ def _correlations(
                 [-sum(values[unit] for unit in cut) for cut in drawn], list(drawn.values())
             )
             own = mean(accepted for each in cuts[metric].values() for accepted in each)
-            shown = f"{correlation.estimate:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
-            yield metric, [str(len(drawn)), shown, percent(own), percent(mean(drawn.values()))]
+            yield metric, [str(len(drawn)), within(correlation, ".2f"), percent(own), percent(mean(drawn.values()))]

@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from sddx.report import figures
 from sddx.report.curves import Run, arms, value_of
-from sddx.report.drafts import UNTUNED
+from sddx.report.drafts import FEWEST
 from sddx.report.sections import Figure, Section, Table
-from sddx.report.subjects import roles
+from sddx.report.subjects import UNTUNED, having, shown_as
+from sddx.report.table import within
 from sddx.statistics.intervals import rank_correlation, t_interval
 
 # What is measured, by its name in tables: where it stands in a record of `drift`. The first two are the predictors
@@ -34,7 +35,6 @@ MEASURES: dict[str, str] = {
     "cut off": "answers.cut_off",
 }
 NAMED = tuple(MEASURES)[:2]
-FEWEST = 8  # points over which a correlation is told
 NOTE = (
     "KL(unpruned || model) and surprise, under the unpruned model or the model's own, in nats a token, on held-out "
     "rows and texts (docs/drift.md). Means over seeds with 95 % intervals over them. Items lost and won flipped "
@@ -74,7 +74,7 @@ def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
     for where, arm, group in arms([run for run in runs if run.get("drift")]):
         for run in group:
             for name, record in run["drift"].items():
-                model = {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
+                model = shown_as(run, name, arm)
                 seed = run["choices"]["seed"] if model != UNTUNED else 0
                 records.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
     return records
@@ -119,8 +119,7 @@ def _cell(values: Sequence[float | None], sign: str = "", digits: int = 3) -> st
     known, form = [value for value in values if value is not None], f"{sign}.{digits}f"
     if len(known) < 2:
         return f"{known[0]:{form}}" if known else "-"
-    interval = t_interval(known)
-    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+    return within(t_interval(known), form)
 
 
 def difference_table(records: Mapping[Key, Mapping[int, Record]]) -> Table:
@@ -166,8 +165,7 @@ def _point(runs: Sequence[Run], place: str) -> tuple[float, float] | None:
     """An arm's measure and what it lost, means over its seeds; None where one of them does not have either."""
     pairs = []
     for run in runs:
-        student = next((name for name, role in roles(run).items() if role == "student"), "")
-        if not (record := run["drift"].get(student)):
+        if not (student := having(run, "student")) or not (record := run["drift"].get(student)):
             return None
         pairs.append((value_of(_looked_at(run, student, record), place), run["recovery_held_out"]))
     if any(None in pair for pair in pairs):
@@ -183,14 +181,8 @@ def predictor_table(points: Points) -> Table:
         pairs = [pair for each in of.values() for pair in each]
         if len(pairs) >= FEWEST:
             correlation = rank_correlation(*zip(*pairs, strict=True))
-            shown = f"{correlation.estimate:.2f} ({correlation.low:.2f} to {correlation.high:.2f})"
-            rows.append(
-                (
-                    measure not in NAMED,
-                    -abs(correlation.estimate),
-                    [measure, _kind(measure), str(len(pairs)), shown],
-                )
-            )
+            row = [measure, _kind(measure), str(len(pairs)), within(correlation, ".2f")]
+            rows.append((measure not in NAMED, -abs(correlation.estimate), row))
     return {"header": ["measure", "named", "points", "rank correlation"], "rows": [row for *_, row in sorted(rows)]}
 
 

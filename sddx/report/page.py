@@ -27,7 +27,7 @@ from sddx.report.headline import headline
 from sddx.report.law import fit, seed_curves
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
 from sddx.report.subjects import reference
-from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent
+from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent, within
 from sddx.report.tasks import by_model
 from sddx.report.tasks import section as task_section
 from sddx.run_folder import read_summary
@@ -163,7 +163,7 @@ def _points(interval: Interval | None) -> str:
     if interval is None:
         return ABSENT
     over = "" if interval.contains == "seeds" else f" over {interval.contains}"
-    return f"{interval.estimate:+.1f} ({interval.low:+.1f} to {interval.high:+.1f}){over}"
+    return within(interval, "+.1f") + over
 
 
 def likelihood_table(runs: Sequence[Run]) -> Table:

@@ -9,6 +9,8 @@ from typing import Any
 
 from sddx.records import ROLES
 
+UNTUNED = "untuned"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,6 +36,12 @@ def roles(run: Mapping[str, Any]) -> dict[str, str]:
 def having(run: Mapping[str, Any], role: str) -> str | None:
     """The name of the first model with this role; None where there is none."""
     return next((name for name, each in roles(run).items() if each == role), None)
+
+
+def shown_as(run: Mapping[str, Any], name: str, arm: str) -> str:
+    """What tables of many runs call a model: by its arm where it is the student, as every arm has the same pruned
+    one."""
+    return {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
 
 
 def reference(run: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from sddx.evaluation.harness import clusters_of, compact
 from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
 from sddx.files.shapes import FORMAT
 from sddx.gguf.packaged import origin
-from sddx.records import Artifact, Cut, Rewrite
+from sddx.records import CUT_FILE, Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.store import manifest
 
@@ -137,7 +137,7 @@ def _quality(artifacts: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]
 
 def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
     """What was cut, what was trained on, and what each stage took when it was built."""
-    cut = Cut.load(artifacts.pruned.path / "cut.json")
+    cut = Cut.load(artifacts.pruned.path / CUT_FILE)
     training: dict[str, Any] = _read(artifacts.student, "training.json") if artifacts.student else {}
     answers = rewrites(artifacts.rows[1:])
     stages = artifacts.built()

@@ -50,6 +50,11 @@ def _score(score: float | None, error: float | None) -> str:
     return f"{100 * score:.1f} ± " + (ABSENT if error is None else f"{100 * error:.1f}")
 
 
+def within(interval: Any, form: str) -> str:
+    """An estimate with its interval, each in this form."""
+    return f"{interval.estimate:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
 def percent(share: float | None) -> str:
     """A share as percent with one decimal, or a dash where it is not defined."""
     return ABSENT if share is None else f"{100 * share:.1f} %"

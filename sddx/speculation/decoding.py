@@ -7,7 +7,7 @@ go back is to forget how far one was: what stands behind is not seen, and writte
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sddx.models.anatomy import blocks, decoder, vocabulary
-from sddx.models.decoding import attention_mask, grouped, holds, remembers_all
+from sddx.models.decoding import Progress, attention_mask, grouped, holds, remembers_all
 from sddx.models.outputs import head_of
 from sddx.models.packing import packed
 from sddx.speculation.rules import Counts, drawn, greedy, sampled, verdict
-
-Told = Callable[[int], object]
 
 
 def speculate(
     target: Any,
     draft: Any,
     prompts: Sequence[Sequence[int]],
-    progress: Told = lambda rows: None,
+    progress: Progress = lambda rows: None,
     *,
     lookahead: int,
     max_new_tokens: int,

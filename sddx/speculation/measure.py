@@ -12,16 +12,17 @@ import torch
 
 from sddx.compression.soundness import cache_bytes
 from sddx.config.build import Node
+from sddx.data.encode import fitting
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, head
-from sddx.models.decoding import greedy, is_batchable, write
+from sddx.models.decoding import Progress, greedy, is_batchable, write
 from sddx.models.load import context_of
 from sddx.models.outputs import run
 from sddx.records import Count, NonNegative, Seed
 from sddx.speculation.decoding import Sampling, can_draft, speculate
 from sddx.speculation.rules import Counts, forced, speed_up
 
-Told = Callable[[int], object]
+ROOM = "speculation.max_new_tokens"  # what to lower where no prompt leaves room
 WARM = 4  # tokens that are written untimed
 
 
@@ -73,7 +74,7 @@ class Drafts:
         draft: Any,
         prompts: Sequence[Sequence[int]],
         ends: Sequence[int],
-        progress: Told = lambda rows: None,
+        progress: Progress = lambda rows: None,
     ) -> dict[str, Any]:
         """What `draft` is worth to `target` over the first prompts, each a list of tokens.
 
@@ -86,7 +87,7 @@ class Drafts:
 
         Raises UserError for a model that cannot go back in a text, and where no prompt leaves room in the context.
         """
-        asked = fitting(context_of(target.config), prompts[: self.size], self.new)
+        asked = fitting(context_of(target.config), prompts[: self.size], self.new, ROOM)
         for model in (target, draft):
             require_route(model, max(map(len, asked)) + self.max_new_tokens)
         self._warm(target, draft, asked, ends)
@@ -108,7 +109,9 @@ class Drafts:
     def _options(self, ends: Sequence[int]) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
 
-    def _plain(self, model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], progress: Told) -> Written:
+    def _plain(
+        self, model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], progress: Progress
+    ) -> Written:
         """The texts that a model writes alone."""
         sampling = Sampling(prompts, self.max_new_tokens, self.temperature, self.seed)
         return _timed(
@@ -121,7 +124,7 @@ class Drafts:
         draft: Any,
         prompts: Sequence[Sequence[int]],
         ends: Sequence[int],
-        progress: Told,
+        progress: Progress,
         ahead: int,
     ) -> Written:
         drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
@@ -133,17 +136,6 @@ class Drafts:
         """Write a little untimed: a first pass loads what later ones find."""
         few = replace(self, max_new_tokens=WARM)
         few._drafted(target, draft, prompts[: self.batch_size], ends, lambda rows: None, 1)
-
-
-def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int) -> list[Sequence[int]]:
-    """The prompts that leave room for so many tokens. Raises UserError where none does."""
-    short = [prompt for prompt in prompts if len(prompt) + new <= (context or float("inf"))]
-    if not short:
-        raise UserError(
-            f"No held-out prompt leaves room for {new} tokens in the model's context of {context}. Lower "
-            "speculation.max_new_tokens."
-        )
-    return short
 
 
 def require_route(model: Any, longest: int) -> None:

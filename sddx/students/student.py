@@ -13,12 +13,12 @@ from safetensors.torch import load_model as load_into
 from safetensors.torch import save_model
 
 from sddx.compression.compressed import Compressed, Compression, compress
-from sddx.compression.remove import CUT, cut_of
+from sddx.compression.remove import cut_of
 from sddx.errors import UserError
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import load_model, loading_device, placed
 from sddx.parallel.distributed import is_joined
-from sddx.records import Cut
+from sddx.records import CUT_FILE, Cut
 
 OWN_WEIGHTS = "student.safetensors"
 
@@ -47,7 +47,7 @@ def save_student(made: Compressed, folder: Path, *, base: str) -> None:
 
 def write_origin(folder: Path, cut: Cut, base: str) -> None:
     """Tie what a folder holds to its cut, and to its base model by the content key of that."""
-    cut.save(folder / CUT)
+    cut.save(folder / CUT_FILE)
     (folder / "base.json").write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
 
 
@@ -118,7 +118,7 @@ def _restore(model: Any, file: Path) -> None:
 def _require_same_origin(folder: Path, cut: Cut, base: str) -> None:
     """The guard: same cut and same base, or no student."""
     try:
-        stored_cut = Cut.load(folder / CUT)
+        stored_cut = Cut.load(folder / CUT_FILE)
         stored_base = json.loads((folder / "base.json").read_text(encoding="utf-8"))["base"]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(

@@ -37,8 +37,8 @@ def peak(estimate: Estimate) -> float | None:
     columns = prompt + asked["max_new_tokens"] + max(asked["lookaheads"]) + 1
     memories = batch * columns * (estimate.unpruned.cache_bytes + estimate.pruned.cache_bytes)
     logits = 2 * batch * (max(asked["lookaheads"]) + 1) * estimate.shape.vocab_size * 4
-    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
-    return peaks.looked_at(estimate, own) + memories + logits + peaks.passing(estimate, batch, prompt)
+    passing = peaks.passing(estimate, batch, prompt)
+    return peaks.looked_at(estimate, estimate.own_weights) + memories + logits + passing
 
 
 def _written(estimate: Estimate) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sddx.compression.kinds import read
 from sddx.config.build import build
-from sddx.data.encode import render, token_ids
+from sddx.data.encode import prompts_of
 from sddx.data.selfdata import end_ids
 from sddx.data.shards import read_examples
 from sddx.models.load import load_tokenizer
@@ -36,7 +36,7 @@ def draft(
     loading: dict[str, Any] = {"dtype": dtype, "attention": attention, "device": runtime.device}
     target, drafting = both(base, read(compressions), student, **loading)
     tokenizer, tried = load_tokenizer(base.path), build(speculation)
-    prompts = token_ids(tokenizer, [render(tokenizer, row.prompt) for row in read_examples(rows.path)])
+    prompts = prompts_of(tokenizer, read_examples(rows.path))
     total = len(prompts[: tried.size]) * (2 + len(tried.lookaheads))
     with runtime.progress(total=total, what="drafting", unit="text") as bar:
         measured = tried(target, drafting, prompts, end_ids(target, tokenizer), bar.update)

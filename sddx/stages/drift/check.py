@@ -6,6 +6,7 @@ from typing import Any
 
 from sddx.config.build import Settings, made
 from sddx.errors import UserError
+from sddx.stages.held_out import prompts_here, require_held_out, require_whole
 from sddx.stages.local_model import Check, LocalModel
 
 
@@ -31,35 +32,21 @@ def _drift(method: Settings) -> Any:
 
 
 def _check(method: Settings) -> None:
-    asked, held_out = _drift(method), method["validation"]
-    if held_out < asked.size:
-        raise UserError(
-            f"drift.size={asked.size} rows are held-out ones, and validation={held_out} holds out fewer. Use "
-            f"validation={asked.size}, or a smaller drift.size."
-        )
+    asked = _drift(method)
+    require_held_out("drift", asked.size, method["validation"], "rows are held-out ones")
     check = (method["dataset"].get("check") or {}).get("_target_", "")
     if asked.samples and check.rpartition(".")[2] in ("", "none", "open_answer"):
         raise UserError(
             f"drift.samples={asked.samples} answers are right or wrong by dataset.check, and that of this data set "
             f"({check or 'null'}) does not tell. Use drift.samples=0, or another data set."
         )
-    if method["trainer"].get("strategy") == "fsdp":
-        raise UserError(
-            "Drift is measured on one device that holds the model whole, which trainer.strategy=fsdp says that "
-            "none does. Leave out +drift, or use another strategy."
-        )
+    require_whole("drift", method, "Drift is measured")
 
 
 def _check_room(method: Settings, model: LocalModel) -> None:
-    from sddx.data.check import examples_here
-    from sddx.data.encode import render, token_ids
+    from sddx.data.encode import fitting
     from sddx.models.load import context_of
 
-    asked, context = _drift(method), context_of(model.config)
-    held_out, _ = examples_here(method["dataset"], method["validation"])
-    prompts = token_ids(model.tokenizer, [render(model.tokenizer, row.prompt) for row in held_out[: asked.size]])
-    if prompts and context and min(map(len, prompts)) + asked.max_new_tokens > context:
-        raise UserError(
-            f"No held-out prompt leaves room for {asked.max_new_tokens} tokens in the model's context of "
-            f"{context}. Lower drift.max_new_tokens."
-        )
+    asked = _drift(method)
+    if prompts := prompts_here(method["dataset"], method, model, asked.size):
+        fitting(context_of(model.config), prompts, asked.max_new_tokens, "drift.max_new_tokens")

@@ -19,7 +19,7 @@ def parts(estimate: Estimate) -> Iterator[Part]:
         return
     models = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if estimate.trains else {})}
     for name, settings in models.items():
-        own = ("generation", "selfdata") if _wrote(estimate) else ()
+        own = ("generation", "selfdata") if estimate.rewrites else ()
         named = ("dataset", "text", "max_length", *own, *settings)
         about = [asked, [estimate.config[each] for each in named]]
         drawn = asked.get("samples", 0)
@@ -35,14 +35,8 @@ def peak(estimate: Estimate) -> float | None:
     outputs of all blocks."""
     if not estimate.config.get("drift"):
         return None
-    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
     passing = peaks.passing(estimate, estimate.text.side_by_side, estimate.text.longest, states=True)
-    return peaks.looked_at(estimate, own) + passing
-
-
-def _wrote(estimate: Estimate) -> bool:
-    """Whether there are answers of the unpruned model's own."""
-    return estimate.trains and estimate.config["loss"]["data"] != "reference"
+    return peaks.looked_at(estimate, estimate.own_weights) + passing
 
 
 def _longest(estimate: Estimate) -> float:
@@ -56,7 +50,7 @@ def _read(estimate: Estimate, size: Size) -> Effort:
     the unpruned model wrote. The head is applied to every token."""
     rows, texts, asked = estimate.rows, estimate.text, estimate.config["drift"]
     answered = rows.prompt + WRITTEN * rows.answer
-    tokens = asked["size"] * (rows.prompt + (4 + 2 * _wrote(estimate)) * answered)
+    tokens = asked["size"] * (rows.prompt + (4 + 2 * estimate.rewrites) * answered)
     reading = 2 * texts.count * texts.padded * (size.body(texts.padded) + 2 * size.head)
     reading += tokens * (size.body(answered) + 2 * size.head)
     return Effort(reading=reading, read=2 * texts.count * texts.mean + tokens)

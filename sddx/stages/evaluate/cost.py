@@ -40,8 +40,7 @@ def peak(estimate: Estimate) -> float | None:
     if not estimate.by_vllm:
         asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
         passing = max(passing, peaks.judging(estimate, *asked))
-    own = estimate.pruned.weight_bytes if estimate.is_full and estimate.trains else 0
-    return peaks.looked_at(estimate, own) + passing
+    return peaks.looked_at(estimate, estimate.own_weights) + passing
 
 
 def _effort(estimate: Estimate, size: Size, *, beside: bool) -> Effort:

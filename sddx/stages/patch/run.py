@@ -12,14 +12,13 @@ from sddx.compression.compressed import compress
 from sddx.compression.fit import fit_patches
 from sddx.compression.junction import Junction
 from sddx.compression.kinds import read
-from sddx.compression.remove import CUT
 from sddx.config.build import build
 from sddx.data.encode import text_batches
 from sddx.models.anatomy import blocks
 from sddx.models.load import context_of, free_memory, frozen_model, load_model, load_tokenizer
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import sharded
-from sddx.records import Artifact, Cut
+from sddx.records import CUT_FILE, Artifact, Cut
 from sddx.runtime import Runtime
 from sddx.stages.prune.run import footprint, write_proof
 
@@ -74,7 +73,7 @@ def _fitted(
         """One that may be trained; out of shards none can be copied."""
         return deepcopy(blocks(load_model(folder, **loading) if is_joined() else teacher)[place]).to(runtime.device)
 
-    what = Cut.load(cut / CUT)
+    what = Cut.load(cut / CUT_FILE)
     patches, unexplained = fit_patches(teacher, what, lambda: build(patch["fit"]), batches, runtime, block)
     if rank() == 0:
         Junction(patches, patch["trained"], patch["fold"]).save(out)

@@ -8,13 +8,13 @@ from typing import Any
 
 from sddx.compression.compressed import Compressed, compress
 from sddx.compression.pattern import require_kept
-from sddx.compression.remove import CUT, Removal
+from sddx.compression.remove import Removal
 from sddx.compression.soundness import cache_bytes, prove, sliced_logits
 from sddx.config.build import build
 from sddx.models.anatomy import DECODER, blocks, decoder, vocabulary
 from sddx.models.load import free_memory, load_model, text_config
 from sddx.models.outputs import require_own_head
-from sddx.records import Artifact, Units
+from sddx.records import CUT_FILE, Artifact, Units
 from sddx.runtime import Runtime
 from sddx.students.student import saved_and_loaded
 from sddx.students.trial import try_out
@@ -59,7 +59,7 @@ def prune(
     size["pruned"] = footprint(student)
 
     write_proof(out, made, base, loading, sliced=sliced, whole=made.whole[DECODER])
-    cut.save(out / CUT)
+    cut.save(out / CUT_FILE)
     (out / "size.json").write_text(json.dumps(size) + "\n", encoding="utf-8")
     lost = cut.total - len(cut.kept), len(cut.no_attention), len(cut.no_feedforward)
     names = ("removed", "without_attention", "without_feedforward")
