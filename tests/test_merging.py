@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,21 @@ def test_files_are_merged_by_name_however_they_are_cut(tmp_path: Path) -> None:
         assert torch.equal(found[0][name], found[1][name])
         expected, _ = methods.slerp([models[0][name], models[1][name]], models[2][name], Place(name))
         assert torch.equal(found[0][name], expected)
+
+
+def test_files_at_an_end_are_a_students_byte_for_byte(tmp_path: Path) -> None:
+    """Of any dtype and shape, a single number and none among them, and in several files."""
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    one = {f"layers.{n}.a": each for n, kind in enumerate(kinds) for each in tensors(1, kind)}
+    one |= {"scale": torch.tensor(3.0), "none": torch.zeros(0, 4, dtype=torch.bfloat16)}
+    two = {name: 2 * each for name, each in one.items()}
+    first, second, out = folder(tmp_path / "one", one, 2), folder(tmp_path / "two", two), tmp_path / "out"
+    out.mkdir()
+    merge_files([first, second], second, out, partial(methods.slerp, t=0))
+    for path in first.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    merge_files([second, first], second, out, partial(methods.slerp, t=0.5))
+    assert torch.equal(weights_of(out)["none"], one["none"]) and weights_of(out)["scale"] == 4.5
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from sddx.errors import UserError
 from sddx.merging.methods import Merged, Place
@@ -35,41 +35,53 @@ def merge_files(
     safetensors. `tick` is given the number of tensors that were written. Returns how many tensors took which way.
 
     Raises UserError, before a tensor is read, where names, shapes or dtypes differ."""
-    with ExitStack() as stack:
-        models = [_Tensors(folder, stack) for folder in (*parents, base)]
-        _require_alike(models)
-        ways: Counter[str] = Counter()
-        for file, names in shards(parents[0]).items():
-            made = {}
-            for name in names:
+    models = [_Tensors(folder) for folder in (*parents, base)]
+    _require_alike(models)
+    ways: Counter[str] = Counter()
+    for file in shards(parents[0]):
+        with open(out / file, "wb") as written:
+            for name in _begun(parents[0] / file, written):
                 *students, origin = (model.read(name) for model in models)
                 merged, way = method(students, origin, _place(name))
-                made[name] = merged.contiguous()
+                written.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
                 ways[way] += 1
                 tick(1)
-            save_file(made, out / file, metadata={"format": "pt"})
     if (parents[0] / INDEX).is_file():
         (out / INDEX).write_text((parents[0] / INDEX).read_text(encoding="utf-8"), encoding="utf-8")
     return ways
 
 
-class _Tensors:
-    """The tensors of a folder, read one at a time."""
+def _begun(alike: Path, file: BinaryIO) -> list[str]:
+    """Begin a file of weights with the header of another one, so that no more than a tensor need be held: its
+    tensors' names, in the order in which their bytes follow."""
+    with open(alike, "rb") as other:
+        size = other.read(8)
+        header = other.read(int.from_bytes(size, "little"))
+    file.write(size + header)
+    places = {name: each["data_offsets"] for name, each in json.loads(header).items() if name != "__metadata__"}
+    return sorted(places, key=places.__getitem__)
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+
+class _Tensors:
+    """The tensors of a folder, read one at a time: a file is mapped as long as a tensor of it is held."""
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {
-            name: stack.enter_context(safe_open(folder / file, framework="pt"))
-            for file, names in shards(folder).items()
-            for name in names
-        }
+        self._files = {name: folder / file for file, names in shards(folder).items() for name in names}
 
     def read(self, name: str) -> Any:
-        return self._files[name].get_tensor(name)
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        slices = {name: file.get_slice(name) for name, file in self._files.items()}
-        return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+        return {name: shape for path in set(self._files.values()) for name, shape in _shapes(path)}
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            tensor = file.get_slice(name)
+            yield name, (tensor.get_dtype(), tuple(tensor.get_shape()))
 
 
 def _require_alike(models: Sequence[_Tensors]) -> None:

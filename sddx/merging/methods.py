@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from math import acos, sin, sqrt
 from typing import Literal
 
 import torch
-from peft.utils import merge_utils
 from torch import Tensor
 
 from sddx.errors import UserError
 from sddx.records import Seed
 
+PIECE = 2**16  # numbers that a cache holds
 STRAIGHT = 0.9995  # a cosine above which an arc is a line, but for rounding
 Weights = Sequence[float | Sequence[float]]  # one a student: a number, or one for each block
 Merged = tuple[Tensor, str]
@@ -51,21 +52,31 @@ def slerp(
     share = _at(t, place)
     if share in (0, 1):
         return parents[int(share)], "parent"
-    x, y, origin = (_wide(each) for each in (*parents, base))
+    x, y = map(_wide, parents)
     if of == "weights":
-        origin = torch.zeros_like(origin)
-    moved, way = _arc(x - origin, y - origin, share)
-    return (origin + moved).to(base.dtype), way
+        merged, way = _arc(x, y, share)
+    else:
+        origin = _wide(base)
+        merged, way = _arc(x - origin, y - origin, share)
+        merged += origin
+    return merged.to(base.dtype), way
 
 
 def _arc(x: Tensor, y: Tensor, share: float) -> Merged:
-    lengths = x.norm() * y.norm()
-    cosine = (x * y).sum() / lengths if lengths > 0 else x.new_ones(())
-    if cosine.abs() > STRAIGHT:
+    cosine = _cosine(x, y)
+    if abs(cosine) > STRAIGHT:
         return torch.lerp(x, y, share), "line"
-    angle = cosine.arccos()
-    first, second = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - share, share))
-    return first * x + second * y, "arc"
+    angle = acos(cosine)
+    first, second = (sin(part * angle) / sin(angle) for part in (1 - share, share))
+    return (first * x).add_(y, alpha=second), "arc"
+
+
+def _cosine(x: Tensor, y: Tensor) -> float:
+    """Of two tensors as vectors, in one pass over memory; 1 where one of them is zero."""
+    parts = zip(x.flatten().split(PIECE), y.flatten().split(PIECE), strict=True)
+    sums = torch.stack([torch.stack([a @ a, b @ b, a @ b]) for a, b in parts]).double().sum(0)
+    xx, yy, xy = sums.tolist()
+    return xy / sqrt(xx * yy) if xx * yy > 0 else 1.0
 
 
 def linear(parents: Sequence[Tensor], base: Tensor, place: Place, *, weights: Weights | None = None) -> Merged:
@@ -102,6 +113,8 @@ def ties(
 
     peft divides by the number of these students, so weights are given it times the number of all: such that sum
     to 1 average. Raises UserError as `linear` does."""
+    from peft.utils import merge_utils
+
     learned = [_pruned(each, density, "magnitude") for each in _learned(parents, base)]
     stacked = torch.stack(learned)
     shares = len(parents) * stacked.new_tensor(_shares(weights, len(parents), place))
@@ -131,11 +144,15 @@ def dare(
 
 
 def _summed(learned: list[Tensor], base: Tensor, place: Place, weights: Weights | None) -> Merged:
+    from peft.utils import merge_utils
+
     shares = _shares(weights, len(learned), place)
     return _onto(base, merge_utils.task_arithmetic(learned, learned[0].new_tensor(shares)))
 
 
 def _pruned(learned: Tensor, density: float, which: Literal["magnitude", "random"]) -> Tensor:
+    from peft.utils import merge_utils
+
     return learned if density == 1 else merge_utils.prune(learned, density, which, rescale=which == "random")
 
 

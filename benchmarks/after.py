@@ -1,0 +1,313 @@
+"""What stands after recovery, on a random Llama of 16 blocks of 512: `python benchmarks/after.py --json FILE`.
+
+Merging: SLERP of two checkpoints, against reading both and writing one (goal: at most 1.5 times the time, and at
+most one shard of memory beyond), and against mergekit (goal: at most a fifth of its time). Drafting: four blocks of
+16 removed and an adapter on, in the target's own weights and in weights of their own, against plain decoding (goal:
+at most 1.15 times its memory); the removed blocks are damped so that about as many drafts stay as a student's.
+
+Each case runs in a process of its own, round after round; the median of the rounds' ratios counts. Memory is what a
+process takes beyond its imports, at its peak: pages of its own, looked at every two milliseconds; those of mapped
+files, which the kernel may take back, are told beside it. Peers come with the extra `benchmarks`, or stand
+in an environment of their own (`--mergekit-python ENV/bin/python`). One that is absent is left out, which is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SHARD = 100_000_000  # bytes; four of a checkpoint
+TOGETHER, LOOKAHEAD, PROMPT, NEW = 8, 4, 64, 64
+REMOVED, DAMPED = range(8, 12), 0.1
+BY_MERGEKIT = """
+import json, sys, time
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+one, two, out, threads = sys.argv[1:]
+config = {"merge_method": "slerp", "base_model": one, "parameters": {"t": 0.5}, "dtype": "float32"}
+config = MergeConfiguration.model_validate(config | {"models": [{"model": one}, {"model": two}]})
+options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, num_threads=int(threads))
+wall, processor = time.perf_counter(), time.process_time()
+run_merge(config, out, options)
+print(json.dumps({"seconds": time.perf_counter() - wall, "processor": time.process_time() - processor}))
+"""
+
+
+def model() -> Any:
+    """The same random weights in every process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def checkpoints(folder: Path) -> None:
+    """A base and two of which half of the tensors are siblings and half are not, so that both ways are taken."""
+    made = model()
+    made.save_pretrained(folder / "base", max_shard_size=SHARD)
+    for name in ("one", "two"):
+        other = deepcopy(made)
+        for number, weight in enumerate(other.parameters()):
+            weight += torch.randn_like(weight) * weight.std() * (1e-3 if number % 2 else 0.5)
+        other.save_pretrained(folder / name, max_shard_size=SHARD)
+
+
+def copied(folder: Path, meter: Meter) -> dict[str, Any]:
+    """Every tensor of both is read, and the first's are written."""
+    meter.begin()
+    with meter.timed():
+        for file in sorted((folder / "one").glob("*.safetensors")):
+            tensors = {}
+            for name in ("two", "one"):
+                with safe_open(folder / name / file.name, framework="pt") as opened:
+                    for each in opened.keys():
+                        tensors[each] = opened.get_tensor(each).clone()
+            save_file(tensors, folder / "out" / file.name, metadata={"format": "pt"})
+    return {}
+
+
+def merged(folder: Path, meter: Meter) -> dict[str, Any]:
+    """SLERP as runs do it."""
+    from sddx.merging.files import merge_files
+    from sddx.merging.methods import slerp
+
+    meter.begin()
+    with meter.timed():
+        ways = merge_files([folder / "one", folder / "two"], folder / "base", folder / "out", slerp)
+    return {"ways": dict(ways)}
+
+
+def plain(folder: Path, meter: Meter) -> dict[str, Any]:
+    """The target alone, by our own decoding."""
+    from sddx.models.decoding import greedy, write
+
+    meter.begin()
+    target = _damped()
+    with meter.timed():
+        texts = write(target, _prompts(), greedy, max_new_tokens=NEW, batch_size=TOGETHER, ends=[])
+    return {"texts": texts}
+
+
+def drafted(folder: Path, meter: Meter, *, copies: bool = False) -> dict[str, Any]:
+    """The target and its draft, in one set of weights or in two."""
+    from sddx.compression.compressed import compress
+    from sddx.compression.remove import Removal
+    from sddx.records import Cut
+    from sddx.speculation.decoding import speculate
+    from sddx.students.teacher import SharedTeacher, beside
+    from sddx.training.tuning import lora
+
+    meter.begin()
+    made = compress(_damped(), [Removal(Cut.without(set(REMOVED), 16))])
+    made.model = lora(made.model, 0, rank=8, alpha=16).eval()
+    target = beside(SharedTeacher(made))
+    draft = deepcopy(made.model) if copies else made.model
+    with meter.timed():
+        texts, counts = speculate(
+            target, draft, _prompts(), lookahead=LOOKAHEAD, max_new_tokens=NEW, batch_size=TOGETHER, ends=[]
+        )
+    return {
+        "texts": texts,
+        "acceptance": sum(each.accepted for each in counts) / sum(each.tested for each in counts),
+    }
+
+
+@torch.no_grad()
+def _damped() -> Any:
+    made = model()
+    for number in REMOVED:
+        block = made.model.layers[number]
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+            projection.weight *= DAMPED
+    return made
+
+
+def _prompts() -> list[list[int]]:
+    drawn = torch.randint(32_000, (TOGETHER, PROMPT), generator=torch.Generator().manual_seed(1))
+    return drawn.tolist()
+
+
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
+    "copied": copied,
+    "merged": merged,
+    "plain": plain,
+    "one_copy": drafted,
+    "two_copies": partial(drafted, copies=True),
+}
+
+
+class Meter:
+    """What work takes in this process: seconds, of the clock and of the processor, and memory beyond what was held
+    when it began."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self._own, self._over = 0, Event()
+        self._watch = Thread(target=self._look, daemon=True)
+
+    def begin(self) -> None:
+        """All is imported, and what is held from now on counts."""
+        self._before = _memory()
+        self._watch.start()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        wall, processor = time.perf_counter(), time.process_time()
+        yield
+        self.figures |= {"seconds": time.perf_counter() - wall, "processor": time.process_time() - processor}
+
+    def read(self) -> dict[str, float]:
+        """The figures, memory in bytes."""
+        self._over.set()
+        self._watch.join()
+        peak = _memory()["VmHWM"] - self._before["VmRSS"]
+        return {**self.figures, "own": self._own - self._before["RssAnon"], "peak": peak}
+
+    def _look(self) -> None:
+        while not self._over.wait(0.002):
+            self._own = max(self._own, _memory()["RssAnon"])
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of this process, of which those of its own and the most that it ever held, since it began alone: what
+    `getrusage` says begins with the memory of the process that started it."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    pairs = (line.split(":") for line in lines)
+    return {name: 1024 * int(value.split()[0]) for name, value in pairs if name.startswith(("Rss", "Vm"))}
+
+
+def case(name: str, folder: Path, threads: int) -> dict[str, Any]:
+    """One case, in a process of its own."""
+    asked = ["--case", name, "--folder", str(folder), "--threads", str(threads)]
+    printed, spent = _process([sys.executable, __file__, *asked], name)
+    return {**json.loads(printed), "process": spent}
+
+
+def by_mergekit(python: Path, folder: Path, threads: int) -> dict[str, float]:
+    """mergekit's SLERP: seconds of its work, and of the whole process with its imports."""
+    paths = [str(folder / name) for name in ("one", "two", "mergekit")]
+    printed, spent = _process([str(python), "-c", BY_MERGEKIT, *paths, str(threads)], "mergekit")
+    return {**json.loads(printed), "process": spent}
+
+
+def _here(package: str) -> Path | None:
+    """This Python, where it has a package."""
+    return Path(sys.executable) if find_spec(package) else None
+
+
+def _process(command: Sequence[str], name: str) -> tuple[str, float]:
+    """The last line that a process prints, and the seconds that it lasts."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
+    return done.stdout.splitlines()[-1], time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit-python", type=Path, default=_here("mergekit"), help="of an environment with it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if asked.case:
+        meter = Meter()
+        print(json.dumps(CASES[asked.case](asked.folder, meter) | meter.read()))
+        return
+    figures = merging(asked) | drafting(asked)
+    for name, figure in figures.items():
+        print(f"{name}: {figure:.3g}" if isinstance(figure, float) else f"{name}: {figure}")
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def merging(asked: argparse.Namespace) -> dict[str, Any]:
+    """SLERP against copying, and against mergekit where it is."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoints(folder)
+        (folder / "out").mkdir()
+        largest = max(file.stat().st_size for file in (folder / "one").glob("*.safetensors"))
+        rounds = [_merging(asked, folder) for _ in range(asked.rounds)]
+    figures = {
+        "merge, times as long as copying": _ratio(rounds, "merged", "copied", "seconds"),
+        "merge, times as long, in seconds of the processor": _ratio(rounds, "merged", "copied", "processor"),
+        "merge, memory of its own in shards": _median(rounds, "merged", "own") / largest,
+        "merge, memory with mapped files in shards": _median(rounds, "merged", "peak") / largest,
+        "merge, seconds": _median(rounds, "merged", "seconds"),
+        "merge, tensors by way": rounds[0]["merged"]["ways"],
+    }
+    if not asked.mergekit_python:
+        return figures | {
+            "merge, against mergekit": "left out: it is not installed, and no --mergekit-python is given"
+        }
+    return figures | {
+        "merge, share of mergekit's seconds": _ratio(rounds, "merged", "mergekit", "seconds"),
+        "merge, share of mergekit's seconds of the processor": _ratio(rounds, "merged", "mergekit", "processor"),
+        "merge, share of mergekit's seconds, imports and all": _ratio(rounds, "merged", "mergekit", "process"),
+        "mergekit, seconds": _median(rounds, "mergekit", "seconds"),
+    }
+
+
+def _merging(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    round = {name: case(name, folder, asked.threads) for name in ("copied", "merged")}
+    if asked.mergekit_python:
+        round["mergekit"] = by_mergekit(asked.mergekit_python, folder, asked.threads)
+    return round
+
+
+def drafting(asked: argparse.Namespace) -> dict[str, Any]:
+    """Drafts in the target's weights and in their own against plain decoding."""
+    names = ("plain", "one_copy", "two_copies")
+    rounds = [{name: case(name, Path(), asked.threads) for name in names} for _ in range(asked.rounds)]
+    same = sum(
+        mine == theirs for mine, theirs in zip(*(rounds[0][name]["texts"] for name in names[:2]), strict=True)
+    )
+    speeds = {name: TOGETHER * NEW / _median(rounds, name, "seconds") for name in names}
+    return {
+        "draft, memory over plain decoding": _ratio(rounds, "one_copy", "plain", "own"),
+        "draft, memory over plain decoding, weights of its own": _ratio(rounds, "two_copies", "plain", "own"),
+        "draft, times as fast as plain decoding": _ratio(rounds, "plain", "one_copy", "seconds"),
+        "draft, times as fast, weights of its own": _ratio(rounds, "plain", "two_copies", "seconds"),
+        "draft, acceptance": rounds[0]["one_copy"]["acceptance"],
+        "draft, texts that are plain decoding's": f"{same} of {TOGETHER}",
+        **{f"{name}, tokens a second": speed for name, speed in speeds.items()},
+    }
+
+
+def _ratio(rounds: Sequence[dict[str, Any]], one: str, other: str, figure: str) -> float:
+    return statistics.median(each[one][figure] / each[other][figure] for each in rounds)
+
+
+def _median(rounds: Sequence[dict[str, Any]], name: str, figure: str) -> float:
+    return statistics.median(each[name][figure] for each in rounds)
+
+
+if __name__ == "__main__":
+    main()
