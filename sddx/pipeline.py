@@ -12,7 +12,7 @@ from sddx.errors import UserError
 from sddx.files.lines import lines
 from sddx.records import CUT_FILE, Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
-from sddx.stages.inputs import keyed_rows, model_at, read_by, task_files
+from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
 
 # How a training is run, which changes its numbers by rounding alone and no key.
@@ -48,6 +48,7 @@ class Method:
     merging: Mapping[str, Any] | None = None
     speculation: Node | None = None
     drift: Node | None = None
+    teacher_cache: Count | None = None
 
 
 class Run:
@@ -149,7 +150,7 @@ class Run:
         spec = {"guided": style == "self", "rewrite": self.dataset["rewrite"]}
         spec |= {"check": CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])}
         spec |= {"reference": selfdata.get("reference", "right"), "generation": self.method.generation}
-        bar = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
+        bar: Any = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
         with self.runtime.counting(sum(len(lines(shard.path)) for shard in shards), **bar) as watched:
             for shard in shards:
                 inputs: Inputs = {"base": self.base, "shard": shard}
@@ -166,20 +167,39 @@ class Run:
         return model_at(self.store, "teacher", self.method.teacher) if self.method.teacher else None
 
     @cached_property
+    def captured(self) -> list[Artifact]:
+        """What the teacher says of every answer token of the rows, where it is not to run beside the student."""
+        return self._captured(self.rows)
+
+    def _captured(self, rows: list[Artifact]) -> list[Artifact]:
+        from sddx.config.build import build
+        from sddx.stages.capture.run import capture
+
+        if (k := self.method.teacher_cache) is None:
+            return []
+        spec = {"k": k, "temperature": build(self.method.loss).temperature, "max_length": self.method.max_length}
+        spec |= {"selfdata": self._kept_answers, **self.loading}
+        about: Inputs = {"base": self.base, "teacher": self.teacher}
+        bar: Any = {"what": "capturing", "unit": "row", "moved": "capture/rows", "shown": "capture/mass"}
+        with self.runtime.counting(sum(map(count_rows, rows)), **bar, mean=True) as watched:
+            return [self.store.build(capture, about | {"rows": each}, runtime=watched, **spec) for each in rows]
+
+    @cached_property
     def student(self) -> Artifact | None:
         """The pruned model after it learned from the rows."""
-        return self._trained(self.rows, self.method.trainer) if self.trains else None
+        return self._trained(self.rows, self.captured, self.method.trainer) if self.trains else None
 
-    def _trained(self, rows: list[Artifact], trainer: Node) -> Artifact:
-        """A student of these rows, of which the first are held out."""
+    def _trained(self, rows: list[Artifact], captured: list[Artifact], trainer: Node) -> Artifact:
+        """A student of these rows, of which the first are held out, and of what a teacher said of them before."""
         from sddx.stages.train.run import train
 
         method = self.method
         inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": rows[0], "rows": rows[1:]}
-        inputs |= {**self.compressions, "teacher": self.teacher}
+        inputs |= {**self.compressions, "teacher": self.teacher, "captured": captured}
         spec: Node = {"loss": method.loss, "tuning": method.tuning, "trainer": _learned(trainer)}
         spec |= {"max_length": method.max_length, "seed": method.seed}
         spec |= {"selfdata": self._kept_answers}
+        spec |= {"teacher_cache": method.teacher_cache} if method.teacher_cache else {}
         return self._make(train, inputs, **spec, **self.loading)
 
     @property
@@ -242,7 +262,8 @@ class Run:
         if not (self.method.merging or {}).get("mixed"):
             return None
         rows = [row for run in self._others if isinstance(run, Run) for row in run.rows[1:]]
-        return self._trained([self.rows[0], *rows], _longer(self.method.trainer, len(self._others)))
+        longer = _longer(self.method.trainer, len(self._others))
+        return self._trained([self.rows[0], *rows], self._captured([self.rows[0], *rows]), longer)
 
     @cached_property
     def subjects(self) -> list[Subject]:
@@ -362,7 +383,7 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "student", "merged", "drafts", "drifts", "written", "overlap"):
+        for name in ("rows", "captured", "student", "merged", "drafts", "drifts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:

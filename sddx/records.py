@@ -210,6 +210,17 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Coarse:
+    """A model's distribution at each row, as far as its likeliest tokens tell: their `ids` [rows, k], and `logs`
+    [rows, k + 1], the logarithms of their probabilities under the softmax at `temperature` over the whole
+    vocabulary, and last of what all others have together ([rows, k] where there are no others)."""
+
+    ids: torch.Tensor
+    logs: torch.Tensor
+    temperature: float
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids, attention mask and labels, all [batch, time]. `labels[b, t]` is the token that position
     `t` must predict (already shifted), or -100 where nothing is trained."""

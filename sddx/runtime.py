@@ -69,17 +69,21 @@ class Runtime:
         return _Bar(items, watch=self.watch, dynamic_ncols=True, smoothing=0.1, **settings)
 
     @contextmanager
-    def counting(self, total: int, *, what: str, unit: str, moved: str, shown: str) -> Iterator[Runtime]:
+    def counting(
+        self, total: int, *, what: str, unit: str, moved: str, shown: str, mean: bool = False
+    ) -> Iterator[Runtime]:
         """A runtime under one bar over several stages: logged rows move it by their `moved`, and what they
-        say of `shown` is added up beside it."""
+        say of `shown` is added up beside it, or with `mean` averaged over what moved it."""
         with self.progress(total=total, what=what, unit=unit) as bar:
-            counted = 0
+            counted = rows = 0
 
             def log(row: dict[str, Any]) -> None:
-                nonlocal counted
-                bar.update(row.get(moved, 0))
-                counted += row.get(shown, 0)
-                bar.set_postfix_str(f"{shown.rsplit('/', 1)[-1]} {counted:,}", refresh=False)
+                nonlocal counted, rows
+                bar.update(by := row.get(moved, 0))
+                rows += by
+                counted += row.get(shown, 0) * (by if mean else 1)
+                value = f"{counted / max(rows, 1):.2%}" if mean else f"{counted:,}"
+                bar.set_postfix_str(f"{shown.rsplit('/', 1)[-1]} {value}", refresh=False)
                 self.log(row)
 
             yield replace(self, log=log)

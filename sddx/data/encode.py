@@ -206,13 +206,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: 
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, max_length: int
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, max_length: int, tell: bool = True
 ) -> tuple[list[Encoded], int]:
     """All examples that have a label left, in order, and the number of those dropped because they have none. What
-    the template would have changed, and special tokens within rows, are told. Raises UserError as `encode` does."""
+    the template would have changed, and special tokens within rows, are told where `tell` asks for it. Raises
+    UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
     encoded = [_encode(tokenizer, example, end, max_length) for example in examples]
-    _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
+    if tell:
+        _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
     rows = [row for row, _ in encoded if row is not None]
     return rows, len(examples) - len(rows)
 

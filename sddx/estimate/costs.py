@@ -35,7 +35,7 @@ WRITTEN = 1.5  # the length of a written answer in those of its reference; ours
 # Settings of which a student is made.
 LEARNED = (
     "pruning", "calibration", "dataset", "validation", "generation", "selfdata", "loss", "tuning", "trainer",
-    "seed", "max_length", "teacher",
+    "seed", "max_length", "teacher", "teacher_cache",
 )  # fmt: skip
 ADAPTER = ("rank", "alpha", "dropout", "targets")
 
@@ -186,8 +186,8 @@ class Estimate:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term looks at a teacher."""
-        return build(self.config["loss"]).needs_teacher
+        """Whether a term looks at a teacher that runs beside the student."""
+        return build(self.config["loss"]).needs_teacher and not self.config["teacher_cache"]
 
     @cached_property
     def teacher(self) -> Size:
@@ -217,6 +217,13 @@ class Estimate:
         return Part(stage, key, **flops, step_bytes=step, blocks=size.blocks, tokens=tokens)
 
     @property
+    def captured(self) -> float:
+        """Bytes of what is captured of a teacher: at every answer token a number and a logarithm for each of its
+        likeliest tokens, and the logarithm of the rest."""
+        rows = self.rows.count + self.config["validation"]
+        return rows * min(self.answer, self.config["max_length"]) * (8 * (self.config["teacher_cache"] or 0) + 4)
+
+    @property
     def assumed(self) -> bool:
         """Whether the rows of a hub data set are taken to be as long as GSM8K's, because theirs are not known."""
         dataset = self.config["dataset"]
@@ -237,6 +244,7 @@ class Estimate:
         read = ["calibration", "text", *(["dataset"] if self.trains else [])]
         names = {self.config[node].get("name") for node in read if not self.config[node].get("data_files")}
         sizes |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
+        sizes |= {"captured of the teacher": self.captured} if self.config["teacher_cache"] else {}
         sizes |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
         return sizes | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
 

@@ -23,7 +23,10 @@ from sddx.sweep.plan import clock
 from sddx.training.tuning import lora, qlora
 
 # Settings on which memory hangs, beside what is removed.
-HELD = ("model", "calibration", "metrics", "generation", "tuning", "max_length", "teacher", "evaluation", "text")
+HELD = (
+    "model", "calibration", "metrics", "generation", "tuning", "max_length", "teacher", "teacher_cache",
+    "evaluation", "text",
+)  # fmt: skip
 HELD_BY_TRAINER = ("batch_size", "gradient_checkpointing", "precision", "strategy", "devices", "head_chunk")
 FSDP = "trainer.strategy=fsdp over several devices"
 
@@ -241,7 +244,8 @@ def _of_a_run(estimate: Estimate) -> list[str]:
         if estimate.assumed:
             name = estimate.config["dataset"]["name"]
             notes.append(f"The rows of {name} are not known here: taken to be GSM8K's.")
-        if estimate.needs_teacher and estimate.config["teacher"] and estimate.teacher is estimate.unpruned:
+        looks = estimate.needs_teacher or estimate.config["teacher_cache"]
+        if looks and estimate.config["teacher"] and estimate.teacher is estimate.unpruned:
             notes.append(f"The teacher {estimate.config['teacher']} is taken to be as large as the unpruned model.")
     if estimate.unknown:
         notes.append(f"Not counted, because their size is not known here: {', '.join(estimate.unknown)}.")

@@ -35,6 +35,7 @@ class RunArtifacts:
     scores: Artifact | None = None
     patch: Artifact | None = None
     rows: Sequence[Artifact] = ()
+    captured: Sequence[Artifact] = ()
     student: Artifact | None = None
     merged: Artifact | None = None
     prompts: Sequence[str] = ()
@@ -69,6 +70,7 @@ class RunArtifacts:
         late |= {f"drift_{name}": made for name, made in self.drifted.items()}
         stages = {stage: [made] if made else [] for stage, made in one.items()}
         stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
+        stages |= {"capture": [*self.captured]}
         stages |= {stage: [made] if made else [] for stage, made in late.items()}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
 
@@ -158,6 +160,7 @@ def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
         "dropped_rows": training.get("dropped_rows", 0),
+        "captured": _captured(artifacts.captured[1:]),
         "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,
         "drafts": _drafts(artifacts),
         "drift": {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()},
@@ -177,6 +180,17 @@ def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
         "device": built["device"],
         "threads": built["threads"],
     }
+
+
+def _captured(shards: Sequence[Artifact]) -> dict[str, Any] | None:
+    """Of the answer tokens of the training rows, what their teacher's `k` likeliest tokens hold of its probability:
+    the mean, and the share of tokens of which they hold above 99 %."""
+    manifests = [_read(shard, "capture.json") for shard in shards]
+    total = {name: sum(each["captured"][name] for each in manifests) for name in ("positions", "mass", "sure")}
+    if not (tokens := total["positions"]):
+        return None
+    asked = {name: manifests[0]["origin"][name] for name in ("k", "temperature")}
+    return {**asked, "positions": tokens, "mass": total["mass"] / tokens, "sure": total["sure"] / tokens}
 
 
 def _drafts(artifacts: RunArtifacts) -> dict[str, dict[str, Any]]:

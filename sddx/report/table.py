@@ -87,6 +87,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("refused answers", percent(summary.get("fallback_share"))),
         ("answers of its own", _written(summary.get("written"))),
         ("surprise by them", _surprise(summary.get("written"))),
+        ("captured of the teacher", _captured(summary.get("captured"))),
         ("training", _training(summary)),
         ("parameters", _parameters(summary.get("parameters"))),
         ("left", summary.get("depth") or ABSENT),
@@ -99,6 +100,14 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seconds", _stages(summary.get("seconds") or {})),
     ]
     return [(label, text) for label, text in pairs if text != ABSENT]
+
+
+def _captured(captured: Mapping[str, Any] | None) -> str:
+    """How much of its probability the tokens hold that are kept of it."""
+    if not captured:
+        return ABSENT
+    mass, sure = percent(captured["mass"]), percent(captured["sure"])
+    return f"{mass} of its probability in {captured['k']} tokens, above 99 % at {sure} of answer tokens"
 
 
 def _ways(tensors: Mapping[str, int]) -> str:

@@ -17,6 +17,7 @@ STAGES = (
     "prune",
     "patch",
     "distill",
+    "capture",
     "train",
     "merge",
     "draft",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sddx.files.lines import lines
 from sddx.records import Artifact
 from sddx.store import Store
 from sddx.store.digest import digest
@@ -40,6 +41,12 @@ def task_files(store: Store, metrics: Mapping[str, Any]) -> list[Artifact]:
     """The files of evaluation tasks that metrics look at."""
     values = [metric.get("value") for metric in metrics.values()]
     return list(dict.fromkeys(read_by(store, *(v for v in values if isinstance(v, dict) and "tasks" in v))))
+
+
+def count_rows(shard: Artifact) -> int:
+    """The rows of a shard, references or rewrites; none of one that is still to be written."""
+    path = shard.path / "rewrites.jsonl" if shard.stage == "distill" else shard.path
+    return len(lines(path)) if path.exists() else 0
 
 
 def keyed_rows(store: Store, settings: Any) -> Any:

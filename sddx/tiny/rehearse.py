@@ -13,6 +13,8 @@ from sddx.store.digest import digest
 
 TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
 
+FEWER = 64  # tokens that are captured of a teacher at most: a stand-in's vocabulary is small
+
 
 def small(
     config: dict[str, Any], *, width: Count, rows: Count, texts: Count, items: Count, new_tokens: Count
@@ -68,6 +70,9 @@ def small(
     if asked := config.get("drift"):
         replaced["drift"] = {**asked, "size": held_out, "max_new_tokens": new_tokens}
         said.append(f"drift: {asked['size']} held-out rows by {held_out}")
+    if (k := config["teacher_cache"]) and k > FEWER:
+        replaced["teacher_cache"] = FEWER
+        said.append(f"tokens captured of the teacher: {k} by {FEWER}")
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}

@@ -19,7 +19,7 @@ from sddx.records import NonNegative, Share
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label), in nats: logits [rows, vocabulary] and labels [rows] to [rows]."""
-    return functional.cross_entropy(_exact(logits), labels, reduction="none")
+    return functional.cross_entropy(exact(logits), labels, reduction="none")
 
 
 def kl_teacher_student(student: Tensor, teacher: Tensor, *, temperature: NonNegative = 1.0) -> Tensor:
@@ -92,7 +92,7 @@ def _ratio(student: Tensor, teacher: Tensor, tokens: Tensor, epsilon: float) -> 
 
 def _squares(student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(S - T)^2 and T^2 of the chosen tokens, [tokens, width] each."""
-    student, teacher = (_exact(states.flatten(0, 1)[tokens]) for states in (student, teacher))
+    student, teacher = (exact(states.flatten(0, 1)[tokens]) for states in (student, teacher))
     return (student - teacher).square(), teacher.square()
 
 
@@ -105,8 +105,9 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return functional.log_softmax(_exact(logits) / temperature, dim=-1)
+    return functional.log_softmax(exact(logits) / temperature, dim=-1)
 
 
-def _exact(values: Tensor) -> Tensor:
+def exact(values: Tensor) -> Tensor:
+    """The values in the precision that losses are computed in: float32, or float64 as they came."""
     return values if values.dtype == torch.float64 else values.float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from sddx.config.build import tried
 from sddx.errors import UserError
-from sddx.records import Cut, NonNegative, Outputs
+from sddx.records import Coarse, Cut, NonNegative, Outputs
 from sddx.students.teacher import check_vocabularies
+from sddx.training.coarse import alike
 
 ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
 
@@ -34,20 +36,29 @@ class Supervised:
     loss: Callable[[Tensor, Tensor], Tensor]
     weight: NonNegative = 1.0
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | Coarse | None) -> Tensor:
         """The loss of each labelled token: [rows]."""
         return self.loss(logits, labels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """A token term on the teacher's logits: `loss(student, teacher [rows, vocabulary]) -> [rows]`."""
+    """A token term on the teacher's logits: `loss(student, teacher [rows, vocabulary]) -> [rows]`. Where a teacher
+    is known by its likeliest tokens alone, both are given in the same buckets (`coarse.alike`)."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
     weight: NonNegative = 1.0
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    @property
+    def temperature(self) -> float:
+        """The temperature at which its loss softens both distributions; 1 where it has none."""
+        parameter = signature(self.loss).parameters.get("temperature")
+        return 1.0 if parameter is None else float(parameter.default)
+
+    def per_token(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | Coarse | None) -> Tensor:
         """The divergence of each labelled token: [rows]."""
+        if isinstance(teacher_logits, Coarse):
+            logits, teacher_logits = alike(logits, teacher_logits)
         return self.loss(logits, teacher_logits)
 
 
@@ -106,6 +117,19 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether any term looks at a teacher."""
         return any(not isinstance(term, Supervised) for term in self.terms.values())
+
+    @property
+    def temperature(self) -> float:
+        """The temperature at which a teacher's distributions are compared, the same in all terms. Raises UserError
+        where there are several."""
+        at = {name: term.temperature for name, term in self.terms.items() if isinstance(term, Distilled)}
+        if len({*at.values()}) > 1:
+            told = ", ".join(f"loss.terms.{name}.loss.temperature={value}" for name, value in at.items())
+            raise UserError(
+                f"{told}: a teacher is captured at one temperature. Set the same for all, or leave out "
+                "teacher_cache."
+            )
+        return next(iter(at.values()), 1.0)
 
     @property
     def needs_states(self) -> bool:

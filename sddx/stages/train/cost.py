@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from sddx.config.build import Settings, build
 from sddx.config.shared import once
 from sddx.errors import UserError
 from sddx.estimate import memory, peaks
@@ -42,9 +43,10 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
     """The overrides, each alone, with which training would fit into so many bytes; the largest smaller batch."""
     trainer, tuning = estimate.config["trainer"], estimate.config["tuning"]
     rows, steps = trainer["batch_size"], trainer["accumulate"]
-    changes = [
+    changes: list[tuple[str, Settings]] = [
         ("trainer.gradient_checkpointing=true", {"trainer": {**trainer, "gradient_checkpointing": True}}),
         ("tuning=qlora", {"tuning": {**tuning, "quantization": {}}}),
+        *([("teacher_cache=64", {"teacher_cache": 64})] if _may_capture(estimate) else []),
     ]
     fitting = [name for name, change in changes if _fits(estimate.varied(**change), room)]
     while rows > 1:
@@ -52,6 +54,11 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
         if _fits(estimate.varied(trainer={**trainer, "batch_size": rows, "accumulate": steps}), room):
             return [*fitting, f"trainer.batch_size={rows} trainer.accumulate={steps}"]
     return fitting
+
+
+def _may_capture(estimate: Estimate) -> bool:
+    """Whether a teacher that runs beside the student could be read from disk."""
+    return estimate.needs_teacher and not build(estimate.config["loss"]).needs_states
 
 
 def _fits(estimate: Estimate, room: float) -> bool:

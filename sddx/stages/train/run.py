@@ -13,14 +13,15 @@ from sddx.compression.compressed import compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import encode_all, padding_id
-from sddx.data.shards import read_examples, read_rows
 from sddx.errors import UserError
 from sddx.models.anatomy import is_adapted
-from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
+from sddx.models.load import free_memory, load_model, load_tokenizer, text_config
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
-from sddx.records import Artifact, Example, Rewrite
+from sddx.records import Artifact, Example
 from sddx.runtime import Runtime, free_held
+from sddx.stages.rows import examples_of, room
+from sddx.students.cached import CachedTeacher, origin
 from sddx.students.student import save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training.tuning import adapted_weights
@@ -35,6 +36,7 @@ def train(
     held_out: Artifact,
     rows: Sequence[Artifact],
     teacher: Artifact | None = None,
+    captured: Sequence[Artifact] = (),
     runtime: Runtime,
     loss: dict[str, Any],
     tuning: dict[str, Any],
@@ -44,6 +46,7 @@ def train(
     seed: int,
     dtype: str,
     attention: str,
+    teacher_cache: int | None = None,
     **compressions: Artifact | None,
 ) -> None:
     """Writes the student (an adapter or full weights, with its cut and base) and `training.json`; on several
@@ -54,8 +57,9 @@ def train(
     rewrites, and `runtime.training` how the training is run. With an adapter the unpruned model is in the same
     weights, the compressions undone and the adapter off, and in 4 bit where `tuning.quantization` holds them so;
     any other teacher is loaded beside the student, and with strategy fsdp this one too where branches were
-    removed or a patch was put in. Raises UserError where no row is left, TrainingDiverged where a loss is not
-    finite, Interrupted after SIGTERM.
+    removed or a patch was put in. With `teacher_cache` none is loaded: what it said of the rows' answer tokens, of
+    so many likeliest tokens at each, is read from `captured`. Raises UserError where no row is left,
+    TrainingDiverged where a loss is not finite, Interrupted after SIGTERM.
     """
     trainer = {**trainer, **runtime.training}
     free_memory()  # what the stages before held, and vLLM's engines
@@ -65,16 +69,23 @@ def train(
     if strategy != "single" and not is_joined():
         inputs: dict[str, Any] = dict(base=base, held_out=held_out, rows=rows, teacher=teacher, **compressions)
         spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **loading)
+        spec |= dict(captured=captured, teacher_cache=teacher_cache)
         again = partial(train, out, **inputs, max_length=max_length, seed=seed, **spec)
         launch(again, trainer["devices"], runtime)
         return
     objective = build(loss)
     tokenizer = load_tokenizer(base.path)
-    examples = _examples(rows, selfdata)
-    length = min(max_length, context_of(text_config(base.path)) or max_length)
+    examples, length = examples_of(rows, selfdata), room(base.path, max_length)
     encoded, dropped = encode_all(tokenizer, examples, max_length=length)
     _require_rows(encoded, examples, length)
-    judged, _ = encode_all(tokenizer, _examples([held_out], selfdata), max_length=length)
+    judged, _ = encode_all(tokenizer, examples_of([held_out], selfdata), max_length=length)
+    beside: Any = None
+    if teacher_cache is not None:
+        asked = {"k": teacher_cache, "temperature": objective.temperature, "max_length": length}
+        model = teacher or base
+        asked |= {"vocabulary": text_config(model.path).vocab_size}
+        beside = CachedTeacher([each.path for each in captured], origin(model.key, tokenizer, **asked))
+        beside.require([*encoded, *judged])
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **loading)
@@ -84,9 +95,8 @@ def train(
     trains = adapted_weights(made.model)
     if rank() == 0:
         log.info(trains)
-    beside: Any = None
     shares = is_adapted(made.model) and teacher is None and not (made.has_twins and strategy == "fsdp")
-    if objective.needs_teacher:
+    if objective.needs_teacher and beside is None:
         beside = SharedTeacher(made) if shares else SeparateTeacher(load((teacher or base).path))
     if not isinstance(beside, SharedTeacher):
         made.whole = {}  # a large model's removed blocks are freed
@@ -116,11 +126,3 @@ def _require_rows(rows: Sequence[Any], examples: Sequence[Example], max_length: 
             f"No row has an answer left to train on after truncation. Given: {len(examples)} rows, max_length="
             f"{max_length}. Raise max_length above the length of the prompts."
         )
-
-
-def _examples(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Example]:
-    """The training examples of these shards: references as they stand, rewrites after the fallback."""
-    if shards[0].stage != "distill":
-        return read_examples(*(shard.path for shard in shards))
-    rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
-    return build(selfdata)(rewrites)
