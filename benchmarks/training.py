@@ -1,84 +1,249 @@
-"""Training against a bare PyTorch loop: `python benchmarks/training.py`.
+"""What distillation costs over fine-tuning, and both over a bare loop and TRL: `python benchmarks/training.py`.
 
-The same model, adapter, optimiser and batches, five alternating pairs; prints tokens per second of both and
-the median of the five ratios.
+Each case trains the same pruned student, with the same adapter, rows and steps, in a process of its own. The cases
+are run in turn, so many `--rounds`, and every ratio is the median over the rounds of two cases of one round. The
+first step, which warms up, is in no time; peak memory is all that the process ever held. Without `--model` (the
+folder of a model) it is a random Llama of 83M parameters. Peers are left out where TRL is not installed, here or in
+the environment whose Python `--peer-python` names. `--json FILE` keeps the figures.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from sddx.compression.remove import apply_cut
-from sddx.data.checkers import last_number
-from sddx.data.encode import collate, encode_all, padding_id
-from sddx.models.load import load_model, load_tokenizer
+from sddx.compression.compressed import Compressed, compress
+from sddx.compression.remove import Removal
+from sddx.data.encode import Encoded, collate
+from sddx.models.load import DTYPES, load_model
 from sddx.records import Cut
 from sddx.runtime import Runtime
-from sddx.tiny import data
+from sddx.students.teacher import SharedTeacher
+from sddx.training import losses
 from sddx.training.batches import plan
 from sddx.training.fit import Fit
-from sddx.training.losses import cross_entropy
-from sddx.training.objective import Objective, Supervised
+from sddx.training.objective import Distilled, Layerwise, Objective, Supervised
 from sddx.training.tuning import lora
 
-CHECKPOINT = Path(data.__file__).parent / "checkpoint"
-CUT = Cut.without(range(6, 9), 12)
-STEPS, BATCH, RATE = 60, 16, 1e-3
+BATCH, LENGTH, RATE = 8, 256, 1e-4
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TERMS = {
+    "sft": {},
+    "kd": {"kl": Distilled(loss=losses.kl_teacher_student)},
+    "squarehead": {"squarehead": Layerwise(loss=losses.squarehead)},
+}
+OURS = ("bare", "sft", "kd", "squarehead", "bare_mixed", "sft_mixed")
+PEERS = ("trl_sft", "trl_kd", "trl_gkd")
+# By name: which figure of which case over which other one.
+FIGURES = {
+    "sft_over_bare": ("rate", "sft", "bare"),
+    "sft_over_bare_mixed": ("rate", "sft_mixed", "bare_mixed"),
+    "sft_over_trl": ("rate", "sft", "trl_sft"),
+    "sft_over_trl_memory": ("memory", "sft", "trl_sft"),
+    "kd_time": ("seconds", "kd", "sft"),
+    "kd_memory": ("memory", "kd", "sft"),
+    "kd_over_trl": ("rate", "kd", "trl_kd"),
+    "kd_over_gkd": ("rate", "kd", "trl_gkd"),
+    "squarehead_time": ("seconds", "squarehead", "sft"),
+    "squarehead_memory": ("memory", "squarehead", "sft"),
+}
 
 
-def student():
-    model = load_model(CHECKPOINT)
-    apply_cut(model, CUT)
-    return lora(model, 0, rank=8, alpha=16)
+def random_llama(folder: Path, dtype: str) -> None:
+    """16 blocks of 512, vocabulary 32,000: 83M parameters."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=1_376, num_hidden_layers=16, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2_048,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(shape, dtype=DTYPES[dtype]).save_pretrained(folder)
 
 
-def ours(rows, pad: int) -> float:
-    objective = Objective(
-        data="reference", terms={"cross_entropy": Supervised(loss=partial(cross_entropy), weight=1.0)}
-    )
+def cut_of(folder: Path) -> Cut:
+    """A quarter of the blocks, before the last two."""
+    total = AutoConfig.from_pretrained(folder).num_hidden_layers
+    return Cut.without(range(total - 2 - total // 4, total - 2), total)
+
+
+def rows_of(vocabulary: int, steps: int, mixed: bool) -> list[dict[str, Any]]:
+    """Random rows, each a prompt length and its ids: all of one length and labelled whole; or mixed, of 32 to 256
+    tokens with a prompt of a half that is not labelled."""
+    dice = random.Random(0)
+    lengths = [dice.randint(LENGTH // 8, LENGTH) if mixed else LENGTH for _ in range(steps * BATCH)]
+    return [{"ids": dice.choices(range(vocabulary), k=n), "prompt": n // 2 if mixed else 1} for n in lengths]
+
+
+def encoded(rows: list[dict[str, Any]]) -> list[Encoded]:
+    made = []
+    for number, row in enumerate(rows):
+        ids, prompt = row["ids"], row["prompt"]
+        labels = [-100] * (prompt - 1) + ids[prompt:] + [-100]
+        made.append(Encoded(str(number), ids, labels, len(ids) - prompt))
+    return made
+
+
+def student_of(folder: Path, dtype: str) -> Compressed:
+    made = compress(load_model(folder, dtype=dtype), [Removal(cut_of(folder))])
+    made.model = lora(made.model.requires_grad_(False), 0)
+    return made
+
+
+def sddx(case: str, folder: Path, dtype: str, rows: list[Encoded], steps: int, tick: Callable[[], None]) -> int:
+    """Trains by an arm's terms; gives the tokens of all steps but the first."""
+    made = student_of(folder, dtype)
+    terms = {"cross_entropy": Supervised(loss=losses.cross_entropy), **TERMS[case]}
+    teacher = SharedTeacher(made) if case != "sft" else None
+    if teacher is None:
+        made.whole = {}
+    fit = Fit(budget="steps", steps=steps, batch_size=BATCH, learning_rate=RATE, log_every=1)
+    runtime = Runtime(quiet=True, log=lambda row: tick())
     with tempfile.TemporaryDirectory() as out:
-        fit = Fit(budget="steps", steps=STEPS, batch_size=BATCH, learning_rate=RATE)
-        found = fit(student(), None, objective, CUT, rows, [], pad, 0, Path(out), Runtime(quiet=True))
-    return found["tokens_per_second"]
+        fit(
+            made.model,
+            teacher,
+            Objective(data="reference", terms=terms),
+            made.cut,
+            rows,
+            [],
+            0,
+            0,
+            Path(out),
+            runtime,
+        )
+    return sum(step.totals.attended for step in plan(rows, 0, batch_size=BATCH, budget="steps", steps=steps)[1:])
 
 
-def bare(rows, pad: int) -> float:
-    """The shortest loop that trains: whole logits, mean loss, clip, step."""
-    model = student().train()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, fused=True)
-    steps = plan(rows, 0, batch_size=BATCH, budget="steps", steps=STEPS)
-    start, tokens = time.perf_counter(), 0
-    for step in steps:
-        batch = collate([rows[row] for row in step.micro_batches[0]], pad)
+def bare(folder: Path, dtype: str, rows: list[Encoded], steps: int, tick: Callable[[], None]) -> int:
+    """The shortest loop that trains: rows as they come, whole logits, mean loss, clip, step."""
+    model = student_of(folder, dtype).model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=RATE, fused=True)
+    for start in range(0, steps * BATCH, BATCH):
+        batch = collate(rows[start : start + BATCH], 0)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        tokens += int(batch.attention_mask.sum())
-    return tokens / (time.perf_counter() - start)
+        tick()
+    return sum(len(row.input_ids) for row in rows[BATCH:])
+
+
+def measured(case: str, spec: dict[str, Any]) -> dict[str, float]:
+    """Seconds and tokens of all steps but the first, and the peak memory of this process in MiB."""
+    folder, dtype, steps = Path(spec["teacher"]), spec["dtype"], spec["steps"]
+    rows, now, ticks = encoded(spec["rows"]), CLOCKS[spec["clock"]], list[float]()
+    arm = case.removesuffix("_mixed")
+    trained = bare if arm == "bare" else partial(sddx, arm)
+    tokens = trained(folder, dtype, rows, steps, lambda: ticks.append(now()))
+    return {"seconds": ticks[-1] - ticks[0], "tokens": tokens, "memory": peak()}
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_child(case: str, python: str, specs: dict[str, Path]) -> dict[str, float]:
+    """A case in a process of its own."""
+    script = Path(__file__).with_name("peers.py" if case in PEERS else Path(__file__).name)
+    spec = specs["mixed" if case.endswith("_mixed") else "fixed"]
+    done = subprocess.run([python, str(script), case, str(spec)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{case} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def figures(rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Every ratio that the cases allow, as the median over the rounds."""
+
+    def ratio(one: dict[str, float], other: dict[str, float], measure: str) -> float:
+        if measure == "rate":
+            return one["tokens"] / one["seconds"] / (other["tokens"] / other["seconds"])
+        return one[measure] / other[measure]
+
+    return {
+        name: median(ratio(cases[one], cases[other], measure) for cases in rounds)
+        for name, (measure, one, other) in FIGURES.items()
+        if {one, other} <= rounds[0].keys()
+    }  # fmt: skip
+
+
+def prepared(asked: argparse.Namespace, room: Path) -> dict[str, Path]:
+    """The models and the rows of all cases, as files: a spec of each kind of rows."""
+    model = Path(asked.model) if asked.model else room / "model"
+    if not asked.model:
+        random_llama(model, asked.dtype)
+    student = compress(load_model(model, dtype=asked.dtype), [Removal(cut_of(model))])
+    student.model.save_pretrained(room / "student")
+    vocabulary = student.model.config.vocab_size
+    specs = {}
+    for kind in ("fixed", "mixed"):
+        spec = {"teacher": str(model), "student": str(room / "student"), "vocabulary": vocabulary, "batch": BATCH}
+        spec |= {"rate": RATE, "dtype": asked.dtype, "steps": asked.steps, "clock": asked.clock}
+        spec["rows"] = rows_of(vocabulary, asked.steps, kind == "mixed")
+        specs[kind] = room / f"{kind}.json"
+        specs[kind].write_text(json.dumps(spec))
+    return specs
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder with a model; without it a random Llama of 83M parameters")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--cases", nargs="+", default=[*OURS, *PEERS])
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: beside other work, with one thread"
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="the Python of an environment that has TRL")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    return parser.parse_args()
 
 
 def main() -> None:
-    torch.set_num_threads(2)
-    tokenizer = load_tokenizer(CHECKPOINT)
-    examples = data.dataset(
-        skill="arithmetic", shift=1.0, size=STEPS * BATCH, seed=0, check=last_number, rewrite="tiny", trains=[]
-    ).examples
-    rows, _ = encode_all(tokenizer, examples, max_length=512)
-    pad = padding_id(tokenizer)
-    pairs = [(ours(rows, pad), bare(rows, pad)) for _ in range(5)]
-    for mine, other in pairs:
-        print(f"sddx {mine:8,.0f} tokens/s   bare {other:8,.0f} tokens/s   ratio {mine / other:.2f}")
-    print(f"median ratio {statistics.median(mine / other for mine, other in pairs):.2f}")
+    asked = arguments()
+    has_trl = not subprocess.run([asked.peer_python, "-c", "import trl"], capture_output=True).returncode
+    cases = [case for case in asked.cases if has_trl or case not in PEERS]
+    if not has_trl:
+        print("TRL is not installed: its cases are left out")
+    rounds = []
+    with tempfile.TemporaryDirectory() as room:
+        specs = prepared(asked, Path(room))
+        for number in range(asked.rounds):
+            rounds.append({})
+            for case in cases:
+                made = in_child(case, asked.peer_python if case in PEERS else sys.executable, specs)
+                made.setdefault(
+                    "tokens", (asked.steps - 1) * BATCH * LENGTH
+                )  # a peer's, whose rows are of one length
+                rounds[-1][case] = made
+                rate = made["tokens"] / made["seconds"]
+                print(f"{number + 1}  {case:12} {rate:8,.0f} tokens/s  {made['memory']:7,.0f} MiB", flush=True)
+    summary = figures(rounds)
+    for name, value in summary.items():
+        print(f"{name:22} {value:.3f}")
+    if asked.json:
+        asked.json.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3 and sys.argv[1] in OURS:
+        print(json.dumps(measured(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))))
+    else:
+        main()

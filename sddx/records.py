@@ -202,11 +202,13 @@ class Dataset:
 @dataclass(frozen=True)
 class Outputs:
     """What a model gives a loss: final hidden state [batch, time, width] after the norm, the head that
-    turns it into logits, and the output of every block (the last one after the norm) where asked for."""
+    turns it into logits, the output of every block (the last one after the norm) where asked for, and the trained
+    weights that the head uses."""
 
     hidden: torch.Tensor
     head: Callable[[torch.Tensor], torch.Tensor]
     states: tuple[torch.Tensor, ...] = ()
+    head_weights: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

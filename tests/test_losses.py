@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sddx.errors import UserError
 from sddx.records import Cut, Outputs
-from sddx.training.head import token_sums
+from sddx.training.head import token_loss
 from sddx.training.losses import (
     cross_entropy,
     jsd_beta,
@@ -220,18 +220,22 @@ def test_objective_says_what_it_needs_and_refuses_mistakes():
 
 TERMS = {
     "cross_entropy": Supervised(loss=cross_entropy),
-    "kl": Distilled(loss=partial(kl_teacher_student, temperature=2.0)),
+    "kl": Distilled(loss=partial(kl_teacher_student, temperature=2.0), weight=0.5),
 }
+DIVISOR = 7
 
 
 def through_head(hidden, weight, teacher, labels, chunk: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The sums, and the gradients of their total with respect to hidden states and head."""
+    """The shares, and the gradients of their weighted sum with respect to hidden states and head."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     frozen = draw(VOCABULARY, WIDTH, seed=9)
-    student = Outputs(hidden, lambda rows: rows @ weight.T)
-    sums = token_sums(TERMS, student, Outputs(teacher, lambda rows: rows @ frozen.T), labels, chunk=chunk)
-    sum(sums.values()).backward()
-    return {name: value.detach() for name, value in sums.items()}, hidden.grad, weight.grad
+    student = Outputs(hidden, lambda rows: rows @ weight.T, head_weights=(weight,))
+    beside = Outputs(teacher, lambda rows: rows @ frozen.T)
+    loss, shares = token_loss(TERMS, student, beside, labels, divisor=DIVISOR, chunk=chunk)
+    assert not any(share.requires_grad for share in shares.values())
+    torch.testing.assert_close(loss, sum(term.weight * shares[name] for name, term in TERMS.items()))
+    (2 * loss).backward()
+    return shares, hidden.grad / 2, weight.grad / 2
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, 1000])
@@ -250,8 +254,8 @@ def test_head_in_chunks_equals_whole_logits(chunk):
     target = functional.log_softmax(teacher.flatten(0, 1)[rows] @ draw(17, WIDTH, seed=9).T / 2, -1)
     log_student = functional.log_softmax(logits[rows] / 2, -1)
     kl = functional.kl_div(log_student, target, reduction="sum", log_target=True) * 4
-    (ce + kl).backward()
-    torch.testing.assert_close(sums, {"cross_entropy": ce.detach(), "kl": kl.detach()})
+    ((ce + kl / 2) / DIVISOR).backward()
+    torch.testing.assert_close(sums, {"cross_entropy": ce.detach() / DIVISOR, "kl": kl.detach() / DIVISOR})
     torch.testing.assert_close(hidden_grad, leaf.grad)
     torch.testing.assert_close(weight_grad, head.grad)
 
@@ -276,7 +280,7 @@ def test_all_masked_gives_zero_not_nan():
 
 
 def test_no_logits_larger_than_a_chunk_are_ever_made():
-    """The head sees at most `chunk` rows at a time, forward and backward, and labelled rows only."""
+    """The head sees at most `chunk` rows at a time, each once, and labelled rows only."""
     seen = []
     hidden = draw(2, 10, WIDTH, seed=1).requires_grad_()
     labels = torch.arange(20).reshape(2, 10) % VOCABULARY
@@ -288,5 +292,17 @@ def test_no_logits_larger_than_a_chunk_are_ever_made():
         return rows @ weight.T
 
     terms = {"cross_entropy": TERMS["cross_entropy"]}
-    token_sums(terms, Outputs(hidden, head), None, labels, chunk=4)["cross_entropy"].backward()
-    assert sorted(seen) == [2, 2, 4, 4, 4, 4]
+    token_loss(terms, Outputs(hidden, head), None, labels, divisor=1, chunk=4)[0].backward()
+    assert sorted(seen) == [2, 4, 4]
+
+
+def test_nothing_is_learned_where_nobody_asks():
+    """Without gradients the shares are the same, and nothing is kept for a backward pass."""
+    hidden, teacher, weight = draw(2, 4, WIDTH, seed=1), draw(2, 4, WIDTH, seed=2), draw(17, WIDTH, seed=3)
+    labels = torch.arange(8).reshape(2, 4)
+    expected, *_ = through_head(hidden, weight, teacher, labels, 3)
+    frozen = Outputs(teacher, lambda rows: rows @ draw(VOCABULARY, WIDTH, seed=9).T)
+    with torch.no_grad():
+        student = Outputs(hidden, lambda rows: rows @ weight.T)
+        loss, shares = token_loss(TERMS, student, frozen, labels, divisor=DIVISOR, chunk=3)
+    assert shares == expected and not loss.requires_grad

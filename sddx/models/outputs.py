@@ -16,6 +16,7 @@ from sddx.models.anatomy import (
     blocks,
     branches,
     decoder,
+    head,
     is_parallel,
     part,
     put,
@@ -166,4 +167,12 @@ def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, st
     with watched as seen:
         hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     inner = (*seen[1:-1], hidden) if states else ()
-    return Outputs(hidden, head_of(model), inner)
+    return Outputs(hidden, head_of(model), inner, _head_weights(model) if torch.is_grad_enabled() else ())
+
+
+def _head_weights(model: Any) -> tuple[nn.Parameter, ...]:
+    """What is trained of the head, which may be tied to embeddings, and of all else outside the body."""
+    inside = {id(weight) for weight in decoder(model).parameters()} - {
+        id(weight) for weight in head(model).parameters()
+    }
+    return tuple(w for w in bare(model).parameters() if w.requires_grad and id(w) not in inside)

@@ -16,7 +16,7 @@ from sddx.parallel.distributed import as_in, of_optimizer, share, sum_gradients,
 from sddx.records import Batch, Cut
 from sddx.students.teacher import Teacher
 from sddx.training.batches import Step
-from sddx.training.head import token_sums
+from sddx.training.head import token_loss
 from sddx.training.objective import Objective, Totals, layer_pairs
 
 
@@ -66,25 +66,30 @@ class Distiller(lightning.LightningModule):
         self.last: dict[str, float] = {}
         _check(objective, cut, teacher)
 
-    def forward(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
-        """This micro-batch's share of every term of the step, unweighted: name -> scalar."""
+    def forward(self, batch: Batch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the step's loss, and of every term of it, unweighted and without gradients:
+        name -> scalar."""
         objective = self.objective
         teacher = None
         if self.teacher is not None and objective.needs_teacher:
             # First: where it shares the student's weights it must be done before a graph exists.
             teacher = self.teacher(batch, states=objective.needs_states)
         student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
-        values = {}
-        if objective.token_terms:
-            sums = token_sums(objective.token_terms, student, teacher, batch.labels, chunk=self.head_chunk)
-            values.update({name: value / max(totals.labelled, 1) for name, value in sums.items()})
+        losses, values = [], {}
+        if terms := objective.token_terms:
+            divided = {"divisor": max(totals.labelled, 1), "chunk": self.head_chunk}
+            loss, values = token_loss(terms, student, teacher, batch.labels, **divided)
+            losses.append(loss)
         if teacher is not None:
             for name, term in objective.layer_terms.items():
-                values[name] = term.value(student, teacher, batch.attention_mask, self.cut, totals)
-        return values
+                value = term.value(student, teacher, batch.attention_mask, self.cut, totals)
+                losses.append(term.weight * value)
+                values[name] = value.detach()
+        return torch.stack(losses).sum(), values
 
-    def _share(self, batch: Batch, step: Step, weight: float) -> dict[str, Tensor]:
-        return {name: value * weight for name, value in self(batch.to(self.device), step.totals).items()}
+    def _share(self, batch: Batch, step: Step, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, values = self(batch.to(self.device), step.totals)
+        return loss * weight, {name: value * weight for name, value in values.items()}
 
     def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
         """One optimiser step over this process's share of the micro-batches."""
@@ -94,9 +99,9 @@ class Distiller(lightning.LightningModule):
         seen: list[dict[str, Tensor]] = []
         for number, batch, weight in share(batches):
             torch.manual_seed(((self.seed * 1_000_003 + index) * 1_000_003 + number) % 2**63)
-            values = self._share(batch, step, weight)
-            self.manual_backward(self._weighted(values))
-            seen.append({name: value.detach() for name, value in values.items()})
+            loss, values = self._share(batch, step, weight)
+            self.manual_backward(loss)
+            seen.append(values)
         total = _summed(seen)
         row = self._finite(total | {"loss": self._weighted(total)}, index)
         group = optimizer.param_groups[0]
@@ -115,7 +120,7 @@ class Distiller(lightning.LightningModule):
     def validate(self, step: Step, batches: Sequence[Batch]) -> dict[str, float]:
         """Every term, and the weighted `loss`, over held-out rows taken as one step; dropout off."""
         self.student.eval()
-        total = _summed([self._share(batch, step, weight) for _, batch, weight in share(batches)])
+        total = _summed([self._share(batch, step, weight)[1] for _, batch, weight in share(batches)])
         self.student.train()
         return {name: value.item() for name, value in (total | {"loss": self._weighted(total)}).items()}
 
