@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,9 @@ from sddx.runtime import Runtime
 from sddx.store import measure
 
 PATIENCE = timedelta(hours=1)  # that a process waits for the others, e.g. while one writes a checkpoint
+AFTERMATH = 2.0  # seconds in which the cause of a failure may be heard of after the failure
+
+Failure = tuple[float, BaseException]  # when it was, by a clock that all processes share
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> Any:
             except (EOFError, ConnectionResetError):
                 raise _vanished(workers[end]) from None
             if kind == "failed":
-                raise value
+                raise _cause(value, [other for other in working if other is not end], workers)
             if kind == "done":
                 working.remove(end)
                 result, peak = value
@@ -161,6 +165,27 @@ def _listen(workers: Mapping[Connection, Any], runtime: Runtime) -> Any:
             else:
                 getattr(runtime, kind)(value)
     return results[0]
+
+
+def _cause(failure: Failure, others: list[Connection], workers: Mapping[Connection, Any]) -> BaseException:
+    """What ended them all. Where one process is gone the others fail in waiting for it, and that is often heard of
+    first: after an error that nobody expected they are listened to for a moment."""
+    failures, until = [failure], time.monotonic() + AFTERMATH
+    while others and type(failures[-1][1]) is RuntimeError and (ready := _waited(others, until)):
+        for end in ready:
+            try:
+                kind, value = end.recv()
+            except (EOFError, ConnectionResetError):
+                return _vanished(workers[end])
+            if kind == "failed":
+                failures.append(value)
+            if kind in ("failed", "done"):
+                others.remove(end)
+    return min(failures, key=lambda each: (type(each[1]) is RuntimeError, each[0]))[1]
+
+
+def _waited(ends: Sequence[Connection], until: float) -> list[Any]:
+    return wait(ends, max(until - time.monotonic(), 0))
 
 
 def _vanished(process: Any) -> BaseException:
@@ -206,10 +231,10 @@ def _serve(place: Place, end: Connection) -> None:
             result = work(runtime=_runtime(place, quiet, end))
             end.send(("done", ([] if place.rank else [result], measure.peak_memory(place.device))))
     except (UserError, Interrupted) as known:
-        end.send(("failed", known))
+        end.send(("failed", (time.monotonic(), known)))
     except BaseException:
         message = f"in process {place.rank} of {place.devices}:\n{traceback.format_exc()}"
-        end.send(("failed", RuntimeError(message)))
+        end.send(("failed", (time.monotonic(), RuntimeError(message))))
 
 
 def _end_with_parent() -> None:
