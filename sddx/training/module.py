@@ -75,7 +75,8 @@ class Distiller(lightning.LightningModule):
             # First: where it shares the student's weights it must be done before a graph exists.
             teacher = self.teacher(batch, states=objective.needs_states)
         student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
-        losses, values = [], {}
+        losses: list[Tensor] = []
+        values: dict[str, Tensor] = {}
         if terms := objective.token_terms:
             divided = {"divisor": max(totals.labelled, 1), "chunk": self.head_chunk}
             loss, values = token_loss(terms, student, teacher, batch.labels, **divided)
