@@ -34,6 +34,7 @@ from sddx.report.summary import conclude, rewrites
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
 from sddx.stages.check import precheck
+from sddx.stages.evaluate.check import check_names
 from sddx.stages.folders import STAGES
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
@@ -46,16 +47,17 @@ from sddx.tracking import Tracked, Tracker, made, mark, open_tracker
 
 @sharing()
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
-    """Raises one UserError with all that is wrong with a configuration, before any work; without `download` and in
-    a dry_run, with what can be told of a model that is not here."""
+    """Raises one UserError with all that is wrong with a configuration, before any work: with what can be told of
+    settings and names alone, in a moment; where these are right, with what rows, tasks and the model say of them
+    (without `download` and in a dry_run, only where the model is here)."""
     wrong = mistakes_of([partial(check_settings, config)])
-
-    def look_further() -> None:
-        download_now = download and not (config["dry_run"] or wrong)
-        asked = {"download": download_now, "device": config["device"], "shaky": bool(wrong)}
-        precheck(settings(config), config["logger"], **asked)
-
-    require_none([*wrong, *mistakes_of([look_further], shaky=bool(wrong))])
+    require_none([*wrong, *mistakes_of([partial(check_names, config)], shaky=bool(wrong))])
+    precheck(
+        settings(config),
+        config["logger"],
+        download=download and not config["dry_run"],
+        device=config["device"],
+    )
 
 
 def owes_model(config: dict[str, Any]) -> bool:

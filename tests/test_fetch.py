@@ -189,7 +189,7 @@ def test_all_that_stands_in_the_way_is_told_before_any_download(hub: Hub, monkey
         "Salesforce/wikitext": httpx.ConnectError("no"),
     }
     for token, said in ((None, "no access token"), ("hf_x", "this account has no access")):
-        monkeypatch.setattr("sddx.hub.get_token", lambda token=token: token)
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
         with pytest.raises(UserError) as caught:
             fetched("+experiment=llama_26L", "dataset.revision=v9")
         for part in (said, "hf auth login", "no revision 'v9'", "ConnectError", "Salesforce/wikitext"):

@@ -360,7 +360,7 @@ def test_locate_takes_the_cache_before_the_network(tmp_path, monkeypatch):
             saved(snapshot)
         return str(snapshot)
 
-    monkeypatch.setattr(load, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert locate("some/model") == (snapshot, "abc123") and calls == [True]
     (snapshot / "model.safetensors").unlink()
     assert locate("some/model") == (snapshot, "abc123") and calls == [True, True, False]
@@ -382,7 +382,7 @@ def test_locate_says_what_was_tried(failure, said, monkeypatch):
     def download(repo, *, local_files_only=False, **_):
         raise LocalEntryNotFoundError("not cached") if local_files_only else failure
 
-    monkeypatch.setattr(load, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError, match=said):
         locate("some/model")
 

@@ -170,14 +170,14 @@ def _config(name: str, depth: int) -> Any:
     """The family's own default settings, with fewer blocks."""
     from transformers import CONFIG_MAPPING
 
-    from sddx.models.narrow import REFUSALS
+    from sddx.models.narrow import refusals
 
     kind = CONFIG_MAPPING[name]
     try:
         if "text_config" in kind.sub_configs:
             return kind(text_config={"num_hidden_layers": depth})
         return kind(**{"num_hidden_layers": depth, **SETTINGS.get(name, {})})
-    except REFUSALS as error:
+    except refusals() as error:
         raise UserError(f"it has no settings by default: {' '.join(str(error).split())[:200]}") from error
 
 

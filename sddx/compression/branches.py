@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from sddx.models.anatomy import Branch, twin
 
@@ -40,7 +39,9 @@ class NoAttention(nn.Module):
             (named[name] for name in ("past_key_values", "layer_past") if named.get(name) is not None), None
         )
         if cache is not None and self.layer_idx is not None:
-            _count(cache, self.layer_idx, hidden_states.shape[1])
+            from sddx.compression.counting import count
+
+            count(cache, self.layer_idx, hidden_states.shape[1])
         return _update(self.patch, hidden_states), None
 
 
@@ -60,49 +61,3 @@ class NoFeedForward(nn.Module):
 
 def _update(patch: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.new_zeros(()) if patch is None else patch.update(hidden_states)
-
-
-class _Counting:
-    """What makes a cache layer one that counts tokens and holds none. Its batch has no rows to rearrange."""
-
-    count = 0
-
-    def update(self, *arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("a block without attention was given keys to remember")
-
-    def get_seq_length(self) -> int:
-        return self.count
-
-    def reset(self) -> None:
-        self.count = self.cumulative_length = 0
-
-    def crop(self, tokens: int) -> None:
-        self.count = self.count + tokens if tokens <= 0 else min(self.count, tokens)
-        self.cumulative_length = self.count
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
-
-    def batch_repeat_interleave(self, repeats: int) -> None: ...
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
-
-
-class _Counted(_Counting, DynamicLayer):
-    pass
-
-
-class _CountedWindow(_Counting, DynamicSlidingWindowLayer):
-    pass
-
-
-def _count(cache: Any, layer: int, tokens: int) -> None:
-    """Let a layer of the cache know that so many tokens more were seen."""
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
-    present: CacheLayerMixin = cache.layers[layer]
-    if not isinstance(present, _Counting):
-        window = getattr(present, "sliding_window", None)
-        present = _Counted() if window is None else _CountedWindow(sliding_window=window)
-        cache.layers[layer] = present
-    present.count += tokens
-    present.cumulative_length = present.count

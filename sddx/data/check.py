@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from sddx.config.build import build, tried
 from sddx.config.shared import once
@@ -16,6 +14,9 @@ from sddx.data.sources import of_hub, pinned
 from sddx.data.split import hold_out, with_held_out
 from sddx.errors import UserError
 from sddx.records import Dataset, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def require_texts(group: str, node: Mapping[str, Any]) -> None:

@@ -10,28 +10,22 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from sddx.data.checkers import Reason
 from sddx.data.encode import ending, padding_id, render, token_ids
 from sddx.data.templates import leaks
 from sddx.errors import UserError
-from sddx.models.decoding import Progress, greedy, is_batchable, write
 from sddx.models.generation import neutral
 from sddx.models.load import context_of
 from sddx.records import Count, Example, Natural, NonNegative, PositiveShare, Rewrite, Seed
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+    from sddx.models.decoding import Progress
 
 CUT_OFF = "cut off at max_new_tokens"
 TOO_LONG = "prompt too long"
@@ -73,6 +67,8 @@ def write_answers(
     An answer ends at the model's or the tokenizer's end token; one that has not ended after `max_new_tokens`,
     or whose prompt leaves no room for them in the model's context, carries a fault.
     """
+    from sddx.models.decoding import greedy, is_batchable, write
+
     texts = [render(tokenizer, prompt) for prompt in prompts]
     tokens = token_ids(tokenizer, texts)
     room = context_of(model.config) or float("inf")
@@ -164,7 +160,7 @@ def acceptance(rewrites: Sequence[Rewrite]) -> dict[str, int]:
     return counts | {reason: reasons.count(reason) for reason in dict.fromkeys([*REASONS, *reasons])}
 
 
-class _Choose(LogitsProcessor):
+class _Choose:
     """Sampling as arithmetic: leaves each row the first token whose cumulative probability exceeds the row's
     uniform number for this position (inverse transform), so that the greedy choice is the sample."""
 
@@ -188,7 +184,9 @@ def _uniforms(texts: Sequence[str], positions: int, seed: int) -> torch.Tensor:
 def _sampling(
     uniforms: torch.Tensor, prompt_width: int, temperature: float, top_p: float, top_k: int
 ) -> LogitsProcessorList:
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
     if top_k > 0:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
@@ -221,6 +219,8 @@ def _by_generate(
     ends: list[int],
 ) -> list[list[int]]:
     """The tokens after each prompt by transformers' own `generate`, batch by batch, for models of any kind."""
+    from transformers import LogitsProcessorList
+
     written: list[list[int]] = [[]] * len(prompts)
     # Rows of like length share a batch, and the largest batch comes first.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -246,6 +246,8 @@ def _continue(
 ) -> list[list[int]]:
     """The tokens that the model puts after each prompt, with padding after an end token. Prompts stand at the
     right, so that all rows go on at the same position."""
+    from transformers import GenerationConfig
+
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from sddx.compression.branches import NoAttention
 from sddx.compression.choose import last
@@ -17,8 +16,10 @@ from sddx.compression.soundness import cache_bytes
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, head
 from sddx.models.load import DTYPES, locate, said, text_config
-from sddx.models.narrow import REFUSALS
+from sddx.models.narrow import refusals
 from sddx.records import Cut, Units
+
+TRACED = "sddx_traced"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def shape_of(model: dict[str, Any]) -> Any:
     stated = model.get("dimensions")
     if not stated:
         return text_config(locate(model["path"], revision=model["revision"])[0])
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.for_model(**stated).get_text_config()
-    except REFUSALS as error:
+    except refusals() as error:
         raise UserError(
             f"model.dimensions are none of a model that transformers knows: {said(error)}. Given: {stated}. "
             "Copy them from the model's config.json."
@@ -70,6 +73,9 @@ def shape_of(model: dict[str, Any]) -> Any:
 
 def skeleton(config: Any, dtype: str) -> Any:
     """The causal language model of this config on the meta device, in eval mode and frozen."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(TRACED, _attend)
     attention = "eager" if config.model_type == "mpt" else TRACED  # MPT computes its scores itself
     with torch.device("meta"):
         # Of a copy: transformers writes into a config how its model attends.
@@ -137,7 +143,3 @@ def _laid_out(query: torch.Tensor) -> torch.Tensor:
 def _attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> tuple[Any, None]:
     made = _Attention.apply(query, key, value) if torch.is_grad_enabled() else _laid_out(query)
     return made.transpose(1, 2).contiguous(), None
-
-
-TRACED = "sddx_traced"
-AttentionInterface.register(TRACED, _attend)

@@ -11,17 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import httpx
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub import constants
 
 from sddx.errors import UserError
 from sddx.store.manifest import replace_text
@@ -29,9 +19,6 @@ from sddx.store.manifest import replace_text
 COMMIT = re.compile("[0-9a-f]{40}")
 PATIENCE = 10.0  # seconds that the hub has to answer a question
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-FAILURES = (
-    HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, XetDownloadError, httpx.HTTPError, OSError
-)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -45,24 +32,33 @@ def asking(kind: str, name: str, revision: str | None, *, otherwise: str) -> Ite
     gated and this account has no access, where it has no such revision, where the hub refuses the access token,
     where what comes cannot be written, and with `otherwise`, which says what to do, where it does not exist or, as
     Unreachable, where the hub cannot be asked."""
+    import httpx
+    from huggingface_hub import errors, get_token
+
+    failures = (
+        errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, errors.XetDownloadError,
+        httpx.HTTPError, OSError,
+    )  # fmt: skip
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
         who = "this account has no access" if get_token() else "no access token is set on this machine"
         raise UserError(
             f"{kind} {name} is gated and {who}. Accept its licence at {page}, then log in with `hf auth login`."
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise UserError(
             f"{kind} {name} has no revision {revision!r}. Give an existing branch, tag or commit."
         ) from error
-    except FAILURES as error:
+    except failures as error:
         raise _kind(error)(_reason(error, kind, name, otherwise)) from error
 
 
 def _kind(error: Exception) -> type[UserError]:
     """Whether the hub answered, with a refusal, or not at all."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     if isinstance(error, HfHubHTTPError):
         unanswered = error.response.status_code >= 500 or error.response.status_code == 429
     else:
@@ -72,6 +68,8 @@ def _kind(error: Exception) -> type[UserError]:
 
 def _reason(error: Exception, kind: str, name: str, otherwise: str) -> str:
     """What went wrong, and what to do, by the error that the libraries raised."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return (
             f"{kind} {name} cannot be written to the cache {constants.HF_HUB_CACHE}: {error}. Make room there, or "
@@ -93,6 +91,8 @@ def _reason(error: Exception, kind: str, name: str, otherwise: str) -> str:
 def current_commit(name: str, revision: str | None) -> str:
     """The commit that a dataset's revision (None: its main branch) points to at the hub; asked once a process, so
     that all of it speaks of the same rows. Raises UserError as `asking` does."""
+    from huggingface_hub import HfApi
+
     otherwise = (
         f"the commit of dataset {name} (revision {revision}) is not known: the hub does not have it, or cannot be "
         "reached and no fetch noted it here. Check the name; run sddx fetch with the same settings where "

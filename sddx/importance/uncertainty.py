@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 LEVEL = 0.95
@@ -42,6 +41,8 @@ def errors(sources: Sources) -> dict[str, Any]:
 
 def quantile(drawn: int) -> float:
     """How many standard errors the 95 % interval of a mean of so many reaches to each side: Student's t."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(drawn - 1, (1 + LEVEL) / 2))
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
-
 from sddx.models.anatomy import bare
 
 # What a generation config knows of the vocabulary. Everything else in it (lengths, penalties, bans, forced tokens,
@@ -20,6 +18,8 @@ def neutral(model: Any) -> Iterator[None]:
     """In this context `model.generate` does what its arguments say: of the model's own generation config, with
     which transformers fills whatever is left unsaid, nothing is used but its special tokens, the end tokens among
     them. Afterwards the model has its config again."""
+    from transformers import GenerationConfig
+
     held = bare(model)
     own = held.generation_config
     held.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})

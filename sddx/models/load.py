@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging as progress
 
 from sddx.errors import UserError
 from sddx.hub import asking
@@ -92,6 +86,8 @@ def require_here(path: str, revision: str | None = None) -> None:
 def cached(path: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in this machine's cache; None where it lacks what a run reads (its licence is not
     asked for)."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     try:
         snapshot = Path(_snapshot(path, revision, RUNS, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
@@ -112,6 +108,8 @@ def download(path: str, revision: str | None) -> Path:
 
 
 def _snapshot(path: str, revision: str | None, files: Sequence[str], **options: Any) -> str:
+    from huggingface_hub import snapshot_download
+
     return snapshot_download(
         path, revision=revision, allow_patterns=[*files], ignore_patterns=[*ELSEWHERE], **options
     )
@@ -119,6 +117,8 @@ def _snapshot(path: str, revision: str | None, files: Sequence[str], **options: 
 
 def fetched(name: str, files: Sequence[str] = FILES) -> bool:
     """Whether a file of a model's repository, by its name there, is among `files` and in the form that is read."""
+    from huggingface_hub.utils import filter_repo_objects
+
     return any(filter_repo_objects([name], allow_patterns=[*files], ignore_patterns=[*ELSEWHERE]))
 
 
@@ -196,6 +196,8 @@ def require_loadable(folder: Path, attention: str) -> None:
 
 
 def _require_weights(folder: Path, attention: str) -> None:
+    from transformers.utils import logging as progress
+
     shown = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
@@ -208,6 +210,9 @@ def _require_weights(folder: Path, attention: str) -> None:
 
 def _read(folder: Path, attention: str, **loading: Any) -> Any:
     """The model in a folder, every weight of it accounted for, its blocks in their place."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if not _has_weights(folder):
         raise UserError(
             f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
@@ -295,6 +300,8 @@ def four_bit(*, type: str, double: bool, compute: str) -> Any:
     """How linear layers are held in 4 bit (2305.14314): in the values of `type` (nf4, or fp4), one scale for 64
     weights; `double` quantises the scales as well; products are taken in the dtype `compute`. Raises UserError
     for other values, and where bitsandbytes is not installed."""
+    from transformers import BitsAndBytesConfig
+
     if type not in ("nf4", "fp4") or compute not in DTYPES:
         raise UserError(
             f"tuning.quantization of type {type!r} with compute {compute!r} is not known. Use type nf4 or fp4, and "
@@ -416,6 +423,8 @@ def require_embedded(tokenizer: Any, config: Any, texts: Iterable[str] = ()) -> 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder. The end token pads where no pad token is set; the side is the caller's."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken tokenizer.json raises a bare one
@@ -436,6 +445,8 @@ def text_config(folder: Path) -> Any:
 
 
 def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each field has a kind of its own to be wrong in
@@ -451,6 +462,8 @@ def _config(folder: Path) -> Any:
 def stated_dtype(path: str, revision: str | None) -> str:
     """The dtype that the config of a model on the hub says its weights are in. Raises UserError as `download` does,
     and where it says none."""
+    from huggingface_hub import hf_hub_download
+
     otherwise = (
         f"model.dtype=auto is the dtype that a model's own files say, and {path!r} is neither on this machine nor "
         "can the hub be asked for it. Give an existing folder, a GGUF file or a hub id; model=tiny needs none."

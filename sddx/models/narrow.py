@@ -6,9 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sddx.errors import UserError
 
@@ -16,11 +14,6 @@ WIDTH, VOCABULARY = 32, 64
 LARGEST = 50_000_000  # weights of a model that is only tried
 HEADS = 4
 EXPERTS = 4
-# What transformers and torch raise over settings that do not go together.
-REFUSALS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, StrictDataclassError,
-    TypeError, ValueError,
-)  # fmt: skip
 # What a narrow model has of each: channels as a share of its width ..
 SHARES = {
     "hidden_size": 1, "intermediate_size": 2, "ffn_dim": 2, "word_embed_proj_dim": 1, "intermediate_size_mlp": 2,
@@ -47,6 +40,16 @@ KEY_HEADS = {
 }  # fmt: skip
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What transformers and torch raise over settings that do not go together."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError,
+        StrictDataclassError, TypeError, ValueError,
+    )  # fmt: skip
+
+
 def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
     """The config of a model that is `width` channels wide and knows `vocabulary` ids, with the same depth and
     per-layer settings; `settings` are changed besides. Raises UserError for a width that its heads cannot share,
@@ -66,7 +69,7 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
             for name, value in (_small(part, width, vocabulary) | (settings if part is made else {})).items():
                 _set(part, name, value)
             _shorten_rotation(part, part.head_dim if hasattr(part, "head_dim") else width // HEADS)
-    except REFUSALS as error:
+    except refusals() as error:
         raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
     return made
 
@@ -84,6 +87,8 @@ def smallest(config: Any) -> Any:
 
 def _parts(config: Any) -> list[Any]:
     """A config and those inside it, of a text model beside others."""
+    from transformers import PreTrainedConfig
+
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [config, *(part for each in inner if isinstance(each, PreTrainedConfig) for part in _parts(each))]
 
@@ -128,9 +133,11 @@ def _shorten_rotation(config: Any, head: int) -> None:
 def built(config: Any, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The model of this config with random weights, the same ones each time. Raises UserError where transformers
     makes none."""
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        except REFUSALS as error:
+        except refusals() as error:
             raise UserError(f"no {config.model_type} model is made of this config: {error}.") from error

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sddx.errors import UserError
 from sddx.models.anatomy import (
@@ -98,9 +97,11 @@ def head_of(model: Any, projection: nn.Module | None = None) -> Callable[[torch.
     """The map from final hidden state [..., width] to logits [..., vocabulary]: all that the model's own forward
     does after its body (scaling, softcapping, biases, an adapter on the head), by running that forward with a body
     that hands through what it is given. Gradients flow. `projection` stands in for the head's own module."""
+    from sddx.models.state import State
+
     whole, places = _passing(bare(model)), layout(bare(model))
     body = _passing(part(whole, places.body))
-    body.forward = lambda *_, inputs_embeds, **__: _State(last_hidden_state=inputs_embeds)
+    body.forward = lambda *_, inputs_embeds, **__: State(last_hidden_state=inputs_embeds)
     _put_apart(whole, places.body, body)
     if projection is not None:
         _put_apart(whole, places.head, projection)
@@ -120,13 +121,6 @@ def _put_apart(whole: Any, path: str, module: Any) -> None:
         around = ".".join(names[:end])
         put(whole, around, twin(part(whole, around)))
     put(whole, path, module)
-
-
-class _State(BaseModelOutputWithPast):
-    """A final hidden state without anything else that a body may give."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 def _passing(module: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.narrow import REFUSALS, smallest
+from sddx.models.narrow import refusals, smallest
 
 TOKENS = 2
 
@@ -47,7 +47,9 @@ def _small(kind: Any, whole: Any) -> Any:
             with torch.device("cpu"):
                 model = kind(smallest(whole.config)).eval()
             _run(model)
-        except (UserError, *REFUSALS):
+        except UserError:
+            return whole
+        except refusals():
             return whole
     return model
 

@@ -15,9 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 Part = TypeVar("Part")
 
@@ -72,7 +69,7 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
     if not dist.is_initialized():
         return
     for weight in weights:
-        if not isinstance(weight, DTensor):
+        if not _is_sharded(weight):
             # A weight that no example here reached, such as an expert's, may have been reached elsewhere.
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             dist.all_reduce(weight.grad)
@@ -121,6 +118,9 @@ def shard_apart(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def _cut(parts: Iterable[nn.Module], device: torch.device, divide: float) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world(),))
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -128,15 +128,23 @@ def _cut(parts: Iterable[nn.Module], device: torch.device, divide: float) -> Non
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+def _is_sharded(value: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def whole(value: Any) -> Any:
     """A sharded tensor put together, in host memory; anything else as it is. All processes call it."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    return value.full_tensor().cpu() if _is_sharded(value) else value
 
 
-def as_in(weight: Tensor, value: Any) -> Any:
+def as_in(weight: Any, value: Any) -> Any:
     """A whole tensor, cut as the weight is that it belongs to."""
-    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or value.shape != weight.shape:
+    if not _is_sharded(weight) or not isinstance(value, Tensor) or value.shape != weight.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     local = value.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 
@@ -152,7 +160,7 @@ def put_together(model: nn.Module, *, frozen: bool) -> None:
     they can be saved. The model cannot run any more. All processes call it."""
     put: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
-        if not isinstance(weight, DTensor) or not (weight.requires_grad or frozen):
+        if not _is_sharded(weight) or not (weight.requires_grad or frozen):
             continue
         if id(weight) not in put:  # tied weights stay tied
             full = whole(weight.detach())

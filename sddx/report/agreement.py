@@ -11,7 +11,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Shown
-from scipy.stats import spearmanr
 
 from sddx.compression.choose import contiguous, ranked
 from sddx.records import Artifact, Units
@@ -34,6 +33,8 @@ def correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation; 0 where one of them ranks nothing."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return 0.0
+    from scipy.stats import spearmanr
+
     return float(spearmanr(first, second).statistic)
 
 

@@ -8,8 +8,6 @@ from functools import partial
 from statistics import mean
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
 from sddx.report.curves import Run, alike, distinction, is_trained, losses
 from sddx.report.extraction import Key, Reading, named, readings
 from sddx.report.paired import in_average, over_pairs, samples_of
@@ -142,6 +140,8 @@ def _holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _paired(arm: Runs, base: Runs, score: Callable[[Run], Any]) -> tuple[Interval, float | None]:
+    from scipy.stats import ttest_1samp
+
     points = [100 * (score(ours) - score(theirs)) for ours, theirs in zip(arm, base, strict=True)]
     # With the same difference in every seed, to rounding, the t test has no variance to divide by.
     defined = max(points) - min(points) > 1e-9

@@ -23,24 +23,23 @@ def precheck(
     *,
     download: bool,
     device: str = "auto",
-    shaky: bool = False,
 ) -> None:
     """What would otherwise fail late; `loggers` are the nodes of that group. Raises one UserError with all that is
     wrong with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
     downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
-    where the run takes place. `shaky`: other mistakes are known, which checks may stumble over."""
+    where the run takes place."""
     from sddx.models.load import is_here, require_known
 
     model = method["model"]
-    wrong = mistakes_of([partial(require_known, device)], shaky=shaky)
+    wrong = mistakes_of([partial(require_known, device)])
     everyone = [method, *_merged(method)]
-    wrong += [mistake for each in everyone for mistake in _refused("of_settings", each, shaky=shaky)]
-    wrong += mistakes_of([lambda: require_tracked(loggers)], shaky=shaky)
+    wrong += [mistake for each in everyone for mistake in _refused("of_settings", each)]
+    wrong += mistakes_of([lambda: require_tracked(loggers)])
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         models: list[LocalModel] = []
-        wrong += mistakes_of([lambda: models.append(_local(model))], shaky=shaky)
+        wrong += mistakes_of([lambda: models.append(_local(model))])
         asked = [(each, local) for local in models for each in everyone]
-        wrong += [mistake for each, local in asked for mistake in _refused("of_model", each, local, shaky=shaky)]
+        wrong += [mistake for each, local in asked for mistake in _refused("of_model", each, local)]
     require_none(wrong)
 
 
@@ -62,22 +61,22 @@ def _local(node: Settings) -> LocalModel:
     return once(["local model", *(node[name] for name in ("path", "revision", "dtype", "attention"))], find)
 
 
-def _refused(kind: str, method: Settings, *model: LocalModel, shaky: bool) -> list[str]:
+def _refused(kind: str, method: Settings, *model: LocalModel) -> list[str]:
     """What all stages refuse of the settings alone (`of_settings`), or with this model (`of_model`). Of the cells
     of a grid, a check is asked once of those that are alike in what it looks at."""
     wrong: list[str] = []
     for name, stage in modules("check").items():
         listed: Listed = getattr(stage, kind, _nothing)
         for number in range(len(listed(method, *model))):
-            about = [name, kind, number, *model, shaky]
-            wrong += once_as_read(about, method, partial(_asked, listed, number, *model, shaky=shaky))
+            about = [name, kind, number, *model]
+            wrong += once_as_read(about, method, partial(_asked, listed, number, *model))
     return wrong
 
 
-def _asked(listed: Listed, number: int, *arguments: Any, shaky: bool) -> list[str]:
+def _asked(listed: Listed, number: int, *arguments: Any) -> list[str]:
     """What one of a stage's checks finds wrong; the settings come last."""
     *model, method = arguments
-    return mistakes_of([listed(method, *model)[number]], shaky=shaky)
+    return mistakes_of([listed(method, *model)[number]])
 
 
 def _nothing(*arguments: Any) -> list[Check]:

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, ndtri, stdtrit
 
 Scores = Mapping[str, Sequence[float]]
 Clusters = Mapping[str, Sequence[Hashable] | None]
@@ -202,6 +201,8 @@ def expected_half_width(
     at p = 0.5. A recovery is the ratio of two averages near p, whose relative variances add up to first order;
     this takes them as independent, and models that fail on the same items do better.
     """
+    from scipy.special import ndtri
+
     z = float(ndtri((1 + level) / 2))
     variances = {task: p * (1 - p) / count for task, count in items.items()}
     weights = task_weights(list(items), part_of)
@@ -222,6 +223,8 @@ def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
 
 def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean over k seeds with the t(k - 1) interval. Raises ValueError below two seeds."""
+    from scipy.special import stdtrit
+
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
@@ -233,6 +236,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], *, level: 
     """Spearman's correlation of pairs that were drawn independently, with the interval of its Fisher transform
     (variance after Bonett and Wright, Psychometrika 2000); 0 where one of them ranks nothing. Raises ValueError
     below four pairs."""
+    from scipy.special import ndtri
     from scipy.stats import spearmanr  # which takes as long to import as all else here
 
     if len(first) < 4:
@@ -267,6 +271,8 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
 
     For one task and one seed; binary scores only (ValueError otherwise).
     """
+    from scipy.special import bdtr
+
     lost, won = flips(before, after)
     return min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
 

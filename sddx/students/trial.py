@@ -18,7 +18,7 @@ from sddx.config.build import tried
 from sddx.errors import UserError
 from sddx.models.anatomy import DECODER
 from sddx.models.load import load_model, said
-from sddx.models.narrow import REFUSALS, VOCABULARY, built, smallest
+from sddx.models.narrow import VOCABULARY, built, refusals, smallest
 from sddx.models.outputs import require_own_head
 from sddx.records import Cut
 from sddx.students.student import saved_and_loaded
@@ -52,7 +52,7 @@ def small_model(config: Any, attention: str) -> Any:
             weight.add_(0.05 * torch.randn_like(weight))
         try:
             model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long))
-        except REFUSALS as error:
+        except refusals() as error:
             raise UserError(f"a narrow {config.model_type} model does not run: {said(error)}.") from error
     return model
 
@@ -63,7 +63,7 @@ def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:
         _prove(model, cut, attention)
     except UserError as error:
         return str(error)
-    except REFUSALS as error:
+    except refusals() as error:
         return f"{said(error)}."
     return ""
 

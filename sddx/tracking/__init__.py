@@ -108,15 +108,24 @@ def made(nodes: Mapping[str, Settings], tracked: Tracked, seen: Collection[str] 
 
 def _made(name: str, node: Settings, tracked: Tracked) -> Logger | None:
     """A node with `_partial_` is called with what it is to log; one without is a Lightning logger as it is."""
-    from lightning.pytorch.loggers import Logger
-
     logger = build(node)(tracked) if node.get("_partial_") else build(node)
-    if not isinstance(logger, Logger | None):
+    if logger is not None and not _is_logger(logger):
         raise UserError(
             f"logger.{name}._target_={node['_target_']} makes a {type(logger).__name__}, and a logger of "
             "Lightning's is needed (lightning.pytorch.loggers)."
         )
     return logger
+
+
+def _is_logger(made: Any) -> bool:
+    """Whether this is one of ours, or of Lightning's, which is not imported for ours."""
+    from sddx.tracking.shows import Shows
+
+    if isinstance(made, Shows):
+        return True
+    from lightning.pytorch.loggers import Logger
+
+    return isinstance(made, Logger)
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -1,198 +1,32 @@
-"""The loggers of the group `logger`: Lightning's own, for runs of several stages and for the report of a sweep.
+"""The loggers of the group `logger`, for runs of several stages and for the report of a sweep.
 
 A function makes one for a run (`Tracked`) from its settings. Beside metrics, each shows of a report what it can.
+Importing this module is cheap; what a logger needs is imported where one is made.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import get_object
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pydantic import ValidationError
 
 from sddx.config.build import Settings
 from sddx.errors import UserError
 from sddx.files import lock
-from sddx.files.naming import file_name
 from sddx.store.digest import digest
-from sddx.tracking import Tracked, numbers
+from sddx.tracking import Tracked
 
-Curves = Mapping[str, Sequence[tuple[float, float]]]  # by arm
-
-
-class Shows:
-    """What a logger of ours shows of a report beside scalars: here nothing. `local`: what it logs stands in the
-    run's own folder, and not among runs that it knows from elsewhere."""
-
-    local = False
-
-    def axis(self, name: str, over: str) -> None:
-        """Scalars under `over` are drawn over the scalar `name`."""
-
-    def plot(self, name: str, axis: str, curves: Curves, drawn: Callable[[], Any]) -> None:
-        """One measure by arm; `drawn` gives a figure of matplotlib's."""
-
-    def figure(self, name: str, svg: str) -> None:
-        """A drawing."""
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of texts."""
-
-    def pages(self, paths: Sequence[Path]) -> None:
-        """The report itself: report.html, report.md, report.csv."""
-
-
-class Wandb(WandbLogger, Shows):
-    """A quiet W&B run that a repeated run goes on with, apart from others of this process. A training is drawn over
-    its rows' `step`, a report over its axes."""
-
-    def __init__(self, tracked: Tracked, **settings: Any) -> None:
-        super().__init__(name=tracked.name, save_dir=tracked.folder, version=tracked.identity, **settings)
-        self._of_run = tracked.job == "run"
-        self._experiment: Any = None  # begun when the first word is said
-
-    @property
-    def experiment(self) -> Any:
-        """W&B's own run, begun when it is first asked for."""
-        if self._experiment is None:
-            self._experiment = self._begun()
-        return self._experiment
-
-    def _begun(self) -> Any:
-        import wandb
-
-        quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-        arguments = {name: value for name, value in self._wandb_init.items() if name != "anonymous"}
-        run = wandb.init(**arguments, reinit="create_new", settings=quiet)
-        if self._of_run:
-            run.define_metric("step", hidden=True)
-            for family in ("train/*", "validation/*"):
-                run.define_metric(family, step_metric="step")
-        return run
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A row of history, with its `step` as one of its values."""
-        at = {"step": step} if self._of_run and step is not None else {}
-        self.experiment.log({**at, **metrics})
-
-    def conclude(self, results: Mapping[str, Any]) -> None:
-        """A run's final numbers and words, where W&B's own charts find them."""
-        self.experiment.summary.update({name: value for name, value in results.items() if value is not None})
-
-    def finalize(self, status: str) -> None:
-        """Ends the run, with status 1 where it failed."""
-        self.experiment.finish(exit_code=0 if status == "success" else 1)
-
-    def axis(self, name: str, over: str) -> None:
-        """A scalar that is an axis, and what is drawn over it."""
-        self.experiment.define_metric(name, hidden=True)
-        self.experiment.define_metric(f"{over}/*", step_metric=name)
-
-    def plot(self, name: str, axis: str, curves: Curves, drawn: Callable[[], Any]) -> None:
-        """A line plot of W&B's."""
-        from wandb.plot import line_series
-
-        over, _, measure = name.rpartition("/")
-        xs, ys = ([[point[side] for point in points] for points in curves.values()] for side in (0, 1))
-        self.experiment.log({f"plots/{name}": line_series(xs, ys, list(curves), f"{measure} over {over}", axis)})
-
-    def figure(self, name: str, svg: str) -> None:
-        """The drawing as HTML."""
-        import wandb
-
-        self.experiment.log({f"figures/{name}": wandb.Html(svg)})
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of W&B's."""
-        self.log_table(f"tables/{name}", columns=list(header), data=[list(row) for row in rows])
-
-    def pages(self, paths: Sequence[Path]) -> None:
-        """The pages as one artifact."""
-        import wandb
-
-        pages = wandb.Artifact(f"report-{self._id}", type="report")
-        for path in paths:
-            pages.add_file(str(path))
-        self.experiment.log_artifact(pages)
-
-
-class Csv(CSVLogger, Shows):
-    """Rows on disk as soon as they are there. What has no step stands at 0."""
-
-    local = True
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """A row of the table."""
-        super().log_metrics(dict(metrics), step or 0)
-
-
-class TensorBoard(TensorBoardLogger, Shows):
-    """A run's final numbers stand beside its settings (HPARAMS); of a report the curves are scalars and images, its
-    tables and its page texts."""
-
-    local = True
-
-    def conclude(self, results: Mapping[str, Any]) -> None:
-        """A run's final numbers, beside its settings."""
-        self.log_hyperparams(self.hparams, numbers(results))
-
-    def plot(self, name: str, axis: str, curves: Curves, drawn: Callable[[], Any]) -> None:
-        """The figure as an image."""
-        self.experiment.add_figure(f"plots/{name}", drawn())
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The table as a text in Markdown."""
-        lines = [header, ["---"] * len(header), *rows]
-        text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-        self.experiment.add_text(f"tables/{name}", text)
-
-    def pages(self, paths: Sequence[Path]) -> None:
-        """The page in Markdown as a text."""
-        for path in (path for path in paths if path.suffix == ".md"):
-            self.experiment.add_text(path.stem, path.read_text(encoding="utf-8"))
-
-
-class MLflow(MLFlowLogger, Shows):
-    """A run of an MLflow experiment, found again by its tag `sddx.identity`."""
-
-    def log_hyperparams(self, params: Any) -> None:
-        """Settings under names that MLflow takes, as it has them from an earlier attempt."""
-        known = self.experiment.get_run(self.run_id).data.params  # which MLflow never lets change
-        named = {_plain(name): value for name, value in params.items()}
-        super().log_hyperparams({name: value for name, value in named.items() if name not in known})
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Metrics under names that MLflow takes."""
-        super().log_metrics({_plain(name): value for name, value in metrics.items()}, step)
-
-    def figure(self, name: str, svg: str) -> None:
-        """The drawing as an artifact of the run."""
-        self.experiment.log_text(self.run_id, svg, f"figures/{file_name(name)}.svg")
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The table as an artifact, in the form that MLflow shows as a table."""
-        table = {"columns": list(header), "data": [list(row) for row in rows]}
-        self.experiment.log_text(self.run_id, json.dumps(table), f"tables/{file_name(name)}.json")
-
-    def pages(self, paths: Sequence[Path]) -> None:
-        """The pages as artifacts of the run."""
-        for path in paths:
-            self.experiment.log_artifact(self.run_id, str(path))
-
-
-def _plain(name: str) -> str:
-    """A name of the characters that MLflow takes."""
-    return re.sub(r"[^\w/. -]+", "_", name)
+if TYPE_CHECKING:
+    from sddx.tracking.of_lightning import Csv, MLflow, TensorBoard
+    from sddx.tracking.wandb_run import Wandb
 
 
 def wandb(
@@ -208,6 +42,8 @@ def wandb(
     machine until `wandb sync`), online, or disabled (no logger). Tags may be numbers."""
     if mode == "disabled":
         return None
+    from sddx.tracking.wandb_run import Wandb
+
     job = None if tracked.job == "run" else tracked.job
     options = {"entity": entity, "group": group, "tags": _texts(tags), "mode": mode, "job_type": job}
     return Wandb(tracked, project=project, **options)
@@ -215,11 +51,15 @@ def wandb(
 
 def csv(tracked: Tracked) -> Csv:
     """`csv/metrics.csv` in the run's folder, in wide form."""
+    from sddx.tracking.of_lightning import Csv
+
     return Csv(tracked.folder, name="csv", version="", flush_logs_every_n_steps=1)
 
 
 def tensorboard(tracked: Tracked) -> TensorBoard:
     """`tensorboard/` in the run's folder. What an earlier attempt logged there is not shown."""
+    from sddx.tracking.of_lightning import TensorBoard
+
     return TensorBoard(tracked.folder, name="tensorboard", version="", default_hp_metric=False, purge_step=0)
 
 
@@ -227,6 +67,8 @@ def mlflow(tracked: Tracked, *, uri: str | None, experiment: str, group: str | N
     """A run of this experiment on the server or in the database at `uri` (None: mlflow.db here), with `group` and
     each of `tags` as tags. Raises UserError where MLflow cannot be used there."""
     from mlflow.exceptions import MlflowException
+
+    from sddx.tracking.of_lightning import MLflow
 
     named = {"sddx.identity": tracked.identity, "sddx.job": tracked.job, **({"group": group} if group else {})}
     tagged = {**dict.fromkeys(_texts(tags), "true"), **named}
@@ -264,6 +106,8 @@ def _texts(tags: Sequence[Any]) -> list[str]:
 
 def require_logger(name: str, node: Settings) -> None:
     """Raises UserError for a node that makes no logger of Lightning's and cannot be called to make one."""
+    from lightning.pytorch.loggers import Logger
+
     target = get_object(node["_target_"])
     if not node.get("_partial_"):
         if not (inspect.isclass(target) and issubclass(target, Logger)):
@@ -297,10 +141,10 @@ def _require_libraries(logger: str, libraries: Sequence[str]) -> None:
 
 def require_wandb(name: str, node: Settings) -> None:
     """Raises UserError where W&B would refuse its settings, or where it is online and knows no login."""
-    import wandb
-
     if node["mode"] == "disabled":
         return
+    import wandb
+
     settings = {"project": node["project"], "entity": node["entity"], "run_group": node["group"]}
     try:
         wandb.Settings(**settings, run_tags=_texts(node["tags"]))

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, is_adapted
-from sddx.parallel.distributed import put_together, rank, shard, world
+from sddx.parallel.distributed import put_together, shard, world
 from sddx.records import Count, Cut, Natural, NonNegative, Positive, Share
 from sddx.runtime import Runtime
-from sddx.store import keep_rows
-from sddx.students.teacher import SeparateTeacher
+from sddx.students.teacher import SeparateTeacher, Teacher
 from sddx.training.batches import COUNTED, Step, StepLoader, plan
-from sddx.training.callbacks import Metrics, Resume, Validation
-from sddx.training.module import Distiller, Teacher
 from sddx.training.objective import Objective
 
 if TYPE_CHECKING:
     from sddx.data.encode import Encoded
-
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
+    from sddx.training.module import Distiller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +109,9 @@ class Fit:
         not go with the settings, TrainingDiverged, with step and term, where a loss is not finite, and Interrupted
         after SIGTERM.
         """
+        from sddx.training.callbacks import Metrics, Resume, Validation
+        from sddx.training.loop import run
+
         if self.keep == "best" and not rows_validation:
             raise UserError("trainer.keep=best chooses by held-out rows, and there are none: use keep=last")
         if self.devices != world():
@@ -132,7 +126,7 @@ class Fit:
         resume = Resume(out / "resume" / "last.ckpt", self.checkpoint_every)
         student.train()
         loader = StepLoader(rows_train, planned, pad_id)
-        _run(module, loader, [metrics, validation, resume], runtime, str(self.precision), out)
+        run(module, loader, [metrics, validation, resume], runtime, str(self.precision), out)
         student.eval()
         validation.restore_best(module)
         put_together(student, frozen=not is_adapted(student))
@@ -163,6 +157,8 @@ class Fit:
     def _module(
         self, student: nn.Module, teacher: Teacher | None, objective: Objective, cut: Cut, seed: int, steps: int
     ) -> Distiller:
+        from sddx.training.module import Distiller
+
         return Distiller(
             student,
             teacher,
@@ -185,66 +181,6 @@ class Fit:
             shard(module, [*blocks(student), *getattr(teacher, "blocks", [])], device)
             if isinstance(teacher, SeparateTeacher):
                 teacher.to(device)  # its embeddings, norm and head, which stay whole
-
-
-class OneOfSeveral(SingleDeviceStrategy):
-    """For Lightning each process trains alone on its device; what they do together is in `distributed`. The
-    first one alone writes files.
-
-    Its own DDP would average gradients, and sum them up once for each of a step's backward passes.
-    """
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that speaks for all."""
-        return rank() == 0
-
-    def teardown(self) -> None:
-        """Lightning's own without its move to host memory: shards are put together where they are."""
-        self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()
-
-
-def _run(
-    module: Distiller,
-    loader: StepLoader,
-    callbacks: list[lightning.Callback],
-    runtime: Runtime,
-    precision: str,
-    out: Path,
-) -> None:
-    """One Lightning epoch over the whole plan, from the checkpoint where there is one."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    device = torch.device(runtime.device)
-    trainer = lightning.Trainer(
-        accelerator=device.type,
-        strategy=OneOfSeveral(_with_number(device)),
-        precision=PRECISIONS[precision],
-        max_epochs=1,
-        logger=False,
-        callbacks=callbacks,
-        plugins=[LightningEnvironment()],  # one process, whatever cluster this runs on
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out,
-    )
-    checkpoint = out / "resume" / "last.ckpt"
-    exists = checkpoint.exists()
-    if checkpoint.parent.exists() and rank() == 0:
-        done = torch.load(checkpoint, weights_only=True)["global_step"] if exists else 0
-        for row in keep_rows(out, done + 1):
-            runtime.log(row)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        trainer.fit(module, loader, ckpt_path=str(checkpoint) if exists else None, weights_only=True)
-
-
-def _with_number(device: torch.device) -> torch.device:
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def checkpoint_blocks(student: Any) -> None:

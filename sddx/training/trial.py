@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sddx.errors import UserError
-from sddx.models.narrow import REFUSALS, VOCABULARY
+from sddx.models.narrow import VOCABULARY, refusals
 from sddx.students.trial import small_model
 from sddx.training.tuning import coverage
 
@@ -25,7 +25,7 @@ def try_step(config: Any, tuning: Callable[[nn.Module, int], nn.Module], attenti
     try:
         student = tuning(model, 0)
         before, after = _losses(student.eval())  # where dropout draws nothing
-    except REFUSALS as error:
+    except refusals() as error:
         raise UserError(f"a {config.model_type} model cannot be adapted: {error}.") from error
     if not after < before:
         raise UserError(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import get_object
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sddx.config.build import build, tried
 from sddx.errors import UserError
 from sddx.models.anatomy import bare
 from sddx.models.structure import layout
 from sddx.records import Count, Positive, Share
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def lora(
@@ -34,6 +35,8 @@ def lora(
     adapter is a function of the seed and is float32 even on a bfloat16 base. The base weights are frozen. Raises
     UserError as `require_adapter` does.
     """
+    from peft import LoraConfig, get_peft_model
+
     require_adapter(model, rank=rank, dropout=dropout, targets=targets)
     places = _places(model, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM", **places)
@@ -141,6 +144,8 @@ def kind(name: str) -> str:
 def _maps(model: nn.Module) -> dict[str, torch.Size]:
     """The shapes of the language model's linear maps by the names of their layers; of fused experts
     [experts, .., ..] by the names of their weights."""
+    from transformers.pytorch_utils import Conv1D
+
     shapes: dict[str, torch.Size] = {}
     for name, module in model.named_modules():
         if re.fullmatch(_outside(model), name):
@@ -178,6 +183,8 @@ def _places(model: nn.Module, targets: str | list[str]) -> dict[str, list[str] |
     """What peft is told. What reads no text stays without an adapter. Beside fused experts peft takes the names of
     a feed-forward branch's layers for theirs, as checkpoints had them before experts were fused, and leaves the
     layers out; so weights are named there."""
+    from transformers.pytorch_utils import Conv1D
+
     maps, kinds = _maps(model), _chosen(model, targets)
     linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     apart: dict[str, Any] = {"exclude_modules": _outside(model)} if linear - maps.keys() else {}
