@@ -12,6 +12,7 @@ from sddx.errors import UserError
 from sddx.files.lines import lines
 from sddx.records import CUT_FILE, Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
+from sddx.stages.folders import stage
 from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
 
@@ -80,10 +81,8 @@ class Run:
         return self._prepared(self.dataset) if self.trains else None
 
     def _prepared(self, dataset: Node) -> Artifact:
-        from sddx.stages.prepare.run import prepare
-
         inputs: Inputs = {"files": read_by(self.store, dataset)}
-        return self._make(prepare, inputs, dataset=dataset, validation=self.method.validation)
+        return self._make("prepare", inputs, dataset=dataset, validation=self.method.validation)
 
     @cached_property
     def scores(self) -> Artifact | None:
@@ -93,21 +92,17 @@ class Run:
 
     def scored(self, metrics: dict[str, Any]) -> Artifact:
         """The scores of every unit under each of these metrics, on the calibration texts."""
-        from sddx.stages.score.run import score
-
         files = [*read_by(self.store, self.calibration), *task_files(self.store, metrics)]
         spec = {"metrics": keyed_rows(self.store, metrics), "units": self.units, "calibration": self.calibration}
-        return self._make(score, {"base": self.base, "files": files}, **spec, **self.loading)
+        return self._make("score", {"base": self.base, "files": files}, **spec, **self.loading)
 
     @cached_property
     def pruned(self) -> Artifact:
         """The cut that the scores led to, with the proof that the model stays sound under it."""
-        from sddx.stages.prune.run import prune
-
         pruning = self.method.pruning
         spec = {"choose": pruning["choose"], "remove": pruning["remove"], "units": self.units}
         spec |= only(pruning, ("keep_pattern",)) if pruning.get("keep_pattern") else {}
-        return self._make(prune, {"base": self.base, "scores": self.scores}, **spec, **self.loading)
+        return self._make("prune", {"base": self.base, "scores": self.scores}, **spec, **self.loading)
 
     @cached_property
     def cut(self) -> Artifact:
@@ -117,14 +112,12 @@ class Run:
     @cached_property
     def patch(self) -> Artifact | None:
         """What stands in for the removed parts."""
-        from sddx.stages.patch.run import patch
-
         settings = self.method.pruning["patch"]
         if settings["fit"] is None or not self.method.pruning["remove"]:
             return None
         files = read_by(self.store, self.calibration)
         spec = {"patch": _own(settings), "calibration": self.calibration}
-        return self._make(patch, {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.loading)
+        return self._make("patch", {"base": self.base, "cut": self.cut, "files": files}, **spec, **self.loading)
 
     @property
     def compressions(self) -> dict[str, Artifact | None]:
@@ -144,8 +137,6 @@ class Run:
 
     def _distilled(self, shards: list[Artifact]) -> Iterator[Artifact]:
         """The same rows with the unpruned model's own answers."""
-        from sddx.stages.distill.run import distill
-
         style, selfdata = self.method.loss["data"], self.method.selfdata
         spec = {"guided": style == "self", "rewrite": self.dataset["rewrite"]}
         spec |= {"check": CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])}
@@ -154,7 +145,7 @@ class Run:
         with self.runtime.counting(sum(len(lines(shard.path)) for shard in shards), **bar) as watched:
             for shard in shards:
                 inputs: Inputs = {"base": self.base, "shard": shard}
-                yield self.store.build(distill, inputs, runtime=watched, **spec, **self.loading)
+                yield self.store.build(stage("distill"), inputs, runtime=watched, **spec, **self.loading)
 
     @property
     def is_self_data(self) -> bool:
@@ -173,7 +164,6 @@ class Run:
 
     def _captured(self, rows: list[Artifact]) -> list[Artifact]:
         from sddx.config.build import build
-        from sddx.stages.capture.run import capture
 
         if (k := self.method.teacher_cache) is None:
             return []
@@ -182,7 +172,8 @@ class Run:
         about: Inputs = {"base": self.base, "teacher": self.teacher}
         bar: Any = {"what": "capturing", "unit": "row", "moved": "capture/rows", "shown": "capture/mass"}
         with self.runtime.counting(sum(map(count_rows, rows)), **bar, mean=True) as watched:
-            return [self.store.build(capture, about | {"rows": each}, runtime=watched, **spec) for each in rows]
+            shards = [about | {"rows": each} for each in rows]
+            return [self.store.build(stage("capture"), each, runtime=watched, **spec) for each in shards]
 
     @cached_property
     def student(self) -> Artifact | None:
@@ -191,8 +182,6 @@ class Run:
 
     def _trained(self, rows: list[Artifact], captured: list[Artifact], trainer: Node) -> Artifact:
         """A student of these rows, of which the first are held out, and of what a teacher said of them before."""
-        from sddx.stages.train.run import train
-
         method = self.method
         inputs: Inputs = {"base": self.base, "cut": self.cut, "held_out": rows[0], "rows": rows[1:]}
         inputs |= {**self.compressions, "teacher": self.teacher, "captured": captured}
@@ -200,7 +189,7 @@ class Run:
         spec |= {"max_length": method.max_length, "seed": method.seed}
         spec |= {"selfdata": self._kept_answers}
         spec |= {"teacher_cache": method.teacher_cache} if method.teacher_cache else {}
-        return self._make(train, inputs, **spec, **self.loading)
+        return self._make("train", inputs, **spec, **self.loading)
 
     @property
     def _kept_answers(self) -> Node:
@@ -210,12 +199,10 @@ class Run:
     @cached_property
     def written(self) -> Artifact | None:
         """What the unpruned model wrote, looked at."""
-        from sddx.stages.written.run import written
-
         if not self.is_self_data:
             return None
         inputs: Inputs = {"base": self.base, "cut": self.cut, "rows": self.rows[1:], **self.compressions}
-        return self._make(written, inputs, max_length=self.method.max_length, **self.loading)
+        return self._make("written", inputs, max_length=self.method.max_length, **self.loading)
 
     @cached_property
     def _others(self) -> list[Run | str]:
@@ -249,12 +236,10 @@ class Run:
     @cached_property
     def merged(self) -> Artifact | None:
         """What the parents become."""
-        from sddx.stages.merge.run import merge
-
         if self.method.merging is None:
             return None
         inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, **self.compressions}
-        return self._make(merge, inputs, method=self.method.merging["method"], **self.loading)
+        return self._make("merge", inputs, method=self.method.merging["method"], **self.loading)
 
     @cached_property
     def mixed(self) -> Artifact | None:
@@ -307,11 +292,9 @@ class Run:
     @cached_property
     def drafts(self) -> list[Artifact]:
         """What each model but the unpruned one is worth as a draft for it, on each set of prompts."""
-        from sddx.stages.draft.run import draft
-
         spec = {"speculation": {**(self.method.speculation or {}), "datasets": {}}, **self.loading}
         return [
-            self._make(draft, {"base": self.base, "rows": rows, **subject.inputs}, **spec)
+            self._make("draft", {"base": self.base, "rows": rows, **subject.inputs}, **spec)
             for subject in self.subjects[1:]
             for rows in self.prompts.values()
         ]
@@ -319,8 +302,6 @@ class Run:
     @cached_property
     def drifts(self) -> list[Artifact]:
         """How far each model but the unpruned one moved from it, on the held-out rows and texts."""
-        from sddx.stages.drift.run import drift
-
         if self.method.drift is None:
             return []
         inputs: Inputs = {"base": self.base, "rows": self.held_out}
@@ -330,18 +311,17 @@ class Run:
         spec |= {"selfdata": self._kept_answers}
         spec["check"] = self.dataset["check"] if self.method.drift.get("samples") else None
         return [
-            self._make(drift, {**inputs, **subject.inputs}, **spec, **self.loading) for subject in self.subjects[1:]
+            self._make("drift", {**inputs, **subject.inputs}, **spec, **self.loading)
+            for subject in self.subjects[1:]
         ]
 
     def result(self, subject: Subject) -> Artifact:
         """What the harness and held-out texts say of a model."""
-        from sddx.stages.evaluate.run import evaluate
-
         if subject.name not in self._results:
             inputs: Inputs = {"base": self.base, **subject.inputs}
             inputs["files"] = read_by(self.store, self.method.evaluation, self.text)
             asked = {"evaluation": self.evaluation, "text": self.text, **self.loading}
-            self._results[subject.name] = self._make(evaluate, inputs, **asked)
+            self._results[subject.name] = self._make("evaluate", inputs, **asked)
         return self._results[subject.name]
 
     @cached_property
@@ -354,20 +334,16 @@ class Run:
     @cached_property
     def overlap(self) -> Artifact | None:
         """What the training rows share with the evaluation's items."""
-        from sddx.stages.overlap.run import overlap
-
         if self.data is None:
             return None
         spec = {name: self.evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         spec |= {name: each for name in ("data_dir", "side", "cluster") if (each := self.evaluation.get(name))}
         files = read_by(self.store, self.method.evaluation)
-        return self._make(overlap, {"data": self.data, "files": files}, **spec)
+        return self._make("overlap", {"data": self.data, "files": files}, **spec)
 
     @cached_property
     def report(self) -> Artifact:
         """What was found, from all of it."""
-        from sddx.stages.report.run import report
-
         choices = self.method.choices
         if "evaluation.data_dir" in choices:
             choices = {**choices, "evaluation.data_dir": self.evaluation["data_dir"]}
@@ -375,7 +351,7 @@ class Run:
         results = [self.result(subject) for subject in self.subjects]
         subjects = [{"name": subject.name, "role": subject.role} for subject in self.subjects]
         spec = {"choices": choices, "subjects": subjects, "prompts": list(self.prompts)}
-        return self._make(report, {**inputs, "results": results}, **spec)
+        return self._make("report", {**inputs, "results": results}, **spec)
 
     def _in_order(self) -> Iterator[tuple[str, Artifact | list[Artifact] | None]]:
         """All but the results, what fails soonest first: the rows, since nothing is to be paid for where they are
@@ -386,8 +362,8 @@ class Run:
         for name in ("rows", "captured", "student", "merged", "drafts", "drifts", "written", "overlap"):
             yield name, getattr(self, name)
 
-    def _make(self, stage: Any, inputs: Inputs, **spec: Any) -> Artifact:
-        return self.store.build(stage, inputs, runtime=self.runtime, **spec)
+    def _make(self, name: str, inputs: Inputs, **spec: Any) -> Artifact:
+        return self.store.build(stage(name), inputs, runtime=self.runtime, **spec)
 
 
 def _left(settings: Node, out: tuple[str, ...]) -> Node:

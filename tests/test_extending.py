@@ -115,6 +115,6 @@ def test_the_stage_is_built_once_and_anew_for_another_setting(
     assert [(each[0], each[-1].read) for each in cost.parts(plan)] == [("lengths", 6.0)]
     assert cost.peak(plan) is None
     scope: dict = {"cached_property": property, "Artifact": object}
-    exec(SHOWN["a property of Run in sddx/pipeline.py"].replace("sddx.stages.lengths.run", "lengths_run"), scope)
-    made = SimpleNamespace(data=data, _make=lambda stage, inputs, **spec: (stage.__name__, inputs, spec))
+    exec(SHOWN["a property of Run in sddx/pipeline.py"], scope)
+    made = SimpleNamespace(data=data, _make=lambda name, inputs, **spec: (name, inputs, spec))
     assert scope["lengths"].fget(made) == ("lengths", {"data": data}, {"least": 5})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from sddx import stages
 
@@ -27,6 +30,17 @@ STAGES = (
     "overlap",
     "report",
 )
+
+
+def stage(name: str) -> Callable[..., None]:
+    """The stage of this name, as a function whose code is imported where it runs: what the store has already needs
+    none of the libraries that made it."""
+
+    def run(out: Path, **arguments: Any) -> None:
+        getattr(import_module(run.__module__), name)(out, **arguments)
+
+    run.__name__, run.__module__ = name, f"{stages.__name__}.{name}.run"
+    return run
 
 
 @cache

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def _make(
 ) -> None:
     """Runs the stage in the partial folder and makes that the artifact."""
     out = _cleared(artifact)
+    import_module(stage.__module__)  # before what is loaded is noted
     modules = list(sys.modules.values())
     loaded = [file for module in modules if (file := getattr(module, "__file__", None))]
     measure.reset_peak_memory(runtime.device)

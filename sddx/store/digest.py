@@ -80,10 +80,11 @@ def _listed(artifacts: Artifact | Sequence[Artifact] | None) -> Sequence[Artifac
 
 def stage_source(stage: Callable[..., Any]) -> Reached:
     """What a stage reaches. Raises TypeError for one that is not a function in a file."""
-    module = sys.modules[stage.__module__]
-    if not getattr(module, "__file__", None):
+    module = sys.modules.get(stage.__module__)  # None: it is imported where it runs
+    if module and not getattr(module, "__file__", None):
         raise TypeError(f"the stage {stage.__name__} must be a function in a file: its source is hashed")
-    return sources.reached(f"{module.__spec__.name if module.__spec__ else module.__name__}.{stage.__name__}")
+    name = module.__spec__.name if module and module.__spec__ else stage.__module__
+    return sources.reached(f"{name}.{stage.__name__}")
 
 
 def _summed(source: Reached) -> list[list[str]]:

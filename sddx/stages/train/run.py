@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sddx.training.loop  # noqa: F401  with this stage, so that an edit meanwhile changes nothing of what runs
 from sddx.compression.compressed import compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
