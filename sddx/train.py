@@ -24,23 +24,22 @@ from sddx.config import (
     resolve,
     writable_folder,
 )
+from sddx.config.build import build
 from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
 from sddx.gguf.packaged import located
 from sddx.pipeline import Method, Run
-from sddx.report.agreement import show_agreement
-from sddx.report.summary import conclude, rewrites
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
-from sddx.stages.check import precheck
+from sddx.stages.check import check_surroundings, precheck
 from sddx.stages.evaluate.check import check_names
 from sddx.stages.folders import STAGES
 from sddx.store import Store, default_root
 from sddx.store.digest import digest
 from sddx.sweep import launcher, sweeper
 from sddx.sweep.cells import is_cell, show
-from sddx.sweep.plan import Plan, describe
+from sddx.sweep.plan import Kept, Plan, describe
 from sddx.tiny.rehearse import announce
 from sddx.tracking import Tracked, Tracker, made, mark, open_tracker
 
@@ -49,15 +48,22 @@ from sddx.tracking import Tracked, Tracker, made, mark, open_tracker
 def verify(config: dict[str, Any], *, download: bool = True) -> None:
     """Raises one UserError with all that is wrong with a configuration, before any work: with what can be told of
     settings and names alone, in a moment; where these are right, with what rows, tasks and the model say of them
-    (without `download` and in a dry_run, only where the model is here)."""
+    (without `download` and in a dry_run, only where the model is here), unless all is made already."""
+    check_alone(config)
+    _check_further(config, download=download and not config["dry_run"], finished=is_finished(config))
+
+
+def check_alone(config: dict[str, Any]) -> None:
+    """Raises one UserError with what settings and names of tasks say by themselves."""
     wrong = mistakes_of([partial(check_settings, config)])
     require_none([*wrong, *mistakes_of([partial(check_names, config)], shaky=bool(wrong))])
-    precheck(
-        settings(config),
-        config["logger"],
-        download=download and not config["dry_run"],
-        device=config["device"],
-    )
+
+
+def _check_further(config: dict[str, Any], *, download: bool, finished: bool) -> None:
+    wrong = mistakes_of([partial(check_surroundings, config["logger"], config["device"])])
+    if not finished:
+        wrong += mistakes_of([partial(precheck, settings(config), download=download and not wrong)])
+    require_none(wrong)
 
 
 def owes_model(config: dict[str, Any]) -> bool:
@@ -73,11 +79,24 @@ def check_settings(config: dict[str, Any]) -> None:
     from sddx.estimate.show import require_device
 
     check(config, Method, also=SURROUNDINGS)
+    build(config["trainer"])  # of which some change no number, and are in no key
     if config["stages"] not in (None, ["score"]):
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     require_device(config)
     if unknown := set(config["accept"]) - set(STAGES):
         raise UserError(f"accept={sorted(unknown)} names no stage. The stages are {', '.join(STAGES)}.")
+
+
+def is_finished(config: dict[str, Any]) -> bool:
+    """Whether the store has all that a run of this configuration makes. Where that cannot be told, it has not."""
+    root = Path(config["store"] or default_root()).expanduser()
+    if config["stages"] or not root.is_dir() or owes_model(config):
+        return False
+    try:
+        _ = Run(Kept(root, config["accept"]), Runtime(quiet=True), method(config)).report
+    except Exception:  # whatever stands in its way, the checks tell
+        return False
+    return True
 
 
 def look(config: dict[str, Any]) -> Plan:
@@ -96,14 +115,16 @@ def look(config: dict[str, Any]) -> Plan:
     return plan
 
 
+@sharing()
 def afford(config: dict[str, Any]) -> None:
     """Raises UserError for a run that is wrong, or that costs more than it may."""
-    from sddx.estimate.show import require
-    from sddx.stages.cost import estimated
+    check_alone(config)
+    if not (finished := is_finished(config)):
+        from sddx.estimate.show import require
+        from sddx.stages.cost import estimated
 
-    if not mistakes_of([partial(check_settings, config)]):
         require([config], estimated)  # first: it needs no model
-    verify(config)
+    _check_further(config, download=True, finished=finished)
 
 
 def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
@@ -120,15 +141,18 @@ def tell(plans: Sequence[Plan], configs: Sequence[dict[str, Any]]) -> None:
 
 
 def run(config: dict[str, Any], folder: Path) -> Path:
-    """Recover and report, in a run folder of its own. Returns the path of `summary.json` (with stages=[score], of
-    `agreement.md`); raises UserError."""
-    from transformers.utils.logging import disable_progress_bar
+    """Verify, recover and report, in a run folder of its own. Returns the path of `summary.json` (with
+    stages=[score], of `agreement.md`); raises UserError."""
+    verify(config)
+    return recover(config, folder)
 
+
+def recover(config: dict[str, Any], folder: Path) -> Path:
+    """The same for a configuration that was verified, as every cell of a sweep is before the first one starts."""
     from sddx.models.load import find_device, free_memory
+    from sddx.report.summary import conclude, rewrites
     from sddx.stages.train.check import on_device
 
-    verify(config)
-    disable_progress_bar()  # a bar for every loaded model hides those that matter
     device = find_device(config["device"])
     on_device(config, device)
     writable_folder(folder, "hydra.run.dir")
@@ -139,6 +163,8 @@ def run(config: dict[str, Any], folder: Path) -> Path:
         runtime = Runtime(device, shards=config["trainer"]["devices"] if sharded else 1, log=tracker.log)
         if config["stages"]:
             scores = Run(store, runtime, method(config)).scored(config["metrics"])
+            from sddx.report.agreement import show_agreement
+
             return show_agreement(scores, config["pruning"], folder)
         if is_cell(folder):
             runtime = replace(runtime, watch=partial(show, folder))
@@ -153,19 +179,24 @@ def run(config: dict[str, Any], folder: Path) -> Path:
 
 @contextmanager
 def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
-    """Metrics to the loggers. A finished cell of a sweep opens no second run where it has been seen already."""
+    """Metrics to the loggers. A finished run is not logged again where what was logged of it is still there."""
     asked = [settings(config), config["metrics"]] if config["stages"] else settings(config)
     tracked = Tracked(folder, digest(asked)[:16], config["run"]["name"])
     marks = {name: mark(store.root, tracked.identity, node) for name, node in config["logger"].items()}
-    seen = {name for name, marked in marks.items() if marked.exists() and is_cell(folder)}
-    if seen and not all(step.present for step in look(config).steps):
+    seen = {name for name, marked in marks.items() if _still_there(marked)}
+    if seen and not is_finished(config):
         seen = set()
     loggers = made(config["logger"], tracked, seen)
     flat = config["choices"] | flatten(settings(config))
     with open_tracker(folder, flat, list(loggers.values())) as tracker:
         yield tracker
     for name in loggers:
-        marks[name].touch()
+        marks[name].write_text(str(folder.absolute()), encoding="utf-8")
+
+
+def _still_there(mark: Path) -> bool:
+    """Whether a logger has seen a run, and the folder that it ran in then is there."""
+    return mark.is_file() and Path(mark.read_text(encoding="utf-8")).is_dir()
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +223,7 @@ def main(cfg: DictConfig) -> None:
         else:
             afford(config)
             with claimed(Path(HydraConfig.get().runtime.output_dir), config) as folder:
-                print(run(config, folder))
+                print(recover(config, folder))
 
 
 def publish(folder: Path, config: dict[str, Any]) -> None:
@@ -206,7 +237,7 @@ def install() -> None:
     """Let Hydra know what YAML files rely on, and run our grids. May be called more than once."""
     register()
     first = partial(verify, download=False)
-    launcher.install(verify, look, tell, "sddx.train.run", first=first, owes=owes_model, report=publish)
+    launcher.install(verify, look, tell, "sddx.train.recover", first=first, owes=owes_model, report=publish)
     sweeper.install()
 
 

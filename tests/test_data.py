@@ -37,6 +37,8 @@ from sddx.data.sources import hub, hub_texts, jsonl, pinned, texts
 from sddx.data.tables import read_table
 from sddx.data.templates import TEMPLATES, leaks, rewriting_prompt
 from sddx.errors import UserError
+from sddx.evaluation.tasks import OWN_TASKS
+from sddx.models.load import load_tokenizer
 from sddx.records import Dataset, Example
 
 pytestmark = pytest.mark.fast
@@ -555,6 +557,26 @@ def test_a_template_that_drops_the_system_turn_is_refused(kind: str) -> None:
     require_system_turn(tokenizer, [])
     with nullcontext() if complaint is None else pytest.raises(UserError, match=complaint):
         require_system_turn(tokenizer, ["mmlu", "hellaswag"])
+
+
+@pytest.mark.parametrize("length", [12, 512])
+def test_rows_side_by_side_are_the_rows_alone(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids, labels and order, in whatever parts rows are taken; cut ones, white space and special tokens too."""
+    tokenizer = load_tokenizer(OWN_TASKS.parent / "checkpoint")
+    texts = [("Add 2 and 3.", " five "), ("Say\nit", "a<|end|>b"), ("", "x"), ("x", ""), ("long " * 20, "so")]
+    examples = [Example(str(n), *texts[n % len(texts)]) for n in range(13)]
+    alone = [encode(tokenizer, example, max_length=length) for example in examples]
+    monkeypatch.setattr("sddx.data.encode.SIDE_BY_SIDE", 5)
+    rows, dropped = encode_all(tokenizer, examples, max_length=length)
+    assert rows == [row for row in alone if row is not None] and dropped == alone.count(None)
+    for example, row in zip(examples, alone, strict=True):
+        turns = [{"role": "user", "content": example.prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if row is not None:
+            assert row.input_ids[: len(asked)] == asked
+            assert [token for token in row.labels if token != -100] == row.input_ids[len(asked) :]
+            assert row.supervised == len(row.input_ids) - len(asked)
 
 
 def test_calibration_texts_are_labelled_everywhere() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 IGNORED = -100
 # How texts are read, for scoring, for patches and for held-out measures: so many at once, cut at so many tokens.
 TEXT_BATCH, TEXT_LENGTH, TEXT_TOKENS = 32, 2048, 16_384
+SIDE_BY_SIDE = 1000  # texts that are rendered and tokenised in one call: faster than alone, in little memory
 
 # Some chat templates think aloud, or print today's date, unless told otherwise: answers are trained, written and
 # evaluated without thinking, and the same text is rendered on every day. Other templates ignore these names.
@@ -71,7 +72,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[
     end token there would end the prompt before it is answered.
     """
     begin, _ = around(tokenizer)
-    rows = [plain_ids(tokenizer, text) for text in texts]
+    rows = [row for part in _parts([*texts]) for row in tokenizer(part, add_special_tokens=False)["input_ids"]]
     return [row if row[: len(begin)] == begin else begin + row for row in rows]
 
 
@@ -107,10 +108,12 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str | None = None) -> str:
     """The chat template's text of one user turn, up to where the answer begins, or with the answer and all
     that the template puts after it. Raises UserError as `conversation` does."""
-    turns = [{"role": "user", "content": prompt}]
-    if response is not None:
-        turns.append({"role": "assistant", "content": response})
-    return conversation(tokenizer, turns)
+    return conversation(tokenizer, _turns(prompt, response))
+
+
+def _turns(prompt: str, response: str | None = None) -> list[dict[str, str]]:
+    answer = [] if response is None else [{"role": "assistant", "content": response}]
+    return [{"role": "user", "content": prompt}, *answer]
 
 
 def conversation(
@@ -119,13 +122,20 @@ def conversation(
     """The chat template's text of turns, each with `role` and `content`, up to where an answer begins unless the
     last turn is the assistant's; where that is `unfinished`, up to the end of its content. Raises UserError as
     `require_template` does, and where the template does not render them."""
+    return _conversations(tokenizer, [turns], unfinished)[0]
+
+
+def _conversations(
+    tokenizer: PreTrainedTokenizerBase, several: Sequence[Sequence[Mapping[str, str]]], unfinished: bool = False
+) -> list[str]:
+    """The texts of several such conversations, whose last turns are all of one role."""
     require_template(tokenizer)
     try:
-        return _rendered(tokenizer, turns, unfinished)
+        return _rendered(tokenizer, several, unfinished)
     except TemplateError as error:
         raise UserError(
-            f"The chat template does not render {_roles(turns)}: {type(error).__name__}: {error}. Use the template "
-            "that belongs to the model."
+            f"The chat template does not render {_roles(several[0])}: {type(error).__name__}: {error}. Use the "
+            "template that belongs to the model."
         ) from error
 
 
@@ -134,10 +144,13 @@ def _roles(turns: Sequence[Mapping[str, str]]) -> str:
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], unfinished: bool = False
-) -> str:
-    asked = {"add_generation_prompt": turns[-1]["role"] != "assistant", "continue_final_message": unfinished}
-    return str(tokenizer.apply_chat_template([*turns], tokenize=False, **asked, **TEMPLATE_SETTINGS))
+    tokenizer: PreTrainedTokenizerBase, several: Sequence[Sequence[Mapping[str, str]]], unfinished: bool = False
+) -> list[str]:
+    if not several:
+        return []
+    asked = {"add_generation_prompt": several[0][-1]["role"] != "assistant", "continue_final_message": unfinished}
+    turns = [[*each] for each in several]
+    return list(tokenizer.apply_chat_template(turns, tokenize=False, **asked, **TEMPLATE_SETTINGS))
 
 
 def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]) -> None:
@@ -148,7 +161,7 @@ def require_system_turn(tokenizer: PreTrainedTokenizerBase, tasks: Iterable[str]
         return
     try:
         asked = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
-        text = _rendered(tokenizer, asked)
+        (text,) = _rendered(tokenizer, [asked])
     except TemplateError as error:
         refusal = f" ({error})"
     if system not in text:
@@ -205,7 +218,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: 
     where no label is left (such rows are counted and dropped, see `encode_all`). Raises UserError as `render` and
     `ending` do.
     """
-    return _encode(tokenizer, example, ending(tokenizer), max_length)[0]
+    return _encoded(tokenizer, [example], ending(tokenizer), max_length)[0][0]
 
 
 def encode_all(
@@ -215,7 +228,7 @@ def encode_all(
     the template would have changed, and special tokens within rows, are told where `tell` asks for it. Raises
     UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
-    encoded = [_encode(tokenizer, example, end, max_length) for example in examples]
+    encoded = [row for part in _parts(examples) for row in _encoded(tokenizer, part, end, max_length)]
     if tell:
         _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
     rows = [row for row, _ in encoded if row is not None]
@@ -235,7 +248,7 @@ def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Exa
     """Raises UserError where no row has a label within `max_length` tokens, and as `encode` does. Looks no further
     than the first row that has."""
     end, rows = ending(tokenizer), list(examples)
-    if rows and not any(_encode(tokenizer, row, end, max_length)[0] for row in rows):
+    if rows and not any(_encoded(tokenizer, [row], end, max_length)[0][0] for row in rows):
         shortest = min(map(len, prompts_of(tokenizer, rows)))
         raise UserError(
             f"No row has an answer left to train on after truncation. Given: {len(rows)} rows, whose shortest "
@@ -246,7 +259,7 @@ def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Exa
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> list[list[int]]:
     """The tokens of the rows' prompts in the model's form, up to where the answers begin."""
-    return token_ids(tokenizer, [render(tokenizer, row.prompt) for row in rows])
+    return token_ids(tokenizer, _conversations(tokenizer, [_turns(row.prompt) for row in rows]))
 
 
 def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int, setting: str) -> list[Sequence[int]]:
@@ -322,18 +335,28 @@ def text_spans(lengths: Sequence[float], batch_size: int = TEXT_BATCH) -> list[t
     return spans
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, end: Ending, max_length: int
-) -> tuple[Encoded | None, bool]:
-    """The row, and whether its answer stands there against the template."""
-    prompt = render(tokenizer, example.prompt)
-    answer, own = _answer(render(tokenizer, example.prompt, example.response), prompt, example, end)
-    turn = end.lead + answer + end.trained
-    prompt_ids, ids = token_ids(tokenizer, [prompt, prompt + turn])
-    if ids[: len(prompt_ids)] != prompt_ids:
-        # The tokenizer merges across the boundary; a model that answers never sees that merge.
-        ids = prompt_ids + plain_ids(tokenizer, turn)
-    return _labelled(example.id, ids[:max_length], first=len(prompt_ids)), own
+def _parts(texts: list[Any]) -> Iterator[list[Any]]:
+    return (texts[first : first + SIDE_BY_SIDE] for first in range(0, len(texts), SIDE_BY_SIDE))
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], end: Ending, max_length: int
+) -> list[tuple[Encoded | None, bool]]:
+    """The rows, and of each whether its answer stands there against the template."""
+    prompts = _conversations(tokenizer, [_turns(row.prompt) for row in examples])
+    wholes = _conversations(tokenizer, [_turns(row.prompt, row.response) for row in examples])
+    answers = [_answer(*each, end) for each in zip(wholes, prompts, examples, strict=True)]
+    turns = [end.lead + answer + end.trained for answer, _ in answers]
+    before = token_ids(tokenizer, prompts)
+    through = token_ids(tokenizer, map("".join, zip(prompts, turns, strict=True)))
+    for row, (ids, turn) in enumerate(zip(before, turns, strict=True)):
+        if through[row][: len(ids)] != ids:
+            # The tokenizer merges across the boundary; a model that answers never sees that merge.
+            through[row] = ids + plain_ids(tokenizer, turn)
+    return [
+        (_labelled(example.id, ids[:max_length], first=len(start)), own)
+        for example, ids, start, (_, own) in zip(examples, through, before, answers, strict=True)
+    ]
 
 
 def _answer(whole: str, prompt: str, example: Example, end: Ending) -> tuple[str, bool]:
@@ -348,8 +371,8 @@ def _answer(whole: str, prompt: str, example: Example, end: Ending) -> tuple[str
 def _labelled(id: str, ids: list[int], *, first: int) -> Encoded | None:
     """Labels for the tokens from position `first` on, each at the position before it; None where there is
     none."""
-    labels = [token if place >= first else IGNORED for place, token in enumerate(ids)][1:] + [IGNORED]
-    supervised = sum(label != IGNORED for label in labels)
+    labels = ([IGNORED] * min(first, len(ids)) + ids[first:])[1:] + [IGNORED]
+    supervised = len(labels) - labels.count(IGNORED)
     return Encoded(id, ids, labels, supervised) if supervised else None
 
 

@@ -85,6 +85,9 @@ NUMBERS = (
 BELOW = {"first_k_dense_replace": 0, "num_dense_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 1}
 
 
+TABLES = [{kind: asdict(family) for kind, family in FAMILIES.items()}, NUMBERS, BELOW]  # all that `reading` reads
+
+
 def reading(config: Any) -> dict[str, Any]:
     """What the tables say of a model with this config, as plain values."""
     family = FAMILIES.get(config.model_type)

@@ -17,24 +17,23 @@ from sddx.tracking import require as require_tracked
 Listed = Callable[..., list[Check]]
 
 
-def precheck(
-    method: Settings,
-    loggers: Mapping[str, Settings],
-    *,
-    download: bool,
-    device: str = "auto",
-) -> None:
-    """What would otherwise fail late; `loggers` are the nodes of that group. Raises one UserError with all that is
-    wrong with the settings alone and, where the model is on this machine, with what is to be done to it; a model is
-    downloaded only where that is asked for and the settings are right. Whether there is such a `device` is asked
-    where the run takes place."""
-    from sddx.models.load import is_here, require_known
+def check_surroundings(loggers: Mapping[str, Settings], device: str) -> None:
+    """Raises one UserError with what is wrong with the nodes of the group `logger`, and with a device that nobody
+    knows; whether there is such a `device` is asked where the run takes place."""
+    from sddx.models.load import require_known
+
+    require_none(mistakes_of([partial(require_known, device), partial(require_tracked, loggers)]))
+
+
+def precheck(method: Settings, *, download: bool) -> None:
+    """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
+    where the model is on this machine, with what is to be done to it; a model is downloaded only where that is
+    asked for and the settings are right."""
+    from sddx.models.load import is_here
 
     model = method["model"]
-    wrong = mistakes_of([partial(require_known, device)])
     everyone = [method, *_merged(method)]
-    wrong += [mistake for each in everyone for mistake in _refused("of_settings", each)]
-    wrong += mistakes_of([lambda: require_tracked(loggers)])
+    wrong = [mistake for each in everyone for mistake in _refused("of_settings", each)]
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         models: list[LocalModel] = []
         wrong += mistakes_of([lambda: models.append(_local(model))])

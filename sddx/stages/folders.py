@@ -37,6 +37,9 @@ def stage(name: str) -> Callable[..., None]:
     none of the libraries that made it."""
 
     def run(out: Path, **arguments: Any) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for every loaded model hides those that matter
         getattr(import_module(run.__module__), name)(out, **arguments)
 
     run.__name__, run.__module__ = name, f"{stages.__name__}.{name}.run"

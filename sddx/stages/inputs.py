@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from sddx.store.digest import digest
 
 def model_at(store: Store, name: str, path: str, revision: str | None = None) -> Artifact:
     """A model where it lies, with where its parts are found."""
-    from sddx.models.families import reading
+    from sddx.models.families import TABLES, reading
     from sddx.models.load import decides, locate, text_config
 
     folder, _ = locate(path, revision=revision)
-    return replace(store.source(name, folder, decides), reading=digest(reading(text_config(folder))))
+    found = store.source(name, folder, decides)
+    hangs_on = ["reading", found.key, digest(TABLES), metadata.version("transformers")]
+    return replace(found, reading=store.remembered(hangs_on, lambda: digest(reading(text_config(folder)))))
 
 
 def read_by(store: Store, *nodes: Mapping[str, Any]) -> list[Artifact]:

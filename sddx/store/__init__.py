@@ -100,6 +100,15 @@ class Store:
             manifest.replace_text(memory, json.dumps(records))
         return Artifact(name, digest.digest({at: entry["sha256"] for at, entry in records.items()}), path)
 
+    def remembered(self, hangs_on: list[Any], find: Callable[[], str]) -> str:
+        """The text that `find` gives, found once for all that it `hangs_on` (plain values)."""
+        memory = self.root / ".sources" / f"{digest.digest(hangs_on)}.txt"
+        with suppress(OSError):
+            return memory.read_text(encoding="utf-8")
+        memory.parent.mkdir(exist_ok=True)
+        manifest.replace_text(memory, text := find())
+        return text
+
     def by_content(self, artifact: Artifact, file: str) -> Artifact:
         """An artifact under a key of what one of its files holds: whatever led there, what is built on it is the
         same, and built once."""

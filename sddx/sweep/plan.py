@@ -69,6 +69,21 @@ class Plan(Store):
         return {unit: median(times) for unit, times in seconds.items()}
 
 
+class Lacking(LookupError):
+    """An artifact is not in the store."""
+
+
+class Kept(Plan):
+    """A store that makes nothing, not even rows. Raises Lacking for what it has not."""
+
+    def build(self, stage: Stage, inputs: Inputs, /, *, runtime: Runtime, **spec: Any) -> Artifact:
+        """The artifact of the stage, where it is there."""
+        artifact, present = self._find(digest.recipe(stage, inputs, spec))
+        if not present:
+            raise Lacking(stage.__name__)
+        return artifact
+
+
 def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, float]:
     """What a stage's duration grows with: a unit, and how many of them. For training, shards of rows times
     epochs, or steps of so many rows, or tokens, as its budget says; for every other stage itself."""
