@@ -1,4 +1,4 @@
-"""What a grid costs over its stages: `python benchmarks/sweep.py [overrides ...]`.
+"""What a grid costs over its stages: `python benchmarks/sweep.py [--json FILE] [overrides ...]`.
 
 54 cells (3 block counts, 3 sizes, 3 arms, 2 seeds), shrunk: seconds of the sweep against the sum of its distinct
 stages, the second run against the first, and against six cells in stores of their own; then how long it takes to
@@ -7,6 +7,7 @@ list a store of 10,000 artifacts and to draw the status of 5,000 cells.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import resource
@@ -75,9 +76,12 @@ def large_listings(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    asked, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        given = [*SMALL, *sys.argv[1:]]
+        given = [*SMALL, *overrides]
         sweep = ["--multirun", *given, *GRID, f"store={folder / 'store'}"]
         first, printed = timed(folder, "sddx.train", *sweep)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -91,6 +95,11 @@ def main() -> None:
     print(f"a cell alone {single:.1f} s, without the store {54 * single:.0f} s: ratio {first / (54 * single):.2f}")
     print(f"peak memory of the sweep's process {peak:.2f} GiB")
     print(f"10,000 artifacts listed in {listing:.1f} s, 5,000 cells drawn in {status:.1f} s")
+    if asked.json:
+        figures = {"sweep_over_stages": first / sum_of_stages, "again_over_first": again / first}
+        figures |= {"sweep_over_single": first / (54 * single), "sweep_gib": peak}
+        figures |= {"list_seconds": listing, "status_seconds": status}
+        asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
