@@ -51,7 +51,9 @@ class _Buckets(torch.autograd.Function):
         ctx.temperature, rest = temperature, top.new_empty(len(top), 0)
         if others:
             masked = exact(logits).scatter(1, ids, -torch.inf)
-            rest = masked.div_(temperature).logsumexp(1, keepdim=True) * temperature
+            most = masked.amax(1, keepdim=True)
+            shares = _softened_(masked.sub_(most), temperature).exp_()
+            rest = most + temperature * shares.sum(1, keepdim=True).log_()
         ctx.save_for_backward(logits, ids, rest)
         return torch.cat([top, rest], 1)
 
@@ -62,6 +64,11 @@ class _Buckets(torch.autograd.Function):
         if k == logits.shape[1]:
             spread = torch.empty_like(gradient)
         else:
-            shares = (exact(logits) - rest).div_(ctx.temperature).exp_()
+            shares = _softened_(exact(logits) - rest, ctx.temperature).exp_()
             spread = shares.mul_(gradient[:, k:])
         return spread.scatter_(1, ids, gradient[:, :k]).to(logits.dtype), None, None
+
+
+def _softened_(logits: Tensor, temperature: float) -> Tensor:
+    """In place: another pass over so many numbers is what this is spared."""
+    return logits if temperature == 1 else logits.div_(temperature)
