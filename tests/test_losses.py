@@ -70,6 +70,14 @@ def test_kl_equals_torch(temperature, student, teacher):
     torch.testing.assert_close(kl_student_teacher(student, teacher, temperature=temperature), reverse)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("loss", [kl_teacher_student, kl_student_teacher, jsd_beta])
+def test_gradients_are_those_of_differences(loss, temperature, student, teacher):
+    """The derivative with respect to the student's logits, against finite differences, in float64."""
+    logits = student.double().clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher.double(), temperature=temperature), logits)
+
+
 def test_cross_entropy_equals_torch_and_is_kl_to_a_certain_teacher(student):
     """-log p(label), which is the KL from a teacher that is certain of the label."""
     labels = torch.arange(ROWS) % VOCABULARY

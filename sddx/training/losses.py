@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sddx.records import NonNegative, Share
@@ -27,7 +29,7 @@ def kl_teacher_student(student: Tensor, teacher: Tensor, *, temperature: NonNega
 
     Both distributions are softened by T; T^2 keeps the size of the gradient (Hinton et al., 1503.02531).
     """
-    return _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature)) * temperature**2
+    return _ForwardKL.apply(_softened(student, temperature), _softened(teacher, temperature)) * temperature**2
 
 
 def kl_student_teacher(student: Tensor, teacher: Tensor, *, temperature: NonNegative = 1.0) -> Tensor:
@@ -104,8 +106,30 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+class _ForwardKL(torch.autograd.Function):
+    """KL(teacher || student) of softened logits [rows, vocabulary] to [rows]. Its derivative, the difference of the
+    two distributions, spares autograd half of its tensors as large as the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        log_student, log_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+        probability = log_teacher.exp()
+        ctx.save_for_backward(log_student, probability)
+        return torch.linalg.vecdot(probability, log_teacher.sub_(log_student))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        log_student, probability = ctx.saved_tensors
+        return log_student.exp().sub_(probability).mul_(gradient.unsqueeze(-1)), None
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return functional.log_softmax(exact(logits) / temperature, dim=-1)
+    return functional.log_softmax(_softened(logits, temperature), dim=-1)
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    return exact(logits) if temperature == 1 else exact(logits) / temperature
 
 
 def exact(values: Tensor) -> Tensor:
