@@ -54,14 +54,16 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
 
 
 def check_alone(config: dict[str, Any]) -> None:
-    """Raises one UserError with what settings and names of tasks say by themselves."""
-    wrong = mistakes_of([partial(check_settings, config)])
-    require_none([*wrong, *mistakes_of([partial(check_names, config)], shaky=bool(wrong))])
+    """Raises one UserError where settings are wrong by themselves, with the names of tasks that there are not."""
+    if wrong := mistakes_of([partial(check_settings, config)]):
+        require_none([*wrong, *mistakes_of([partial(check_names, config)], shaky=True)])
 
 
 def _check_further(config: dict[str, Any], *, download: bool, finished: bool) -> None:
     wrong = mistakes_of([partial(check_surroundings, config["logger"], config["device"])])
-    if not finished:
+    if finished:
+        wrong += mistakes_of([partial(build, config["trainer"])])  # some of which are in no key
+    else:
         wrong += mistakes_of([partial(precheck, settings(config), download=download and not wrong)])
     require_none(wrong)
 
@@ -79,7 +81,6 @@ def check_settings(config: dict[str, Any]) -> None:
     from sddx.estimate.show import require_device
 
     check(config, Method, also=SURROUNDINGS)
-    build(config["trainer"])  # of which some change no number, and are in no key
     if config["stages"] not in (None, ["score"]):
         raise UserError(f"stages={config['stages']} is not known. Leave it null for a whole run, or use [score].")
     require_device(config)

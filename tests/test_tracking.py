@@ -113,7 +113,7 @@ def test_a_login_that_is_none_is_told_and_one_that_is_there_will_do(login: dict)
 def test_tags_may_be_numbers(tmp_path: Path) -> None:
     require(NODE | {"tags": [1, 2.5, "a"]})
     (logger,) = made({"wandb": NODE | {"tags": [1, 2.5, "a"]}}, Tracked(tmp_path, "id", "name")).values()
-    assert logger._wandb_init["tags"] == ["1", "2.5", "a"]
+    assert logger._asked["tags"] == ["1", "2.5", "a"]
 
 
 def test_each_logger_holds_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
