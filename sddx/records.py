@@ -234,3 +234,24 @@ class Batch:
     def to(self, device: Any) -> Batch:
         """The same rows on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    @property
+    def for_teacher(self) -> Batch:
+        """What a teacher reads of these rows."""
+        return self
+
+
+@dataclass(frozen=True)
+class Guided(Batch):
+    """Rows to which a teacher reads other prompts: `shown` has the same labels, row by row, behind those."""
+
+    shown: Batch
+
+    def to(self, device: Any) -> Guided:
+        """The same rows on another device."""
+        return Guided(**vars(super().to(device)), shown=self.shown.to(device))
+
+    @property
+    def for_teacher(self) -> Batch:
+        """What a teacher reads of these rows."""
+        return self.shown

@@ -58,6 +58,16 @@ class Written(Form):
     surprise: dict[str, dict[str, float | None]]
 
 
+class Rollouts(Form):
+    """What a student wrote while it was trained (sddx.training.writer.Tally)."""
+
+    rows: int
+    tokens: int
+    ended: int
+    repeating: int
+    seconds: float
+
+
 class Reported(Form):
     """What a report takes from a summary: a run's choices, what its models scored, what it cost."""
 
@@ -92,6 +102,7 @@ class Reported(Form):
     steps: int
     fallback_share: float | None
     written: Written | None = None
+    rollouts: Rollouts | None = None
     store: str = ""
 
 

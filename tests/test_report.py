@@ -296,6 +296,21 @@ def test_nothing_is_said_of_arms_without_a_reason_to(runs: list[dict], reason: s
     assert headline(runs).startswith(f"Nothing is said of arms: {reason}")
 
 
+def test_where_students_wrote_seconds_count_too() -> None:
+    """Their tokens and seconds stand beside the others' in the table of arms, and the sentence says whether all
+    took as long; where nobody wrote it says nothing of that."""
+    written = {"rows": 100, "tokens": 2345, "ended": 90, "repeating": 1, "seconds": 12.0}
+    plain = [each | {"training_seconds": 40.0} for each in arm("sft", SFT)]
+    for seconds, said in ((42.0, "equal"), (60.0, "unequal")):
+        wrote = [each | {"training_seconds": seconds, "rollouts": written} for each in arm("on_policy", SFT)]
+        assert headline([*plain, *wrote]).endswith(f", training seconds {said}.")
+        table = page.arm_table([*plain, *wrote])
+        assert table["header"][-2:] == ["written tokens", "writing s"]
+        assert [row[-2:] for row in table["rows"]] == [["-", "-"], ["2,345", "12"]]
+    alone = [*plain, *arm("sdd", SFT)]
+    assert "seconds" not in headline(alone) and "writing s" not in page.arm_table(alone)["header"]
+
+
 def test_untrained_runs_say_nothing_of_arms() -> None:
     assert (
         headline([untrained(2, 0.8, 20.0), untrained(4, 0.3, 40.0)]) == "Nothing is said of arms: no run trained."

@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("sddx.commands.report", "tables and figures of finished runs"),
     "compare": ("sddx.commands.compare", "two runs side by side, item by item"),
     "bench": ("sddx.commands.bench", "what pruning buys in time and memory on this machine"),
+    "pace": ("sddx.commands.pace", "the steps that each arm takes in equal seconds, from short runs"),
     "export": ("sddx.commands.export", "a recovered model as a plain folder, proven equal"),
     "families": ("sddx.commands.families", "which families of models can be pruned, and what each allows"),
     "store": ("sddx.commands.store", "what the store holds, what it takes, and why a stage is built again"),

@@ -4,8 +4,8 @@ so that a text is the same tokens wherever it is read: in scoring, self-data, tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from sddx.errors import UserError
-from sddx.records import Batch, Example
+from sddx.records import Batch, Example, Guided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,12 +39,33 @@ SPECIAL = "prompt or answer hold special tokens of the tokenizer, which are read
 @dataclass(frozen=True)
 class Encoded:
     """One example as tokens: `labels[t]` is the token that position t must predict, or -100; `supervised`
-    counts the labels that are trained."""
+    counts the labels that are trained. `shown` is the prompt that a teacher reads, where it is another one."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     supervised: int
+    shown: Sequence[int] = ()
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first one that is a label."""
+        first = next(place for place, label in enumerate(self.labels) if label != IGNORED)
+        return self.input_ids[: first + 1]
+
+    def answered(self, tokens: Sequence[int]) -> Encoded:
+        """The same prompts with these tokens, of which there are some, as the answer: all of them are labels."""
+        first = len(self.prompt)
+        ids = [*self.input_ids[:first], *tokens]
+        labels = [IGNORED] * (first - 1) + [*tokens, IGNORED]
+        return replace(self, input_ids=ids, labels=labels, supervised=len(tokens))
+
+    def for_teacher(self) -> Encoded:
+        """The same answer and labels behind the prompt that a teacher reads."""
+        first = len(self.prompt)
+        ids = [*self.shown, *self.input_ids[first:]]
+        labels = [IGNORED] * (len(self.shown) - 1) + self.labels[first - 1 :]
+        return replace(self, input_ids=ids, labels=labels, shown=())
 
 
 @dataclass(frozen=True)
@@ -222,16 +243,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: 
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, max_length: int, tell: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    *,
+    max_length: int,
+    tell: bool = True,
+    shown: Callable[[Example], str] | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples that have a label left, in order, and the number of those dropped because they have none. What
-    the template would have changed, and special tokens within rows, are told where `tell` asks for it. Raises
-    UserError as `encode` does."""
+    the template would have changed, and special tokens within rows, are told where `tell` asks for it. `shown`
+    gives the prompt that a teacher reads, where it is another one. Raises UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
     encoded = [row for part in _parts(examples) for row in _encoded(tokenizer, part, end, max_length)]
     if tell:
         _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
-    rows = [row for row, _ in encoded if row is not None]
+    kept = [(example, row) for example, (row, _) in zip(examples, encoded, strict=True) if row is not None]
+    rows = [row for _, row in kept]
+    if shown is not None:
+        prompts = prompts_of(tokenizer, [replace(example, prompt=shown(example)) for example, _ in kept])
+        rows = [replace(row, shown=prompt) for row, prompt in zip(rows, prompts, strict=True)]
     return rows, len(examples) - len(rows)
 
 
@@ -274,13 +304,16 @@ def fitting(context: int | None, prompts: Sequence[Sequence[int]], new: int, set
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     """Rows side by side, padded on the right to the longest: [batch, time], padding unattended and
-    unlabelled."""
+    unlabelled; with what a teacher reads of them where that is something else."""
     width = max(len(row.input_ids) for row in rows)
-    return Batch(
+    batch = Batch(
         torch.tensor([row.input_ids + [pad_id] * (width - len(row.input_ids)) for row in rows]),
         torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]),
         torch.tensor([row.labels + [IGNORED] * (width - len(row.labels)) for row in rows]),
     )
+    if not rows[0].shown:
+        return batch
+    return Guided(**vars(batch), shown=collate([row.for_teacher() for row in rows], pad_id))
 
 
 def text_batches(

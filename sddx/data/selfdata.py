@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +67,7 @@ def write_answers(
     An answer ends at the model's or the tokenizer's end token; one that has not ended after `max_new_tokens`,
     or whose prompt leaves no room for them in the model's context, carries a fault.
     """
-    from sddx.models.decoding import greedy, is_batchable, write
+    from sddx.models.decoding import is_batchable
 
     texts = [render(tokenizer, prompt) for prompt in prompts]
     tokens = token_ids(tokenizer, texts)
@@ -77,17 +77,59 @@ def write_answers(
     progress(len(prompts) - len(fitting))
     ends = end_ids(model, tokenizer)
     asked = [tokens[row] for row in fitting]
-    uniforms = _uniforms([texts[row] for row in fitting], max_new_tokens, seed) if temperature > 0 else None
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    pick = greedy if uniforms is None else partial(_picked, uniforms, sampling)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "ends": ends}
-    if asked and is_batchable(model, max(map(len, asked)) + max_new_tokens):
-        written = write(model, asked, pick, progress, **options)
-    else:
-        written = _by_generate(model, asked, uniforms, sampling, padding_id(tokenizer), progress, **options)
+    streams = [random.Random(f"{seed}/{texts[row]}") for row in fitting]
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    batchable = bool(asked) and is_batchable(model, max(map(len, asked)) + max_new_tokens)
+    form: dict[str, Any] = {"ends": ends, "pad": padding_id(tokenizer), "batchable": batchable}
+    limits = [max_new_tokens] * len(asked)
+    written = continued(model, asked, limits, sampling, streams, progress, batch_size=batch_size, **form)
     for row, ids in zip(fitting, written, strict=True):
         answers[row] = answer_of(tokenizer, ids, ends)
     return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at a temperature of 0, else one drawn from the softmax of
+    logits / temperature within the `top_k` likeliest (0: all) and the smallest set of mass `top_p` (1: all)."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+def continued(
+    model: Any,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    sampling: Sampling,
+    streams: Sequence[random.Random],
+    progress: Progress = lambda rows: None,
+    *,
+    batch_size: int,
+    ends: list[int],
+    pad: int,
+    batchable: bool,
+) -> list[list[int]]:
+    """The tokens that a model puts after each prompt, up to the first of `ends` and at most as many as its limit.
+    Each row draws from a stream of its own, so that none hangs on its neighbours. `batchable`: whether
+    `is_batchable` holds of the model and the longest of these texts."""
+    from sddx.models.decoding import greedy, write
+
+    uniforms = _uniforms(streams, max(limits, default=0)) if sampling.temperature > 0 else None
+    options: dict[str, Any] = {"batch_size": batch_size, "ends": ends}
+    if batchable:
+        pick = greedy if uniforms is None else partial(_picked, uniforms, asdict(sampling))
+        return write(model, prompts, pick, progress, max_new_tokens=limits, **options)
+    written: list[list[int]] = [[]] * len(prompts)
+    for limit in sorted(set(limits)):
+        rows = [row for row, own in enumerate(limits) if own == limit]
+        drawn = None if uniforms is None else uniforms[rows]
+        asked, options["max_new_tokens"] = [prompts[row] for row in rows], limit
+        made = _by_generate(model, asked, drawn, asdict(sampling), pad, progress, **options)
+        for row, ids in zip(rows, made, strict=True):
+            written[row] = ids
+    return written
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -174,10 +216,9 @@ class _Choose:
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
 
 
-def _uniforms(texts: Sequence[str], positions: int, seed: int) -> torch.Tensor:
+def _uniforms(streams: Sequence[random.Random], positions: int) -> torch.Tensor:
     """One number in [0, 1) for every row and position: [batch, positions], float64. Python promises that a
     generator seeded with a text gives the same numbers in every version and on every machine."""
-    streams = [random.Random(f"{seed}/{text}") for text in texts]
     return torch.tensor([[stream.random() for _ in range(positions)] for stream in streams], dtype=torch.float64)
 
 
@@ -231,7 +272,8 @@ def _by_generate(
             choose = _sampling(uniforms[batch], len(prompts[batch[0]]), **sampling)
         continuations = _continue(model, [prompts[row] for row in batch], choose, max_new_tokens, ends, pad)
         for row, ids in zip(batch, continuations, strict=True):
-            written[row] = ids
+            stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            written[row] = ids[: stop + 1]  # padding stands behind
         progress(len(batch))
     return written
 

@@ -160,6 +160,7 @@ def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
             each.trains,
             each.rewrites,
             each.needs_teacher,
+            config["loss"].get("rollouts"),
         ]
         about += [config["dataset"].get(name) for name in ("name", "path", "skill")]
         largest[digest(about)] = each

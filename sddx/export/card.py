@@ -19,7 +19,7 @@ TERMS = ("license", "license_name", "license_link")
 EXCERPT = (
     "name choices scores standard_errors recovery recovery_low recovery_high recovery_contains pruned_recovery "
     "recovery_trained recovery_held_out gap_closed trained chance text parameters cache_bytes depth examples "
-    "supervised_tokens steps fallback_share seconds"
+    "supervised_tokens steps rollouts fallback_share seconds"
 ).split()
 
 

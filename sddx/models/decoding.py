@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import (
@@ -36,7 +37,6 @@ from sddx.errors import UserError
 from sddx.models.anatomy import bare, decoder, vocabulary
 from sddx.models.outputs import head_of
 from sddx.models.packing import packed
-from sddx.parallel.distributed import is_joined
 
 _log = logging.getLogger(__name__)
 
@@ -56,21 +56,22 @@ def write(
     pick: Pick,
     progress: Progress = lambda rows: None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     batch_size: int,
     ends: Sequence[int],
 ) -> list[list[int]]:
     """The tokens that the model puts after each prompt, in the order of the prompts: up to the first of `ends`, and
-    at most `max_new_tokens`.
+    at most `max_new_tokens`, which may be a number for each prompt.
 
     `pick(rows, places, logits)` chooses the next token of each row, [rows], from its float32 logits, [rows,
     vocabulary]; `rows` are the numbers of the prompts and `places` how many tokens each has been given. `progress`
     is told how many rows have ended. For models of which `is_batchable` holds; they are left as they are.
     """
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     written: list[list[int]] = [[] for _ in prompts]
     waiting = deque(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])))
     rows: list[int] = []  # of the batch, in its order
-    head, columns = head_of(model), max(map(len, prompts), default=0) + 2 * max_new_tokens
+    head, columns = head_of(model), max(map(len, prompts), default=0) + 2 * max(most, default=0)
     with torch.no_grad(), packed(model), grouped(model):
         batch = ContinuousBatch(model, min(batch_size, len(prompts)), columns, _shared(prompts))
         while waiting or rows:
@@ -84,8 +85,8 @@ def write(
             chosen = pick(new, [len(written[row]) for row in new], head(hidden).float())
             for row, token in zip(new, chosen.tolist(), strict=True):
                 written[row].append(token)
-            texts = [written[row] for row in rows]
-            over = [n for n, text in enumerate(texts) if len(text) == max_new_tokens or text[-1] in ends]
+            texts = [(written[row], most[row]) for row in rows]
+            over = [n for n, (text, longest) in enumerate(texts) if len(text) == longest or text[-1] in ends]
             for place in reversed(over):
                 batch.drop(place)
                 rows[place] = rows[-1]
@@ -109,11 +110,13 @@ def is_batchable(model: Any, longest: int) -> bool:
 def remembers_all(model: Any, longest: int) -> bool:
     """Whether each block of a model attends to the whole of a text of so many tokens, and nothing but keys and
     values is remembered; in one piece on one device, by attention that takes a mask."""
-    if is_joined() or getattr(bare(model), "_is_stateful", False):
+    if getattr(bare(model), "_is_stateful", False):
         return False
     try:
         body = decoder(model)
     except UserError:
+        return False
+    if any(isinstance(weight, DTensor) for weight in body.parameters()):  # in shards of several processes
         return False
     plain = all(
         type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest)

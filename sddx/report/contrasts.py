@@ -22,7 +22,8 @@ Compared = tuple[Interval | None, float | None]  # a difference in points, and i
 class Difference:
     """An arm minus SFT, paired by seed, in points. The interval is over seeds, or over `items` where there is one
     seed; p, of the t test over seeds, is adjusted by Holm over the column that it stands in. Where every task was
-    trained on, nothing is held out. `equal` names what the arms had as much of."""
+    trained on, nothing is held out. `equal` names what the arms had as much of; `writes`: whether students of
+    either wrote in their training, so that seconds count too."""
 
     where: str
     arm: str
@@ -34,6 +35,7 @@ class Difference:
     p_average: float | None
     p_held_out: float | None
     equal: frozenset[str]
+    writes: bool = False
 
 
 def differences(runs: Runs) -> list[Difference]:
@@ -44,7 +46,7 @@ def differences(runs: Runs) -> list[Difference]:
         whole, others = _averaged(ours, theirs), _held_out(ours, theirs)
         if whole[0] is not None:
             about = where, arm, len(ours), len(_tasks(ours[0])), _items(ours[0])
-            unadjusted.append(Difference(*about, whole[0], others[0], whole[1], others[1], _equal(ours, theirs)))
+            unadjusted.append(Difference(*about, whole[0], others[0], whole[1], others[1], *_equal(ours, theirs)))
     adjusted = zip(_holm([d.p_average for d in unadjusted]), _holm([d.p_held_out for d in unadjusted]), strict=True)
     return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(unadjusted, adjusted, strict=True)]
 
@@ -74,13 +76,16 @@ def _items(run: Run) -> int | None:
     return sum(len(record["scores"]) for record in in_average(samples_of(run, "student")).values()) or None
 
 
-def _equal(arm: Runs, base: Runs) -> frozenset[str]:
-    """What both arms trained on as much of, to a hundredth: a budget of tokens ends with a whole step."""
-    sums = {name: [sum(run[name] for run in side) for side in (arm, base)] for name in COUNTED}
-    return frozenset(name for name, (ours, theirs) in sums.items() if abs(ours - theirs) <= max(sums[name]) / 100)
+def _equal(arm: Runs, base: Runs) -> tuple[frozenset[str], bool]:
+    """What both arms trained on as much of, to a hundredth (a budget of tokens ends with a whole step), and for as
+    long, to a tenth; and whether either wrote."""
+    sums = {name: [sum(run.get(name) or 0 for run in side) for side in (arm, base)] for name in (*COUNTED, TIMED)}
+    apart = {name: abs(ours - theirs) / max(ours, theirs, 1e-9) for name, (ours, theirs) in sums.items()}
+    equal = frozenset(name for name, share in apart.items() if share <= (0.1 if name == TIMED else 0.01))
+    return equal, any(run.get("rollouts") for run in (*arm, *base))
 
 
-COUNTED = ("examples", "supervised_tokens")
+COUNTED, TIMED = ("examples", "supervised_tokens"), "training_seconds"
 
 
 @dataclass(frozen=True)

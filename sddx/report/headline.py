@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sddx.report.contrasts import COUNTED, Difference, differences
+from sddx.report.contrasts import COUNTED, TIMED, Difference, differences
 from sddx.report.curves import Run, is_trained, losses
 from sddx.report.table import is_choosing
 from sddx.statistics.intervals import Interval
@@ -94,9 +94,9 @@ def _about(compared: Sequence[Difference]) -> str:
 
 
 def _equal(compared: Sequence[Difference]) -> str:
-    """What all comparisons hold equal; a claim needs both."""
+    """What all comparisons hold equal; a claim needs all of it."""
     said = []
-    for name in COUNTED:
+    for name in (*COUNTED, *([TIMED] if any(d.writes for d in compared) else [])):
         count = sum(name in d.equal for d in compared)
         share = (
             "equal" if count == len(compared) else f"equal in {count} of {len(compared)}" if count else "unequal"

@@ -110,16 +110,26 @@ def arm_table(runs: Sequence[Run]) -> Table:
         "gap_closed", "pruned_recovery", "recovery_held_out", "recovery_trained", "recovery", "fallback_share"
     )  # fmt: skip
     counts = ("examples", "supervised_tokens", "steps")
-    rows = []
+    rows, rollouts = [], any(run.get("rollouts") for run in runs)
     for where, arm, group in arms([run for run in runs if is_trained(run)]):
         seconds = mean(run["seconds"].get("train", 0) for run in group)
         values = [percent(mean_of(group, name)) for name in shares] + [
             f"{mean_of(group, name):,.0f}" for name in counts
         ]
         rate = _plain(group[0]["choices"].get("learning_rate"))
-        rows.append([where, arm, rate, str(len(group)), *values, f"{seconds:.0f}"])
+        written = _rollouts(group) if rollouts else []
+        rows.append([where, arm, rate, str(len(group)), *values, f"{seconds:.0f}", *written])
     header = ["runs", "arm", "rate", "seeds", "gap closed", "untrained", "held-out", "trained", "recovery"]
-    return {"header": [*header, "refused", "examples", "supervised tokens", "steps", "train s"], "rows": rows}
+    header += ["refused", "examples", "supervised tokens", "steps", "train s"]
+    return {"header": [*header, *(["written tokens", "writing s"] if rollouts else [])], "rows": rows}
+
+
+def _rollouts(runs: Sequence[Run]) -> list[str]:
+    """Tokens that students wrote in their training, and the seconds of it, means; nothing where none wrote."""
+    records = [record for run in runs if (record := run.get("rollouts"))]
+    if not records:
+        return [ABSENT, ABSENT]
+    return [f"{mean(record[name] for record in records):,.0f}" for name in ("tokens", "seconds")]
 
 
 def _plain(value: float | None) -> str:

@@ -159,6 +159,8 @@ def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
         "supervised_tokens": training.get("supervised_tokens", 0),
         "steps": training.get("steps", 0),
         "tokens_per_second": training.get("tokens_per_second", 0),
+        "rollouts": training.get("rollouts"),
+        "training_seconds": training.get("seconds"),
         "dropped_rows": training.get("dropped_rows", 0),
         "captured": _captured(artifacts.captured[1:]),
         "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,

@@ -89,6 +89,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("surprise by them", _surprise(summary.get("written"))),
         ("captured of the teacher", _captured(summary.get("captured"))),
         ("training", _training(summary)),
+        ("rollouts", _rollouts(summary.get("rollouts"))),
         ("parameters", _parameters(summary.get("parameters"))),
         ("left", summary.get("depth") or ABSENT),
         ("cache, bytes a token", _parameters(summary.get("cache_bytes"))),
@@ -275,6 +276,15 @@ def _training(summary: Mapping[str, Any]) -> str:
     known = [f"{summary[name]:,} {words}" for name, words in costs if summary.get(name) is not None]
     seconds = (summary.get("seconds") or {}).get("train")
     return ", ".join(known + ([f"{seconds:.0f} s"] if seconds is not None else [])) or ABSENT
+
+
+def _rollouts(rollouts: Mapping[str, Any] | None) -> str:
+    """What the student wrote in its training, and how long that took."""
+    if not rollouts or not (rows := rollouts["rows"]):
+        return ABSENT
+    amounts = f"{rollouts['tokens']:,} tokens written in {rows:,} rows, {rollouts['seconds']:.0f} s of the training"
+    ended, repeating = (percent(rollouts[name] / rows) for name in ("ended", "repeating"))
+    return f"{amounts}; {ended} ended, {repeating} repeating"
 
 
 def _parameters(parameters: int | Mapping[str, int] | None) -> str:

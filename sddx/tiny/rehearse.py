@@ -73,6 +73,10 @@ def small(
     if (k := config["teacher_cache"]) and k > FEWER:
         replaced["teacher_cache"] = FEWER
         said.append(f"tokens captured of the teacher: {k} by {FEWER}")
+    if asked := config["loss"].get("rollouts"):
+        longest = {name: min(asked.get(name) or new_tokens, new_tokens) for name in ("first", "last")}
+        replaced["loss"] = {**config["loss"], "rollouts": {**asked, **longest}}
+        said.append(f"rollouts: at most {new_tokens} tokens")
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}

@@ -27,25 +27,27 @@ log = logging.getLogger(__name__)
 
 
 class Metrics(lightning.Callback):
-    """Rows of metrics and the progress bar. `step` counts finished optimiser steps, from 1."""
+    """Rows of metrics and the progress bar. `step` counts finished optimiser steps, from 1. `seconds` are those up
+    to the last step, over all attempts."""
 
     def __init__(self, runtime: Runtime, planned: Sequence[Step], every: int) -> None:
         self.runtime, self.planned, self.every = runtime, planned, every
+        self.earlier = self.seconds = 0.0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Draw the bar, from the step that training goes on from, and start the clock."""
         self.bar = self.runtime.progress(total=len(self.planned), what="training", unit="step")
         self.bar.update(trainer.global_step)
         self.started = self.logged_at = time.perf_counter()
-        self.tokens = self.tokens_logged = 0
+        self.tokens, self.tokens_logged, self.before = 0, 0, module.attended_tokens
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, item: Any, index: int) -> None:
         """Move the bar; every so many steps log the losses and the tokens a second."""
-        step = index + 1
-        self.tokens += item[0].totals.attended
+        step, now = index + 1, time.perf_counter()
+        self.tokens = module.attended_tokens - self.before
+        self.seconds = self.earlier + now - self.started
         self.bar.update(1)
         if step % self.every == 0 or step == len(self.planned):
-            now = time.perf_counter()
             rate = (self.tokens - self.tokens_logged) / (now - self.logged_at)
             self.logged_at, self.tokens_logged = now, self.tokens
             self.bar.set_postfix_str(f"loss {module.last['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
@@ -55,6 +57,14 @@ class Metrics(lightning.Callback):
         """Keep the tokens a second of the whole training."""
         self.tokens_per_second = self.tokens / (time.perf_counter() - self.started)
         self.bar.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.earlier = self.seconds = state["seconds"]
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Close the bar, so that the error stands below it."""

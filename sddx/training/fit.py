@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from sddx.training.objective import Objective
 if TYPE_CHECKING:
     from sddx.data.encode import Encoded
     from sddx.training.module import Distiller
+    from sddx.training.writer import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Fit:
         seed: int,
         out: Path,
         runtime: Runtime,
+        writer: Writer | None = None,
     ) -> dict[str, Any]:
         """Trains the student in place and gives a summary. Student and teacher are on `runtime.device` already;
         with `fsdp` they may be in host memory, and afterwards what is saved of the student (an adapter,
@@ -104,10 +106,11 @@ class Fit:
         the rows up to it are logged again.
 
         Returns steps, examples, supervised_tokens, attended_tokens, tokens_per_second (attended tokens over the
-        whole loop of this process), kept_step, and the terms of the last step (`train`) and of the kept weights on
-        the held-out rows (`validation`, empty without such rows). Raises UserError for rows or a student that do
-        not go with the settings, TrainingDiverged, with step and term, where a loss is not finite, and Interrupted
-        after SIGTERM.
+        whole loop of this process), seconds (up to the last step, of all attempts), kept_step, and the terms of
+        the last step (`train`) and of the kept weights on the held-out rows (`validation`, empty without such
+        rows); with a `writer`, by which the student writes answers to the rows of a step, its `rollouts`
+        (`writer.Tally`). Raises UserError for rows or a student that do not go with the settings,
+        TrainingDiverged, with step and term, where a loss is not finite, and Interrupted after SIGTERM.
         """
         from sddx.training.callbacks import Metrics, Resume, Validation
         from sddx.training.loop import run
@@ -117,7 +120,7 @@ class Fit:
         if self.devices != world():
             raise ValueError(f"{self.devices} processes are to train, and {world()} do: call this through launch")
         planned = self._plan(rows_train, seed)
-        module = self._module(student, teacher, objective, cut, seed, len(planned))
+        module = self._module(student, teacher, objective, cut, seed, len(planned), writer)
         self._place(module, student, teacher, torch.device(runtime.device))
         metrics = Metrics(runtime, planned, self.log_every)
         held_out = Step.of(rows_validation, range(len(rows_validation)), self.batch_size)
@@ -134,11 +137,13 @@ class Fit:
             "steps": len(planned),
             "examples": sum(step.examples for step in planned),
             "supervised_tokens": module.supervised_tokens,
-            "attended_tokens": sum(step.totals.attended for step in planned),
+            "attended_tokens": module.attended_tokens,
             "tokens_per_second": metrics.tokens_per_second,
+            "seconds": metrics.seconds,
             "kept_step": validation.kept_step or len(planned),
             "train": module.last,
             "validation": validation.kept,
+            **({"rollouts": asdict(writer.tally)} if writer else {}),
         }
 
     def _plan(self, rows: Sequence[Encoded], seed: int) -> list[Step]:
@@ -155,7 +160,14 @@ class Fit:
         )
 
     def _module(
-        self, student: nn.Module, teacher: Teacher | None, objective: Objective, cut: Cut, seed: int, steps: int
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        objective: Objective,
+        cut: Cut,
+        seed: int,
+        steps: int,
+        writer: Writer | None,
     ) -> Distiller:
         from sddx.training.module import Distiller
 
@@ -171,6 +183,7 @@ class Fit:
             weight_decay=self.weight_decay,
             clip=self.clip,
             head_chunk=self.head_chunk,
+            writer=writer,
         )
 
     def _place(self, module: Distiller, student: Any, teacher: Any, device: torch.device) -> None:

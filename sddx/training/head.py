@@ -23,17 +23,19 @@ def token_loss(
     *,
     divisor: int,
     chunk: int = 256,
+    teacher_labels: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Each term summed over the labelled positions (labels [batch, time] not -100) and divided by `divisor`: their
-    weighted sum, through which gradients flow, and name -> scalar without gradients.
+    weighted sum, through which gradients flow, and name -> scalar without gradients. A teacher that read other
+    prompts has labels of its own, the same ones in the same order.
 
     Logits exist for `chunk` rows at a time: their gradients are taken in the same pass, so that neither memory nor
     time grows by what would have to be kept or computed again. The chunk size changes nothing but the order of a
     sum. Without a label the sums are 0, and so are their gradients.
     """
-    rows = (labels != -100).flatten().nonzero().squeeze(1)
+    rows, teachers = _labelled(labels), _labelled(labels if teacher_labels is None else teacher_labels)
     hidden, labels = student.hidden.flatten(0, 1)[rows], labels.flatten()[rows]
-    teacher_hidden = None if teacher is None else teacher.hidden.flatten(0, 1)[rows]
+    teacher_hidden = None if teacher is None else teacher.hidden.flatten(0, 1)[teachers]
 
     def sums(here: slice, hidden: Tensor) -> Tensor:
         logits = student.head(hidden)
@@ -78,3 +80,8 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss: Tensor, values: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, None, None, *(gradient * loss for gradient in ctx.saved_tensors))
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """The places of labels in a flattened batch."""
+    return (labels != -100).flatten().nonzero().squeeze(1)

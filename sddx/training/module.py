@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning
@@ -18,6 +19,7 @@ from sddx.students.teacher import Teacher
 from sddx.training.batches import Step
 from sddx.training.head import token_loss
 from sddx.training.objective import Objective, Totals, layer_pairs
+from sddx.training.writer import Tally, Writer
 
 
 class TrainingDiverged(UserError):
@@ -31,7 +33,8 @@ class Distiller(lightning.LightningModule):
     totals of the step, so the gradient does not depend on how the step was cut. The teacher is not a
     submodule: neither optimiser nor checkpoint sees it. `teacher(batch, states=bool) -> Outputs`.
     Of several processes each takes its share of them, and gradients and values are summed over all (`distributed`).
-    Randomness (dropout) is a function of (seed, step, micro-batch), whichever process has it.
+    Randomness (dropout) is a function of (seed, step, micro-batch), whichever process has it. With a `writer` the
+    student itself writes answers to a step's rows before the step.
 
     Raises UserError where the objective needs a teacher and has none, or holds layers and the cut leaves no
     pair of them.
@@ -53,6 +56,7 @@ class Distiller(lightning.LightningModule):
         weight_decay: float = 0.0,
         clip: float | None = 1.0,
         head_chunk: int = 256,
+        writer: Writer | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -62,7 +66,8 @@ class Distiller(lightning.LightningModule):
         self.objective, self.cut, self.seed = objective, cut, seed
         self.steps_total, self.learning_rate, self.warmup = steps_total, learning_rate, warmup
         self.weight_decay, self.clip, self.head_chunk = weight_decay, clip, head_chunk
-        self.supervised_tokens = 0
+        self.writer = writer
+        self.supervised_tokens = self.attended_tokens = 0
         self.last: dict[str, float] = {}
         _check(objective, cut, teacher)
 
@@ -73,13 +78,14 @@ class Distiller(lightning.LightningModule):
         teacher = None
         if self.teacher is not None and objective.needs_teacher:
             # First: where it shares the student's weights it must be done before a graph exists.
-            teacher = self.teacher(batch, states=objective.needs_states)
+            teacher = self.teacher(batch.for_teacher, states=objective.needs_states)
         student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
         losses: list[Tensor] = []
         values: dict[str, Tensor] = {}
         if terms := objective.token_terms:
-            divided = {"divisor": max(totals.labelled, 1), "chunk": self.head_chunk}
-            loss, values = token_loss(terms, student, teacher, batch.labels, **divided)
+            form: dict[str, Any] = {"divisor": max(totals.labelled, 1), "chunk": self.head_chunk}
+            form["teacher_labels"] = batch.for_teacher.labels
+            loss, values = token_loss(terms, student, teacher, batch.labels, **form)
             losses.append(loss)
         if teacher is not None:
             for name, term in objective.layer_terms.items():
@@ -94,7 +100,7 @@ class Distiller(lightning.LightningModule):
 
     def training_step(self, item: tuple[Step, list[Batch]], index: int) -> None:
         """One optimiser step over this process's share of the micro-batches."""
-        step, batches = item
+        step, batches = self.writer(*item, index, self.steps_total) if self.writer else item
         optimizer: Any = self.optimizers()
         schedule: Any = self.lr_schedulers()
         seen: list[dict[str, Tensor]] = []
@@ -115,7 +121,10 @@ class Distiller(lightning.LightningModule):
         optimizer.zero_grad()
         schedule.step()
         self.supervised_tokens += step.totals.labelled
+        self.attended_tokens += step.totals.attended
         self.last = row | {"supervised_tokens": self.supervised_tokens}
+        if self.writer:
+            self.last["written_tokens"] = self.writer.tally.tokens
 
     @torch.no_grad()
     def validate(self, step: Step, batches: Sequence[Batch]) -> dict[str, float]:
@@ -143,7 +152,9 @@ class Distiller(lightning.LightningModule):
         checkpoint["state_dict"] = {n: whole(v) for n, v in checkpoint["state_dict"].items() if n in trainable}
         states = checkpoint["optimizer_states"]
         checkpoint["optimizer_states"] = [of_optimizer(state, lambda number, v: whole(v)) for state in states]
-        checkpoint["supervised_tokens"] = self.supervised_tokens
+        checkpoint["tokens"] = self.supervised_tokens, self.attended_tokens
+        if self.writer:
+            checkpoint["written"] = asdict(self.writer.tally)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put weights and optimiser back, cut as they are held here. Raises UserError for other parameters."""
@@ -153,7 +164,9 @@ class Distiller(lightning.LightningModule):
         checkpoint["state_dict"] = {name: as_in(weights[name], v) for name, v in checkpoint["state_dict"].items()}
         numbered, states = list(weights.values()), checkpoint["optimizer_states"]
         checkpoint["optimizer_states"] = [of_optimizer(s, lambda n, v: as_in(numbered[n], v)) for s in states]
-        self.supervised_tokens = checkpoint["supervised_tokens"]
+        self.supervised_tokens, self.attended_tokens = checkpoint["tokens"]
+        if self.writer:
+            self.writer.tally = Tally(**checkpoint["written"])
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

@@ -16,6 +16,7 @@ from sddx.errors import UserError
 from sddx.records import Coarse, Cut, NonNegative, Outputs
 from sddx.students.teacher import check_vocabularies
 from sddx.training.coarse import alike
+from sddx.training.rollouts import Rollouts
 
 ROWS, LAYERS = 5, 3  # of the numbers on which terms are tried
 
@@ -87,14 +88,18 @@ class Layerwise:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses.
+    """An arm: `data` names the answers (`reference`, `self`, `self_plain`), `terms` the weighted losses, and with
+    `rollouts` the student writes answers of its own to some of the rows, or all.
 
     Without terms nothing is trained, so that answers need not be written. Raises UserError for self-data without
-    terms, and for terms that all weigh nothing.
+    terms, for terms that all weigh nothing, and for what does not go with rollouts: a term on labels, which would
+    be the student's own samples; and where the teacher reads another prompt, terms on states, and rows whose
+    answers are not the references that it is to be shown.
     """
 
     data: Literal["reference", "self", "self_plain"]
     terms: Mapping[str, Supervised | Distilled | Layerwise]
+    rollouts: Rollouts | None = None
 
     def __post_init__(self) -> None:
         if not self.terms and self.data != "reference":
@@ -102,6 +107,31 @@ class Objective:
         if self.terms and not any(term.weight for term in self.terms.values()):
             weights = ", ".join(f"loss.terms.{name}.weight=0" for name in self.terms)
             raise UserError(f"{weights}: nothing would be learned. Give a term a weight, or use loss=none.")
+        if self.rollouts is not None:
+            self._require_rollouts(self.rollouts)
+
+    def _require_rollouts(self, rollouts: Rollouts) -> None:
+        wrong = []
+        if not self.terms:
+            wrong.append("a loss with rollouts has no terms: name at least one, or use loss=none.")
+        if labels := [name for name, term in self.terms.items() if isinstance(term, Supervised)]:
+            wrong.append(
+                f"loss.terms.{labels[0]} learns labels, and with loss.rollouts these are the student's own "
+                f"samples. Leave it out (~loss.terms.{labels[0]}); rows that the student does not write "
+                "(loss.rollouts.share) learn by the divergence too."
+            )
+        if rollouts.rewrite is not None and self.layer_terms:
+            wrong.append(
+                f"loss.terms.{next(iter(self.layer_terms))} compares states token by token, and with "
+                "loss.rollouts.rewrite the teacher reads another prompt. Use loss=on_policy with it."
+            )
+        if rollouts.rewrite is not None and self.data != "reference":
+            wrong.append(
+                f"loss.rollouts.rewrite shows the teacher the row's reference, and with loss.data={self.data} rows "
+                "carry other answers. Use loss.data=reference."
+            )
+        if wrong:
+            raise UserError(*wrong)
 
     @property
     def token_terms(self) -> dict[str, Supervised | Distilled]:

@@ -38,7 +38,7 @@ def _check_loss(loss: Settings) -> None:
             f"teacher_cache holds a teacher's distributions, and {', '.join(objective.layer_terms)} looks at its "
             "hidden states, which take the model itself. Leave out teacher_cache, or choose loss=kd."
         )
-    if getattr(objective, "rollouts", None):
+    if objective.rollouts is not None:
         raise UserError(
             "teacher_cache holds what a teacher says of rows that are there before training, and this loss trains "
             "on what the student writes meanwhile. Leave out teacher_cache."

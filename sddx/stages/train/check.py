@@ -17,6 +17,7 @@ def of_settings(method: Settings) -> list[Check]:
     """The terms give what is summed, the settings go together, and weights can be held as they are asked to be."""
     return [
         lambda: _check_loss(method["loss"]),
+        lambda: _check_rollouts(method),
         lambda: _check_training(method),
         lambda: _check_quantization(method),
     ]
@@ -71,6 +72,27 @@ def _check_loss(loss: Settings) -> None:
     from sddx.training.objective import Objective, require_terms
 
     require_terms(made(loss, Objective, "loss"))
+
+
+def _check_rollouts(method: Settings) -> None:
+    """The training can wait for answers that the student writes. Raises UserError."""
+    trainer, rollouts = method["trainer"], method["loss"].get("rollouts")
+    if not rollouts:
+        return
+    wrong = []
+    if trainer.get("budget") == "tokens":
+        wrong.append(
+            "trainer.budget=tokens counts the tokens of rows, and how long the student's own answers will be is "
+            "not known beforehand. Train it with trainer.budget=steps, and what it is compared with by "
+            "trainer.budget=tokens trainer.tokens=N, N being the supervised_tokens of its summary."
+        )
+    if trainer.get("strategy") == "fsdp":
+        wrong.append(
+            "the student writes while it is trained, token by token, and with trainer.strategy=fsdp its weights "
+            "would be gathered for each. Use trainer.strategy=ddp, or single."
+        )
+    if wrong:
+        raise UserError(*wrong)
 
 
 def _check_training(method: Settings) -> None:

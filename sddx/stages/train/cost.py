@@ -8,9 +8,12 @@ from sddx.config.build import Settings, build
 from sddx.config.shared import once
 from sddx.errors import UserError
 from sddx.estimate import memory, peaks
-from sddx.estimate.costs import LEARNED, Estimate, Part
+from sddx.estimate.costs import LEARNED, WRITTEN, Estimate, Part
 from sddx.estimate.efforts import Effort
+from sddx.estimate.texts import LONGEST
 from sddx.models.load import DTYPES
+from sddx.stages.distill.cost import TEMPLATE
+from sddx.training.rollouts import Rollouts
 
 NF4 = 0.28  # bytes of a weight in 4 bits with its scales, over its bytes in 16
 
@@ -19,24 +22,26 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """The student's training, where there is a term to train by."""
     if estimate.trains:
         about = [estimate.config[name] for name in LEARNED]
-        yield estimate.part("train", about, estimate.pruned, _effort(estimate))
+        yield estimate.part("train", about, estimate.pruned, _effort(estimate), _remembered(estimate))
 
 
 def of_all(estimate: Estimate, others: Sequence[Estimate]) -> Part:
     """The training of one student on the rows of these runs, as long as all of theirs."""
     about = [[each.config[name] for name in LEARNED] for each in others]
-    return estimate.part("train mixed", about, estimate.pruned, sum(map(_effort, others), Effort()))
+    efforts = sum(map(_effort, others), Effort())
+    return estimate.part("train mixed", about, estimate.pruned, efforts, _remembered(estimate))
 
 
 def peak(estimate: Estimate) -> float | None:
     """Weights, a pass over a batch of the longest rows with its gradients, the two moments of what is trained, and
-    one chunk of the head. Rows are taken as long as max_length allows."""
+    one chunk of the head; or, where that is more, what the student holds while it writes. Rows are taken as long as
+    max_length allows."""
     if not estimate.trains:
         return None
     trainer = estimate.config["trainer"]
     # The head's logits in the model's dtype, in float32, and the gradients of both.
     chunk = trainer["head_chunk"] * estimate.shape.vocab_size * 2 * (DTYPES[estimate.model["dtype"]].itemsize + 4)
-    return peaks.share(estimate, _held(estimate)) + _passing(estimate) + chunk
+    return peaks.share(estimate, _held(estimate)) + max(_passing(estimate) + chunk, _writing_bytes(estimate))
 
 
 def remedies(estimate: Estimate, room: float) -> list[str]:
@@ -58,7 +63,8 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
 
 def _may_capture(estimate: Estimate) -> bool:
     """Whether a teacher that runs beside the student could be read from disk."""
-    return estimate.needs_teacher and not build(estimate.config["loss"]).needs_states
+    objective = build(estimate.config["loss"])
+    return objective.needs_teacher and not (objective.needs_states or objective.rollouts)
 
 
 def _fits(estimate: Estimate, room: float) -> bool:
@@ -123,8 +129,9 @@ def _effort(estimate: Estimate) -> Effort:
     only go forward. What is read is for the teacher."""
     trainer, examples = estimate.config["trainer"], _examples(estimate)
     size, teacher = estimate.pruned, estimate.teacher
-    row = min(estimate.rows.prompt + estimate.answer, estimate.config["max_length"])
-    labels = min(estimate.answer, row)
+    answer = _answer(estimate)
+    row = min(estimate.rows.prompt + answer, estimate.config["max_length"])
+    labels = min(answer, row)
     held_out = estimate.config["validation"] * _validations(estimate, examples)
     again = trainer["batch_size"] * labels > trainer["head_chunk"]
     passes, checkpointed = 2 + estimate.is_full, bool(trainer.get("gradient_checkpointing"))
@@ -132,5 +139,66 @@ def _effort(estimate: Estimate) -> Effort:
     adapter = 0 if estimate.is_full else 2 * estimate.trained * (examples * (3 + checkpointed) + held_out)
     learned = row * (bodies * size.body(row) + adapter) + heads * 2 * labels * size.head
     shown, judged = examples + held_out, examples * (1 + again) + held_out
-    read = shown * row * teacher.body(row) + judged * 2 * labels * teacher.head
-    return Effort(learning=learned, reading=read if estimate.needs_teacher else 0, trained=row * examples)
+    looked_at = row + _guidance(estimate)
+    read = shown * looked_at * teacher.body(looked_at) + judged * 2 * labels * teacher.head
+    effort = Effort(learning=learned, reading=read if estimate.needs_teacher else 0, trained=row * examples)
+    return effort + _writing(estimate, examples)
+
+
+def _answer(estimate: Estimate) -> float:
+    """Tokens of an answer that is trained on, the student's own among them."""
+    share = rollouts.share if (rollouts := _rollouts(estimate)) else 0
+    return (1 - share) * estimate.answer + share * _rollout(estimate)
+
+
+def _rollouts(estimate: Estimate) -> Rollouts | None:
+    written: Rollouts | None = build(estimate.config["loss"]).rollouts
+    return written
+
+
+def _rollout(estimate: Estimate) -> float:
+    """Tokens of an answer of the student's own, a mean over the training in which they grow."""
+    rollouts = _rollouts(estimate)
+    return min(WRITTEN * estimate.rows.answer, (rollouts.first + rollouts.last) / 2) if rollouts else 0
+
+
+def _guidance(estimate: Estimate) -> float:
+    """Tokens that a teacher reads of a row more than the student."""
+    rollouts = _rollouts(estimate)
+    return TEMPLATE + estimate.rows.answer if rollouts and rollouts.rewrite else 0
+
+
+def _writing(estimate: Estimate, examples: float) -> Effort:
+    """The student's answers before each step; a batch of them waits for its longest."""
+    if (rollouts := _rollouts(estimate)) is None:
+        return Effort()
+    trainer, prompt = estimate.config["trainer"], estimate.rows.prompt
+    rows = trainer["batch_size"] * trainer["accumulate"]
+    longest = min(LONGEST * estimate.rows.answer, (rollouts.first + rollouts.last) / 2)
+    batches = -(-rollouts.share * rows // rollouts.batch_size)
+    return Effort(
+        reading=rollouts.share * examples * prompt * estimate.pruned.prefill(prompt),
+        steps=longest * batches * -(-examples // rows),
+        read=rollouts.share * examples * prompt,
+        written=rollouts.share * examples * _rollout(estimate),
+    )
+
+
+def _remembered(estimate: Estimate) -> float:
+    """Tokens that a step of the student's writing attends to, over all rows side by side."""
+    if (rollouts := _rollouts(estimate)) is None:
+        return 0
+    return _side_by_side(estimate, rollouts) * (estimate.rows.prompt + _rollout(estimate) / 2)
+
+
+def _side_by_side(estimate: Estimate, rollouts: Rollouts) -> float:
+    trainer = estimate.config["trainer"]
+    return min(rollouts.batch_size, rollouts.share * trainer["batch_size"] * trainer["accumulate"])
+
+
+def _writing_bytes(estimate: Estimate) -> float:
+    """The memory of rows that are written side by side, and what their next tokens are drawn from, in float64."""
+    if (rollouts := _rollouts(estimate)) is None:
+        return 0
+    row = estimate.config["max_length"] * estimate.pruned.cache_bytes + 4 * 8 * estimate.shape.vocab_size
+    return _side_by_side(estimate, rollouts) * row

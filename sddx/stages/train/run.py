@@ -13,10 +13,12 @@ import sddx.training.loop  # noqa: F401  with this stage, so that an edit meanwh
 from sddx.compression.compressed import compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
-from sddx.data.encode import encode_all, padding_id
+from sddx.data.encode import Encoded, encode_all, padding_id
+from sddx.data.selfdata import end_ids
+from sddx.data.templates import rewriting_prompt
 from sddx.errors import UserError
 from sddx.models.anatomy import is_adapted
-from sddx.models.load import free_memory, load_model, load_tokenizer, text_config
+from sddx.models.load import context_of, free_memory, load_model, load_tokenizer, text_config
 from sddx.parallel.distributed import is_joined, rank
 from sddx.parallel.launch import launch
 from sddx.records import Artifact, Example
@@ -25,7 +27,9 @@ from sddx.stages.rows import examples_of, room
 from sddx.students.cached import CachedTeacher, origin
 from sddx.students.student import save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
+from sddx.training.rollouts import Rollouts
 from sddx.training.tuning import adapted_weights
+from sddx.training.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +81,11 @@ def train(
     objective = build(loss)
     tokenizer = load_tokenizer(base.path)
     examples, length = examples_of(rows, selfdata), room(base.path, max_length)
-    encoded, dropped = encode_all(tokenizer, examples, max_length=length)
+    context = context_of(text_config(base.path))
+    encode = partial(_encoded, tokenizer, objective.rollouts, max_length=length, context=context)
+    encoded, dropped = encode(examples)
     _require_rows(encoded, examples, length)
-    judged, _ = encode_all(tokenizer, examples_of([held_out], selfdata), max_length=length)
+    judged, _ = encode(examples_of([held_out], selfdata))
     beside: Any = None
     if teacher_cache is not None:
         asked = {"k": teacher_cache, "temperature": objective.temperature, "max_length": length}
@@ -102,9 +108,14 @@ def train(
     if not isinstance(beside, SharedTeacher):
         made.whole = {}  # a large model's removed blocks are freed
     names = {id(weight): name for name, weight in made.model.named_parameters()}
+    pad = padding_id(tokenizer)
+    more: dict[str, Any] = {}
+    if objective.rollouts is not None:
+        form: dict[str, Any] = {"max_length": length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
+        more["writer"] = Writer(made.model, objective.rollouts, encoded, seed, **form)
     with made.held():
         metrics = build(trainer)(
-            made.model, beside, objective, made.cut, encoded, judged, padding_id(tokenizer), seed, out, runtime
+            made.model, beside, objective, made.cut, encoded, judged, pad, seed, out, runtime, **more
         )
     if rank() == 0:
         for gap, weight in made.own.items():
@@ -113,6 +124,27 @@ def train(
         save_student(made, out, base=base.key)
         summary = metrics | {"dropped_rows": dropped, "trains": trains}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+
+
+def _encoded(
+    tokenizer: Any, rollouts: Rollouts | None, examples: Sequence[Example], *, max_length: int, context: int | None
+) -> tuple[list[Encoded], int]:
+    """The examples as tokens, and how many were dropped: those without a label within `max_length`; and those whose
+    rewriting prompt, where the teacher reads one, leaves no room for an answer in the model's context."""
+    if rollouts is None or (template := rollouts.rewrite) is None:
+        return encode_all(tokenizer, examples, max_length=max_length)
+
+    def shown(example: Example) -> str:
+        return rewriting_prompt(template, example.prompt, example.response)
+
+    rows, dropped = encode_all(tokenizer, examples, max_length=max_length, shown=shown)
+    longest = [max(row.supervised, min(rollouts.last, max_length - len(row.prompt))) for row in rows]
+    kept = [
+        row
+        for row, answer in zip(rows, longest, strict=True)
+        if context is None or len(row.shown) + answer <= context
+    ]
+    return kept, dropped + len(rows) - len(kept)
 
 
 def _require_rows(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
