@@ -17,7 +17,7 @@ from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_f
 from sddx.store import Inputs, Store
 
 # How a training is run, which changes its numbers by rounding alone and no key.
-HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices")
+HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices", "profile")
 # What decides whether an answer may be trained on, where that is not the data set's own check (selfdata.check).
 CHECKS = {
     name: {"_target_": f"sddx.data.checkers.{function}", "_partial_": True}

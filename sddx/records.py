@@ -98,6 +98,7 @@ class Units:
 
 
 CUT_FILE = "cut.json"  # in which stages keep a cut
+PROFILE_FILE = "profile.txt"  # of a training that was looked at
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
 from sddx.gguf.packaged import located
 from sddx.pipeline import Method, Run
+from sddx.records import PROFILE_FILE, Artifact
 from sddx.run_folder import CONFIG, SUMMARY, claimed
 from sddx.runtime import Runtime
 from sddx.stages.check import check_surroundings, precheck
@@ -42,6 +43,8 @@ from sddx.sweep.cells import is_cell, show
 from sddx.sweep.plan import Kept, Plan, describe
 from sddx.tiny.rehearse import announce
 from sddx.tracking import Tracked, Tracker, made, mark, open_tracker
+
+log = logging.getLogger(__name__)
 
 
 @sharing()
@@ -171,11 +174,24 @@ def recover(config: dict[str, Any], folder: Path) -> Path:
             runtime = replace(runtime, watch=partial(show, folder))
         recovery = Run(store, runtime, method(config))
         report = recovery.report
+        if config["trainer"].get("profile"):
+            _say_where(recovery.student)
         free_memory()  # the next cell of a sweep may run in this process
         about = {"name": config["run"]["name"], "store": str(store.root), "accepted_sources": store.accepted}
         summary = conclude(report, rewrites(recovery.rows[1:]), folder, about)
         tracker.summarise(flatten(summary))
     return folder / SUMMARY
+
+
+def _say_where(student: Artifact | None) -> None:
+    """Say where the profile of the training is, or why there is none."""
+    if student is not None and (profile := student.path / PROFILE_FILE).is_file():
+        log.info("Profile of the training: %s", profile)
+    else:
+        log.warning(
+            "trainer.profile=true: nothing was trained, so there is no profile. Where the store had the student "
+            "already, use another seed=..., or store=... of an empty folder."
+        )
 
 
 @contextmanager

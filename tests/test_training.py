@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from sddx.compression.compressed import compress
 from sddx.compression.remove import Removal
 from sddx.data.encode import Encoded
 from sddx.errors import UserError
-from sddx.records import Cut
+from sddx.records import PROFILE_FILE, Cut
 from sddx.runtime import Runtime
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 from sddx.training import batches
@@ -29,6 +30,7 @@ from sddx.training.fit import Fit
 from sddx.training.losses import cross_entropy, kl_teacher_student, squarehead, squarehead_token
 from sddx.training.module import Distiller, TrainingDiverged, cosine_with_warmup
 from sddx.training.objective import Distilled, Layerwise, Objective, Supervised
+from sddx.training.profiling import TRACE
 from sddx.training.tuning import full, lora
 
 CUT = Cut((0, 1, 3), 4)
@@ -113,6 +115,21 @@ def train(out: Path, *, tune: Any = ADAPTER, objective: Objective = SFT, dtype: 
 
 def weights(student: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in student.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(1, 1), (3, 2), (6, 3)])
+def test_a_profile_shows_where_the_time_goes_and_moves_nothing(tmp_path, caplog, steps, seen):
+    """A table and a trace beside the student, which is the one that is trained without; a resumed training too."""
+    settings = {"budget": "steps", "steps": steps}
+    plain, _ = train(tmp_path / "plain", **settings)
+    with caplog.at_level("INFO"):
+        looked_at, _ = train(tmp_path / "key.partial", profile=True, **settings)
+    assert all(torch.equal(value, weights(looked_at)[name]) for name, value in weights(plain).items())
+    table = (tmp_path / "key.partial" / PROFILE_FILE).read_text()
+    assert "Self CPU" in table and "aten::mm" in table
+    with gzip.open(tmp_path / "key.partial" / TRACE) as trace:
+        assert len({e["name"] for e in json.load(trace)["traceEvents"] if "ProfilerStep" in e["name"]}) == seen
+    assert str(tmp_path / "key" / PROFILE_FILE) in caplog.text and f"{seen} steps" in caplog.text
 
 
 # The order of examples and the budget

@@ -12,7 +12,7 @@ from torch import nn
 
 from sddx.errors import UserError
 from sddx.models.anatomy import bare, blocks, is_adapted
-from sddx.parallel.distributed import put_together, shard, world
+from sddx.parallel.distributed import put_together, rank, shard, world
 from sddx.records import Count, Cut, Natural, NonNegative, Positive, Share
 from sddx.runtime import Runtime
 from sddx.students.teacher import SeparateTeacher, Teacher
@@ -35,7 +35,8 @@ class Fit:
     gradient norm; precision `32` computes in the dtypes that the weights have, `bf16` is automatic mixed precision.
     The loss on the held-out rows is taken every `validate_every` steps (None: at the end only) and at the end; keep
     `best` goes back to the weights with the lowest. `gradient_checkpointing` computes each block again in the
-    backward pass instead of keeping what is inside it.
+    backward pass instead of keeping what is inside it. With `profile` a few steps are looked at by torch's profiler
+    (`profiling.Profile`).
 
     With strategy `ddp` and `fsdp` this is called in each of `devices` processes (`launch.launch`), which share out
     the micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
@@ -62,6 +63,7 @@ class Fit:
     strategy: Literal["single", "ddp", "fsdp"] = "single"
     devices: Count = 1
     gradient_checkpointing: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if not getattr(self, counted := COUNTED[self.budget]):
@@ -114,6 +116,7 @@ class Fit:
         """
         from sddx.training.callbacks import Metrics, Resume, Validation
         from sddx.training.loop import run
+        from sddx.training.profiling import Profile
 
         if self.keep == "best" and not rows_validation:
             raise UserError("trainer.keep=best chooses by held-out rows, and there are none: use keep=last")
@@ -129,7 +132,8 @@ class Fit:
         resume = Resume(out / "resume" / "last.ckpt", self.checkpoint_every)
         student.train()
         loader = StepLoader(rows_train, planned, pad_id)
-        run(module, loader, [metrics, validation, resume], runtime, str(self.precision), out)
+        looking = [Profile(out, len(planned))] if self.profile and rank() == 0 else []
+        run(module, loader, [metrics, *looking, validation, resume], runtime, str(self.precision), out)
         student.eval()
         validation.restore_best(module)
         put_together(student, frozen=not is_adapted(student))
