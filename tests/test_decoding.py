@@ -116,7 +116,7 @@ def test_samples_are_those_of_generate(settings: dict[str, Any], monkeypatch: py
     """The same uniform numbers choose the same tokens, wherever a row stands."""
     assert is_batchable(tiny_llama(), 64)
     ours = talkative()(PROMPTS * 2, **settings)
-    monkeypatch.setattr(selfdata, "is_batchable", lambda *_: False)
+    monkeypatch.setattr("sddx.models.decoding.is_batchable", lambda *_: False)
     assert talkative()(PROMPTS * 2, **settings) == ours
 
 
