@@ -43,15 +43,18 @@ BATCH, LENGTH, RATE = 8, 256, 1e-4
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TERMS = {
     "sft": {},
+    "packed": {},  # the same in packed rows
     "kd": {"kl": Distilled(loss=losses.kl_teacher_student)},
     "squarehead": {"squarehead": Layerwise(loss=losses.squarehead)},
 }
-OURS = ("bare", "sft", "kd", "squarehead", "bare_mixed", "sft_mixed")
+OURS = ("bare", "sft", "kd", "squarehead", "bare_mixed", "sft_mixed", "packed_mixed")
 PEERS = ("trl_sft", "trl_kd", "trl_gkd")
 # By name: which figure of which case over which other one.
 FIGURES = {
     "sft_over_bare": ("rate", "sft", "bare"),
     "sft_over_bare_mixed": ("rate", "sft_mixed", "bare_mixed"),
+    "packed_over_padded_mixed": ("rate", "packed_mixed", "sft_mixed"),
+    "packed_memory_mixed": ("memory", "packed_mixed", "sft_mixed"),
     "sft_over_trl": ("rate", "sft", "trl_sft"),
     "sft_over_trl_memory": ("memory", "sft", "trl_sft"),
     "kd_time": ("seconds", "kd", "sft"),
@@ -106,10 +109,11 @@ def sddx(case: str, folder: Path, dtype: str, rows: list[Encoded], steps: int, t
     """Trains by an arm's terms; gives the tokens of all steps but the first."""
     made = student_of(folder, dtype)
     terms = {"cross_entropy": Supervised(loss=losses.cross_entropy), **TERMS[case]}
-    teacher = SharedTeacher(made) if case != "sft" else None
+    teacher = SharedTeacher(made) if TERMS[case] else None
     if teacher is None:
         made.whole = {}
-    fit = Fit(budget="steps", steps=steps, batch_size=BATCH, learning_rate=RATE, log_every=1)
+    settings = {"budget": "steps", "steps": steps, "batch_size": BATCH, "learning_rate": RATE, "log_every": 1}
+    fit = Fit(**settings, packing=case == "packed")
     runtime = Runtime(quiet=True, log=lambda row: tick())
     with tempfile.TemporaryDirectory() as out:
         fit(

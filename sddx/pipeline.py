@@ -385,8 +385,10 @@ def _longer(trainer: Node, times: int) -> Node:
 
 
 def _learned(trainer: Node) -> Node:
-    """The settings of a training that decide what is learned, of the numbers of its budgets the one that counts."""
+    """The settings of a training that decide what is learned, of the numbers of its budgets the one that counts.
+    Dropout draws otherwise over packed rows."""
     from sddx.training.batches import COUNTED
 
     idle = set(COUNTED.values()) - {COUNTED.get(trainer.get("budget", ""))}
+    idle |= set() if trainer.get("packing") else {"packing"}
     return _left(trainer, (*HOW_RUN, *idle))

@@ -241,6 +241,20 @@ class Batch:
         """What a teacher reads of these rows."""
         return self
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model reads of these rows, by name."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """The tokens and the labels of each row, without padding."""
+        lengths = self.attention_mask.sum(1).tolist()
+        return [
+            (ids[:length], labels[:length])
+            for ids, labels, length in zip(self.input_ids.tolist(), self.labels.tolist(), lengths, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Guided(Batch):
@@ -256,3 +270,27 @@ class Guided(Batch):
     def for_teacher(self) -> Batch:
         """What a teacher reads of these rows."""
         return self.shown
+
+
+@dataclass(frozen=True)
+class Packed(Batch):
+    """Rows one after the other in a flat one, [1, tokens], without padding: `position_ids` begin at 0 again with
+    each of them."""
+
+    position_ids: torch.Tensor
+
+    def to(self, device: Any) -> Packed:
+        """The same rows on another device."""
+        return Packed(**vars(super().to(device)), position_ids=self.position_ids.to(device))
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model reads of these rows, by name."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+
+    @property
+    def rows(self) -> list[tuple[list[int], list[int]]]:
+        """The tokens and the labels of each row."""
+        begins = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        ids, labels = self.input_ids[0].tolist(), self.labels[0].tolist()
+        return [(ids[a:b], labels[a:b]) for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]

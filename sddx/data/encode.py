@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from sddx.errors import UserError
-from sddx.records import Batch, Example, Guided
+from sddx.records import Batch, Example, Guided, Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -314,6 +314,16 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     if not rows[0].shown:
         return batch
     return Guided(**vars(batch), shown=collate([row.for_teacher() for row in rows], pad_id))
+
+
+def pack(rows: Sequence[Encoded]) -> Packed:
+    """Rows one after the other in a flat one: [1, tokens]. The last token of a row has no label, so that no row
+    predicts the next."""
+    ids, labels, positions = (
+        torch.tensor([[each for row in rows for each in of(row)]])
+        for of in (lambda row: row.input_ids, lambda row: row.labels, lambda row: range(len(row.input_ids)))
+    )
+    return Packed(ids, torch.ones_like(ids), labels, positions)
 
 
 def text_batches(

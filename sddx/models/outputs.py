@@ -149,17 +149,26 @@ def require_own_head(model: Any) -> None:
         )
 
 
-def run(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, states: bool = False) -> Outputs:
+def run(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    position_ids: torch.Tensor | None = None,
+    states: bool = False,
+) -> Outputs:
     """One pass through the body, without the head and without a cache; gradients flow.
 
-    `input_ids` and `attention_mask` are [batch, time]. `outputs.head(outputs.hidden)` equals the model's own
-    logits exactly. With `states`, the output of every block is kept, the last one after the final norm
+    `input_ids` and `attention_mask` are [batch, time]; of texts in one flat row there are `position_ids` instead of
+    a mask, [1, time], which begin at 0 with each (`models.varlen`). `outputs.head(outputs.hidden)` equals the
+    model's own logits exactly. With `states`, the output of every block is kept, the last one after the final norm
     (SquareHead's convention, 2310.06927).
     """
     body = decoder(model)
+    places = {"attention_mask": attention_mask} if position_ids is None else {"position_ids": position_ids}
     watched: Any = block_states(model) if states else nullcontext([])
     with watched as seen:
-        hidden = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = body(input_ids=input_ids, **places, use_cache=False).last_hidden_state
     inner = (*seen[1:-1], hidden) if states else ()
     return Outputs(hidden, head_of(model), inner, _head_weights(model) if torch.is_grad_enabled() else ())
 

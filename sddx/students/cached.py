@@ -102,7 +102,7 @@ class CachedTeacher:
         distributions of such numbers. Raises ValueError for states, which no capture has."""
         if states:
             raise ValueError("a captured teacher has no hidden states")
-        device, places = batch.labels.device, [self._found(*row) for row in _rows(batch)]
+        device, places = batch.labels.device, [self._found(*row) for row in batch.rows]
         read = [[file[p.first : p.first + p.count] for file in self.files[p.folder]] for p in places]
         ids, logs = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*read, strict=True))
         labelled = batch.labels != -100
@@ -118,13 +118,6 @@ class CachedTeacher:
         if place := self.places.get(row_key(input_ids, labels)):
             return place
         raise UserError("a row of this batch is not among those that the teacher was captured on (teacher_cache)")
-
-
-def _rows(batch: Batch) -> Iterable[tuple[list[int], list[int]]]:
-    """The tokens and labels of each row, without the padding on its right."""
-    parts = (part.tolist() for part in (batch.input_ids, batch.labels, batch.attention_mask))
-    for ids, labels, mask in zip(*parts, strict=True):
-        yield ids[: sum(mask)], labels[: sum(mask)]
 
 
 def _require_same(folder: Path, captured: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

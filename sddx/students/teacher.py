@@ -80,7 +80,7 @@ class SharedTeacher:
     def __call__(self, batch: Batch, *, states: bool = False) -> Outputs:
         """The unpruned model's outputs, without gradients. The head stays valid after the pass."""
         with torch.no_grad(), self.unpruned():
-            outputs = run(self.student, batch.input_ids, batch.attention_mask, states=states)
+            outputs = run(self.student, **batch.inputs, states=states)
             projection: Any = head(self.student)
             # An adapter on the head itself hides the frozen projection inside.
             frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
@@ -138,7 +138,7 @@ class SeparateTeacher:
     def __call__(self, batch: Batch, *, states: bool = False) -> Outputs:
         """The teacher's outputs, without gradients."""
         with torch.no_grad():
-            return run(self.model, batch.input_ids, batch.attention_mask, states=states)
+            return run(self.model, **batch.inputs, states=states)
 
 
 def check_vocabularies(student_config: Any, teacher_config: Any) -> None:

@@ -106,7 +106,7 @@ class StepLoader:
     epoch). The whole training is one pass over the plan, so a position is all there is to remember.
     """
 
-    def __init__(self, rows: Sequence[Encoded], steps: Sequence[Step], pad_id: int) -> None:
+    def __init__(self, rows: Sequence[Encoded], steps: Sequence[Step], pad_id: int | None) -> None:
         self.rows, self.steps, self.pad_id, self.position = rows, steps, pad_id, 0
 
     def __len__(self) -> int:
@@ -127,11 +127,12 @@ class StepLoader:
         self.position = state["position"]
 
 
-def micro_batches(rows: Sequence[Encoded], step: Step, pad_id: int) -> list[Batch]:
-    """The padded tensors of a step."""
-    from sddx.data.encode import collate
+def micro_batches(rows: Sequence[Encoded], step: Step, pad_id: int | None) -> list[Batch]:
+    """The tensors of a step, padded, or without a `pad_id` packed."""
+    from sddx.data.encode import collate, pack
 
-    return [collate([rows[row] for row in part], pad_id) for part in step.micro_batches]
+    parts = [[rows[row] for row in part] for part in step.micro_batches]
+    return [pack(part) if pad_id is None else collate(part, pad_id) for part in parts]
 
 
 def _until(rows: Sequence[Encoded], members: list[int], wanted: int) -> list[int]:

@@ -79,7 +79,7 @@ class Validation(lightning.Callback):
         self,
         rows: Sequence[Encoded],
         step: Step,
-        pad_id: int,
+        pad_id: int | None,
         runtime: Runtime,
         every: int | None,
         best: bool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +36,10 @@ class Fit:
     gradient norm; precision `32` computes in the dtypes that the weights have, `bf16` is automatic mixed precision.
     The loss on the held-out rows is taken every `validate_every` steps (None: at the end only) and at the end; keep
     `best` goes back to the weights with the lowest. `gradient_checkpointing` computes each block again in the
-    backward pass instead of keeping what is inside it. With `profile` a few steps are looked at by torch's profiler
-    (`profiling.Profile`).
+    backward pass instead of keeping what is inside it. With `packing` the rows of a micro-batch stand in one flat
+    row and attend each within itself, so that nothing is padded, which changes numbers by rounding and by what
+    dropout draws; for models of which `trial.require_packable` holds. With `profile` a few steps are looked at by
+    torch's profiler (`profiling.Profile`).
 
     With strategy `ddp` and `fsdp` this is called in each of `devices` processes (`launch.launch`), which share out
     the micro-batches of every step; numbers differ from those of one process by rounding alone. With `ddp` each has
@@ -64,6 +67,7 @@ class Fit:
     devices: Count = 1
     gradient_checkpointing: bool = False
     profile: bool = False
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if not getattr(self, counted := COUNTED[self.budget]):
@@ -128,12 +132,14 @@ class Fit:
         metrics = Metrics(runtime, planned, self.log_every)
         held_out = Step.of(rows_validation, range(len(rows_validation)), self.batch_size)
         best = self.keep == "best"
-        validation = Validation(rows_validation, held_out, pad_id, runtime, self.validate_every, best)
+        padding = None if self.packing else pad_id
+        validation = Validation(rows_validation, held_out, padding, runtime, self.validate_every, best)
         resume = Resume(out / "resume" / "last.ckpt", self.checkpoint_every)
         student.train()
-        loader = StepLoader(rows_train, planned, pad_id)
+        loader = StepLoader(rows_train, planned, padding)
         looking = [Profile(out, len(planned))] if self.profile and rank() == 0 else []
-        run(module, loader, [metrics, *looking, validation, resume], runtime, str(self.precision), out)
+        with self._attending(student, teacher):
+            run(module, loader, [metrics, *looking, validation, resume], runtime, str(self.precision), out)
         student.eval()
         validation.restore_best(module)
         put_together(student, frozen=not is_adapted(student))
@@ -189,6 +195,13 @@ class Fit:
             head_chunk=self.head_chunk,
             writer=writer,
         )
+
+    def _attending(self, student: Any, teacher: Any) -> AbstractContextManager[None]:
+        """Packed rows attend each within itself."""
+        from sddx.models.varlen import varlen
+
+        copies = [teacher.model] if isinstance(teacher, SeparateTeacher) else []
+        return varlen(student, *copies) if self.packing else nullcontext()
 
     def _place(self, module: Distiller, student: Any, teacher: Any, device: torch.device) -> None:
         """Blocks that compute again, and weights in shards, where that was asked for."""

@@ -79,7 +79,7 @@ class Distiller(lightning.LightningModule):
         if self.teacher is not None and objective.needs_teacher:
             # First: where it shares the student's weights it must be done before a graph exists.
             teacher = self.teacher(batch.for_teacher, states=objective.needs_states)
-        student = run(self.student, batch.input_ids, batch.attention_mask, states=objective.needs_states)
+        student = run(self.student, **batch.inputs, states=objective.needs_states)
         losses: list[Tensor] = []
         values: dict[str, Tensor] = {}
         if terms := objective.token_terms:

@@ -35,6 +35,8 @@ def of_model(method: Settings, model: LocalModel) -> list[Check]:
         checks.append(lambda: require_adapter(model.bare(), **only(tuning, ADAPTER)))
     if method["teacher"]:
         checks.append(lambda: _check_teacher(method, model.config))
+    if method["loss"]["terms"] and method["trainer"].get("packing"):
+        checks.append(lambda: _check_packing(method, model))
     return checks
 
 
@@ -90,6 +92,11 @@ def _check_rollouts(method: Settings) -> None:
         wrong.append(
             "the student writes while it is trained, token by token, and with trainer.strategy=fsdp its weights "
             "would be gathered for each. Use trainer.strategy=ddp, or single."
+        )
+    if trainer.get("packing"):
+        wrong.append(
+            "trainer.packing=true packs the rows of the data set, and with loss.rollouts the student writes others "
+            "while it is trained. Set trainer.packing=false."
         )
     if wrong:
         raise UserError(*wrong)
@@ -151,3 +158,13 @@ def _check_teacher(method: Settings, config: Any) -> None:
     folder = locate(method["teacher"])[0]
     require_comparable(build(method["loss"]), config, text_config(folder))
     require_loadable(folder, method["model"]["attention"])
+
+
+def _check_packing(method: Settings, model: LocalModel) -> None:
+    """Rows in one do not see one another, in the model and in another teacher. Raises UserError."""
+    from sddx.models.load import locate, text_config
+    from sddx.training.trial import require_packable
+
+    teachers = [text_config(locate(method["teacher"])[0])] if method["teacher"] else []
+    for config in (model.config, *teachers):
+        require_packable(config, model.attention)
