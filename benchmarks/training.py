@@ -30,24 +30,32 @@ from sddx.compression.compressed import Compressed, compress
 from sddx.compression.remove import Removal
 from sddx.data.encode import Encoded, collate
 from sddx.models.load import DTYPES, load_model
+from sddx.models.outputs import run
 from sddx.records import Cut
 from sddx.runtime import Runtime
-from sddx.students.teacher import SharedTeacher
+from sddx.students.cached import MANIFEST, CachedTeacher, Writer, row_key
+from sddx.students.teacher import SharedTeacher, Teacher
 from sddx.training import losses
 from sddx.training.batches import plan
+from sddx.training.coarse import likeliest
 from sddx.training.fit import Fit
 from sddx.training.objective import Distilled, Layerwise, Objective, Supervised
 from sddx.training.tuning import lora
 
 BATCH, LENGTH, RATE = 8, 256, 1e-4
+KEPT = 64  # tokens that a captured teacher keeps
+ORIGIN = dict.fromkeys(("model", "tokenizer", "template", "vocabulary", "k", "max_length"), 0) | {
+    "temperature": 1.0
+}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TERMS = {
     "sft": {},
     "packed": {},  # the same in packed rows
     "kd": {"kl": Distilled(loss=losses.kl_teacher_student)},
+    "cached": {"kl": Distilled(loss=losses.kl_teacher_student)},
     "squarehead": {"squarehead": Layerwise(loss=losses.squarehead)},
 }
-OURS = ("bare", "sft", "kd", "squarehead", "bare_mixed", "sft_mixed", "packed_mixed")
+OURS = ("bare", "sft", "kd", "squarehead", "cached", "bare_mixed", "sft_mixed", "packed_mixed")
 PEERS = ("trl_sft", "trl_kd", "trl_gkd")
 # By name: which figure of which case over which other one.
 FIGURES = {
@@ -61,6 +69,8 @@ FIGURES = {
     "kd_memory": ("memory", "kd", "sft"),
     "kd_over_trl": ("rate", "kd", "trl_kd"),
     "kd_over_gkd": ("rate", "kd", "trl_gkd"),
+    "cached_time": ("seconds", "cached", "sft"),
+    "cached_memory": ("memory", "cached", "sft"),
     "squarehead_time": ("seconds", "squarehead", "sft"),
     "squarehead_memory": ("memory", "squarehead", "sft"),
 }
@@ -105,13 +115,34 @@ def student_of(folder: Path, dtype: str) -> Compressed:
     return made
 
 
-def sddx(case: str, folder: Path, dtype: str, rows: list[Encoded], steps: int, tick: Callable[[], None]) -> int:
+def captured(folder: Path, dtype: str, rows: list[Encoded], out: Path) -> None:
+    """The unpruned model's likeliest tokens on all rows, as `teacher_cache` keeps them."""
+    out.mkdir()
+    model = load_model(folder, dtype=dtype).eval()
+    writer = Writer(out, [row.supervised for row in rows], KEPT, KEPT + 1)
+    with torch.no_grad():
+        for number, row in enumerate(rows):
+            batch = collate([row], 0)
+            outputs = run(model, batch.input_ids, batch.attention_mask)
+            writer.put([number], likeliest(outputs.head(outputs.hidden[batch.labels != -100]), KEPT, 1.0))
+    keys = [[row_key(row.input_ids, row.labels), row.supervised] for row in rows]
+    (out / MANIFEST).write_text(json.dumps({"origin": ORIGIN, "rows": keys}))
+
+
+def teacher_of(case: str, made: Compressed, capture: Path) -> Teacher | None:
+    """In the student's weights, on disk, or none."""
+    if case in ("kd", "squarehead"):
+        return SharedTeacher(made)
+    made.whole = {}
+    return CachedTeacher([capture], ORIGIN) if case == "cached" else None
+
+
+def sddx(case: str, spec: dict[str, Any], rows: list[Encoded], tick: Callable[[], None]) -> int:
     """Trains by an arm's terms; gives the tokens of all steps but the first."""
-    made = student_of(folder, dtype)
+    steps = spec["steps"]
+    made = student_of(Path(spec["teacher"]), spec["dtype"])
+    teacher = teacher_of(case, made, Path(spec["capture"]))
     terms = {"cross_entropy": Supervised(loss=losses.cross_entropy), **TERMS[case]}
-    teacher = SharedTeacher(made) if TERMS[case] else None
-    if teacher is None:
-        made.whole = {}
     settings = {"budget": "steps", "steps": steps, "batch_size": BATCH, "learning_rate": RATE, "log_every": 1}
     fit = Fit(**settings, packing=case == "packed")
     runtime = Runtime(quiet=True, log=lambda row: tick())
@@ -131,12 +162,12 @@ def sddx(case: str, folder: Path, dtype: str, rows: list[Encoded], steps: int, t
     return sum(step.totals.attended for step in plan(rows, 0, batch_size=BATCH, budget="steps", steps=steps)[1:])
 
 
-def bare(folder: Path, dtype: str, rows: list[Encoded], steps: int, tick: Callable[[], None]) -> int:
+def bare(spec: dict[str, Any], rows: list[Encoded], tick: Callable[[], None]) -> int:
     """The shortest loop that trains: rows as they come, whole logits, mean loss, clip, step."""
-    model = student_of(folder, dtype).model.train()
+    model = student_of(Path(spec["teacher"]), spec["dtype"]).model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=RATE, fused=True)
-    for start in range(0, steps * BATCH, BATCH):
+    for start in range(0, len(rows), BATCH):
         batch = collate(rows[start : start + BATCH], 0)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
@@ -150,11 +181,10 @@ def bare(folder: Path, dtype: str, rows: list[Encoded], steps: int, tick: Callab
 
 def measured(case: str, spec: dict[str, Any]) -> dict[str, float]:
     """Seconds and tokens of all steps but the first, and the peak memory of this process in MiB."""
-    folder, dtype, steps = Path(spec["teacher"]), spec["dtype"], spec["steps"]
     rows, now, ticks = encoded(spec["rows"]), CLOCKS[spec["clock"]], list[float]()
     arm = case.removesuffix("_mixed")
     trained = bare if arm == "bare" else partial(sddx, arm)
-    tokens = trained(folder, dtype, rows, steps, lambda: ticks.append(now()))
+    tokens = trained(spec, rows, lambda: ticks.append(now()))
     return {"seconds": ticks[-1] - ticks[0], "tokens": tokens, "memory": peak()}
 
 
@@ -200,6 +230,9 @@ def prepared(asked: argparse.Namespace, room: Path) -> dict[str, Path]:
         spec = {"teacher": str(model), "student": str(room / "student"), "vocabulary": vocabulary, "batch": BATCH}
         spec |= {"rate": RATE, "dtype": asked.dtype, "steps": asked.steps, "clock": asked.clock}
         spec["rows"] = rows_of(vocabulary, asked.steps, kind == "mixed")
+        spec["capture"] = str(room / f"capture_{kind}")
+        if "cached" in asked.cases and kind == "fixed":
+            captured(model, asked.dtype, encoded(spec["rows"]), Path(spec["capture"]))
         specs[kind] = room / f"{kind}.json"
         specs[kind].write_text(json.dumps(spec))
     return specs
