@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from sddx.config.build import Called, Node, only
 from sddx.errors import UserError
 from sddx.files.lines import lines
-from sddx.records import CUT_FILE, Artifact, Count, Cut, Natural, Seed, Subject
+from sddx.records import CUT_FILE, SHARES_FILE, Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
 from sddx.stages.folders import stage
 from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_files
@@ -234,11 +234,24 @@ class Run:
         return Artifact("train", key, run.trained)
 
     @cached_property
+    def shares(self) -> Artifact | None:
+        """How much of either parent each block of the merged model takes, where that is searched for."""
+        merging = self.method.merging or {}
+        if not (search := merging.get("search")):
+            return None
+        evaluation = _left(search["evaluation"], ("vllm",))
+        inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, **self.compressions}
+        inputs["files"] = read_by(self.store, evaluation)
+        spec: Node = {"method": merging["method"], "search": search["by"]}
+        return self._make("shares", inputs, evaluation=keyed_rows(self.store, evaluation), **spec, **self.loading)
+
+    @cached_property
     def merged(self) -> Artifact | None:
         """What the parents become."""
         if self.method.merging is None:
             return None
         inputs: Inputs = {"base": self.base, "cut": self.cut, "students": self.parents, **self.compressions}
+        inputs["shares"] = self.store.by_content(self.shares, SHARES_FILE) if self.shares else None
         return self._make("merge", inputs, method=self.method.merging["method"], **self.loading)
 
     @cached_property
@@ -359,7 +372,8 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        for name in ("rows", "captured", "student", "merged", "drafts", "drifts", "written", "overlap"):
+        late = ("rows", "captured", "student", "shares", "merged", "drafts", "drifts", "written", "overlap")
+        for name in late:
             yield name, getattr(self, name)
 
     def _make(self, name: str, inputs: Inputs, **spec: Any) -> Artifact:

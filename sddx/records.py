@@ -98,6 +98,7 @@ class Units:
 
 
 CUT_FILE = "cut.json"  # in which stages keep a cut
+SHARES_FILE = "shares.json"  # how much of the second of two students each block of a merge takes
 PROFILE_FILE = "profile.txt"  # of a training that was looked at
 
 

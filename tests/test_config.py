@@ -37,6 +37,7 @@ ADDED = {
     "experiment": "+experiment",
     "rehearse": "+rehearse",
     "merging": "+merging",
+    "merging/search": "+merging/search",
     "speculation": "+speculation",
     "drift": "+drift",
     "loss/term": "+loss/term@loss.terms.one_more",
@@ -50,6 +51,10 @@ OWED = {
     **{
         ("merging", path.stem): ["merging.students=['seed=0','seed=1']"]
         for path in (CONF / "merging").glob("*.yaml")
+    },
+    **{
+        ("merging/search", path.stem): ["+merging=slerp", "merging.students=['seed=0','seed=1']"]
+        for path in (CONF / "merging" / "search").glob("*.yaml")
     },
 }
 

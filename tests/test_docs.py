@@ -54,7 +54,7 @@ def test_every_command_has_its_line() -> None:
     [
         ("commands", "model pruning/patch dataset loss tuning generation trainer evaluation"),
         ("pruning", "pruning"),
-        ("merging", "merging"),
+        ("merging", "merging merging/search"),
         ("drafts", "speculation"),
         ("drift", "drift"),
         ("sweeps", "sweeps hydra/launcher"),

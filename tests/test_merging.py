@@ -310,11 +310,6 @@ def test_a_plan_counts_what_the_students_take_once() -> None:
     assert found["train"] == found["evaluate recovered"] == 2 and found["evaluate merged"] == 1
 
 
-def test_a_rehearsal_does_not_merge() -> None:
-    with composed(*MERGED, "+rehearse=cpu") as cfg, pytest.raises(UserError, match="no stand-ins for merging"):
-        resolve(cfg)
-
-
 def test_the_models_of_students_are_found_as_that_of_the_run() -> None:
     """`model.dtype=auto` is the files' own in all of them, so that they are of one base."""
     with composed(*MERGED, "model.dtype=auto") as cfg:

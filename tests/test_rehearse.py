@@ -111,3 +111,24 @@ def test_the_stand_in_has_the_models_depth_and_kinds(store: Path) -> None:
     assert made.layer_types == true.layer_types
     written = Path(config["model"]["path"]).stat().st_mtime_ns
     assert Path(rehearsed("qwen3_8b_30L", store)[1]["model"]["path"]).stat().st_mtime_ns == written
+
+
+MERGED = ("loss=sft", "+merging=slerp", "merging.students=['dataset=alpaca','seed=1']", *FEWER)
+
+
+def test_a_merge_is_rehearsed_with_its_students_and_its_search(store: Path, tmp_path: Path) -> None:
+    """Each student has the run's stand-ins and rows of its own; all of them are trained, merged and evaluated."""
+    searched = ("+merging/search=slopes", "merging.search.by.levels=[0.4]", "merging.search.by.slopes=[0.2]")
+    plain, config = rehearsed("smollm2_26L", store, *MERGED, *searched)
+    one, two = config["merging"]["students"]
+    assert one["model"] == two["model"] == config["model"] != plain["model"]
+    assert (one["dataset"]["skill"], two["dataset"]["skill"]) == ("arithmetic", "comparison")
+    assert (one["seed"], two["seed"]) == (plain["seed"], 1)
+    summary = json.loads(run(config, tmp_path / "run").read_text())
+    assert [each["role"] for each in summary["subjects"]] == ["reference", "cut", "student", "parent", "merged"]
+    assert len(summary["searched"]["candidates"]) == 2 and len(summary["searched"]["shares"]) == 26
+
+
+def test_a_finished_student_is_not_rehearsed(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a finished run's folder, whose student is of no stand-in"):
+        rehearsed("smollm2_26L", store, *MERGED, f"merging.students=['seed=0','{tmp_path}']")

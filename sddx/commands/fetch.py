@@ -89,11 +89,13 @@ def merged(asked: Iterable[Wanted]) -> list[Wanted]:
 
 
 def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """The data sets of all tasks that are evaluated or that a metric looks at."""
+    """The data sets of all tasks that are evaluated, that a metric looks at or that a merge is chosen by."""
     from sddx.evaluation.task_data import task_datasets
 
     value = (config["pruning"].get("metric") or {}).get("value")
+    search = (config.get("merging") or {}).get("search")
     nodes = [config["evaluation"], *([value] if isinstance(value, dict) and "tasks" in value else [])]
+    nodes += [search["evaluation"]] if search else []
     asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in nodes]
     return [pair for each in asked for pair in task_datasets(*each)]
 

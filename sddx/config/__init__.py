@@ -92,9 +92,7 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the stand-ins of its rehearsal in it. Raises UserError for one that merges students."""
-    if config.get("merging"):
-        raise UserError("A rehearsal has no stand-ins for merging. Rehearse the students' runs, each by itself.")
+    """A configuration with the stand-ins of its rehearsal in it."""
     node = config["rehearse"]
     raise_for([*no_node("rehearse", node), *_walk("rehearse", node)])
     return build(node)(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, 
     if isinstance(run, str) and Path(run).expanduser().exists():
         return run
     asked = shlex.split(run) if isinstance(run, str) else [str(each) for each in run]
-    shared = [each for each in HydraConfig.get().overrides.task if _key(each) not in APART]
+    shared = [each for each in HydraConfig.get().overrides.task if not _is_apart(each)]
     try:
         composed = compose(job, overrides=[*shared, *asked])
     except HydraException as error:
@@ -39,5 +40,7 @@ def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, 
     return {name: settings[name] for name in own if name in settings} | {"choices": {}}
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+def _is_apart(override: str) -> bool:
+    """Whether a group or the place where it is put is not shared: `+merging/search=x`, `a@merging.search.b=x`."""
+    places = override.lstrip("+~").partition("=")[0].split("@")
+    return any(re.split("[./]", place)[0] in APART for place in places)

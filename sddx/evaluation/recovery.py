@@ -135,6 +135,13 @@ def _average(scores: Scores, weights: Mapping[str, float]) -> float:
     return macro_average({task: scores[task] for task in weights}, weights)
 
 
+def average(records: Mapping[str, Mapping[str, Any]]) -> float:
+    """The macro average of what a model scored, by the records of its tasks (`evaluate`)."""
+    judged = {task: record for task, record in records.items() if not record["apart"]}
+    scores = {task: [sample["score"] for sample in record["samples"]] for task, record in judged.items()}
+    return _average(scores, task_weights(list(judged), {task: each["part_of"] for task, each in judged.items()}))
+
+
 def _divide(numerator: float, denominator: float) -> float | None:
     # A difference of equal averages can leave rounding dust, which must not pass for a denominator.
     return numerator / denominator if abs(denominator) > 1e-12 else None

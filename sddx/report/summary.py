@@ -37,6 +37,7 @@ class RunArtifacts:
     rows: Sequence[Artifact] = ()
     captured: Sequence[Artifact] = ()
     student: Artifact | None = None
+    shares: Artifact | None = None
     merged: Artifact | None = None
     prompts: Sequence[str] = ()
     drafts: Sequence[Artifact] = ()
@@ -64,7 +65,7 @@ class RunArtifacts:
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
-        late = {"train": self.student, "merge": self.merged, "written": self.written}
+        late = {"train": self.student, "shares": self.shares, "merge": self.merged, "written": self.written}
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
         late |= {f"draft_{'_'.join(pair)}".removesuffix("_dataset"): made for pair, made in self.drafted.items()}
         late |= {f"drift_{name}": made for name, made in self.drifted.items()}
@@ -164,6 +165,7 @@ def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
         "dropped_rows": training.get("dropped_rows", 0),
         "captured": _captured(artifacts.captured[1:]),
         "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,
+        "searched": _read(artifacts.shares, "search.json") if artifacts.shares else None,
         "drafts": _drafts(artifacts),
         "drift": {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()},
         "written": _read(artifacts.written, "written.json") if artifacts.written else None,

@@ -95,6 +95,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("cache, bytes a token", _parameters(summary.get("cache_bytes"))),
         ("update left unexplained by", _shares(summary.get("patch_unexplained") or {})),
         ("merged", _ways((summary.get("merged") or {}).get("ways", {}))),
+        ("merged by block", _searched(summary.get("searched"))),
         *_drafts(summary.get("drafts") or {}),
         ("drafts were timed on", _timed(summary.get("drafts") or {})),
         *_drift(summary.get("drift") or {}),
@@ -115,6 +116,17 @@ def _ways(tensors: Mapping[str, int]) -> str:
     """How many tensors of a merged model took which way."""
     words = {"arc": "along an arc", "line": "along a line", "parent": "as one student has them"}
     return f"{', '.join(f'{n} {words[way]}' for way, n in tensors.items())} (tensors)" if tensors else ABSENT
+
+
+def _searched(search: Mapping[str, Any] | None) -> str:
+    """The shares of the second student that a search chose, and what it chose by."""
+    if not search:
+        return ABSENT
+    shares = " ".join(f"{share:.2g}" for share in search["shares"])
+    return (
+        f"shares of the second student {shares}: {percent(search['score'])} on selection items, the plain merge "
+        f"{percent(search['plain'])}, best of {len(search['candidates'])}"
+    )
 
 
 def _drafts(drafts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ STAGES = (
     "distill",
     "capture",
     "train",
+    "shares",
     "merge",
     "draft",
     "drift",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sddx.errors import UserError
 from sddx.records import Count
 from sddx.store import default_root
 from sddx.store.digest import digest
 
 TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
+SKILLS = ("arithmetic", "comparison")  # of the rows of a run, and of every other student that it merges
+TRAINED = {"budget": "examples", "epochs": 1}
 
 FEWER = 64  # tokens that are captured of a teacher at most: a stand-in's vocabulary is small
 
@@ -34,17 +38,12 @@ def small(
     world = {"_target_": "sddx.tiny.data.conversations", "size": texts}
     replaced = {
         "model": {**config["model"], "path": str(folder), "revision": None, "dimensions": None},
-        "dataset": _rows(dataset, rows),
+        "dataset": _rows(dataset, rows, SKILLS[0]),
         "calibration": {**world, "split": "calibration", "seed": 0},
         "text": {**world, "split": "text", "seed": 1},
-        "evaluation": {
-            **evaluation, "tasks": TASKS, "include": None, "shots": None, "primary": None, "chance": None,
-            "limit": items, "split": None, "max_new_tokens": new_tokens,
-            **{name: None for name in ("data_dir", "side", "cluster") if name in evaluation},
-            **({"apart": []} if "apart" in evaluation else {}),
-        },
+        "evaluation": _evaluation(evaluation, TASKS, items, new_tokens),
         "generation": {**generation, "max_new_tokens": new_tokens},
-        "trainer": {**config["trainer"], "budget": "examples", "epochs": 1},
+        "trainer": {**config["trainer"], **TRAINED},
         "validation": held_out,
         "choices": {**choices, "size": rows, **{n: f"{choices[n]}, rehearsed" for n in ("model", "dataset")}},
         "teacher": None,
@@ -73,19 +72,59 @@ def small(
     if (k := config["teacher_cache"]) and k > FEWER:
         replaced["teacher_cache"] = FEWER
         said.append(f"tokens captured of the teacher: {k} by {FEWER}")
-    if asked := config["loss"].get("rollouts"):
-        longest = {name: min(asked.get(name) or new_tokens, new_tokens) for name in ("first", "last")}
-        replaced["loss"] = {**config["loss"], "rollouts": {**asked, **longest}}
+    if config["loss"].get("rollouts"):
+        replaced["loss"] = _loss(config["loss"], new_tokens)
         said.append(f"rollouts: at most {new_tokens} tokens")
+    if asked := config.get("merging"):
+        replaced["merging"] = _merging(asked, replaced, rows, items, new_tokens)
+        said.append(f"merged: rows of each student by {rows} of {' and '.join(SKILLS)} in turn")
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}
 
 
-def _rows(dataset: dict[str, Any], rows: int) -> dict[str, Any]:
+def _rows(dataset: dict[str, Any], rows: int, skill: str) -> dict[str, Any]:
     kept = {name: dataset[name] for name in ("seed", "check", "rewrite")}
-    source = {"_target_": "sddx.tiny.data.dataset", "skill": "arithmetic", "shift": 1.0, "size": rows}
-    return {**source, **kept, "trains": ["tiny_arithmetic"]}
+    source = {"_target_": "sddx.tiny.data.dataset", "skill": skill, "shift": 1.0, "size": rows}
+    return {**source, **kept, "trains": [f"tiny_{skill}"]}
+
+
+def _loss(loss: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    if not (asked := loss.get("rollouts")):
+        return loss
+    longest = {name: min(asked.get(name) or new_tokens, new_tokens) for name in ("first", "last")}
+    return {**loss, "rollouts": {**asked, **longest}}
+
+
+def _evaluation(asked: dict[str, Any], tasks: list[str], items: int, new_tokens: int) -> dict[str, Any]:
+    none = ["include", "shots", "primary", "chance", "split"]
+    none += [name for name in ("data_dir", "side", "cluster") if name in asked]
+    small = {"tasks": tasks, "limit": items, "max_new_tokens": new_tokens}
+    return {**asked, **dict.fromkeys(none), **small, **({"apart": []} if "apart" in asked else {})}
+
+
+def _merging(
+    merging: dict[str, Any], replaced: dict[str, Any], rows: int, items: int, new_tokens: int
+) -> dict[str, Any]:
+    """What is merged, with the stand-ins of the run itself but rows of their own, and a search on selection items
+    of the same tasks. Raises UserError for the folder of a finished run."""
+    students = []
+    for number, student in enumerate(merging["students"]):
+        if not isinstance(student, Mapping):
+            raise UserError(
+                f"+rehearse=cpu: {student} is a finished run's folder, whose student is of no stand-in. Name "
+                "students by what they change here: merging.students=['seed=0','seed=1']."
+            )
+        own = {"dataset": _rows(student["dataset"], rows, SKILLS[number % len(SKILLS)])}
+        own["loss"] = _loss(student["loss"], new_tokens)
+        own["generation"] = {**student["generation"], "max_new_tokens": new_tokens}
+        own["trainer"] = {**student["trainer"], **TRAINED}
+        same = {name: replaced[name] for name in student if name in replaced and name != "choices"}
+        students.append({**student, **same, **own})
+    if not (search := merging.get("search")):
+        return {**merging, "students": students}
+    selection = _evaluation(search["evaluation"], [f"{task}_selection" for task in TASKS], items, new_tokens)
+    return {**merging, "students": students, "search": {**search, "evaluation": selection}}
 
 
 def _random_model(model: dict[str, Any], width: int, root: Path) -> Path:
