@@ -22,11 +22,12 @@ from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.contrasts import differences
 from sddx.report.curves import AXES, KEPT, MEASURES, Point, arms, families, variant_differences, variants
 from sddx.report.headline import SAME, headline, verdict
+from sddx.report.merges import merge_sections, merges
 from sddx.report.publish import _scalars, publish, to_loggers
 from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.tasks import scores, task_table, tasks_of
 from sddx.report.workspace import workspace
-from sddx.statistics.intervals import Interval, paired_difference
+from sddx.statistics.intervals import Interval, paired_difference, t_interval
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -793,3 +794,44 @@ def test_what_was_written_stands_beside_what_was_refused() -> None:
     assert row[1:] == ["sdd", "90.0 %", "10.0 %", "30.0 %", "10.0 %", "0.50", "80", "40", "1.50", "2.50"]
     (row,) = page.funnel_table([run("sdd"), run("sft")])["rows"]
     assert row[1:] == ["sdd", "90.0 %", "10.0 %", *["-"] * 7]
+
+
+DATA, SEEDS = ("dataset=a", "dataset=b"), ("seed=0", "seed=1")
+
+
+def merged_run(share: object, students: tuple[str, ...] = DATA, seed: int = 0, mixed: bool = True) -> dict:
+    """A run that merged its own student, the second of these, with the first."""
+    found = run(seed=seed, **{"merging.method.t": share, "merging.students": [*students]})
+    names = {"unpruned": "reference", "pruned": "cut", "recovered": "student", students[0]: "parent"}
+    names |= {"mixed": "mixed"} if mixed else {}
+    levels = dict(zip([*names, "merged"], [1.0, 0.4, 0.7, 0.6, 0.8], strict=False))
+    levels["merged"] = 0.6 + 0.2 * share + seed / 100 if isinstance(share, float) else 0.6
+    found["subjects"] = [{"name": name, "role": role} for name, role in {**names, "merged": "merged"}.items()]
+    found["scores"] = {name: {task: levels[name] for task in [*TASKS, "average"]} for name in levels}
+    measures = ("recovery", "recovery_trained", "recovery_held_out", "gap_closed", "recovery_low", "recovery_high")
+    found["recoveries"] = {name: dict.fromkeys(measures, levels[name]) for name in levels if name != "unpruned"}
+    return found
+
+
+def test_merges_are_drawn_over_the_share_between_their_students() -> None:
+    """The first student at 0 and the second at 1, whichever of them is the run's own; seeds make the interval."""
+    runs = [merged_run(share, seed=seed) for share in (0.25, 0.75) for seed in (0, 1)]
+    runs += [merged_run(share, SEEDS, mixed=False) for share in (0.25, 0.75)] + [merged_run([0.1, 0.2])]
+    one, two = merges(runs)
+    assert [(p.x, p.interval.estimate) for p in one.ends("recovery")] == [(0.0, 0.6), (1.0, 0.7)]
+    points = one.over_share("recovery_held_out")
+    assert [(p.x, p.seeds) for p in points] == [(0.25, 2), (0.75, 2)]
+    assert points[0].interval == t_interval([0.65, 0.66])
+    assert (mixed := one.mixed("recovery")) and mixed.interval.estimate == 0.8 and two.mixed("recovery") is None
+    assert (one.name, two.name) == ("dataset=a to dataset=b", "seed=0 to seed=1")
+    (section,) = merge_sections(runs)
+    assert [figure.title for figure in section.figures] == list(MEASURES.values())
+    shown = ["seed=0 to seed=1", "merged, t = 0.75", "75.0 %", "75.0 % to 75.0 % over items", "1"]
+    assert (table := section.figures[2].table) and shown in table["rows"]
+
+
+def test_one_share_is_told_and_not_drawn() -> None:
+    (section,) = merge_sections([merged_run(0.5)])
+    assert not section.figures and section.table and section.table["rows"][-1][:3] == [
+        "dataset=a to dataset=b", "merged, t = 0.5", "70.0 %"
+    ]  # fmt: skip

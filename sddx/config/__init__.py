@@ -73,6 +73,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
             config["choices"] |= _other_choices(cfg, flatten(config))
         if config.get("merging"):
             config["merging"] = _with_students(config)
+            config["choices"] |= _merged(config["merging"]) if config.get("choices") else {}
         return _rehearsed(config) if config.get("rehearse") else config
     except MissingMandatoryValue:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
@@ -89,6 +90,17 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
     asked = config["merging"]["students"]
     students = [parent(student, "train", own) for student in asked]
     return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
+
+
+def _merged(merging: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a merge from another in tables, wherever it was set."""
+    method = merging["method"]
+    shares = {"merging.method.t": method["t"]} if "t" in method else {}
+    return {
+        "merging": str(method.get("_target_")).rpartition(".")[2],
+        "merging.students": merging["names"],
+        **shares,
+    }
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:

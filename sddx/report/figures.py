@@ -106,6 +106,31 @@ def over_removed(variants: Sequence[Variant], measure: str, title: str) -> str:
     return _svg(figure, f"Recovery over what was removed: {title}")
 
 
+def over_share(merges: Sequence[Any], measure: str, title: str) -> str:
+    """One measure of merged models over the share of the second student (`sddx.report.merges.Merge`), one line for
+    each pair of students; the students stand at the ends, one of the rows of both is a dashed line."""
+    figure, axis = _figure(6, 3.6 + 0.25 * len(merges))
+    for number, merge in enumerate(merges):
+        points, ends, (colour, line) = merge.over_share(measure), merge.ends(measure), _style(number)
+        heights = [100 * point.interval.estimate for point in points]
+        axis.plot([point.x for point in points], heights, "o", ls=line, color=colour, label=merge.name, ms=4)
+        for point in (*points, *ends):
+            low, high = 100 * point.interval.low, 100 * point.interval.high
+            axis.vlines(point.x, low, high, color=colour, alpha=0.35, lw=1.5)
+        at = [100 * point.interval.estimate for point in ends]
+        axis.plot([point.x for point in ends], at, "s", color=colour, mfc="none", ms=7)
+        if mixed := merge.mixed(measure):
+            axis.axhline(100 * mixed.interval.estimate, color=colour, ls="--", lw=1)
+    axis.plot([], [], "s", color=INK, mfc="none", ms=7, label="the students")
+    if any(merge.mixed(measure) for merge in merges):
+        axis.plot([], [], "--", color=INK, lw=1, label="one student of the rows of both")
+    axis.set_xlim(-0.03, 1.03)
+    axis.set_xlabel("share of the second student, t")
+    axis.set_ylabel("%")
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
+    return _svg(figure, f"{title} over the share of the second student")
+
+
 def distances(mean: Sequence[Sequence[float]], cuts: Sequence[Sequence[int]]) -> str:
     """Angular distance of every run of blocks, by its first block and its size; chosen cuts are ringed."""
     total = len(mean) - 1

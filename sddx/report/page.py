@@ -25,6 +25,7 @@ from sddx.report.drift import drift_sections
 from sddx.report.extraction import named, readings
 from sddx.report.headline import headline
 from sddx.report.law import fit, seed_curves
+from sddx.report.merges import merge_sections
 from sddx.report.sections import Figure, Section, Table, agreements, heat_maps, variant_sections
 from sddx.report.subjects import reference
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent, within
@@ -358,6 +359,7 @@ def sections(runs: Sequence[Run], failures: Sequence[tuple[str, str, str]]) -> l
         *variant_sections(runs),
         *agreements(runs),
         heat_maps(runs),
+        *merge_sections(runs),
         *draft_sections(runs),
         *drift_sections(runs),
         Section("answers", "Self-written answers", funnel_table(runs)),
