@@ -7,8 +7,8 @@ at most 1.15 times its memory); the removed blocks are damped so that about as m
 
 Each case runs in a process of its own, round after round; the median of the rounds' ratios counts. Memory is what a
 process takes beyond its imports, at its peak: pages of its own, looked at every two milliseconds; those of mapped
-files, which the kernel may take back, are told beside it. Peers come with the extra `benchmarks`, or stand
-in an environment of their own (`--mergekit-python ENV/bin/python`). One that is absent is left out, which is said.
+files, which the kernel may take back, are told beside it. Peers come with the extra `benchmarks`, or stand in an
+environment of their own (`--mergekit-python ENV/bin/python`). What is absent is left out and said.
 """
 
 from __future__ import annotations
@@ -36,19 +36,6 @@ from safetensors.torch import save_file
 SHARD = 100_000_000  # bytes; four of a checkpoint
 TOGETHER, LOOKAHEAD, PROMPT, NEW = 8, 4, 64, 64
 REMOVED, DAMPED = range(8, 12), 0.1
-BY_MERGEKIT = """
-import json, sys, time
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-one, two, out, threads = sys.argv[1:]
-config = {"merge_method": "slerp", "base_model": one, "parameters": {"t": 0.5}, "dtype": "float32"}
-config = MergeConfiguration.model_validate(config | {"models": [{"model": one}, {"model": two}]})
-options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, num_threads=int(threads))
-wall, processor = time.perf_counter(), time.process_time()
-run_merge(config, out, options)
-print(json.dumps({"seconds": time.perf_counter() - wall, "processor": time.process_time() - processor}))
-"""
 
 
 def model() -> Any:
@@ -97,6 +84,23 @@ def merged(folder: Path, meter: Meter) -> dict[str, Any]:
     with meter.timed():
         ways = merge_files([folder / "one", folder / "two"], folder / "base", folder / "out", slerp)
     return {"ways": dict(ways)}
+
+
+def by_mergekit(folder: Path, meter: Meter) -> dict[str, Any]:
+    """mergekit's SLERP."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    one, two = ({"model": str(folder / name)} for name in ("one", "two"))
+    asked = {"merge_method": "slerp", "base_model": one["model"], "parameters": {"t": 0.5}, "dtype": "float32"}
+    config = MergeConfiguration.model_validate({**asked, "models": [one, two]})
+    threads = torch.get_num_threads()
+    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, num_threads=threads)
+    meter.begin()
+    with meter.timed():
+        run_merge(config, str(folder / "mergekit"), options)
+    return {}
 
 
 def plain(folder: Path, meter: Meter) -> dict[str, Any]:
@@ -152,6 +156,7 @@ def _prompts() -> list[list[int]]:
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "copied": copied,
     "merged": merged,
+    "mergekit": by_mergekit,
     "plain": plain,
     "one_copy": drafted,
     "two_copies": partial(drafted, copies=True),
@@ -198,32 +203,19 @@ def _memory() -> dict[str, int]:
     return {name: 1024 * int(value.split()[0]) for name, value in pairs if name.startswith(("Rss", "Vm"))}
 
 
-def case(name: str, folder: Path, threads: int) -> dict[str, Any]:
-    """One case, in a process of its own."""
+def case(name: str, folder: Path, threads: int, python: Path | str = sys.executable) -> dict[str, Any]:
+    """One case, in a process of its own, of another environment where that is named."""
     asked = ["--case", name, "--folder", str(folder), "--threads", str(threads)]
-    printed, spent = _process([sys.executable, __file__, *asked], name)
-    return {**json.loads(printed), "process": spent}
-
-
-def by_mergekit(python: Path, folder: Path, threads: int) -> dict[str, float]:
-    """mergekit's SLERP: seconds of its work, and of the whole process with its imports."""
-    paths = [str(folder / name) for name in ("one", "two", "mergekit")]
-    printed, spent = _process([str(python), "-c", BY_MERGEKIT, *paths, str(threads)], "mergekit")
-    return {**json.loads(printed), "process": spent}
+    start = time.perf_counter()
+    done = subprocess.run([str(python), __file__, *asked], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - start}
 
 
 def _here(package: str) -> Path | None:
     """This Python, where it has a package."""
     return Path(sys.executable) if find_spec(package) else None
-
-
-def _process(command: Sequence[str], name: str) -> tuple[str, float]:
-    """The last line that a process prints, and the seconds that it lasts."""
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
-    return done.stdout.splitlines()[-1], time.perf_counter() - start
 
 
 def main() -> None:
@@ -270,7 +262,8 @@ def merging(asked: argparse.Namespace) -> dict[str, Any]:
     return figures | {
         "merge, share of mergekit's seconds": _ratio(rounds, "merged", "mergekit", "seconds"),
         "merge, share of mergekit's seconds of the processor": _ratio(rounds, "merged", "mergekit", "processor"),
-        "merge, share of mergekit's seconds, imports and all": _ratio(rounds, "merged", "mergekit", "process"),
+        "merge, share of mergekit's whole process": _ratio(rounds, "merged", "mergekit", "seconds", "process"),
+        "merge, the same of ours, imports and all": _ratio(rounds, "merged", "mergekit", "process"),
         "mergekit, seconds": _median(rounds, "mergekit", "seconds"),
     }
 
@@ -278,7 +271,7 @@ def merging(asked: argparse.Namespace) -> dict[str, Any]:
 def _merging(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     round = {name: case(name, folder, asked.threads) for name in ("copied", "merged")}
     if asked.mergekit_python:
-        round["mergekit"] = by_mergekit(asked.mergekit_python, folder, asked.threads)
+        round["mergekit"] = case("mergekit", folder, asked.threads, asked.mergekit_python)
     return round
 
 
@@ -301,8 +294,8 @@ def drafting(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _ratio(rounds: Sequence[dict[str, Any]], one: str, other: str, figure: str) -> float:
-    return statistics.median(each[one][figure] / each[other][figure] for each in rounds)
+def _ratio(rounds: Sequence[dict[str, Any]], one: str, other: str, figure: str, over: str | None = None) -> float:
+    return statistics.median(each[one][figure] / each[other][over or figure] for each in rounds)
 
 
 def _median(rounds: Sequence[dict[str, Any]], name: str, figure: str) -> float:
