@@ -4,11 +4,13 @@ Merging: SLERP of two checkpoints, against reading both and writing one (goal: a
 most one shard of memory beyond), and against mergekit (goal: at most a fifth of its time). Drafting: four blocks of
 16 removed and an adapter on, in the target's own weights and in weights of their own, against plain decoding (goal:
 at most 1.15 times its memory); the removed blocks are damped so that about as many drafts stay as a student's.
+On-policy: a student of the same cut writes 64 tokens to each of eight prompts and learns from the teacher by a
+generalised Jensen-Shannon divergence, against TRL's DistillationTrainer, whose teacher is a second model.
 
 Each case runs in a process of its own, round after round; the median of the rounds' ratios counts. Memory is what a
 process takes beyond its imports, at its peak: pages of its own, looked at every two milliseconds; those of mapped
 files, which the kernel may take back, are told beside it. Peers come with the extra `benchmarks`, or stand in an
-environment of their own (`--mergekit-python ENV/bin/python`). What is absent is left out and said.
+environment of their own (`--mergekit-python ENV/bin/python`, `--trl-python`). What is absent is left out and said.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 SHARD = 100_000_000  # bytes; four of a checkpoint
-TOGETHER, LOOKAHEAD, PROMPT, NEW = 8, 4, 64, 64
+TOGETHER, LOOKAHEAD, PROMPT, NEW, STEPS = 8, 4, 64, 64, 4
 REMOVED, DAMPED = range(8, 12), 0.1
 
 
@@ -138,6 +140,88 @@ def drafted(folder: Path, meter: Meter, *, copies: bool = False) -> dict[str, An
     }
 
 
+def on_policy(folder: Path, meter: Meter) -> dict[str, Any]:
+    """Steps of a student that writes its answers, with the teacher in its own weights."""
+    from sddx.compression.compressed import compress
+    from sddx.compression.remove import Removal
+    from sddx.data.encode import Encoded
+    from sddx.records import Cut
+    from sddx.runtime import Runtime
+    from sddx.students.teacher import SharedTeacher
+    from sddx.training.fit import Fit
+    from sddx.training.losses import jsd_beta
+    from sddx.training.objective import Distilled, Objective
+    from sddx.training.rollouts import Rollouts
+    from sddx.training.tuning import lora
+    from sddx.training.writer import Writer
+
+    meter.begin()
+    cut = Cut.without(set(REMOVED), 16)
+    made = compress(model(), [Removal(cut)])
+    made.model = lora(made.model, 0, rank=8, alpha=16)
+    labels = [-100] * (PROMPT - 1) + [0, -100]
+    rows = [Encoded(str(number), [*prompt, 0], labels, 1) for number, prompt in enumerate(_prompts())]
+    rollouts = Rollouts(first=NEW, last=NEW, repeats=0, batch_size=TOGETHER)
+    term = Distilled(loss=partial(jsd_beta, beta=0.5, temperature=1.0), weight=1.0)
+    objective = Objective(data="reference", terms={"jsd_beta": term}, rollouts=rollouts)
+    writer = Writer(made.model, rollouts, rows, 0, max_length=PROMPT + NEW, ends=[], pad_id=0)
+    fit = Fit(budget="steps", steps=STEPS, batch_size=TOGETHER, learning_rate=1e-4)
+    with tempfile.TemporaryDirectory() as out, meter.timed():
+        runtime = Runtime(quiet=True)
+        trained = fit(
+            made.model, SharedTeacher(made), objective, cut, rows, [], 0, 0, Path(out), runtime, writer=writer
+        )
+    return {"tokens": trained["supervised_tokens"], "writing": trained["rollouts"]["seconds"]}
+
+
+def by_trl(folder: Path, meter: Meter) -> dict[str, Any]:
+    """The same by TRL's DistillationTrainer, with its own chunked divergence and a second model as teacher. Its
+    tokenizer knows one word a token."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DistillationConfig, DistillationTrainer
+
+    meter.begin()
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(32_000)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", padding_side="left")
+    student = model()
+    student.model.layers = torch.nn.ModuleList(
+        layer for number, layer in enumerate(student.model.layers) if number not in REMOVED
+    )
+    for number, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = number
+    student.config.num_hidden_layers = len(student.model.layers)
+    rows = Dataset.from_dict({"prompt": [" ".join(map(str, prompt)) for prompt in _prompts()]})
+    with tempfile.TemporaryDirectory() as out:
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=model(),
+            args=DistillationConfig(
+                output_dir=out,
+                per_device_train_batch_size=TOGETHER,
+                max_steps=STEPS,
+                learning_rate=1e-4,
+                beta=0.5,
+                max_completion_length=NEW,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+            ),  # fmt: skip
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        with meter.timed():
+            trainer.train()
+    return {"tokens": STEPS * TOGETHER * NEW}
+
+
 @torch.no_grad()
 def _damped() -> Any:
     made = model()
@@ -160,6 +244,8 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "plain": plain,
     "one_copy": drafted,
     "two_copies": partial(drafted, copies=True),
+    "on_policy": on_policy,
+    "trl": by_trl,
 }
 
 
@@ -221,6 +307,7 @@ def _here(package: str) -> Path | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit-python", type=Path, default=_here("mergekit"), help="of an environment with it")
+    parser.add_argument("--trl-python", type=Path, default=_here("trl"), help="of an environment with it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write all numbers here")
@@ -232,7 +319,7 @@ def main() -> None:
         meter = Meter()
         print(json.dumps(CASES[asked.case](asked.folder, meter) | meter.read()))
         return
-    figures = merging(asked) | drafting(asked)
+    figures = merging(asked) | drafting(asked) | learning(asked)
     for name, figure in figures.items():
         print(f"{name}: {figure:.3g}" if isinstance(figure, float) else f"{name}: {figure}")
     if asked.json:
@@ -292,6 +379,30 @@ def drafting(asked: argparse.Namespace) -> dict[str, Any]:
         "draft, texts that are plain decoding's": f"{same} of {TOGETHER}",
         **{f"{name}, tokens a second": speed for name, speed in speeds.items()},
     }
+
+
+def learning(asked: argparse.Namespace) -> dict[str, Any]:
+    """Steps on a student's own answers, against TRL's where it is."""
+    rounds = [_learning(asked) for _ in range(asked.rounds)]
+    figures = {
+        "on-policy, seconds a step": _median(rounds, "on_policy", "seconds") / STEPS,
+        "on-policy, share of them that writes": _ratio(rounds, "on_policy", "on_policy", "writing", "seconds"),
+        "on-policy, GiB": _median(rounds, "on_policy", "own") / 2**30,
+    }
+    if not asked.trl_python:
+        return figures | {"on-policy, against TRL": "left out: it is not installed, and no --trl-python is given"}
+    return figures | {
+        "on-policy, share of TRL's seconds": _ratio(rounds, "on_policy", "trl", "seconds"),
+        "on-policy, share of TRL's seconds of the processor": _ratio(rounds, "on_policy", "trl", "processor"),
+        "on-policy, share of TRL's memory": _ratio(rounds, "on_policy", "trl", "own"),
+    }
+
+
+def _learning(asked: argparse.Namespace) -> dict[str, Any]:
+    round = {"on_policy": case("on_policy", Path(), asked.threads)}
+    if asked.trl_python:
+        round["trl"] = case("trl", Path(), asked.threads, asked.trl_python)
+    return round
 
 
 def _ratio(rounds: Sequence[dict[str, Any]], one: str, other: str, figure: str, over: str | None = None) -> float:
