@@ -54,11 +54,11 @@ def _require_one_machine(runs: Sequence[Run]) -> None:
         )
 
 
-def _table(found: Sequence[dict[str, Any]], seconds: float) -> Table:
+def _table(arms: Sequence[dict[str, Any]], seconds: float) -> Table:
     table = Table(title=f"Steps in {seconds:g} s", title_justify="left")
     for column in ("runs", "arm", "timed steps", "seconds a step", "trainer.steps"):
         table.add_column(column, justify="left" if column in ("runs", "arm") else "right")
-    for each in found:
+    for each in arms:
         amounts = str(each["timed_steps"]), f"{each['seconds_a_step']:.3g}", f"{each['steps']:,}"
         table.add_row(each["where"], each["arm"], *amounts)
     return table
@@ -75,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.seconds > 0:
         raise UserError(f"--seconds {options.seconds:g} is no time to train in. Give more than 0.")
     runs = page.of_folders(options.folders)
-    found = paces(runs, options.seconds)
+    arms = paces(runs, options.seconds)
     writable_folder(options.out, "--out")
     about = {name: runs[0][name] for name in TIMED_ON}
-    write(options.out / "pace.json", {"seconds": options.seconds, **about, "arms": found})
-    Console(width=max(100, Console().width)).print(_table(found, options.seconds))
+    write(options.out / "pace.json", {"seconds": options.seconds, **about, "arms": arms})
+    Console(width=max(100, Console().width)).print(_table(arms, options.seconds))
     print(f"The same is in {options.out / 'pace.json'}")
     return 0
 

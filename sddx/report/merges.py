@@ -102,19 +102,19 @@ def _interval(records: Sequence[Mapping[str, Any]], measure: str) -> Interval:
 
 def merge_sections(runs: Sequence[Run]) -> list[Section]:
     """Recoveries over the share, drawn where it varies."""
-    found = merges(runs)
-    varied = [merge for merge in found if len({run["choices"][SHARE] for run in merge.runs}) > 1]
+    merged = merges(runs)
+    varied = [merge for merge in merged if len({run["choices"][SHARE] for run in merge.runs}) > 1]
     drawn = [
-        Figure(title, Markup(figures.over_share(varied, measure, title)), _table(found, measure))
+        Figure(title, Markup(figures.over_share(varied, measure, title)), _table(merged, measure))
         for measure, title in MEASURES.items()
         if any(merge.over_share(measure) for merge in varied)
     ]
-    return [Section("merges", "Students merged", None if drawn else _table(found, "recovery"), NOTE, drawn)]
+    return [Section("merges", "Students merged", None if drawn else _table(merged, "recovery"), NOTE, drawn)]
 
 
-def _table(found: Sequence[Merge], measure: str) -> Table:
+def _table(merged: Sequence[Merge], measure: str) -> Table:
     rows = []
-    for merge in found:
+    for merge in merged:
         ends = {point.x: point for point in merge.ends(measure)}
         points = [("first student", ends.get(0.0)), ("second student", ends.get(1.0))]
         points += [("of the rows of both", merge.mixed(measure))]

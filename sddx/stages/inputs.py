@@ -20,9 +20,9 @@ def model_at(store: Store, name: str, path: str, revision: str | None = None) ->
     from sddx.models.load import decides, locate, text_config
 
     folder, _ = locate(path, revision=revision)
-    found = store.source(name, folder, decides)
-    hangs_on = ["reading", found.key, digest(TABLES), metadata.version("transformers")]
-    return replace(found, reading=store.remembered(hangs_on, lambda: digest(reading(text_config(folder)))))
+    model = store.source(name, folder, decides)
+    hangs_on = ["reading", model.key, digest(TABLES), metadata.version("transformers")]
+    return replace(model, reading=store.remembered(hangs_on, lambda: digest(reading(text_config(folder)))))
 
 
 def read_by(store: Store, *nodes: Mapping[str, Any]) -> list[Artifact]:

@@ -102,7 +102,7 @@ class CachedTeacher:
         distributions of such numbers. Raises ValueError for states, which no capture has."""
         if states:
             raise ValueError("a captured teacher has no hidden states")
-        device, places = batch.labels.device, [self._found(*row) for row in batch.rows]
+        device, places = batch.labels.device, [self._place(*row) for row in batch.rows]
         read = [[file[p.first : p.first + p.count] for file in self.files[p.folder]] for p in places]
         ids, logs = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*read, strict=True))
         labelled = batch.labels != -100
@@ -114,7 +114,7 @@ class CachedTeacher:
 
         return Outputs(numbers, head)
 
-    def _found(self, input_ids: list[int], labels: list[int]) -> Place:
+    def _place(self, input_ids: list[int], labels: list[int]) -> Place:
         if place := self.places.get(row_key(input_ids, labels)):
             return place
         raise UserError("a row of this batch is not among those that the teacher was captured on (teacher_cache)")

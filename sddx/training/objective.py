@@ -154,9 +154,9 @@ class Objective:
         where there are several."""
         at = {name: term.temperature for name, term in self.terms.items() if isinstance(term, Distilled)}
         if len({*at.values()}) > 1:
-            told = ", ".join(f"loss.terms.{name}.loss.temperature={value}" for name, value in at.items())
+            settings = ", ".join(f"loss.terms.{name}.loss.temperature={value}" for name, value in at.items())
             raise UserError(
-                f"{told}: a teacher is captured at one temperature. Set the same for all, or leave out "
+                f"{settings}: a teacher is captured at one temperature. Set the same for all, or leave out "
                 "teacher_cache."
             )
         return next(iter(at.values()), 1.0)
