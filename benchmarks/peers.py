@@ -9,7 +9,6 @@ it would have the student write is replaced by the rows' own answers.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from memory import peak
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
@@ -145,7 +145,7 @@ def main(case: str, spec: dict[str, Any]) -> None:
         trainer.add_callback(ticks)
         trainer.train()
     seconds = ticks.ticks[-1] - ticks.ticks[0]
-    print(json.dumps({"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"seconds": seconds, "memory": peak()}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from memory import peak
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sddx.compression.compressed import Compressed, compress
@@ -186,10 +186,6 @@ def measured(case: str, spec: dict[str, Any]) -> dict[str, float]:
     trained = bare if arm == "bare" else partial(sddx, arm)
     tokens = trained(spec, rows, lambda: ticks.append(now()))
     return {"seconds": ticks[-1] - ticks[0], "tokens": tokens, "memory": peak()}
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_child(case: str, python: str, specs: dict[str, Path]) -> dict[str, float]:
