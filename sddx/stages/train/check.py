@@ -35,9 +35,8 @@ def of_model(method: Settings, model: LocalModel) -> list[Check]:
         checks.append(lambda: require_adapter(model.bare(), **only(tuning, ADAPTER)))
     if method["teacher"]:
         checks.append(lambda: _check_teacher(method, model.config))
-    if method["loss"]["terms"] and method["trainer"].get("packing"):
-        checks.append(lambda: _check_packing(method, model))
-    return checks
+    # What is asked of the trainer is asked inside, or all of these checks would hang on its learning rate.
+    return [*checks, lambda: _check_packing(method, model)]
 
 
 def on_device(config: Settings, device: str) -> None:
@@ -162,6 +161,8 @@ def _check_teacher(method: Settings, config: Any) -> None:
 
 def _check_packing(method: Settings, model: LocalModel) -> None:
     """Rows in one do not see one another, in the model and in another teacher. Raises UserError."""
+    if not (method["loss"]["terms"] and method["trainer"].get("packing")):
+        return
     from sddx.models.load import locate, text_config
     from sddx.training.trial import require_packable
 
