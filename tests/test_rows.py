@@ -195,7 +195,7 @@ LATE = {
     "calibration.size": (["calibration.size=1000000000"], "calibration.size=1000000000"),
     "text.size": (["text.size=1000000000"], "text.size=1000000000"),
     "dataset.size": (["dataset.size=1000000000"], "1000000008 rows"),
-    "validation": (["validation=1000000000000000000000000000000"], "validation=10+ must be a number that 64 bits can hold"),
+    "validation": (["validation=1000000000000000000000000000000"], "validation=10+ must be a number that"),
     "skill": (["dataset.skill=ordering"], "dataset.skill='ordering'"),
     "held out": (
         ["dataset=jsonl", "dataset.path={rows}", "dataset.size=null"],
