@@ -8,7 +8,6 @@ peak memory with four times the data (goal: flat); Shapley with shared prefixes 
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from functools import partial
 
 import torch
+from memory import peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sddx.compression.patches import Linear
@@ -89,15 +89,11 @@ def shapley() -> None:
 
 def memory(batches: int) -> float:
     """GiB of a process that scores so many batches."""
-    script = f"from scoring import *; given = subject({batches}); score_units(given, METRICS); print(peak())"
+    script = f"from scoring import *; given = subject({batches}); score_units(given, METRICS); print(peak() / 1024)"
     printed = subprocess.run(
         [sys.executable, "-c", script], cwd=sys.path[0], capture_output=True, text=True, check=True
     )
     return float(printed.stdout)
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def linear_patch(width: int = 4096, tokens: int = 65_536, batch: int = 4096) -> None:
@@ -107,7 +103,7 @@ def linear_patch(width: int = 4096, tokens: int = 65_536, batch: int = 4096) -> 
         fit.see(x, x + 0.1 * x.roll(1, 1))
     fit.solve()
     spent = time.perf_counter() - start
-    print(f"linear patch, width {width}, {tokens:,} tokens: {peak() - before:.2f} GiB more, {spent:.0f} s")
+    print(f"linear patch, width {width}, {tokens:,} tokens: {(peak() - before) / 1024:.2f} GiB more, {spent:.0f} s")
 
 
 if __name__ == "__main__":

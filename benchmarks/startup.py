@@ -83,6 +83,8 @@ def check(cells: int) -> None:
 
 def encode(rows: int) -> None:
     """In a process of its own: so many short rows prepared, and encoded for a training."""
+    from memory import peak
+
     import sddx.tiny
     from sddx.data.encode import encode_all
     from sddx.data.shards import read_examples
@@ -101,11 +103,11 @@ def encode(rows: int) -> None:
     prepare(out, files=[], runtime=Runtime(quiet=True), dataset=node, validation=0)
     prepared = time.process_time()
     examples = read_examples(out / "shards")
-    read, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read, before = time.process_time(), peak()
     encoded, _ = encode_all(tokenizer, examples, max_length=512)
-    spent, after = time.process_time() - read, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    spent, after = time.process_time() - read, peak()
     assert len(encoded) == rows
-    print(json.dumps([prepared - start, spent, (after - before) / 1024]))
+    print(json.dumps([prepared - start, spent, after - before]))
 
 
 def apart(folder: Path, case: str, count: int) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from annotated_types import Ge, Gt, Interval, Lt, MinLen
 
@@ -25,6 +25,14 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 Tasks = Annotated[Sequence[str], MinLen(1)]
+
+
+class Amounts:
+    """A dataclass of numbers of which two are added field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        pairs: Any = zip(vars(self).values(), vars(other).values(), strict=True)
+        return type(self)(*(mine + more for mine, more in pairs))
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,12 @@ class Guided(Batch):
         return self.shown
 
 
+def flat_spans(position_ids: torch.Tensor) -> list[tuple[int, int]]:
+    """Where each text of a flat row begins and ends, by positions [1, tokens] that begin at 0 with each of them."""
+    begins = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+    return list(pairwise(begins))
+
+
 @dataclass(frozen=True)
 class Packed(Batch):
     """Rows one after the other in a flat one, [1, tokens], without padding: `position_ids` begin at 0 again with
@@ -292,6 +306,5 @@ class Packed(Batch):
     @property
     def rows(self) -> list[tuple[list[int], list[int]]]:
         """The tokens and the labels of each row."""
-        begins = (self.position_ids[0] == 0).nonzero()[:, 0].tolist()
         ids, labels = self.input_ids[0].tolist(), self.labels[0].tolist()
-        return [(ids[a:b], labels[a:b]) for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
+        return [(ids[begin:end], labels[begin:end]) for begin, end in flat_spans(self.position_ids)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from sddx.files.lines import lines
 from sddx.records import Example
 from sddx.report.page import examples as shown_examples
 from sddx.runtime import Runtime
+from sddx.stages.check import precheck
 from sddx.stages.prepare.run import prepare
-from sddx.train import verify
+from sddx.train import settings, verify
 
 pytestmark = pytest.mark.fast
 
@@ -195,21 +197,24 @@ LATE = {
     "calibration.size": (["calibration.size=1000000000"], "calibration.size=1000000000"),
     "text.size": (["text.size=1000000000"], "text.size=1000000000"),
     "dataset.size": (["dataset.size=1000000000"], "1000000008 rows"),
-    "validation": (["validation=1000000000000000000000000000000"], "validation=10+ must be a number that"),
+    "validation": (["validation=1000000000000000000000000000000"], "within 1 to 8500"),
     "skill": (["dataset.skill=ordering"], "dataset.skill='ordering'"),
     "held out": (
         ["dataset=jsonl", "dataset.path={rows}", "dataset.size=null"],
         "validation=8 of them are held out",
     ),
     "cut off": (["max_length=4"], "max_length=4"),
-    "trains": (["dataset.trains=[[a]]"], r"dataset.trains holds \['a'\], and texts alone are allowed"),
+    "trains": (["dataset.trains=[[a]]"], r"dataset.trains=\[\['a'\]\]"),
     "no checker": (["~dataset.check._target_"], "dataset.check=.* must be a group of settings"),
     "a checker of one": (
         ["dataset.check._target_=builtins.len"],
-        r"builtins.len is called with 2 values, which it does not take",
+        r"(?s)builtins.len is called with 2 values.*takes exactly one",
     ),
-    "a part": (["+dataset._partial_=true"], "dataset._partial_ must not be set"),
+    "a part": (["+dataset._partial_=true"], "gives no Dataset"),
 }
+
+# What the settings show by themselves is told first, and by the rows once more.
+TWICE = {"validation", "trains", "a checker of one", "a part"}
 
 
 @pytest.mark.parametrize("kind", LATE)
@@ -217,11 +222,16 @@ def test_rows_are_looked_at_before_any_work(tmp_path: Path, kind: str) -> None:
     """Sizes that would never end, rows of which none is left, and what would fail in a stage."""
     given, complaint = LATE[kind]
     rows = written(tmp_path / "rows.jsonl", [{"prompt": f"what is {n}?", "response": "it"} for n in range(8)])
-    with (
-        pytest.raises(UserError, match=complaint),
-        composed(*SMALL, *(each.format(rows=rows) for each in given)) as cfg,
-    ):
-        verify(resolve(cfg))
+    with composed(*SMALL, *(each.format(rows=rows) for each in given)) as cfg:
+        config = resolve(cfg)
+    with pytest.raises(UserError) as first:
+        verify(config)
+    said = str(first.value)
+    if kind in TWICE:
+        with pytest.raises(UserError) as further:
+            precheck(settings(config), download=False)
+        said += f"\n{further.value}"
+    assert re.search(complaint, said)
 
 
 def repeated(path: Path, contents: int, copies: int) -> Path:

@@ -7,12 +7,13 @@ from dataclasses import astuple, dataclass
 
 from sddx.estimate.skeleton import Size
 from sddx.estimate.texts import LONGEST, items_of, limited, request
+from sddx.records import Amounts
 
 MOST_WRITTEN = 256  # tokens of an answer where nothing else is said; lm-eval's own
 
 
 @dataclass(frozen=True)
-class Effort:
+class Effort(Amounts):
     """FLOPs of reading and of learning, steps of decoding, and tokens by kind."""
 
     reading: float = 0.0
@@ -21,9 +22,6 @@ class Effort:
     read: float = 0.0
     written: float = 0.0
     trained: float = 0.0
-
-    def __add__(self, other: Effort) -> Effort:
-        return Effort(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> Effort:
         return Effort(*(times * amount for amount in astuple(self)))

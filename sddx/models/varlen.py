@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sddx.models.anatomy import decoder
+from sddx.records import flat_spans
 
 VARLEN = "sddx_varlen"
 
@@ -69,8 +70,7 @@ def varlen_attention(
 
 def _shapes(position_ids: Tensor) -> list[tuple[int, int]]:
     """The texts of a flat row in groups of one length, each group as (texts, length)."""
-    begins = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
-    lengths = (end - begin for begin, end in zip(begins, begins[1:], strict=False))
+    lengths = (end - begin for begin, end in flat_spans(position_ids))
     return [(len(list(texts)), length) for length, texts in groupby(lengths)]
 
 

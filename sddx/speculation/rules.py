@@ -6,10 +6,12 @@ Lookahead k: the draft proposes k tokens, and the target reads them in one pass 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sddx.records import Amounts
 
 
 def greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ def drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Counts:
+class Counts(Amounts):
     """What became of drafts: tokens of the text, passes of the target, drafted tokens that it read a verdict on
     (those behind a refused one get none), and those that stayed."""
 
@@ -53,9 +55,6 @@ class Counts:
     passes: int = 0
     tested: int = 0
     accepted: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def rates(self) -> dict[str, float | None]:

@@ -33,7 +33,8 @@ def token_loss(
     time grows by what would have to be kept or computed again. The chunk size changes nothing but the order of a
     sum. Without a label the sums are 0, and so are their gradients.
     """
-    rows, teachers = _labelled(labels), _labelled(labels if teacher_labels is None else teacher_labels)
+    rows = _labelled(labels)
+    teachers = rows if teacher_labels is None or teacher_labels is labels else _labelled(teacher_labels)
     hidden, labels = student.hidden.flatten(0, 1)[rows], labels.flatten()[rows]
     teacher_hidden = None if teacher is None else teacher.hidden.flatten(0, 1)[teachers]
 

@@ -13,14 +13,14 @@ from sddx.data.encode import Encoded, collate
 from sddx.data.selfdata import continued
 from sddx.models.decoding import is_batchable
 from sddx.parallel.distributed import share, summed
-from sddx.records import Batch
+from sddx.records import Amounts, Batch
 from sddx.training.batches import Step
 from sddx.training.objective import Totals
 from sddx.training.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
-class Tally:
+class Tally(Amounts):
     """What was written in a training: rows and tokens, how many rows came to an end token and how many were cut
     because they repeated themselves, and the seconds of writing (of this process)."""
 
@@ -29,9 +29,6 @@ class Tally:
     ended: int = 0
     repeating: int = 0
     seconds: float = 0.0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(mine + more for mine, more in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
