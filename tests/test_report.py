@@ -27,7 +27,7 @@ from sddx.report.publish import _scalars, publish, to_loggers
 from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.tasks import scores, task_table, tasks_of
 from sddx.report.workspace import workspace
-from sddx.statistics.intervals import Interval, paired_difference, t_interval
+from sddx.statistics.intervals import Interval, crossed_difference, paired_difference, t_interval
 from sddx.sweep import cells
 
 TASKS = {"trained": 0.5, "held": 0.8, "other": 0.9}
@@ -127,6 +127,16 @@ def test_arms_at_their_own_learning_rates_are_still_held_against_each_other() ->
     assert (found.arm, found.seeds) == ("sdd", 3)
     other = [run("sft", seed=seed, learning_rate=4e-3) for seed in (0, 1, 2)]
     assert [d.where for d in differences([*own, *other])] == ["learning_rate 0.004"]
+
+
+def test_rows_that_every_seed_draws_for_itself_belong_to_the_seed() -> None:
+    """Pairs by seed, as where the rows are the same; rows that are drawn apart from it tell runs apart."""
+    bound = [run(*key, gain=gain, dataset_seed=key[1]) for key, gain in GAINS.items()]
+    (found,) = differences(bound)
+    assert (found.where, found.seeds) == ("all runs", 3)
+    apart = [run(*key, gain=gain, dataset_seed=rows) for rows in (0, 1) for key, gain in GAINS.items()]
+    assert [(d.where, d.seeds) for d in differences(apart)] == [("dataset_seed 0", 3), ("dataset_seed 1", 3)]
+    assert len(differences([*bound, *(run(*key, removed=2, dataset_seed=0) for key in GAINS)])) == 2
 
 
 def test_a_run_in_two_sweeps_counts_once(tmp_path: Path) -> None:
@@ -348,8 +358,22 @@ def test_of_one_seed_the_interval_is_over_items(tmp_path: Path) -> None:
     assert found.average.estimate == pytest.approx(35) and found.average.low == pytest.approx(100 * hand.low)
     assert verdict(found) == SAME and "Nothing is said" in headline(runs)
     (row,) = page.difference_table([found])["rows"]
-    assert row[5].endswith(" over items") and row[6:] == ["-", "20"]
+    assert row[5].endswith(" over items") and row[6:] == ["-", "20", table.ABSENT] and found.both is None
     assert "one seed, over items" in page.forests([found])[0].svg.replace("\n", " ")
+
+
+def test_beside_the_interval_over_seeds_stands_the_one_over_items_too(tmp_path: Path) -> None:
+    """As by hand from what the items scored; the verdict is of seeds alone, as it was."""
+    right = {("sft", 0): 8, ("sft", 1): 9, ("sdd", 0): 14, ("sdd", 1): 16}
+    runs = [judged(tmp_path / f"{arm}{seed}", 5, n, loss=arm, seed=seed) for (arm, seed), n in right.items()]
+    (found,) = differences(runs)
+    sides = [
+        [{"held": [1.0] * right[arm, k] + [0.0] * (20 - right[arm, k])} for k in (0, 1)] for arm in ("sdd", "sft")
+    ]
+    hand = crossed_difference(*sides)
+    assert found.both and (found.both.low, found.both.high) == pytest.approx((100 * hand.low, 100 * hand.high))
+    assert (found.average.contains, found.both.contains) == ("seeds", "seeds and items")
+    assert page.difference_table([found])["rows"][0][-1].endswith(" over seeds and items")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from sddx.evaluation.recovery import reported_chance, summarise
 from sddx.report import table
 from sddx.statistics import intervals as statistics
 from sddx.statistics.intervals import (
+    crossed_difference,
     flips,
     holm,
     mcnemar,
@@ -150,6 +151,51 @@ def test_coverage_over_seeds() -> None:
     draws = np.random.default_rng(0).normal(0.02, 0.01, size=(2000, 3))
     held = sum(interval.low <= 0.02 <= interval.high for interval in map(t_interval, draws.tolist()))
     assert 1860 <= held <= 1940
+
+
+def crossed(seed: int, over_seeds: float, over_items: float) -> tuple[list[dict], list[dict]]:
+    """Two arms of five seeds on the same items of two tasks. The first is 0.1 better, and how much so varies over
+    seeds, over items and beyond."""
+    generator = np.random.default_rng(seed)
+    shift = generator.normal(0.1, over_seeds, 5)
+    difficulty = {"a": generator.normal(0, over_items, 80), "b": generator.normal(0, over_items, 120)}
+    first = [{task: s + i + generator.normal(0, 0.3, len(i)) for task, i in difficulty.items()} for s in shift]
+    return first, [{task: np.zeros(len(i)) for task, i in difficulty.items()} for _ in shift]
+
+
+@pytest.mark.parametrize(("over_seeds", "over_items"), [(0.05, 0.1), (0.02, 0.5), (0.05, 0.5), (0.0, 0.0)])
+def test_coverage_over_seeds_and_items(over_seeds: float, over_items: float) -> None:
+    """Both vary in an experiment done again: the interval holds the truth in 93 to 97 % of them, also where one of
+    the two says it all; where neither says anything, it is no narrower than it must be."""
+    intervals = [crossed_difference(*crossed(seed, over_seeds, over_items)) for seed in range(1000)]
+    held = sum(interval.low <= 0.1 <= interval.high for interval in intervals)
+    assert 930 <= held <= (970 if over_seeds else 1000)
+
+
+def test_over_seeds_alone_items_that_all_seeds_share_are_not_in_doubt() -> None:
+    """So the interval over both is the wider one where items differ, and the t interval's where they do not."""
+    first, second = crossed(0, 0.05, 0.5)
+    assert crossed_difference(first, second).half_width > 1.5 * paired_difference(first, second).half_width
+    level = [{"a": [shift] * 3} for shift in (0.1, 0.2, 0.4)]
+    zero = [{"a": [0.0] * 3}] * 3
+    both, seeds = crossed_difference(level, zero), paired_difference(level, zero)
+    assert both.half_width == pytest.approx(seeds.half_width)
+    assert both.estimate == pytest.approx(seeds.estimate)
+
+
+def test_items_of_one_passage_count_as_one_over_seeds_and_items() -> None:
+    """Every item four times, as a cluster: as sure as once."""
+    first, second = crossed(1, 0.05, 0.5)
+    fourfold = [[{task: np.repeat(v, 4) for task, v in run.items()} for run in arm] for arm in (first, second)]
+    clusters = {task: np.repeat(np.arange(len(v)), 4).tolist() for task, v in first[0].items()}
+    once, grouped = crossed_difference(first, second), crossed_difference(*fourfold, clusters=clusters)
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
+
+
+def test_an_interval_over_seeds_and_items_needs_two_of_either() -> None:
+    for runs in ([{"a": [1, 0]}], [{"a": [1]}, {"a": [0]}]):
+        with pytest.raises(ValueError, match="two"):
+            crossed_difference(runs, runs)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.7])

@@ -21,7 +21,7 @@ from sddx.models.decoding import attention_mask, grouped, holds, remembers_all
 from sddx.models.outputs import head_of
 
 # A text joins a row where at least this share of it stands there already, up to so many tokens in the row, or twice
-# its own. Attention pays for the square of a row, which from here on costs more than it shares (docs/benchmarks.md).
+# its own. Attention pays for the square of a row, from here on more than is shared (docs/benchmarks.md).
 SHARED, ROW_TOKENS = 0.25, 256
 # What one pass reads at most, in padded tokens, and how many logits are there at once.
 PASS_TOKENS, LOGITS = 2048, 1 << 24

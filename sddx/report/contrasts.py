@@ -10,7 +10,7 @@ from typing import Any
 
 from sddx.report.curves import Run, alike, distinction, is_trained, losses
 from sddx.report.extraction import Key, Reading, named, readings
-from sddx.report.paired import in_average, over_pairs, samples_of
+from sddx.report.paired import in_average, over_both, over_pairs, samples_of
 from sddx.report.subjects import having
 from sddx.statistics.intervals import Interval, holm, t_interval
 
@@ -21,9 +21,10 @@ Compared = tuple[Interval | None, float | None]  # a difference in points, and i
 @dataclass(frozen=True)
 class Difference:
     """An arm minus SFT, paired by seed, in points. The interval is over seeds, or over `items` where there is one
-    seed; p, of the t test over seeds, is adjusted by Holm over the column that it stands in. Where every task was
-    trained on, nothing is held out. `equal` names what the arms had as much of; `writes`: whether students of
-    either wrote in their training, so that seconds count too."""
+    seed; p, of the t test over seeds, is adjusted by Holm over the column that it stands in. `both` is the average
+    again, over seeds and items, where the items are at hand. Where every task was trained on, nothing is held out.
+    `equal` names what the arms had as much of; `writes`: whether students of either wrote in their training, so
+    that seconds count too."""
 
     where: str
     arm: str
@@ -34,6 +35,7 @@ class Difference:
     held_out: Interval | None
     p_average: float | None
     p_held_out: float | None
+    both: Interval | None
     equal: frozenset[str]
     writes: bool = False
 
@@ -46,7 +48,8 @@ def differences(runs: Runs) -> list[Difference]:
         whole, others = _averaged(ours, theirs), _held_out(ours, theirs)
         if whole[0] is not None:
             about = where, arm, len(ours), len(_tasks(ours[0])), _items(ours[0])
-            unadjusted.append(Difference(*about, whole[0], others[0], whole[1], others[1], *_equal(ours, theirs)))
+            measured = whole[0], others[0], whole[1], others[1], _over_both(ours, theirs)
+            unadjusted.append(Difference(*about, *measured, *_equal(ours, theirs)))
     adjusted = zip(_holm([d.p_average for d in unadjusted]), _holm([d.p_held_out for d in unadjusted]), strict=True)
     return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(unadjusted, adjusted, strict=True)]
 
@@ -65,10 +68,16 @@ def _held_out(arm: Runs, base: Runs) -> Compared:
 def _of_one_seed(arm: Run, base: Run, without: Sequence[str] = ()) -> Compared:
     """Over items: what another training run would give is not in it, so that there is no test."""
     shares = over_pairs([(arm, base)], "student", without)
-    if shares is None:
-        return None, None
-    estimate, low, high = (100 * share for share in (shares.estimate, shares.low, shares.high))
-    return Interval(estimate, low, high, shares.contains, shares.level), None
+    return shares and _in_points(shares), None
+
+
+def _over_both(arm: Runs, base: Runs) -> Interval | None:
+    shares = over_both(list(zip(arm, base, strict=True)), "student")
+    return shares and _in_points(shares)
+
+
+def _in_points(shares: Interval) -> Interval:
+    return replace(shares, **{end: 100 * getattr(shares, end) for end in ("estimate", "low", "high")})
 
 
 def _items(run: Run) -> int | None:

@@ -164,16 +164,26 @@ DEFAULTS = {"units": "blocks", "patch": "none", "patch_trained": False, "patch_f
 
 def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
     """Runs by all their choices but these. A setting in `OWN` of which every arm of a group has one value belongs
-    to the arm, not to what tells groups apart."""
+    to the arm, and rows that each seed drew for itself (dataset.seed=${seed}) to the seed, not to what tells groups
+    apart."""
     names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
     own = sorted(names) if "loss" in besides else []
+    rows = [ROWS] if "seed" in besides else []
     groups: dict[tuple, list[Run]] = {}
-    for key, group in _grouped(runs, *besides, *own).items():
-        if all(_one_each(group, name) for name in own):
-            groups[key] = group
-        else:
-            groups |= _grouped(group, *besides)
+    for group in _grouped(runs, *besides, *own, *rows).values():
+        bound = [*besides, *(rows if _with_the_seed(group) else [])]
+        for key, those in _grouped(group, *bound, *own).items():
+            groups |= {key: those} if all(_one_each(those, name) for name in own) else _grouped(those, *bound)
     return groups
+
+
+ROWS = "dataset_seed"
+
+
+def _with_the_seed(runs: Sequence[Run]) -> bool:
+    """Whether the rows of a run were drawn by its own seed, in several runs of several seeds."""
+    seeds = {(run["choices"].get("seed"), run["choices"].get(ROWS)) for run in runs}
+    return len(seeds) > 1 and all(seed == rows for seed, rows in seeds)
 
 
 def _grouped(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:

@@ -149,10 +149,12 @@ def difference_table(compared: Sequence[Difference]) -> Table:
             _points(d.average),
             _p(d.p_average),
             ABSENT if d.items is None else f"{d.items:,}",
+            _points(d.both),
         ]
         for d in compared
     ]
     header = ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average", "items"]
+    header += ["average again"]
     return {"header": header, "rows": rows}
 
 

@@ -12,7 +12,16 @@ from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.report.subjects import having
 from sddx.run_folder import read_samples
-from sddx.statistics.intervals import Interval, binary, flips, holm, mcnemar, paired_difference, task_weights
+from sddx.statistics.intervals import (
+    Interval,
+    binary,
+    crossed_difference,
+    flips,
+    holm,
+    mcnemar,
+    paired_difference,
+    task_weights,
+)
 
 Samples = Mapping[str, Mapping[str, Any]]
 Pair = tuple[dict[str, Any], dict[str, Any]]  # the summaries of a run and of the one that it is held against
@@ -107,6 +116,27 @@ def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) 
     """Averages of the models of a role, first - second, over pairs of runs that differ in their seed alone: shares,
     over seeds, or over items where there is one pair. `without` names reported tasks to leave out of the average.
     None where no task is left, or where a run has no samples or was evaluated on other items."""
+    if (found := _sides(pairs, role, without)) is None:
+        return None
+    sides, how = found
+    if role == "cut":  # the same for every seed of training
+        sides = [side[:1] for side in sides]
+    return paired_difference(*sides, **how)
+
+
+def over_both(pairs: Sequence[Pair], role: str) -> Interval | None:
+    """As `over_pairs`, over seeds and items. None also where there is one pair, or a task of one item."""
+    if len(pairs) < 2 or (found := _sides(pairs, role, ())) is None:
+        return None
+    sides, how = found
+    with suppress(ValueError):
+        return crossed_difference(*sides, **how)
+    return None
+
+
+def _sides(pairs: Sequence[Pair], role: str, without: Collection[str]) -> tuple[Any, dict[str, Any]] | None:
+    """What every item scored, by task, in the first and in the second run of each pair, and how tasks weigh and
+    items belong together."""
     sides: Any = [[samples_of(run, role) for run in side] for side in zip(*pairs, strict=True)]
     items = {(task, *record["hashes"]) for side in sides for scores in side for task, record in scores.items()}
     if not all(scores for side in sides for scores in side) or len(items) > len(sides[0][0]):
@@ -114,12 +144,9 @@ def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) 
     counted = {task: record for task, record in in_average(sides[0][0]).items() if record["part_of"] not in without}
     if not counted:
         return None
-    sides = [[{task: scores[task]["scores"] for task in counted} for scores in side] for side in sides]
-    if role == "cut":  # the same for every seed of training
-        sides = [side[:1] for side in sides]
-    weights = task_weights(list(counted), pairs[0][0].get("part_of"))
+    scores = [[{task: run[task]["scores"] for task in counted} for run in side] for side in sides]
     clusters = {task: record.get("clusters") for task, record in counted.items()}
-    return paired_difference(*sides, weights=weights, clusters=clusters)
+    return scores, {"weights": task_weights(list(counted), pairs[0][0].get("part_of")), "clusters": clusters}
 
 
 def samples_of(run: Mapping[str, Any], role: str) -> Samples:

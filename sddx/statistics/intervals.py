@@ -20,8 +20,8 @@ Clusters = Mapping[str, Sequence[Hashable] | None]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval. `contains` says which uncertainty is in it: "items", "seeds" or
-    "draws" (of what was cut)."""
+    """An estimate with its interval. `contains` says which uncertainty is in it: "items", "seeds", "seeds and
+    items", or "draws" (of what was cut)."""
 
     estimate: float
     low: float
@@ -189,6 +189,62 @@ def paired_difference(
     averages = resample([first[0], second[0]], weights=weights, clusters=clusters, **drawn)
     low, high = _percentiles(averages[0] - averages[1], level)
     return Interval(differences[0], low, high, "items", level)
+
+
+def crossed_difference(
+    first: Sequence[Scores],
+    second: Sequence[Scores],
+    *,
+    weights: Mapping[str, float] | None = None,
+    clusters: Clusters | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """As `paired_difference` over two seeds or more, for other items as well as other seeds: every seed was judged
+    on the same items, so that what varies over items does not average out over seeds.
+
+    The variance is that over seeds, plus that over items (or their clusters), less what each of them has of neither
+    (the analysis of variance of two crossed random effects), and no smaller than either; degrees of freedom after
+    Satterthwaite, from the seeds and the items. Raises ValueError below two seeds, and for a task of one cluster.
+    """
+    from scipy.special import stdtrit
+
+    estimate = paired_difference(first, second, weights=weights).estimate
+    weights = weights or task_weights(list(first[0]))
+    parts = [_deviations(first, second, task, weights[task], (clusters or {}).get(task)) for task in first[0]]
+    if len(first) < 2 or min(part.shape[1] for part in parts) < 2:
+        raise ValueError("an interval over seeds and items needs two seeds, and two items or clusters a task")
+    seeds = _about_zero(np.sum([part.sum(1) for part in parts], axis=0))
+    items = [_about_zero(part.sum(0)) for part in parts]
+    variance = max(seeds + sum(items) - sum(map(_of_neither, parts)), seeds, sum(items))
+    freedom = [(seeds, len(first) - 1), *((v, part.shape[1] - 1) for v, part in zip(items, parts, strict=True))]
+    shares = sum(v**2 / count for v, count in freedom)
+    half = 0.0 if variance == 0 else float(stdtrit(variance**2 / shares, (1 + level) / 2) * np.sqrt(variance))
+    return Interval(estimate, estimate - half, estimate + half, "seeds and items", level)
+
+
+def _deviations(
+    first: Sequence[Scores], second: Sequence[Scores], task: str, weight: float, clusters: Sequence[Hashable] | None
+) -> np.ndarray:
+    """What each seed and item, or cluster, adds to the difference beyond its mean, [seeds, units]: all of them sum
+    to 0."""
+    found = np.array([np.subtract(a[task], b[task]) for a, b in zip(first, second, strict=True)], dtype=float)
+    off = weight * (found - found.mean()) / found.size
+    if clusters is None:
+        return off
+    numbers = _numbered(clusters)
+    return np.array([np.bincount(numbers, weights=row) for row in off])
+
+
+def _about_zero(parts: np.ndarray) -> float:
+    """The variance of a sum of independent parts, whose sum is 0 here."""
+    return float(len(parts) / (len(parts) - 1) * (parts**2).sum())
+
+
+def _of_neither(parts: np.ndarray) -> float:
+    """The variance that what is neither a seed's nor an item's adds to the sum of all parts."""
+    rest = parts - parts.mean(0) - parts.mean(1, keepdims=True)
+    seeds, items = parts.shape
+    return float(rest.size / ((seeds - 1) * (items - 1)) * (rest**2).sum())
 
 
 def expected_half_width(
