@@ -70,7 +70,7 @@ def check(cells: int) -> None:
         launch(self, job_overrides, initial_job_idx)
         checked = time.process_time()
         for each in job_overrides:
-            self._load(list(each))
+            self.context.config_loader.load_sweep_config(self.config, list(each))
         print(json.dumps([checked - start, time.process_time() - checked]))
         return []
 

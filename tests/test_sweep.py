@@ -18,7 +18,9 @@ from composing import SWEPT, numbers, swept
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from stored import artifact
 
@@ -30,7 +32,7 @@ from sddx.errors import Interrupted, UserError
 from sddx.pipeline import Method
 from sddx.report.page import failed
 from sddx.runtime import Runtime
-from sddx.sweep import cells, launcher
+from sddx.sweep import cells, launcher, loading
 from sddx.sweep.engines import Job
 from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
 from sddx.sweep.worker import perform
@@ -218,6 +220,62 @@ def loaded(given: list[str]) -> DictConfig:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", overrides=given, return_hydra_config=True)
+
+
+def test_a_setting_that_is_none_is_refused_in_a_sweep_as_in_a_run(sweep, capsys) -> None:
+    status, _ = sweep("--multirun", "trainer.nope=1,2")
+    assert status == 2 and "trainer.nope is not a setting. Did you mean" in capsys.readouterr().err
+
+
+CELLS = {
+    "values": [["seed=0", "dataset.size=8"], ["seed=1", "dataset.size=16"]],
+    "texts, nothing, lists": [["run.name='a b'", "dataset.size=null", "evaluation.tasks=[a,b]"], ["run.name=x"]],
+    "options beside their values": [["pruning=last", "pruning.remove=2"], ["pruning.remove=3", "pruning=angular"]],
+    "added, and changed after": [
+        ["+extra.n=1", "extra.n=2"],
+        ["+extra={n: 1}", "extra.n=2"],
+        ["++seed=3", "seed=4"],
+    ],
+    "taken out": [["~dataset.size", "seed=2"], ["~dataset.size", "seed=3"]],
+    "options elsewhere": [["+merging=slerp", "+merging/search=slopes", f"seed={n}"] for n in (0, 1)],
+    "packages": [["+merging=slerp", "evaluation@merging.search.evaluation=selection", "merging.t=1"]],
+    "of Hydra": [["hydra.job.chdir=true", "seed=0"], ["hydra.job.chdir=false", "seed=0"]],
+    "resolved once": [["seed=0", "run.name=${now:%f}"], ["seed=1", "run.name=${now:%f}"]],
+}
+
+
+@pytest.mark.parametrize("given", CELLS.values(), ids=CELLS)
+def test_a_cell_is_what_hydra_composes_of_it_alone(given: list[list[str]]) -> None:
+    """Whatever stands in it and whatever came before it, with all that Hydra notes of it; or both refuse it."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra, whole = GlobalHydra.instance().config_loader(), compose("train", return_hydra_config=True)
+        whole.hydra.job.config_name = "train"
+        loader = loading.Loader(hydra, whole)
+        for cell in [*given, *given]:
+            try:
+                alone = hydra.load_sweep_config(whole, cell)
+            except (HydraException, OmegaConfBaseException):
+                with pytest.raises(UserError):
+                    loader(cell)
+            else:
+                found = loader(cell)
+                assert OmegaConf.to_container(found) == OmegaConf.to_container(alone)
+                assert OmegaConf.is_struct(found) and OmegaConf.get_cache(found) == OmegaConf.get_cache(alone)
+    assert len(loader._composed) <= len(given)
+
+
+def test_cells_that_differ_in_values_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra, whole = GlobalHydra.instance().config_loader(), compose("train", return_hydra_config=True)
+        whole.hydra.job.config_name = "train"
+        asked: list[list[str]] = []
+        plain = hydra.load_sweep_config
+        monkeypatch.setattr(hydra, "load_sweep_config", lambda *given: asked.append(given[1]) or plain(*given))
+        loader = loading.Loader(hydra, whole)
+        found = [loader([f"loss={loss}", f"seed={n}"]) for loss in ("sft", "sdd") for n in range(5)]
+    assert asked == [["loss=sft"], ["loss=sdd"]] and [each.seed for each in found] == [*range(5), *range(5)]
 
 
 def test_every_cell_has_a_folder_of_its_own_in_the_sweep(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,7 @@ from sddx.errors import UserError, near
 from sddx.files.naming import shortened
 
 PACKAGE = Path(__file__).parents[1]
-COMPOSE = ("entry.py", "sweeper.py")  # of our files, those that pass the command line on to Hydra
+COMPOSE = ("entry.py", "sweeper.py", "loading.py")  # of our files, those that pass the command line on to Hydra
 CONFIG_DIR = ("--config-dir", "-cd")
 ALL = "All settings: --cfg job."
 FORM = (
@@ -154,6 +155,7 @@ def _unknown(key: str, root: str) -> str:
         return f"{key} is chosen with a plus: +{key}=... {_listed(key)}"
     if (CONF / (group := key.replace(".", "/"))).is_dir():
         return f"{key} is a group of settings, chosen with a slash: {group}=... {_listed(group)}"
+    GlobalHydra.instance().clear()  # of a sweep, which ends here
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = flatten(OmegaConf.to_container(compose(root)))  # type: ignore[arg-type]
     groups = [path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()]

@@ -13,13 +13,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sddx.config.entry import composing, mistakes_told
+from sddx.config.entry import mistakes_told
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of
 from sddx.store.digest import digest
 from sddx.sweep import cells as grid
 from sddx.sweep.cells import Cell
 from sddx.sweep.engines import Engine, in_process
+from sddx.sweep.loading import Loader
 from sddx.sweep.plan import levels
 
 Check = Callable[[dict[str, Any]], None]
@@ -60,7 +61,7 @@ class Grid(Launcher):
             if not callable(self.engine):
                 raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")
             with sharing():
-                cells = grid.compose(self._load, job_overrides, initial_job_idx)
+                cells = grid.compose(self._loader(), job_overrides, initial_job_idx)
                 plans = self._plans(cells)
             task = type(self).task
             if cells[0].config["dry_run"] or task is None:
@@ -81,9 +82,8 @@ class Grid(Launcher):
         type(self).tell(plans, [cell.config for cell in cells])
         return plans
 
-    def _load(self, overrides: list[str]) -> DictConfig:
-        with composing():
-            return self.context.config_loader.load_sweep_config(self.config, overrides)
+    def _loader(self) -> Loader:
+        return Loader(self.context.config_loader, self.config)
 
 
 def check_all(cells: Sequence[Cell], check: Check) -> None:
