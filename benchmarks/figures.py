@@ -13,16 +13,13 @@ from sddx.report import figures, page
 from sddx.report.curves import families
 
 MEASURES = {"recovery_trained": "trained", "recovery_held_out": "held_out", "recovery": "recovery"}
-INK = {"currentColor": "#1b1f24", "<svg ": '<svg style="background:#ffffff;font-family:sans-serif" '}
 
 
 def main() -> None:
     out = Path(__file__).parent / "figures"
     for family in families(page.of_folders(map(Path, sys.argv[1:]))):
         for measure, name in MEASURES.items():
-            svg = figures.curves(family, measure, name)
-            for old, new in INK.items():
-                svg = svg.replace(old, new)
+            svg = figures.on_white(figures.curves(family, measure, name))
             (out / f"{family.axis}_{name}.svg").write_text(svg)
 
 

@@ -48,6 +48,12 @@ def _svg(figure: Any, label: str) -> str:
     return start + text[text.index("<svg ") + len("<svg ") :].replace(INK, "currentColor")
 
 
+def on_white(svg: str) -> str:
+    """The same in ink on white, for any page that can show a picture."""
+    styled = svg.replace("<svg ", '<svg style="background:#ffffff;font-family:sans-serif" ', 1)
+    return styled.replace("currentColor", "#1b1f24")
+
+
 def curves(family: Family, measure: str, title: str) -> str:
     """One measure over the family's axis, one line an arm, with bands over seeds."""
     return _svg(drawn_curves(family, measure), f"{title} over {family.label}")

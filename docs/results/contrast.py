@@ -1,0 +1,108 @@
+"""SDD against SFT, from runs that were kept: `python docs/results/contrast.py NAME` prints the tables of
+docs/results/real-model.md and draws the scores into benchmarks/figures/real_average.svg.
+
+NAME is a folder of docs/results/data with runs of both arms, paired by their seeds. Two intervals of 95 % stand at
+each difference: over seeds (Student's t), and for other seeds and other items. Scores are in percent and points.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tables import DATA, runs
+
+from sddx.report import figures
+from sddx.report.table import ABSENT, grid
+from sddx.report.tasks import scores
+from sddx.statistics.intervals import Interval, crossed_difference, paired_difference, t_interval
+
+ARMS = ("sft", "sdd")
+DRAWN = Path(__file__).parents[2] / "benchmarks" / "figures" / "real_average.svg"
+# What items scored, with its factor and its format.
+MEASURES = {
+    "scores": ("average, %", 100, ".2f"),
+    "bits_per_byte": ("bits per byte, right answers", 1, ".4f"),
+    "margin": ("margin, right answers, nats", 1, ".3f"),
+}
+
+Run = dict[str, Any]
+
+
+@cache
+def judged(name: str, key: str) -> dict[str, dict[str, list[float]]]:
+    """What every item scored in one evaluation, by task."""
+    return json.loads((DATA / name / "items" / f"{key[:16]}.json").read_text(encoding="utf-8"))
+
+
+def paired(name: str) -> dict[int, tuple[Run, Run]]:
+    """The runs of SFT and of SDD by their seed, where both are there."""
+    sft, sdd = ({r["choices"]["seed"]: r for r in runs(name) if r["choices"]["loss"] == arm} for arm in ARMS)
+    return {seed: (run, sdd[seed]) for seed, run in sft.items() if seed in sdd}
+
+
+def shown(interval: Interval, factor: float, form: str) -> str:
+    low, high, middle = (format(factor * v, f"+{form}") for v in (interval.low, interval.high, interval.estimate))
+    return f"{middle} ({low} to {high})"
+
+
+def by_items(name: str, pairs: Sequence[tuple[Run, Run]], measure: str, tasks: Sequence[str]) -> list[str]:
+    """The row of what items scored, over tasks that each count once."""
+    _, factor, form = MEASURES[measure]
+    sides = [
+        [
+            {task: judged(name, run["artifacts"]["evaluate_recovered"])[task][measure] for task in tasks}
+            for run in side
+        ]
+        for side in zip(*pairs, strict=True)
+    ]
+    means = [format(factor * mean(mean(map(mean, run.values())) for run in side), form) for side in sides]
+    differences = [of(sides[1], sides[0]) for of in (paired_difference, crossed_difference)]
+    return [*means, *(shown(each, factor, form) for each in differences)]
+
+
+def by_runs(pairs: Sequence[tuple[Run, Run]], value: Callable[[Run], float], form: str) -> list[str]:
+    """The row of what a run has one number of."""
+    sides = [[value(run) for run in side] for side in zip(*pairs, strict=True)]
+    differences = t_interval([b - a for a, b in zip(*sides, strict=True)])
+    return [*(format(mean(side), form) for side in sides), shown(differences, 1, form), ABSENT]
+
+
+def table(name: str, pairs: Sequence[tuple[Run, Run]]) -> str:
+    """Markdown: the primary measure, the co-primary ones, and each task and what decides nothing after them."""
+    tasks = judged(name, pairs[0][0]["artifacts"]["evaluate_recovered"])
+    having = {measure: [task for task in tasks if measure in tasks[task]] for measure in MEASURES}
+    rows = [[MEASURES[measure][0], *by_items(name, pairs, measure, those)] for measure, those in having.items()]
+    rows += [[f"{task}, %", *by_items(name, pairs, "scores", [task])] for task in tasks]
+    rows += [["KL to the unpruned model", *by_runs(pairs, lambda run: run["text"]["recovered"]["kl"], ".3f")]]
+    rows += [["gap closed, %", *by_runs(pairs, lambda run: 100 * run["gap_closed"], ".1f")]]
+    return grid(["measure", "SFT", "SDD", "SDD - SFT, over seeds", "over seeds and items"], rows)
+
+
+def of_seeds(pairs: dict[int, tuple[Run, Run]]) -> str:
+    """Markdown: the average of each seed's two runs, and what they were trained on."""
+    rows = []
+    for seed, both in pairs.items():
+        averages = [100 * run["scores"]["recovered"]["average"] for run in both]
+        tokens = [f"{run['supervised_tokens']:,}" for run in both]
+        rows.append([str(seed), *(f"{v:.2f}" for v in averages), f"{averages[1] - averages[0]:+.2f}", *tokens])
+    return grid(["seed", "SFT", "SDD", "SDD - SFT", "tokens, SFT", "tokens, SDD"], rows)
+
+
+def draw(name: str) -> None:
+    """The averages of all models, in ink on white."""
+    found = [run for pair in paired(name).values() for run in pair]
+    chance = mean(found[0]["chance"].values())
+    svg = figures.dots(scores(found, "average"), chance, "the average of four tasks")
+    DRAWN.write_text(figures.on_white(svg), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    found = paired(sys.argv[1])
+    print(of_seeds(found), table(sys.argv[1], list(found.values())), sep="\n\n")
+    draw(sys.argv[1])
