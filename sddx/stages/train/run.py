@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sddx.training.loop  # noqa: F401  with this stage, so that an edit meanwhile changes nothing of what runs
-from sddx.compression.compressed import compress
+from sddx.compression.compressed import Compressed, compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import Encoded, encode_all, padding_id
@@ -69,61 +70,94 @@ def train(
     trainer = {**trainer, **runtime.training}
     free_memory()  # what the stages before held, and vLLM's engines
     free_held()
-    strategy = trainer.get("strategy", "single")
+    sharded = trainer.get("strategy") == "fsdp"
     loading: dict[str, Any] = {"dtype": dtype, "attention": attention}
-    if strategy != "single" and not is_joined():
+    if trainer.get("strategy", "single") != "single" and not is_joined():
         inputs: dict[str, Any] = dict(base=base, held_out=held_out, rows=rows, teacher=teacher, **compressions)
         spec: dict[str, Any] = dict(loss=loss, tuning=tuning, trainer=trainer, selfdata=selfdata, **loading)
-        spec |= dict(captured=captured, teacher_cache=teacher_cache)
-        again = partial(train, out, **inputs, max_length=max_length, seed=seed, **spec)
-        launch(again, trainer["devices"], runtime)
+        spec |= dict(captured=captured, teacher_cache=teacher_cache, max_length=max_length, seed=seed)
+        launch(partial(train, out, **inputs, **spec), trainer["devices"], runtime)
         return
-    objective = build(loss)
-    tokenizer = load_tokenizer(base.path)
-    examples, length = examples_of(rows, selfdata), room(base.path, max_length)
-    context = context_of(text_config(base.path))
-    encode = partial(_encoded, tokenizer, objective.rollouts, max_length=length, context=context)
-    encoded, dropped = encode(examples)
-    _require_rows(encoded, examples, length)
-    judged, _ = encode(examples_of([held_out], selfdata))
+    objective, tokenizer = build(loss), load_tokenizer(base.path)
+    learned = _learned(tokenizer, objective.rollouts, base.path, rows, held_out, selfdata, max_length)
     beside: Any = None
     if teacher_cache is not None:
-        asked = {"k": teacher_cache, "temperature": objective.temperature, "max_length": length}
-        model = teacher or base
-        asked |= {"vocabulary": text_config(model.path).vocab_size}
-        beside = CachedTeacher([each.path for each in captured], origin(model.key, tokenizer, **asked))
-        beside.require([*encoded, *judged])
+        asked = {"k": teacher_cache, "temperature": objective.temperature, "max_length": learned.length}
+        beside = _captured(captured, teacher or base, tokenizer, learned, **asked)
 
     # What is to be cut into shards may not fit on one device.
-    load: Any = partial(load_model, device="cpu" if strategy == "fsdp" else runtime.device, **loading)
+    load: Any = partial(load_model, device="cpu" if sharded else runtime.device, **loading)
     made = compress(load(base.path, quantization=tuning.get("quantization")), read(compressions))
     made.model = build(tuning)(made.model, seed)
     made.thaw()
     trains = adapted_weights(made.model)
     if rank() == 0:
         log.info(trains)
-    shares = is_adapted(made.model) and teacher is None and not (made.has_twins and strategy == "fsdp")
     if objective.needs_teacher and beside is None:
+        shares = is_adapted(made.model) and teacher is None and not (made.has_twins and sharded)
         beside = SharedTeacher(made) if shares else SeparateTeacher(load((teacher or base).path))
     if not isinstance(beside, SharedTeacher):
         made.whole = {}  # a large model's removed blocks are freed
-    names = {id(weight): name for name, weight in made.model.named_parameters()}
-    pad = padding_id(tokenizer)
-    more: dict[str, Any] = {}
+    pad, more = padding_id(tokenizer), {}
     if objective.rollouts is not None:
-        form: dict[str, Any] = {"max_length": length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
-        more["writer"] = Writer(made.model, objective.rollouts, encoded, seed, **form)
-    with made.held():
-        metrics = build(trainer)(
-            made.model, beside, objective, made.cut, encoded, judged, pad, seed, out, runtime, **more
-        )
+        form: dict[str, Any] = {"max_length": learned.length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
+        more["writer"] = Writer(made.model, objective.rollouts, learned.rows, seed, **form)
+    with made.held(), _put_together(made):
+        fitted = learned.rows, learned.held_out, pad, seed, out, runtime
+        metrics = build(trainer)(made.model, beside, objective, made.cut, *fitted, **more)
+    if rank() == 0:
+        save_student(made, out, base=base.key)
+        summary = metrics | {"dropped_rows": learned.dropped, "trains": trains}
+        (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
+
+
+class Learned(NamedTuple):
+    """What is learned from and judged by, as tokens; how many rows had none left; how long a row may be."""
+
+    rows: list[Encoded]
+    held_out: list[Encoded]
+    dropped: int
+    length: int
+
+
+def _learned(
+    tokenizer: Any,
+    rollouts: Rollouts | None,
+    base: Path,
+    rows: Sequence[Artifact],
+    held_out: Artifact,
+    selfdata: dict[str, Any],
+    max_length: int,
+) -> Learned:
+    """Raises UserError where no row is left."""
+    examples, length = examples_of(rows, selfdata), room(base, max_length)
+    context = context_of(text_config(base))
+    encode = partial(_encoded, tokenizer, rollouts, max_length=length, context=context)
+    encoded, dropped = encode(examples)
+    _require_rows(encoded, examples, length)
+    judged, _ = encode(examples_of([held_out], selfdata))
+    return Learned(encoded, judged, dropped, length)
+
+
+def _captured(
+    captured: Sequence[Artifact], model: Artifact, tokenizer: Any, learned: Learned, **asked: Any
+) -> CachedTeacher:
+    """What a model said of these rows. Raises UserError where it was asked otherwise, or of others."""
+    about = origin(model.key, tokenizer, vocabulary=text_config(model.path).vocab_size, **asked)
+    teacher = CachedTeacher([each.path for each in captured], about)
+    teacher.require([*learned.rows, *learned.held_out])
+    return teacher
+
+
+@contextmanager
+def _put_together(made: Compressed) -> Iterator[None]:
+    """Weights that shards were put together to in new ones, while the body trained, are those that are saved."""
+    names = {id(weight): name for name, weight in made.model.named_parameters()}
+    yield
     if rank() == 0:
         for gap, weight in made.own.items():
-            if weight.requires_grad:  # shards were put together in a new one
+            if weight.requires_grad:
                 made.own[gap] = made.model.get_parameter(names[id(weight)])
-        save_student(made, out, base=base.key)
-        summary = metrics | {"dropped_rows": dropped, "trains": trains}
-        (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 def _encoded(
