@@ -139,13 +139,12 @@ def _quality(artifacts: RunArtifacts, results: dict[str, Any]) -> dict[str, Any]
 
 
 def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
-    """What was cut, what was trained on, and what each stage took when it was built."""
+    """What was cut, what was trained on, what was done besides, and what each stage took when it was built."""
+    return _cut(artifacts) | _training(artifacts) | _besides(artifacts) | _stages(artifacts)
+
+
+def _cut(artifacts: RunArtifacts) -> dict[str, Any]:
     cut = Cut.load(artifacts.pruned.path / CUT_FILE)
-    training: dict[str, Any] = _read(artifacts.student, "training.json") if artifacts.student else {}
-    answers = rewrites(artifacts.rows[1:])
-    stages = artifacts.built()
-    manifests = {stage: [manifest.read(each.path) or {} for each in made] for stage, made in stages.items()}
-    built = manifests.get("train", manifests["prune"])[0]
     size = _read(artifacts.pruned, "size.json") | (_read(artifacts.patch, "size.json") if artifacts.patch else {})
     return {
         "cut": list(cut.kept),
@@ -156,33 +155,45 @@ def _cost(artifacts: RunArtifacts) -> dict[str, Any]:
         "parameters": {model: sizes["parameters"] for model, sizes in size.items()},
         "cache_bytes": {model: sizes["cache_bytes"] for model, sizes in size.items()},
         "patch_unexplained": _read(artifacts.patch, "fit.json") if artifacts.patch else {},
-        "examples": training.get("examples", 0),
-        "supervised_tokens": training.get("supervised_tokens", 0),
-        "steps": training.get("steps", 0),
-        "tokens_per_second": training.get("tokens_per_second", 0),
+    }
+
+
+def _training(artifacts: RunArtifacts) -> dict[str, Any]:
+    training: dict[str, Any] = _read(artifacts.student, "training.json") if artifacts.student else {}
+    answers = rewrites(artifacts.rows[1:])
+    counted = ("examples", "supervised_tokens", "steps", "tokens_per_second", "dropped_rows")
+    return {
+        **{name: training.get(name, 0) for name in counted},
         "rollouts": training.get("rollouts"),
         "training_seconds": training.get("seconds"),
-        "dropped_rows": training.get("dropped_rows", 0),
         "captured": _captured(artifacts.captured[1:]),
+        "written": _read(artifacts.written, "written.json") if artifacts.written else None,
+        "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
+    }
+
+
+def _besides(artifacts: RunArtifacts) -> dict[str, Any]:
+    return {
         "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,
         "searched": _read(artifacts.shares, "search.json") if artifacts.shares else None,
         "drafts": _drafts(artifacts),
         "drift": {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()},
-        "written": _read(artifacts.written, "written.json") if artifacts.written else None,
-        "fallback_share": sum(bool(each.reason) for each in answers) / len(answers) if answers else None,
+    }
+
+
+def _stages(artifacts: RunArtifacts) -> dict[str, Any]:
+    stages = artifacts.built()
+    manifests = {stage: [manifest.read(each.path) or {} for each in made] for stage, made in stages.items()}
+    built = manifests.get("train", manifests["prune"])[0]
+    keys = {stage: [a.key for a in made] if len(made) > 1 else made[0].key for stage, made in stages.items()}
+    return {
         "seconds": {stage: sum(m["seconds"] for m in made) for stage, made in manifests.items()},
         "peak_memory": {stage: max(m["peak_memory"] for m in made) for stage, made in manifests.items()},
-        "artifacts": {
-            "model": artifacts.base.key,
-            **{stage: [a.key for a in made] if len(made) > 1 else made[0].key for stage, made in stages.items()},
-        },
+        "artifacts": {"model": artifacts.base.key, **keys},
         "model_path": str(artifacts.base.path),
         "dequantised": origin(artifacts.base.path),
-        "dtype": built["spec"]["dtype"],
-        "attention": built["spec"]["attention"],
-        "versions": built["versions"],
-        "device": built["device"],
-        "threads": built["threads"],
+        **{name: built["spec"][name] for name in ("dtype", "attention")},
+        **{name: built[name] for name in ("versions", "device", "threads")},
     }
 
 

@@ -63,24 +63,35 @@ def small(
         "with their own metrics and chance levels",
         f"answers: {new_tokens} tokens; one epoch; on the CPU; no logger",
     ]
-    if asked := config.get("speculation"):
-        replaced["speculation"] = {**asked, "size": held_out, "max_new_tokens": new_tokens, "datasets": {}}
-        said.append(f"drafts: {asked['size']} prompts of each data set by the {held_out} held-out rows")
-    if asked := config.get("drift"):
-        replaced["drift"] = {**asked, "size": held_out, "max_new_tokens": new_tokens}
-        said.append(f"drift: {asked['size']} held-out rows by {held_out}")
-    if (k := config["teacher_cache"]) and k > FEWER:
-        replaced["teacher_cache"] = FEWER
-        said.append(f"tokens captured of the teacher: {k} by {FEWER}")
-    if config["loss"].get("rollouts"):
-        replaced["loss"] = _loss(config["loss"], new_tokens)
-        said.append(f"rollouts: at most {new_tokens} tokens")
-    if asked := config.get("merging"):
-        replaced["merging"] = _merging(asked, replaced, rows, items, new_tokens)
-        said.append(f"merged: rows of each student by {rows} of {' and '.join(SKILLS)} in turn")
+    for name, (smaller, instead) in _besides(config, replaced, rows, items, new_tokens, held_out).items():
+        replaced[name] = smaller
+        said.append(instead)
     if config["teacher"]:
         said.append(f"teacher: {config['teacher']} by the unpruned model")
     return {**config, **replaced, "rehearse": said}
+
+
+def _besides(
+    config: dict[str, Any], replaced: dict[str, Any], rows: int, items: int, new_tokens: int, held_out: int
+) -> dict[str, tuple[Any, str]]:
+    """What only some runs have, made smaller, each with what stands for what."""
+    found: dict[str, tuple[Any, str]] = {}
+    if asked := config.get("speculation"):
+        smaller = {**asked, "size": held_out, "max_new_tokens": new_tokens, "datasets": {}}
+        instead = f"drafts: {asked['size']} prompts of each data set by the {held_out} held-out rows"
+        found["speculation"] = smaller, instead
+    if asked := config.get("drift"):
+        smaller = {**asked, "size": held_out, "max_new_tokens": new_tokens}
+        found["drift"] = smaller, f"drift: {asked['size']} held-out rows by {held_out}"
+    if (k := config["teacher_cache"]) and k > FEWER:
+        found["teacher_cache"] = FEWER, f"tokens captured of the teacher: {k} by {FEWER}"
+    if config["loss"].get("rollouts"):
+        found["loss"] = _loss(config["loss"], new_tokens), f"rollouts: at most {new_tokens} tokens"
+    if asked := config.get("merging"):
+        shared = replaced | {name: smaller for name, (smaller, _) in found.items()}
+        merged = _merging(asked, shared, rows, items, new_tokens)
+        found["merging"] = merged, f"merged: rows of each student by {rows} of {' and '.join(SKILLS)} in turn"
+    return found
 
 
 def _rows(dataset: dict[str, Any], rows: int, skill: str) -> dict[str, Any]:
