@@ -136,6 +136,9 @@ def test_rows_that_every_seed_draws_for_itself_belong_to_the_seed() -> None:
     assert (found.where, found.seeds) == ("all runs", 3)
     apart = [run(*key, gain=gain, dataset_seed=rows) for rows in (0, 1) for key, gain in GAINS.items()]
     assert [(d.where, d.seeds) for d in differences(apart)] == [("dataset_seed 0", 3), ("dataset_seed 1", 3)]
+    fixed = [run("kd", seed, dataset_seed=0) for seed in (0, 1, 2)]  # of another arm, whose rows are its own affair
+    (found,) = differences([*bound, *fixed])
+    assert (found.arm, found.seeds) == ("sdd", 3)
     assert len(differences([*bound, *(run(*key, removed=2, dataset_seed=0) for key in GAINS)])) == 2
 
 

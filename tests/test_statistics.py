@@ -153,23 +153,27 @@ def test_coverage_over_seeds() -> None:
     assert 1860 <= held <= 1940
 
 
-def crossed(seed: int, over_seeds: float, over_items: float) -> tuple[list[dict], list[dict]]:
-    """Two arms of five seeds on the same items of two tasks. The first is 0.1 better, and how much so varies over
+def crossed(seed: int, over_seeds: float, over_items: float, seeds: int = 5) -> tuple[list[dict], list[dict]]:
+    """Two arms of some seeds on the same items of two tasks. The first is 0.1 better, and how much so varies over
     seeds, over items and beyond."""
     generator = np.random.default_rng(seed)
-    shift = generator.normal(0.1, over_seeds, 5)
+    shift = generator.normal(0.1, over_seeds, seeds)
     difficulty = {"a": generator.normal(0, over_items, 80), "b": generator.normal(0, over_items, 120)}
     first = [{task: s + i + generator.normal(0, 0.3, len(i)) for task, i in difficulty.items()} for s in shift]
     return first, [{task: np.zeros(len(i)) for task, i in difficulty.items()} for _ in shift]
 
 
-@pytest.mark.parametrize(("over_seeds", "over_items"), [(0.05, 0.1), (0.02, 0.5), (0.05, 0.5), (0.0, 0.0)])
-def test_coverage_over_seeds_and_items(over_seeds: float, over_items: float) -> None:
-    """Both vary in an experiment done again: the interval holds the truth in 93 to 97 % of them, also where one of
-    the two says it all; where neither says anything, it is no narrower than it must be."""
-    intervals = [crossed_difference(*crossed(seed, over_seeds, over_items)) for seed in range(1000)]
-    held = sum(interval.low <= 0.1 <= interval.high for interval in intervals)
-    assert 930 <= held <= (970 if over_seeds else 1000)
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("over_seeds", "over_items"), [(0.05, 0.1), (0.02, 0.5), (0.1, 0.5), (0.05, 0.0)])
+def test_coverage_over_seeds_and_items(over_seeds: float, over_items: float, seeds: int) -> None:
+    """Both vary in an experiment done again: the interval holds the truth in 93 % of them at least, and in 97 % at
+    most where one of the two says nearly all; where both speak it may be too wide, as each has its own quantile."""
+    experiments = [crossed(seed, over_seeds, over_items, seeds) for seed in range(500)]
+    intervals = [crossed_difference(*experiment) for experiment in experiments]
+    held = sum(interval.low <= 0.1 <= interval.high for interval in intervals) / len(intervals)
+    assert 0.93 <= held <= (0.97 if over_items == 0 else 1)
+    over_seeds_alone = [paired_difference(*experiment).half_width for experiment in experiments]
+    assert all(both.half_width >= alone - 1e-12 for both, alone in zip(intervals, over_seeds_alone, strict=True))
 
 
 def test_over_seeds_alone_items_that_all_seeds_share_are_not_in_doubt() -> None:
@@ -190,6 +194,21 @@ def test_items_of_one_passage_count_as_one_over_seeds_and_items() -> None:
     clusters = {task: np.repeat(np.arange(len(v)), 4).tolist() for task, v in first[0].items()}
     once, grouped = crossed_difference(first, second), crossed_difference(*fourfold, clusters=clusters)
     assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high))
+
+
+def test_what_seeds_add_to_a_large_passage_is_not_taken_for_its_own() -> None:
+    """One of 81 passages has a fifth of the items: coverage as elsewhere, though seeds move it by more."""
+    sizes, held = [20, *[1] * 80], 0
+    clusters = {"a": np.repeat(range(81), sizes).tolist()}
+    for seed in range(500):
+        generator = np.random.default_rng(seed)
+        items = np.repeat(generator.normal(0, 0.1, 81), sizes)
+        first = [
+            {"a": 0.1 + shift + items + generator.normal(0, 0.3, 100)} for shift in generator.normal(0, 0.05, 5)
+        ]
+        found = crossed_difference(first, [{"a": np.zeros(100)}] * 5, clusters=clusters)
+        held += found.low <= 0.1 <= found.high
+    assert held >= 465
 
 
 def test_an_interval_over_seeds_and_items_needs_two_of_either() -> None:

@@ -1,8 +1,9 @@
 """SDD against SFT, from runs that were kept: `python docs/results/contrast.py NAME` prints the tables of
-docs/results/real-model.md and draws the scores into benchmarks/figures/real_average.svg.
+docs/results/real-model.md and draws the scores into benchmarks/figures/NAME.svg.
 
-NAME is a folder of docs/results/data with runs of both arms, paired by their seeds. Two intervals of 95 % stand at
-each difference: over seeds (Student's t), and for other seeds and other items. Scores are in percent and points.
+NAME is a folder of docs/results/data with one run of each arm for each of several seeds, which pair them. Two
+intervals of 95 % stand at each difference: over seeds (Student's t), and for other seeds and other items. Scores
+are in percent and points.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sddx.report.tasks import scores
 from sddx.statistics.intervals import Interval, crossed_difference, paired_difference, t_interval
 
 ARMS = ("sft", "sdd")
-DRAWN = Path(__file__).parents[2] / "benchmarks" / "figures" / "real_average.svg"
+FIGURES = Path(__file__).parents[2] / "benchmarks" / "figures"
 # What items scored, with its factor and its format.
 MEASURES = {
     "scores": ("average, %", 100, ".2f"),
@@ -41,9 +42,13 @@ def judged(name: str, key: str) -> dict[str, dict[str, list[float]]]:
 
 
 def paired(name: str) -> dict[int, tuple[Run, Run]]:
-    """The runs of SFT and of SDD by their seed, where both are there."""
-    sft, sdd = ({r["choices"]["seed"]: r for r in runs(name) if r["choices"]["loss"] == arm} for arm in ARMS)
-    return {seed: (run, sdd[seed]) for seed, run in sft.items() if seed in sdd}
+    """The runs of SFT and of SDD by their seed, where both are there. Ends the program where that makes none."""
+    found = {arm: [run for run in runs(name) if run["choices"]["loss"] == arm] for arm in ARMS}
+    sft, sdd = ({run["choices"]["seed"]: run for run in those} for those in found.values())
+    pairs = {seed: (run, sdd[seed]) for seed, run in sft.items() if seed in sdd}
+    if len(pairs) < 2 or len(sft) + len(sdd) < sum(map(len, found.values())):
+        sys.exit(f"{name} holds no contrast: it takes one run of SFT and one of SDD for each of several seeds.")
+    return pairs
 
 
 def shown(interval: Interval, factor: float, form: str) -> str:
@@ -97,9 +102,9 @@ def of_seeds(pairs: dict[int, tuple[Run, Run]]) -> str:
 def draw(name: str) -> None:
     """The averages of all models, in ink on white."""
     found = [run for pair in paired(name).values() for run in pair]
-    chance = mean(found[0]["chance"].values())
-    svg = figures.dots(scores(found, "average"), chance, "the average of four tasks")
-    DRAWN.write_text(figures.on_white(svg), encoding="utf-8")
+    chance = found[0]["chance"]
+    svg = figures.dots(scores(found, "average"), mean(chance.values()), f"the average of {', '.join(chance)}")
+    (FIGURES / f"{name}.svg").write_text(figures.on_white(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":

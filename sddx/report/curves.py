@@ -171,19 +171,27 @@ def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
     rows = [ROWS] if "seed" in besides else []
     groups: dict[tuple, list[Run]] = {}
     for group in _grouped(runs, *besides, *own, *rows).values():
-        bound = [*besides, *(rows if _with_the_seed(group) else [])]
-        for key, those in _grouped(group, *bound, *own).items():
-            groups |= {key: those} if all(_one_each(those, name) for name in own) else _grouped(those, *bound)
+        for bound, those in _by_their_rows(group, own).items():
+            left_out = [*besides, *(rows if bound else [])]
+            for key, same in _grouped(those, *left_out, *own).items():
+                apart = not all(_one_each(same, name) for name in own)
+                groups |= _grouped(same, *left_out) if apart else {key: same}
     return groups
 
 
 ROWS = "dataset_seed"
 
 
-def _with_the_seed(runs: Sequence[Run]) -> bool:
-    """Whether the rows of a run were drawn by its own seed, in several runs of several seeds."""
-    seeds = {(run["choices"].get("seed"), run["choices"].get(ROWS)) for run in runs}
-    return len(seeds) > 1 and all(seed == rows for seed, rows in seeds)
+def _by_their_rows(runs: Sequence[Run], own: Sequence[str]) -> dict[bool, list[Run]]:
+    """Runs of arms in which every seed drew rows of its own, several of them, and all others."""
+    by_arm: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_arm[tuple(run["choices"].get(name) for name in ("loss", *own))].append(run)
+    parted: dict[bool, list[Run]] = defaultdict(list)
+    for those in by_arm.values():
+        drawn = {(run["choices"].get("seed"), run["choices"].get(ROWS)) for run in those}
+        parted[len(drawn) > 1 and all(seed == rows for seed, rows in drawn)] += those
+    return parted
 
 
 def _grouped(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:

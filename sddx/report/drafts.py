@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from sddx.report.agreement import per_unit
-from sddx.report.curves import Run, arms
+from sddx.report.curves import ROWS, Run, arms
 from sddx.report.sections import Section, Table, removed_units, scores_of
 from sddx.report.subjects import UNTUNED, shown_as
 from sddx.report.table import percent, within
@@ -54,7 +54,7 @@ def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
                 for prompts, record in of.items():
                     for ahead, each in _each(record):
                         shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
-                        seed = run["choices"]["seed"] if draft != UNTUNED else 0
+                        seed = run["choices"]["seed"] if draft != UNTUNED else run["choices"].get(ROWS) or 0
                         records.setdefault((where, draft, shown, ahead), {})[seed] = each
     return records
 

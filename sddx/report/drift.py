@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sddx.report import figures
-from sddx.report.curves import Run, arms, value_of
+from sddx.report.curves import ROWS, Run, arms, value_of
 from sddx.report.drafts import FEWEST
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import UNTUNED, having, shown_as
@@ -75,7 +75,7 @@ def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
         for run in group:
             for name, record in run["drift"].items():
                 model = shown_as(run, name, arm)
-                seed = run["choices"]["seed"] if model != UNTUNED else 0
+                seed = run["choices"]["seed"] if model != UNTUNED else run["choices"].get(ROWS) or 0
                 records.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
     return records
 

@@ -45,8 +45,9 @@ COLUMNS = (
 
 # What must be known to read a table.
 PAIRED = """Same items and same seeds; 95 % intervals over seeds, p of the paired t test adjusted by Holm within its
-column. Of one seed the interval is over items, which does not say what another training run would give. A claim
-needs equal examples and equal supervised tokens, and each arm at its own learning rate."""
+column. Of one seed the interval is over items, which does not say what another training run would give. The last
+column is the average for other seeds and other items. A claim needs equal examples and equal supervised tokens, and
+each arm at its own learning rate."""
 LAW = """Recovery over training examples n, fitted to the mean over seeds; intervals are 95 % over resampled
 seed-curves. Where the data carries no law, that is said."""
 MEASURED = ("bits per byte", "minus unpruned", "margin, nats", "minus unpruned")
@@ -154,7 +155,7 @@ def difference_table(compared: Sequence[Difference]) -> Table:
         for d in compared
     ]
     header = ["runs", "arm minus sft", "seeds", "held-out", "p held-out", "average", "p average", "items"]
-    header += ["average again"]
+    header += ["average, other items too"]
     return {"header": header, "rows": rows}
 
 

@@ -125,7 +125,8 @@ def over_pairs(pairs: Sequence[Pair], role: str, without: Collection[str] = ()) 
 
 
 def over_both(pairs: Sequence[Pair], role: str) -> Interval | None:
-    """As `over_pairs`, over seeds and items. None also where there is one pair, or a task of one item."""
+    """As `over_pairs`, over seeds and items. None also where there is one pair, or a task of one
+    item or cluster."""
     if len(pairs) < 2 or (found := _sides(pairs, role, ())) is None:
         return None
     sides, how = found

@@ -202,49 +202,46 @@ def crossed_difference(
     """As `paired_difference` over two seeds or more, for other items as well as other seeds: every seed was judged
     on the same items, so that what varies over items does not average out over seeds.
 
-    The variance is that over seeds, plus that over items (or their clusters), less what each of them has of neither
-    (the analysis of variance of two crossed random effects), and no smaller than either; degrees of freedom after
-    Satterthwaite, from the seeds and the items. Raises ValueError below two seeds, and for a task of one cluster.
+    Of two crossed random effects, the seeds' variance with Student's t, as there are few of them, and beside it
+    that of the items (or their clusters), without what is neither a seed's nor an item's: never narrower than
+    `paired_difference`. Raises ValueError below two seeds, and for a task of one cluster.
     """
     from scipy.special import stdtrit
 
     estimate = paired_difference(first, second, weights=weights).estimate
     weights = weights or task_weights(list(first[0]))
-    parts = [_deviations(first, second, task, weights[task], (clusters or {}).get(task)) for task in first[0]]
-    if len(first) < 2 or min(part.shape[1] for part in parts) < 2:
+    parts = [_deviations(first, second, task, weights[task]) for task in first[0]]
+    together = [(clusters or {}).get(task) or range(len(items)) for task, items in first[0].items()]
+    groups = [_numbered(those) for those in together]
+    counts = [max(numbers) + 1 for numbers in groups]
+    if len(first) < 2 or min(counts) < 2:
         raise ValueError("an interval over seeds and items needs two seeds, and two items or clusters a task")
     seeds = _about_zero(np.sum([part.sum(1) for part in parts], axis=0))
-    items = [_about_zero(part.sum(0)) for part in parts]
-    variance = max(seeds + sum(items) - sum(map(_of_neither, parts)), seeds, sum(items))
-    freedom = [(seeds, len(first) - 1), *((v, part.shape[1] - 1) for v, part in zip(items, parts, strict=True))]
-    shares = sum(v**2 / count for v, count in freedom)
-    half = 0.0 if variance == 0 else float(stdtrit(variance**2 / shares, (1 + level) / 2) * np.sqrt(variance))
+    items = sum(_of_items(part, numbers) for part, numbers in zip(parts, groups, strict=True))
+    freedom = (len(first) - 1, seeds), (sum(counts) - len(counts), max(items, 0.0))
+    half = float(np.sqrt(sum(stdtrit(count, (1 + level) / 2) ** 2 * variance for count, variance in freedom)))
     return Interval(estimate, estimate - half, estimate + half, "seeds and items", level)
 
 
-def _deviations(
-    first: Sequence[Scores], second: Sequence[Scores], task: str, weight: float, clusters: Sequence[Hashable] | None
-) -> np.ndarray:
-    """What each seed and item, or cluster, adds to the difference beyond its mean, [seeds, units]: all of them sum
-    to 0."""
+def _deviations(first: Sequence[Scores], second: Sequence[Scores], task: str, weight: float) -> np.ndarray:
+    """What each seed and item adds to the difference beyond its mean, [seeds, items]: all of them sum to 0."""
     found = np.array([np.subtract(a[task], b[task]) for a, b in zip(first, second, strict=True)], dtype=float)
-    off = weight * (found - found.mean()) / found.size
-    if clusters is None:
-        return off
-    numbers = _numbered(clusters)
-    return np.array([np.bincount(numbers, weights=row) for row in off])
+    return weight * (found - found.mean()) / found.size
+
+
+def _of_items(parts: np.ndarray, numbers: Sequence[int]) -> float:
+    """The variance that the items of a task, in clusters of these numbers, add to the sum of all parts, less what
+    is neither theirs nor the seeds'."""
+    seeds, count = len(parts), max(numbers) + 1
+    rest = parts - parts.mean(0) - parts.mean(1, keepdims=True)
+    neither = np.sum([np.bincount(numbers, weights=row) ** 2 for row in rest])
+    both = _about_zero(np.bincount(numbers, weights=parts.sum(0)))
+    return both - float(seeds / (seeds - 1) * count / (count - 1) * neither)
 
 
 def _about_zero(parts: np.ndarray) -> float:
     """The variance of a sum of independent parts, whose sum is 0 here."""
     return float(len(parts) / (len(parts) - 1) * (parts**2).sum())
-
-
-def _of_neither(parts: np.ndarray) -> float:
-    """The variance that what is neither a seed's nor an item's adds to the sum of all parts."""
-    rest = parts - parts.mean(0) - parts.mean(1, keepdims=True)
-    seeds, items = parts.shape
-    return float(rest.size / ((seeds - 1) * (items - 1)) * (rest**2).sum())
 
 
 def expected_half_width(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
@@ -25,7 +25,6 @@ class Loader:
         self._hydra, self._config = hydra, config
         self._parser = OverridesParser.create()
         self._composed: dict[tuple[str, ...], bytes] = {}
-        self._is_group = cache(self._asked)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The configuration of one cell. Raises UserError for what Hydra refuses."""
@@ -33,36 +32,40 @@ class Loader:
             return self._loaded(self._parser.parse_overrides(list(overrides)))
 
     def _loaded(self, parsed: list[Override]) -> DictConfig:
-        values = [each for each in parsed if self._sets_a_value(each, parsed)]
+        values = [each for each in parsed if self._is_value(each)]
         options = [str(each.input_line) for each in parsed if each not in values]
+        if not all(each in values or self._is_option(each) for each in parsed):
+            return self._load(parsed)  # what is added or taken out: its order among the values may matter
         if tuple(options) not in self._composed:
-            self._composed[tuple(options)] = pickle.dumps(self._load(options))
+            self._composed[tuple(options)] = pickle.dumps(self._hydra.load_sweep_config(self._config, options))
         config: DictConfig = pickle.loads(self._composed[tuple(options)])
         try:
             for each in values:
                 OmegaConf.update(config, each.key_or_group, each.value())
         except OmegaConfBaseException:
-            return self._load([str(each.input_line) for each in parsed])  # which says what is wrong
+            return self._load(parsed)  # which says what is wrong
         return self._told(config, parsed)
 
-    def _load(self, overrides: Sequence[str]) -> DictConfig:
-        return self._hydra.load_sweep_config(self._config, list(overrides))
+    def _load(self, parsed: Sequence[Override]) -> DictConfig:
+        return self._hydra.load_sweep_config(self._config, [str(each.input_line) for each in parsed])
 
-    def _asked(self, key: str) -> bool:
-        of_hydra = list(self._config.hydra.overrides.hydra)  # it may name further places of groups
-        return bool(self._hydra.get_group_options(key, None, self._config.hydra.job.config_name, of_hydra))
+    @cached_property
+    def _groups(self) -> Any:
+        """Where Hydra looks for groups, with the places that the sweep's own overrides name."""
+        of_hydra = list(self._config.hydra.overrides.hydra)
+        name = self._config.hydra.job.config_name
+        return self._hydra._parse_overrides_and_create_caching_repo(name, of_hydra)[1]
 
-    def _sets_a_value(self, override: Override, all_of: Sequence[Override]) -> bool:
-        """Whether an override changes a value and nothing else: none of a group or of Hydra, and none whose order
-        among the others can matter."""
-        if override.type is not OverrideType.CHANGE or override.package is not None:
-            return False
+    def _is_value(self, override: Override) -> bool:
+        """Whether an override changes a value of a run and nothing else."""
+        changes = override.type is OverrideType.CHANGE and override.package is None
         key = override.key_or_group
-        if key.split(".")[0] == "hydra" or self._is_group(key):
-            return False
-        others = [each.key_or_group for each in all_of if each is not override]
-        nested = [name for name in others if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]
-        return all(map(self._is_group, nested))  # options are composed before any value is set
+        return changes and not override.is_hydra_override() and not self._groups.group_exists(key)
+
+    def _is_option(self, override: Override) -> bool:
+        """Whether an override chooses for a group, before any value is set, or is Hydra's own."""
+        of_group = self._groups.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
+        return of_group or override.is_hydra_override()
 
     def _told(self, config: DictConfig, parsed: Sequence[Override]) -> DictConfig:
         """With what Hydra notes of a cell's overrides, and with what the sweep resolved once for all of them."""
