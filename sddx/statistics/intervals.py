@@ -208,7 +208,6 @@ def crossed_difference(
     """
     from scipy.special import stdtrit
 
-    estimate = paired_difference(first, second, weights=weights).estimate
     weights = weights or task_weights(list(first[0]))
     parts = [_deviations(first, second, task, weights[task]) for task in first[0]]
     together = [(clusters or {}).get(task) or range(len(items)) for task, items in first[0].items()]
@@ -216,11 +215,11 @@ def crossed_difference(
     counts = [max(numbers) + 1 for numbers in groups]
     if len(first) < 2 or min(counts) < 2:
         raise ValueError("an interval over seeds and items needs two seeds, and two items or clusters a task")
-    seeds = _about_zero(np.sum([part.sum(1) for part in parts], axis=0))
-    items = sum(_of_items(part, numbers) for part, numbers in zip(parts, groups, strict=True))
-    freedom = (len(first) - 1, seeds), (sum(counts) - len(counts), max(items, 0.0))
-    half = float(np.sqrt(sum(stdtrit(count, (1 + level) / 2) ** 2 * variance for count, variance in freedom)))
-    return Interval(estimate, estimate - half, estimate + half, "seeds and items", level)
+    seeds = paired_difference(first, second, weights=weights, level=level)
+    items = max(0.0, sum(_of_items(part, numbers) for part, numbers in zip(parts, groups, strict=True)))
+    of_items = float(stdtrit(sum(counts) - len(counts), (1 + level) / 2)) * math.sqrt(items)
+    half = math.hypot(seeds.half_width, of_items)
+    return Interval(seeds.estimate, seeds.estimate - half, seeds.estimate + half, "seeds and items", level)
 
 
 def _deviations(first: Sequence[Scores], second: Sequence[Scores], task: str, weight: float) -> np.ndarray:
@@ -235,13 +234,8 @@ def _of_items(parts: np.ndarray, numbers: Sequence[int]) -> float:
     seeds, count = len(parts), max(numbers) + 1
     rest = parts - parts.mean(0) - parts.mean(1, keepdims=True)
     neither = np.sum([np.bincount(numbers, weights=row) ** 2 for row in rest])
-    both = _about_zero(np.bincount(numbers, weights=parts.sum(0)))
-    return both - float(seeds / (seeds - 1) * count / (count - 1) * neither)
-
-
-def _about_zero(parts: np.ndarray) -> float:
-    """The variance of a sum of independent parts, whose sum is 0 here."""
-    return float(len(parts) / (len(parts) - 1) * (parts**2).sum())
+    both = np.sum(np.bincount(numbers, weights=parts.sum(0)) ** 2)
+    return float(count / (count - 1) * (both - seeds / (seeds - 1) * neither))
 
 
 def expected_half_width(

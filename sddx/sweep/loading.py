@@ -33,12 +33,13 @@ class Loader:
 
     def _loaded(self, parsed: list[Override]) -> DictConfig:
         values = [each for each in parsed if self._is_value(each)]
-        options = [str(each.input_line) for each in parsed if each not in values]
-        if not all(each in values or self._is_option(each) for each in parsed):
+        options = [each for each in parsed if self._is_option(each)]
+        if len(values) + len(options) < len(parsed):
             return self._load(parsed)  # what is added or taken out: its order among the values may matter
-        if tuple(options) not in self._composed:
-            self._composed[tuple(options)] = pickle.dumps(self._hydra.load_sweep_config(self._config, options))
-        config: DictConfig = pickle.loads(self._composed[tuple(options)])
+        chosen = tuple(str(each.input_line) for each in options)
+        if chosen not in self._composed:
+            self._composed[chosen] = pickle.dumps(self._load(options))
+        config: DictConfig = pickle.loads(self._composed[chosen])
         try:
             for each in values:
                 OmegaConf.update(config, each.key_or_group, each.value())
