@@ -129,23 +129,37 @@ class Run:
     def rows(self) -> list[Artifact]:
         """The rows to learn from: the held-out ones, then the training rows in shards, so that a larger set shares
         those of a smaller one. Written by the unpruned model where the loss asks for self-data."""
+        if not self.is_self_data:
+            return self._references
+        return [selected for _, selected in self._rewritten]
+
+    @cached_property
+    def answers(self) -> list[Artifact]:
+        """What the unpruned model wrote to these rows, accepted or not; none where it writes nothing."""
+        return [written for written, _ in self._rewritten] if self.is_self_data else []
+
+    @cached_property
+    def _references(self) -> list[Artifact]:
         if self.data is None:
             return []
         files = [self.data.path / "validation.jsonl", *sorted((self.data.path / "shards").iterdir())]
-        shards = [self.store.source("rows", file) for file in files]
-        return list(self._distilled(shards)) if self.is_self_data else shards
+        return [self.store.source("rows", file) for file in files]
 
-    def _distilled(self, shards: list[Artifact]) -> Iterator[Artifact]:
-        """The same rows with the unpruned model's own answers."""
-        style, selfdata = self.method.loss["data"], self.method.selfdata
-        spec = {"guided": style == "self", "rewrite": self.dataset["rewrite"]}
-        spec |= {"check": CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])}
+    @cached_property
+    def _rewritten(self) -> list[tuple[Artifact, Artifact]]:
+        """Of each shard the unpruned model's answers, and which of them may be trained on."""
+        selfdata, pairs = self.method.selfdata, []
+        spec = {"guided": self.method.loss["data"] == "self", "rewrite": self.dataset["rewrite"], **self.loading}
         spec |= {"reference": selfdata.get("reference", "right"), "generation": self.method.generation}
-        bar: Any = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "distill/accepted"}
-        with self.runtime.counting(sum(len(lines(shard.path)) for shard in shards), **bar) as watched:
-            for shard in shards:
+        check = CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])
+        bar: Any = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "select/accepted"}
+        with self.runtime.counting(sum(len(lines(shard.path)) for shard in self._references), **bar) as watched:
+            for shard in self._references:
                 inputs: Inputs = {"base": self.base, "shard": shard}
-                yield self.store.build(stage("distill"), inputs, runtime=watched, **spec, **self.loading)
+                written = self.store.build(stage("distill"), inputs, runtime=watched, **spec)
+                inputs = {"shard": shard, "answers": written}
+                pairs.append((written, self.store.build(stage("select"), inputs, runtime=watched, check=check)))
+        return pairs
 
     @property
     def is_self_data(self) -> bool:
@@ -372,8 +386,9 @@ class Run:
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
         self.result(REFERENCE)
-        late = ("rows", "captured", "student", "shares", "merged", "drafts", "drifts", "written", "overlap")
-        for name in late:
+        for name in ("answers", "rows", "captured", "student", "shares", "merged"):
+            yield name, getattr(self, name)
+        for name in ("drafts", "drifts", "written", "overlap"):
             yield name, getattr(self, name)
 
     def _make(self, name: str, inputs: Inputs, **spec: Any) -> Artifact:

@@ -37,7 +37,7 @@ class Choices(Form):
 
 
 class Built(Form):
-    """The keys of a run's artifacts; of some stages there may be none, of `distill` several."""
+    """The keys of a run's artifacts; of some stages there may be none, of `distill` and `select` several."""
 
     model: str = ""
     score: str = ""
@@ -45,6 +45,7 @@ class Built(Form):
     patch: str = ""
     train: str = ""
     distill: str | list[str] = ""
+    select: str | list[str] = ""
 
 
 class Written(Form):

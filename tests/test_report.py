@@ -643,9 +643,9 @@ def test_a_damaged_summary_is_named_and_left_out(
 def test_artifacts_that_are_damaged_are_not_shown(tmp_path: Path) -> None:
     """A report draws what is whole: scores and answers of which a file is gone are left out."""
     distances = [[abs(a - b) / 4 for a in range(5)] for b in range(5)]
-    answers = artifact(tmp_path, "distill", "key", {"rewrites.jsonl": '{"reason": "", "id": "a"}\n'})
+    answers = artifact(tmp_path, "select", "key", {"rewrites.jsonl": '{"reason": "", "id": "a"}\n'})
     scores = artifact(tmp_path, "score", "key", {"scores.json": json.dumps({"pruning": {"mean": distances}})})
-    found = run() | {"store": str(tmp_path), "artifacts": {"distill": ["key"], "score": "key"}}
+    found = run() | {"store": str(tmp_path), "artifacts": {"select": ["key"], "score": "key"}}
     assert page.examples([found]) and heat_maps([found]).figures
     (answers / "rewrites.jsonl").unlink()
     (scores / "scores.json").unlink()

@@ -305,8 +305,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     row = {"id": "1", "prompt": "a\u2028b", "reference": "c\u0085d\x1e", "answer": "e\u2029f", "reason": ""}
     path = written(tmp_path / "rewrites.jsonl", [row, row], ensure_ascii=False)
     assert [json.loads(line) for line in lines(path)] == [row, row]
-    folder = artifact(tmp_path, "distill", files={path.name: path.read_text(encoding="utf-8")})
-    run = {"store": str(tmp_path), "artifacts": {"distill": [folder.name]}}
+    folder = artifact(tmp_path, "select", files={path.name: path.read_text(encoding="utf-8")})
+    run = {"store": str(tmp_path), "artifacts": {"select": [folder.name]}}
     assert shown_examples([run]) == [row, row]
     assert texts(path=str(path), column="prompt", size=None, seed=0) == ["a\u2028b"] * 2
 

@@ -28,12 +28,15 @@ from sddx.data.selfdata import (
 )
 from sddx.data.shards import read_examples, read_rows, write_rows
 from sddx.data.sources import pinned
+from sddx.pipeline import Run
 from sddx.records import Example
 from sddx.runtime import Runtime
 from sddx.stages.distill.run import distill
 from sddx.stages.inputs import read_by
 from sddx.stages.prepare.run import prepare
+from sddx.stages.select.run import select
 from sddx.store import Store
+from sddx.train import method
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
@@ -164,10 +167,12 @@ def test_real_rows_are_distilled_from_a_local_file(dataset: str, tmp_path: Path)
     assert file.path == tmp_path / name
     data = store.build(prepare, {"files": files}, runtime=quiet, dataset=config["dataset"], validation=2)
     (shard,) = sorted((data.path / "shards").iterdir())
-    asked = {name: config["dataset"][name] for name in ("check", "rewrite")}
-    asked |= {"generation": config["generation"], "dtype": "float32", "attention": "sdpa", "guided": True}
+    asked = {"rewrite": config["dataset"]["rewrite"], "generation": config["generation"], "guided": True}
     inputs = {"base": store.source("model", CHECKPOINT), "shard": store.source("rows", shard)}
-    rewrites = read_rows(Rewrite, store.build(distill, inputs, runtime=quiet, **asked).path / "rewrites.jsonl")
+    answers = store.build(distill, inputs, runtime=quiet, **asked, dtype="float32", attention="sdpa")
+    inputs = {"shard": inputs["shard"], "answers": answers}
+    selected = store.build(select, inputs, runtime=quiet, check=config["dataset"]["check"])
+    rewrites = read_rows(Rewrite, selected.path / "rewrites.jsonl")
 
     examples = [*read_examples(data.path / "validation.jsonl"), *read_examples(shard)]
     assert len({e.id for e in examples}) == 6 and {e.origin for e in examples} == {"reference"}
@@ -179,6 +184,20 @@ def test_real_rows_are_distilled_from_a_local_file(dataset: str, tmp_path: Path)
     for row, rewrite in zip(distil(rewrites, fallback="reference"), rewrites, strict=True):
         refused = (rewrite.reference, "reference", rewrite.reason)
         assert (row.response, row.origin, row.note) == (refused if rewrite.reason else (rewrite.answer, "self", ""))
+
+
+def test_another_check_writes_nothing_anew(tmp_path: Path) -> None:
+    """Answers are known by what wrote them, and what may be trained on by its check as well."""
+    short = ("dataset.size=4", "validation=2", "generation.max_new_tokens=4")
+    store, seen = Store(tmp_path / "store"), {}
+    for check in ("dataset", "none"):
+        given = ("loss=sdd", *short, f"selfdata.check={check}")
+        with composed(*given) as cfg:
+            seen[check] = Run(store, Runtime(quiet=True), method(resolve(cfg)))
+        assert len(seen[check].rows) == len(seen[check].answers) == 2
+    first, second = seen.values()
+    assert first.answers == second.answers and not set(first.rows) & set(second.rows)
+    assert [row.stage for row in first.rows] == ["select"] * 2
 
 
 def example(id: str) -> Example:

@@ -91,7 +91,7 @@ def look(built: Path, out: Path, config: dict[str, Any], *, runtime: Runtime) ->
     for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
         writer = config["generation"] | {"temperature": temperature, "batch_size": 2}
         rows = Artifact("rows", "rows", built / "rows.jsonl")
-        asked = {"rewrite": config["dataset"]["rewrite"], "check": config["dataset"]["check"], **HOW}
+        asked = {"rewrite": config["dataset"]["rewrite"], **HOW}
         distill(artifact("distill", folder / name).path, base=MODEL, shard=rows, runtime=runtime, guided=True,
                 generation=writer, **asked)  # fmt: skip
     cut, adapter, fitted = {"cut": "prune"}, {"student": "train"}, {"patch": "patch"}

@@ -354,7 +354,8 @@ def of_sddx() -> dict[str, str]:
         "prepare": ["sddx.tiny.data.dataset"],
         "score": ["sddx.importance.metrics.angular_distance", VALUES[1], "sddx.tiny.data.conversations"],
         "prune": ["sddx.compression.choose.contiguous"],
-        "distill": ["sddx.data.selfdata.write_answers", "sddx.data.checkers.last_number"],
+        "distill": ["sddx.data.selfdata.write_answers"],
+        "select": ["sddx.data.checkers.last_number"],
         "train": [
             "sddx.training.objective.Objective",
             "sddx.training.losses.cross_entropy",
@@ -381,7 +382,7 @@ def of_sddx() -> dict[str, str]:
         ("sddx.training.losses", "def cross_entropy", "@cache\ndef cross_entropy", {"train"}),
         ("sddx.statistics.intervals", "def standard_error", "@cache\ndef standard_error", {"evaluate", "report"}),
         ("sddx.importance.metrics", "def _angles", "@cache\ndef _angles", {"score"}),
-        ("sddx.data.checkers", "rsplit(\"####\", 1)[-1]", "rsplit(\"####\", 2)[-1]", {"distill"}),
+        ("sddx.data.checkers", "rsplit(\"####\", 1)[-1]", "rsplit(\"####\", 2)[-1]", {"select"}),
     ],
 )  # fmt: skip
 def test_an_edit_of_sddx_moves_what_it_can_change(module: str, old: str, new: str, moved: set[str]) -> None:

@@ -166,7 +166,7 @@ def test_a_run_names_who_wrote(stand_in: None, tmp_path: Path, shared_store: Pat
         summary = job(tmp_path / name, shared_store, "loss=sdd", f"generation={name}")
         places = [next(shared_store.glob(f"distill/*/{key}")) for key in summary["artifacts"]["distill"]]
         about = [json.loads((place / "generation.json").read_text())["backend"] for place in places]
-        found[name] = (places, about, [(place / "rewrites.jsonl").read_text() for place in places])
+        found[name] = (places, about, [(place / "answers.jsonl").read_text() for place in places])
     assert found["greedy"][1] == ["transformers"] * 2 and found["vllm"][1] == ["vllm"] * 2
     assert found["greedy"][2] == found["vllm"][2]
     assert not set(found["greedy"][0]) & set(found["vllm"][0])

@@ -1,7 +1,7 @@
 """Whether cuts rank alike on two models: `python docs/results/transfer.py cuts_embedded 2,4 cuts_real 5,10`.
 
-Each NAME is a folder of docs/results/data with untrained runs, and its numbers are counts of removed blocks, which are
-compared in their order. For each pair of counts a table of what every cut leaves of both models, and Spearman's
+Each NAME is a folder of docs/results/data with untrained runs, and its numbers are counts of removed blocks, which
+are compared in their order. For each pair of counts a table of what every cut leaves of both models, and Spearman's
 correlation over cuts. Metrics that choose the same blocks on both models count once, and so does the mean of all
 random draws.
 """
@@ -55,7 +55,8 @@ def compare(names: tuple[str, str], counts: tuple[int, int]) -> str:
     }
     heads = [f"{measure}, {counts[place]} removed of {names[place]}" for measure, place in columns]
     shown = [[format(v, MEASURES[measure][1]) for v in values] for (measure, _), values in columns.items()]
-    rows = sorted(([way, *values] for (way, _), *values in zip(found, *shown, strict=True)), key=lambda r: -float(r[2]))
+    rows = [[ways, *values] for (ways, _), *values in zip(found, *shown, strict=True)]
+    rows.sort(key=lambda row: -float(row[2]))
     told = [rank_correlation(columns[measure, 0], columns[measure, 1]) for measure in MEASURES]
     lines = [
         f"{measure}: rho {each.estimate:+.2f} ({each.low:+.2f} to {each.high:+.2f}), {len(found)} cuts"

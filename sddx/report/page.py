@@ -17,6 +17,7 @@ from markupsafe import Markup
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.files.lines import lines
+from sddx.records import REWRITES_FILE
 from sddx.report import figures
 from sddx.report.contrasts import Difference, differences, reading_differences
 from sddx.report.curves import Family, Point, Run, arms, families, is_share, is_trained, mean_of
@@ -315,9 +316,9 @@ def law_table(runs: Sequence[Run]) -> Table:
 def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
     """Some answers that were accepted and some that were refused, from the first run that wrote its own."""
     for run in runs:
-        keys = run["artifacts"].get("distill") or []
-        places = [place for key in keys if (place := find(Path(run["store"]), "distill", key))]
-        rows = [json.loads(line) for at in places for line in lines(at / "rewrites.jsonl")]
+        keys = run["artifacts"].get("select") or []
+        places = [place for key in keys if (place := find(Path(run["store"]), "select", key))]
+        rows = [json.loads(line) for at in places for line in lines(at / REWRITES_FILE)]
         if rows:
             kinds = [[row for row in rows if not row["reason"]], [row for row in rows if row["reason"]]]
             return [row for kind in kinds for row in kind[:shown]]

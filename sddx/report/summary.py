@@ -16,7 +16,7 @@ from sddx.evaluation.harness import clusters_of, compact
 from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
 from sddx.files.shapes import FORMAT
 from sddx.gguf.packaged import origin
-from sddx.records import CUT_FILE, Artifact, Cut, Rewrite
+from sddx.records import CUT_FILE, REWRITES_FILE, Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.store import manifest
 
@@ -34,6 +34,7 @@ class RunArtifacts:
     data: Artifact | None = None
     scores: Artifact | None = None
     patch: Artifact | None = None
+    answers: Sequence[Artifact] = ()
     rows: Sequence[Artifact] = ()
     captured: Sequence[Artifact] = ()
     student: Artifact | None = None
@@ -70,7 +71,7 @@ class RunArtifacts:
         late |= {f"draft_{'_'.join(pair)}".removesuffix("_dataset"): made for pair, made in self.drafted.items()}
         late |= {f"drift_{name}": made for name, made in self.drifted.items()}
         stages = {stage: [made] if made else [] for stage, made in one.items()}
-        stages |= {"distill": [shard for shard in self.rows if shard.stage == "distill"]}
+        stages |= {"distill": [*self.answers], "select": [shard for shard in self.rows if shard.stage == "select"]}
         stages |= {"capture": [*self.captured]}
         stages |= {stage: [made] if made else [] for stage, made in late.items()}
         return {stage: artifacts for stage, artifacts in stages.items() if artifacts}
@@ -78,7 +79,7 @@ class RunArtifacts:
 
 def rewrites(shards: Sequence[Artifact]) -> list[Rewrite]:
     """The checked answers of these shards; none of reference data."""
-    return read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards if shard.stage == "distill"))
+    return read_rows(Rewrite, *(shard.path / REWRITES_FILE for shard in shards if shard.stage == "select"))
 
 
 def conclude(report: Artifact, written: list[Rewrite], folder: Path, about: dict[str, Any]) -> dict[str, Any]:

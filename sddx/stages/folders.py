@@ -20,6 +20,7 @@ STAGES = (
     "prune",
     "patch",
     "distill",
+    "select",
     "capture",
     "train",
     "shares",

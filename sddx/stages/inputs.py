@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sddx.files.lines import lines
-from sddx.records import Artifact
+from sddx.records import REWRITES_FILE, Artifact
 from sddx.store import Store
 from sddx.store.digest import digest
 
@@ -48,7 +48,7 @@ def task_files(store: Store, metrics: Mapping[str, Any]) -> list[Artifact]:
 
 def count_rows(shard: Artifact) -> int:
     """The rows of a shard, references or rewrites; none of one that is still to be written."""
-    path = shard.path / "rewrites.jsonl" if shard.stage == "distill" else shard.path
+    path = shard.path / REWRITES_FILE if shard.stage == "select" else shard.path
     return len(lines(path)) if path.exists() else 0
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from sddx.config.build import build
 from sddx.data.shards import read_examples, read_rows
 from sddx.models.load import context_of, text_config
-from sddx.records import Artifact, Example, Rewrite
+from sddx.records import REWRITES_FILE, Artifact, Example, Rewrite
 
 
 def examples_of(shards: Sequence[Artifact], selfdata: dict[str, Any]) -> list[Example]:
     """The training examples of these shards: references as they stand, rewrites after the fallback."""
-    if shards[0].stage != "distill":
+    if shards[0].stage != "select":
         return read_examples(*(shard.path for shard in shards))
-    rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in shards))
+    rewrites = read_rows(Rewrite, *(shard.path / REWRITES_FILE for shard in shards))
     return build(selfdata)(rewrites)
 
 

@@ -94,7 +94,7 @@ def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, 
         return f"steps of {trainer['batch_size']}", trainer["steps"]
     if trainer["budget"] == "tokens":
         return "tokens", trainer["tokens"]
-    shards = sum(name in ("rows", "distill") for name in inputs) - 1  # one is held out
+    shards = sum(name in ("rows", "select") for name in inputs) - 1  # one is held out
     return "shards", max(shards, 1) * trainer["epochs"]
 
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import transformers
 
 from sddx.config.build import build
-from sddx.data.selfdata import Answer, acceptance, judge, strangers
+from sddx.data.selfdata import Answer, strangers
 from sddx.data.shards import read_examples, write_rows
 from sddx.data.templates import rewriting_prompt
 from sddx.models.load import frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
-from sddx.records import Artifact
+from sddx.records import ANSWERS_FILE, Artifact
 from sddx.runtime import Runtime
 
 
@@ -27,13 +27,12 @@ def distill(
     runtime: Runtime,
     guided: bool,
     rewrite: str,
-    check: dict[str, Any],
     generation: dict[str, Any],
     dtype: str,
     attention: str,
     reference: Literal["right", "wrong"] = "right",
 ) -> None:
-    """Writes `rewrites.jsonl`: prompt, reference, the model's answer, and why it was refused, if it was; and
+    """Writes `answers.jsonl`: the model's answer to each row, and what is wrong with its form, if anything is; and
     `generation.json`: the backend that wrote, and its version.
 
     `guided` shows the reference in the rewriting template (self-data distillation, after SDFT, arXiv
@@ -58,9 +57,7 @@ def distill(
         loading = {"dtype": dtype, "attention": attention}
         answers = _answers(base.path, prompts, generation, loading, runtime=runtime)
     (out / "generation.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-    rewrites = judge(examples, answers, check=build(check))
-    write_rows(rewrites, out / "rewrites.jsonl")
-    runtime.log({"distill/accepted": acceptance(rewrites)["accepted"]})
+    write_rows(answers, out / ANSWERS_FILE)
 
 
 @sharded

@@ -15,7 +15,7 @@ from sddx.data.shards import read_examples, read_rows
 from sddx.drift.measure import Material
 from sddx.drift.reading import Reading
 from sddx.models.load import context_of, load_tokenizer
-from sddx.records import Artifact, Rewrite
+from sddx.records import REWRITES_FILE, Artifact, Rewrite
 from sddx.runtime import Runtime
 from sddx.students.teacher import both
 
@@ -60,5 +60,5 @@ def _material(
     rows: Artifact, rewrites: Artifact | None, selfdata: dict[str, Any], texts: Sequence[str]
 ) -> Material:
     references = read_examples(rows.path)
-    written = read_rows(Rewrite, rewrites.path / "rewrites.jsonl") if rewrites else []
+    written = read_rows(Rewrite, rewrites.path / REWRITES_FILE) if rewrites else []
     return Material(references, build(selfdata)(written) if rewrites else references, written, texts)

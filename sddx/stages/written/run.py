@@ -15,7 +15,7 @@ from sddx.data.written import measured
 from sddx.drift.reading import Reading, surprise
 from sddx.models.load import free_memory, frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
-from sddx.records import Artifact, Example, Rewrite
+from sddx.records import REWRITES_FILE, Artifact, Example, Rewrite
 from sddx.runtime import Runtime
 from sddx.students.student import load_student
 
@@ -39,7 +39,7 @@ def written(
 
     Self-data distillation rests on the second being lower than the first (arXiv 2410.09982).
     """
-    rewrites = read_rows(Rewrite, *(shard.path / "rewrites.jsonl" for shard in rows))
+    rewrites = read_rows(Rewrite, *(shard.path / REWRITES_FILE for shard in rows))
     accepted = [rewrite for rewrite in rewrites if not rewrite.reason]
     sample = random.Random(0).sample(accepted, min(SAMPLE, len(accepted)))
     loading = {"dtype": dtype, "attention": attention}
