@@ -1,9 +1,10 @@
-"""SDD against SFT, from runs that were kept: `python docs/results/contrast.py NAME` prints the tables of
-docs/results/real-model.md and draws the scores into benchmarks/figures/NAME.svg.
+"""One arm against another, from runs that were kept: `python docs/results/contrast.py NAME sft sdd` prints the
+tables of docs/results/real-model.md and draws the scores into benchmarks/figures/NAME.svg.
 
-NAME is a folder of docs/results/data with one run of each arm for each of several seeds, which pair them. Two
-intervals of 95 % stand at each difference: over seeds (Student's t), and for other seeds and other items. Scores
-are in percent and points.
+NAME is a folder of docs/results/data with one run of each arm for each of several seeds, which pair them. An arm is
+a loss, and where rows were read from a file, the loss and the file's name: sft:reference, kd:self. Two intervals of
+95 % stand at each difference: over seeds (Student's t), and for other seeds and other items. Scores are in percent
+and points.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from sddx.report.table import ABSENT, grid
 from sddx.report.tasks import scores
 from sddx.statistics.intervals import Interval, crossed_difference, paired_difference, t_interval
 
-ARMS = ("sft", "sdd")
 FIGURES = Path(__file__).parents[2] / "benchmarks" / "figures"
 # What items scored, with its factor and its format.
 MEASURES = {
@@ -41,13 +41,20 @@ def judged(name: str, key: str) -> dict[str, dict[str, list[float]]]:
     return json.loads((DATA / name / "items" / f"{key[:16]}.json").read_text(encoding="utf-8"))
 
 
-def paired(name: str) -> dict[int, tuple[Run, Run]]:
-    """The runs of SFT and of SDD by their seed, where both are there. Ends the program where that makes none."""
-    found = {arm: [run for run in runs(name) if run["choices"]["loss"] == arm] for arm in ARMS}
-    sft, sdd = ({run["choices"]["seed"]: run for run in those} for those in found.values())
-    pairs = {seed: (run, sdd[seed]) for seed, run in sft.items() if seed in sdd}
-    if len(pairs) < 2 or len(sft) + len(sdd) < sum(map(len, found.values())):
-        sys.exit(f"{name} holds no contrast: it takes one run of SFT and one of SDD for each of several seeds.")
+def arm(run: Run) -> str:
+    choices = run["choices"]
+    rows = choices.get("dataset.path")
+    return f"{choices['loss']}:{Path(rows).stem}" if rows else choices["loss"]
+
+
+def paired(name: str, arms: tuple[str, str]) -> dict[int, tuple[Run, Run]]:
+    """The runs of two arms by their seed, where both are there. Ends the program where that makes none."""
+    found = [[run for run in runs(name) if arm(run) == each] for each in arms]
+    first, second = ({run["choices"]["seed"]: run for run in those} for those in found)
+    pairs = {seed: (run, second[seed]) for seed, run in first.items() if seed in second}
+    if len(pairs) < 2 or len(first) + len(second) < sum(map(len, found)):
+        there = ", ".join(sorted(set(map(arm, runs(name)))))
+        sys.exit(f"{name} has no such contrast: one run of each arm for each of several seeds. Arms: {there}.")
     return pairs
 
 
@@ -78,6 +85,12 @@ def by_runs(pairs: Sequence[tuple[Run, Run]], value: Callable[[Run], float], for
     return [*(format(mean(side), form) for side in sides), shown(differences, 1, form), ABSENT]
 
 
+def named(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """The two arms and their difference, as heads of columns."""
+    first, second = (arm(run) if ":" in arm(run) else arm(run).upper() for run in pairs[0])
+    return [first, second, f"{second} - {first}"]
+
+
 def table(name: str, pairs: Sequence[tuple[Run, Run]]) -> str:
     """Markdown: the primary measure, the co-primary ones, and each task and what decides nothing after them."""
     tasks = judged(name, pairs[0][0]["artifacts"]["evaluate_recovered"])
@@ -86,7 +99,8 @@ def table(name: str, pairs: Sequence[tuple[Run, Run]]) -> str:
     rows += [[f"{task}, %", *by_items(name, pairs, "scores", [task])] for task in tasks]
     rows += [["KL to the unpruned model", *by_runs(pairs, lambda run: run["text"]["recovered"]["kl"], ".3f")]]
     rows += [["gap closed, %", *by_runs(pairs, lambda run: 100 * run["gap_closed"], ".1f")]]
-    return grid(["measure", "SFT", "SDD", "SDD - SFT, over seeds", "over seeds and items"], rows)
+    first, second, difference = named(pairs)
+    return grid(["measure", first, second, f"{difference}, over seeds", "over seeds and items"], rows)
 
 
 def of_seeds(pairs: dict[int, tuple[Run, Run]]) -> str:
@@ -96,18 +110,20 @@ def of_seeds(pairs: dict[int, tuple[Run, Run]]) -> str:
         averages = [100 * run["scores"]["recovered"]["average"] for run in both]
         tokens = [f"{run['supervised_tokens']:,}" for run in both]
         rows.append([str(seed), *(f"{v:.2f}" for v in averages), f"{averages[1] - averages[0]:+.2f}", *tokens])
-    return grid(["seed", "SFT", "SDD", "SDD - SFT", "tokens, SFT", "tokens, SDD"], rows)
+    first, second, difference = named(list(pairs.values()))
+    return grid(["seed", first, second, difference, f"tokens, {first}", f"tokens, {second}"], rows)
 
 
-def draw(name: str) -> None:
+def draw(name: str, pairs: Sequence[tuple[Run, Run]]) -> None:
     """The averages of all models, in ink on white."""
-    found = [run for pair in paired(name).values() for run in pair]
+    found = [run for pair in pairs for run in pair]
     chance = found[0]["chance"]
     svg = figures.dots(scores(found, "average"), mean(chance.values()), f"the average of {', '.join(chance)}")
     (FIGURES / f"{name}.svg").write_text(figures.on_white(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    found = paired(sys.argv[1])
-    print(of_seeds(found), table(sys.argv[1], list(found.values())), sep="\n\n")
-    draw(sys.argv[1])
+    name, *arms = sys.argv[1:]
+    found = paired(name, (arms[0], arms[1]))
+    print(of_seeds(found), table(name, list(found.values())), sep="\n\n")
+    draw(name, list(found.values()))
