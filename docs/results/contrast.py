@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import DATA, runs
+from tables import DATA, arm, runs
 
 from sddx.report import figures
 from sddx.report.table import ABSENT, grid
@@ -39,12 +39,6 @@ Run = dict[str, Any]
 def judged(name: str, key: str) -> dict[str, dict[str, list[float]]]:
     """What every item scored in one evaluation, by task."""
     return json.loads((DATA / name / "items" / f"{key[:16]}.json").read_text(encoding="utf-8"))
-
-
-def arm(run: Run) -> str:
-    choices = run["choices"]
-    rows = choices.get("dataset.path")
-    return f"{choices['loss']}:{Path(rows).stem}" if rows else choices["loss"]
 
 
 def paired(name: str, arms: tuple[str, str]) -> dict[int, tuple[Run, Run]]:

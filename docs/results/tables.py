@@ -27,7 +27,13 @@ def runs(name: str) -> list[dict[str, Any]]:
 
 def _place(run: dict[str, Any]) -> tuple[int, str, str, float, int]:
     choices = run["choices"]
-    return choices["removed"], choices["pruning"], choices["loss"], choices["learning_rate"], choices["seed"]
+    return choices["removed"], choices["pruning"], arm(run), choices["learning_rate"], choices["seed"]
+
+
+def arm(run: dict[str, Any]) -> str:
+    """The loss, and of rows from a file its name: kd, sft:reference."""
+    rows = run["choices"].get("dataset.path")
+    return f"{run['choices']['loss']}:{Path(rows).stem}" if rows else run["choices"]["loss"]
 
 
 def about(run: dict[str, Any]) -> list[str]:
@@ -35,7 +41,7 @@ def about(run: dict[str, Any]) -> list[str]:
     if not is_trained(run):
         return [str(choices["removed"]), choices["pruning"], "pruned", ABSENT, ABSENT]
     rate = f"{choices['learning_rate']:.0e}".replace("e-0", "e-")
-    return [str(choices["removed"]), choices["pruning"], choices["loss"], rate, str(choices["seed"])]
+    return [str(choices["removed"]), choices["pruning"], arm(run), rate, str(choices["seed"])]
 
 
 def scored(run: dict[str, Any], model: str) -> list[str]:

@@ -106,4 +106,5 @@ if __name__ == "__main__":
     prompts = apart(writers)
     write(writers, prompts, Path(to))
     alike = [prompt for prompt in prompts if are_alike([writers[name][prompt] for name in MATCHED])]
-    write({name: writers[name] for name in MATCHED}, alike, Path(to) / "matched")
+    if alike:
+        write({name: writers[name] for name in MATCHED}, alike, Path(to) / "matched")
