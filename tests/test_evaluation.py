@@ -473,11 +473,12 @@ def test_divergence_is_the_mean_kl_over_attended_tokens(model) -> None:
             logits.log_softmax(-1), head(hidden).log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)[mask.bool()]
     for chunk in (3, 512):
-        assert text.divergence(teacher, model, [batch], chunk=chunk) == pytest.approx(float(expected.mean()), 1e-5)
+        found = text.held_out(model, [batch], teacher, chunk=chunk)
+        assert found == {"kl": pytest.approx(float(expected.mean()), 1e-5), "perplexity": None}
+        assert text.divergences(teacher, model, [batch], chunk=chunk).mean() == pytest.approx(found["kl"], 1e-9)
     itself = lambda batch, states=False: text.run(model, batch.input_ids, batch.attention_mask)  # noqa: E731
-    assert text.divergence(itself, model, [batch]) == pytest.approx(0.0, abs=1e-7)
-    with pytest.raises(ValueError, match="no attended token"):
-        text.divergence(teacher, model, [])
+    assert text.held_out(model, [batch], itself)["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert text.held_out(model, [], teacher) == {"kl": None, "perplexity": None}
 
 
 def test_perplexity_counts_every_labelled_token_once(model) -> None:
@@ -492,8 +493,9 @@ def test_perplexity_counts_every_labelled_token_once(model) -> None:
     expected = float(torch.cat(losses).double().mean().exp())
     for chunk in (2, 512):
         for batches in ([collate(rows, 0)], [collate([row], 0) for row in rows]):
-            assert text.perplexity(model, batches, chunk=chunk) == pytest.approx(expected, rel=1e-5)
-    assert text.perplexity(model, [collate([Encoded("", [5], [IGNORED], 0)], 0)]) is None
+            found = text.held_out(model, batches, chunk=chunk)
+            assert found == {"kl": 0.0, "perplexity": pytest.approx(expected, rel=1e-5)}
+    assert text.held_out(model, [collate([Encoded("", [5], [IGNORED], 0)], 0)])["perplexity"] is None
 
 
 def test_repetition_and_length_by_hand() -> None:

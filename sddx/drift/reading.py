@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sddx.data import encode
 from sddx.data.encode import Encoded, collate, encode_all, padding_id, render, text_batches
-from sddx.evaluation.text import perplexity
+from sddx.evaluation.text import held_out
 from sddx.records import Batch, Example
 
 
@@ -64,7 +64,7 @@ def surprise(model: Any, rows: Sequence[Example], reading: Reading) -> dict[str,
     bytes, without white space around them, of which end tokens have none. None where no row has a label; bits per
     byte also where a row is cut off."""
     encoded = reading.encoded(rows)
-    per_token = perplexity(model, reading.answered(rows))
+    per_token = held_out(model, reading.answered(rows))["perplexity"]
     nats = None if per_token is None else math.log(per_token)
     longest = min(reading.max_length, reading.context or sys.maxsize)
     whole = len(encoded) == len(rows) and all(len(row.input_ids) < longest for row in encoded)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from sddx.models.outputs import run
 from sddx.records import Batch, Outputs
@@ -23,15 +24,37 @@ def labelled(batch: Batch) -> torch.Tensor:
     return attended(batch) & (batch.labels >= 0)
 
 
-def divergence(
-    teacher: Callable[..., Outputs], model: nn.Module, batches: Iterable[Batch], *, chunk: int = 512
-) -> float:
-    """KL(unpruned || model) in nats, the mean over attended tokens of held-out text (`divergences`). Raises
-    ValueError where no token is attended."""
-    values = divergences(teacher, model, batches, chunk=chunk)
-    if not len(values):
-        raise ValueError("there is no attended token to measure the divergence on")
-    return float(values.mean())
+@torch.no_grad()
+def held_out(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    teacher: Callable[..., Outputs] | None = None,
+    *,
+    chunk: int = 512,
+) -> dict[str, float | None]:
+    """What held-out text says of a model that reads it once: `kl`, KL(unpruned || model) in nats, the mean over
+    attended tokens (see `divergences`; 0 where there is no `teacher`: the model is the unpruned one); and
+    `perplexity`, exp of the mean cross-entropy over all attended tokens that have a label, each counting once
+    whatever its text's length. None where there is no such token."""
+    apart, losses = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+    for batch in batches:
+        mask, outputs = attended(batch), run(model, batch.input_ids, batch.attention_mask)
+        expected = teacher(batch, states=False) if teacher else None
+        for places in mask.nonzero().split(chunk):
+            at = tuple(places.T)
+            logits, labels = outputs.head(outputs.hidden[at]).float(), batch.labels[at]
+            losses.append(cross_entropy(logits, labels, reduction="none")[labels >= 0].double().cpu())
+            if expected is not None:
+                apart.append(_divergence(expected.head(expected.hidden[at]), logits))
+    kl, loss = _mean(apart), _mean(losses)
+    # Not math.exp, which raises where a ruined model is beyond all numbers.
+    perplexity = None if loss is None else float(torch.tensor(loss, dtype=torch.float64).exp())
+    return {"kl": kl if teacher else 0.0, "perplexity": perplexity}
+
+
+def _mean(values: list[torch.Tensor]) -> float | None:
+    together = torch.cat(values)
+    return float(together.mean()) if len(together) else None
 
 
 @torch.no_grad()
@@ -61,22 +84,3 @@ def divergences(
 def _divergence(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
     log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu()
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Batch], *, chunk: int = 512) -> float | None:
-    """exp of the mean cross-entropy over all attended tokens that have a label, each counting once whatever its
-    text's length; None where there is none. Computed in `chunk`s as in `divergences`, and added up in float64."""
-    total, tokens = 0.0, 0
-    for batch in batches:
-        mask = labelled(batch)
-        outputs = run(model, batch.input_ids, batch.attention_mask)
-        pairs = zip(outputs.hidden[mask].split(chunk), batch.labels[mask].split(chunk), strict=True)
-        total += sum(_cross_entropy(outputs.head(hidden), labels) for hidden, labels in pairs)
-        tokens += int(mask.sum())
-    # Not math.exp, which raises where a ruined model is beyond all numbers.
-    return float(torch.tensor(total / tokens, dtype=torch.float64).exp()) if tokens else None
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return float(nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum())

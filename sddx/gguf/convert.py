@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sddx.data.encode import render, text_batches, token_ids
-from sddx.evaluation.text import perplexity
+from sddx.evaluation.text import held_out
 from sddx.gguf.model import Header, dequantise
 from sddx.models.generation import neutral
 from sddx.models.load import load_model, load_tokenizer
@@ -37,7 +37,7 @@ def convert(out: Path, file: Artifact, *, runtime: Runtime) -> None:
 def _shown(folder: Path, header: Header) -> list[str]:
     tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=header.dtype)
     name = header.metadata.get("general.name", "the model")
-    loss = math.log(perplexity(model, text_batches(tokenizer, [TEXT])) or math.nan)
+    loss = math.log(held_out(model, text_batches(tokenizer, [TEXT]))["perplexity"] or math.nan)
     asked = QUESTIONS if tokenizer.chat_template else BEGINNINGS
     return [
         f"Dequantised {name} from {header.quantization} to {header.dtype}: 'unpruned' is this model.",

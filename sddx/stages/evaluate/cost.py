@@ -44,12 +44,12 @@ def peak(estimate: Estimate) -> float | None:
 
 
 def _effort(estimate: Estimate, size: Size, *, beside: bool) -> Effort:
-    """All tasks; perplexity, which reads the held-out text once; and KL, for which the model and the unpruned one
-    `beside` it both read it again. There the head is applied to every token."""
+    """All tasks; and the held-out text, which the model and the unpruned one `beside` it read once, with
+    the head on every token."""
     evaluation, texts, whole = estimate.config["evaluation"], estimate.text, estimate.unpruned
-    padded = texts.padded * ((1 + beside) * size.body(texts.padded) + beside * whole.body(texts.padded))
-    heads = texts.mean * 2 * ((1 + beside) * size.head + beside * whole.head)
-    read = texts.count * texts.mean * (1 + 2 * beside)
+    padded = texts.padded * (size.body(texts.padded) + beside * whole.body(texts.padded))
+    heads = texts.mean * 2 * (size.head + beside * whole.head)
+    read = texts.count * texts.mean * (1 + beside)
     asked = [evaluation[name] for name in ("tasks", "limit", "batch_size", "shots", "max_new_tokens")]
     asked.append((evaluation.get("data_dir"), evaluation.get("side")))
     return judging(size, *asked) + Effort(reading=texts.count * (padded + heads), read=read)

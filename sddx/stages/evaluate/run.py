@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from sddx.config.build import build
 from sddx.data.encode import by_length, text_batches
 from sddx.evaluation.harness import responses
 from sddx.evaluation.task_files import placed
-from sddx.evaluation.text import divergence, perplexity
+from sddx.evaluation.text import held_out
 from sddx.models.anatomy import is_adapted
 from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer
 from sddx.parallel.launch import sharded
@@ -118,11 +117,10 @@ def _results(
     results = apart or build(evaluation)(judged, tokenizer, runtime, out / ANSWERED)
     texts = list(text_batches(tokenizer, build(text), context=context_of(judged.config)))
     batches = [batch for _, batch in by_length(texts)]
-    moved = partial(map, methodcaller("to", runtime.device), batches)
+    moved = map(methodcaller("to", runtime.device), batches)
     answers = responses(results)
     results["text"] = {
-        "kl": divergence(teacher, judged, moved()) if teacher else 0.0,
-        "perplexity": perplexity(judged, moved()),
+        **held_out(judged, moved, teacher),
         "repetition": repetition(answers),
         "mean_length": mean_length(answers),
     }
