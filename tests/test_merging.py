@@ -244,13 +244,20 @@ def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: st
         verify(config)
 
 
-def test_settings_that_make_no_run_are_told(tmp_path: Path) -> None:
-    with (
-        composed(*MERGED, "merging.students=['seed=0','dataset=nothing']") as cfg,
-        pytest.raises(UserError) as told,
-    ):
+@pytest.mark.parametrize(
+    ("students", "said"),
+    [
+        (
+            "['seed=0','dataset=nothing']",
+            "'dataset=nothing' is no finished run's folder, nor does it make a run here",
+        ),
+        ("seed\\=0", "merging.students='seed=0' is no list. Give runs by what they change here"),
+    ],
+)
+def test_settings_that_make_no_run_are_told(students: str, said: str) -> None:
+    with composed(*MERGED, f"merging.students={students}") as cfg, pytest.raises(UserError) as told:
         resolve(cfg)
-    assert "'dataset=nothing' is no finished run's folder, nor does it make a run here" in str(told.value)
+    assert said in str(told.value)
 
 
 def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:

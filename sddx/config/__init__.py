@@ -88,6 +88,11 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
     """The group `merging` with the settings of each run that it names, and what tables call it."""
     own = [name for name in config if name not in (*SURROUNDINGS, "merging")]
     asked = config["merging"]["students"]
+    if not isinstance(asked, list):
+        raise UserError(
+            f"merging.students={asked!r} is no list. Give runs by what they change here, or by folder: "
+            "\"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
+        )
     students = [parent(student, "train", own) for student in asked]
     return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
 
