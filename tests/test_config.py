@@ -19,8 +19,9 @@ from composing import composed
 from hydra import compose, initialize_config_dir
 from hydra._internal import config_loader_impl, defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from omegaconf import Container, DictConfig, Node, flag_override
+from omegaconf import Container, DictConfig, Node, OmegaConf, flag_override
 
 from sddx.config import CONF, SURROUNDINGS, check, flatten, resolve
 from sddx.config.build import build
@@ -93,11 +94,15 @@ def covering(sweeper: dict[str, Any]) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("sweep", sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml")))
 def test_every_value_of_every_sweep_composes(sweep: str) -> None:
-    """Each that a grid names is one that the configuration takes, beside others of its grid."""
-    file = yaml.safe_load((CONF / "sweeps" / f"{sweep}.yaml").read_text())
-    owed = [f"rates.{arm}=1e-4" for arm in file.get("rates", [])]
-    for cell in covering(file["hydra"]["sweeper"]):
-        checked(f"+sweeps={sweep}", *owed, *cell)
+    """Each that a grid names, its own or of a sweep that it builds on, is one that the configuration takes, beside
+    others of its grid and in the experiment of its command."""
+    text = (CONF / "sweeps" / f"{sweep}.yaml").read_text()
+    given = [*re.findall(r"^# python .*(\+experiment=\S+)", text, re.MULTILINE)[:1], f"+sweeps={sweep}"]
+    given += [f"rates.{arm}=1e-4" for arm in yaml.safe_load(text).get("rates", [])]
+    with composed(*given):
+        sweeper: Any = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=False)
+    for cell in covering(sweeper):
+        checked(*given, *cell)
 
 
 @pytest.mark.parametrize(

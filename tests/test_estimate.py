@@ -177,6 +177,14 @@ def test_arms_differ_in_what_they_pay_for() -> None:
     assert stages["kd"]["train"].reading > 0 == stages["sft"]["train"].reading
 
 
+def test_answers_are_paid_for_once_whatever_they_are_checked_by() -> None:
+    """Another reference is shown for other answers, and another check reads the same ones."""
+    given = [(), ("selfdata.check=none",), ("selfdata.check=none", "selfdata.reference=wrong")]
+    parts = [estimated(configured("loss=sdd", *each)).parts() for each in given]
+    first, other, wrong = ({part.key for part in of if part.stage == "distill"} for of in parts)
+    assert first == other and first and not first & wrong
+
+
 @sharing()  # as within a grid
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU too small, before any work: the stage, both sizes, and overrides under which training fits."""

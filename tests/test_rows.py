@@ -300,6 +300,21 @@ def test_line_breaks_reach_prompts_and_rewriting_templates_but_no_cell(
     assert rewriting_prompt(r"{prompt}\n{reference}", r"\nx", "y") == "\\nx\ny"
 
 
+def test_rows_that_are_named_stand_in_one_order_whatever_the_answer(tmp_path: Path) -> None:
+    """Two answers to the same prompts: by their names the same rows come first, by their content others."""
+    rows = [{"n": f"row {n}", "q": f"q{n}", "a": f"a{n}", "b": f"b{n}"} for n in range(40)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    settings = {"prompt": "{q}?", "size": 12, "seed": 3, "check": checkers.none, "rewrite": "math"}
+    for name, same in (("n", True), ("{n}", True), (None, False)):
+        by_a, by_b = (
+            [each.prompt for each in jsonl(path=str(path), response=answer, id=name, **settings).examples]
+            for answer in "ab"
+        )
+        assert (by_a == by_b) is same
+    with pytest.raises(UserError, match="id='m'"):
+        jsonl(path=str(path), response="a", id="m", **settings)
+
+
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     """Wherever JSON lines are read, among them what the report shows of a run's self-data."""
     row = {"id": "1", "prompt": "a\u2028b", "reference": "c\u0085d\x1e", "answer": "e\u2029f", "reason": ""}

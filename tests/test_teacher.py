@@ -11,7 +11,9 @@ from families import FAMILIES, adapt, build, tokens
 
 from sddx.compression.compressed import compress
 from sddx.compression.remove import Removal
+from sddx.data.encode import IGNORED, Encoded, collate
 from sddx.errors import UserError
+from sddx.evaluation.text import divergences, held_out
 from sddx.models.anatomy import blocks, stacks
 from sddx.models.outputs import head_of, run
 from sddx.records import Batch, Cut
@@ -77,6 +79,20 @@ def test_a_scaled_head_is_scaled_for_the_teacher_too():
     assert not torch.allclose(head_of(student)(outputs.hidden), logits, atol=0.1)
     assert torch.equal(outputs.head(outputs.hidden), logits)
     assert not torch.allclose(model.lm_head(outputs.hidden), logits)
+
+
+def test_a_student_reads_text_once_for_both_measures():
+    """With an adapter on the head too, which the teacher's pass switches off and on between its states and the
+    student's logits: what each measure finds by itself, with padding and tokens without a label, in chunks that
+    cut them."""
+    student, teacher, _ = school("llama", targets=["q_proj", "lm_head"])
+    rows = [Encoded("", [5, 9, 7, 6, 8, 4, 11], [IGNORED, 7, 6, 8, 4, 11, IGNORED], 5)]
+    rows += [Encoded("", [12, 5], [5, IGNORED], 1)]
+    batches = [collate(rows, 0)]
+    found = held_out(student, batches, teacher, chunk=3)
+    assert found["kl"] == pytest.approx(float(divergences(teacher, student, batches).mean()), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(held_out(student, batches)["perplexity"], rel=1e-6)
+    assert found["kl"] > 1e-3
 
 
 def state(student):

@@ -1,8 +1,8 @@
 """One arm against another, from runs that were kept: `python docs/results/contrast.py NAME sft sdd` prints the
-tables of docs/results/real-model.md and draws the scores into benchmarks/figures/NAME.svg.
+tables of docs/results/real-model.md and draws the scores into benchmarks/figures, as NAME.svg for these two arms.
 
 NAME is a folder of docs/results/data with one run of each arm for each of several seeds, which pair them. An arm is
-a loss, and where rows were read from a file, the loss and the file's name: sft:reference, kd:self. Two intervals of
+a loss, and where answers of several writers were at hand, loss and writer: sft:reference, kd:self. Two intervals of
 95 % stand at each difference: over seeds (Student's t), and for other seeds and other items. Scores are in percent
 and points.
 """
@@ -113,11 +113,13 @@ def draw(name: str, pairs: Sequence[tuple[Run, Run]]) -> None:
     found = [run for pair in pairs for run in pair]
     chance = found[0]["chance"]
     svg = figures.dots(scores(found, "average"), mean(chance.values()), f"the average of {', '.join(chance)}")
-    (FIGURES / f"{name}.svg").write_text(figures.on_white(svg), encoding="utf-8")
+    both = [arm(run).replace(":", "_") for run in pairs[0]]
+    file = name if both == ["sft", "sdd"] else "-".join([name, *both])
+    (FIGURES / f"{file}.svg").write_text(figures.on_white(svg), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    name, *arms = sys.argv[1:]
-    found = paired(name, (arms[0], arms[1]))
+    name, first, second = sys.argv[1:]
+    found = paired(name, (first, second))
     print(of_seeds(found), table(name, list(found.values())), sep="\n\n")
     draw(name, list(found.values()))

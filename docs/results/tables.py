@@ -31,9 +31,10 @@ def _place(run: dict[str, Any]) -> tuple[int, str, str, float, int]:
 
 
 def arm(run: dict[str, Any]) -> str:
-    """The loss, and of rows from a file its name: kd, sft:reference."""
-    rows = run["choices"].get("dataset.path")
-    return f"{run['choices']['loss']}:{Path(rows).stem}" if rows else run["choices"]["loss"]
+    """The loss, and where answers of several writers were at hand, whose they are: kd, sft:reference."""
+    choices = run["choices"]
+    writer = choices.get("dataset.response")
+    return f"{choices['loss']}:{writer}" if writer else choices["loss"]
 
 
 def about(run: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Each NAME is a folder of docs/results/data with untrained runs, and its numbers are counts of removed blocks, which
 are compared in their order. For each pair of counts a table of what every cut leaves of both models, and Spearman's
-correlation over cuts. Metrics that choose the same blocks on both models count once, and so does the mean of all
+correlation over cuts. Metrics that choose the same blocks on either model count once, by their mean, and so do all
 random draws.
 """
 
@@ -26,7 +26,7 @@ MEASURES: dict[str, tuple[Callable[[Run], float], str]] = {
 }
 
 
-def by_cut(name: str, removed: int) -> dict[str, list[Run]]:
+def by_way(name: str, removed: int) -> dict[str, list[Run]]:
     """The runs that removed so many blocks, by their way of cutting; of random cuts there are several."""
     found: dict[str, list[Run]] = defaultdict(list)
     for run in runs(name):
@@ -36,18 +36,22 @@ def by_cut(name: str, removed: int) -> dict[str, list[Run]]:
 
 
 def merged(sides: list[dict[str, list[Run]]]) -> Iterator[tuple[str, list[list[Run]]]]:
-    """The ways of cutting that both models saw, those together that chose the same blocks on both."""
-    alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    """The ways of cutting that both models saw, those together that chose the same blocks on either."""
+    groups: list[list[str]] = []
     for way in sorted(set(sides[0]) & set(sides[1])):
-        chosen = tuple(tuple(map(tuple, (run["cut"] for run in side[way]))) for side in sides)
-        alike[chosen].append(way)
-    for ways in alike.values():
-        yield ", ".join(ways), [side[ways[0]] for side in sides]
+        joined = [group for group in groups if any(_is_one_cut(sides, way, other) for other in group)]
+        groups = [group for group in groups if group not in joined] + [[*sum(joined, []), way]]
+    for ways in groups:
+        yield ", ".join(ways), [[run for way in ways for run in side[way]] for side in sides]
+
+
+def _is_one_cut(sides: list[dict[str, list[Run]]], way: str, other: str) -> bool:
+    return any([run["cut"] for run in side[way]] == [run["cut"] for run in side[other]] for side in sides)
 
 
 def compare(names: tuple[str, str], counts: tuple[int, int]) -> str:
     """Markdown: a table of both models, and how far the order of one is that of the other."""
-    found = list(merged([by_cut(name, removed) for name, removed in zip(names, counts, strict=True)]))
+    found = list(merged([by_way(name, removed) for name, removed in zip(names, counts, strict=True)]))
     columns = {
         (measure, place): [mean(map(of, both[place])) for _, both in found]
         for measure, (of, _) in MEASURES.items()

@@ -32,14 +32,19 @@ def jsonl(
     check: Check,
     rewrite: str,
     trains: Sequence[str] = (),
+    id: str | None = None,
 ) -> Dataset:
     """The first `size` rows (None: all), in the order of `seed`, of a local file: JSON lines, one JSON array
     of objects, or Parquet (`.parquet`).
 
+    `id` is a column or a format string that names a row: where it stands in the order, and so whether it is held
+    out, hangs on that alone, so that other answers to the same prompts stand in the same order. None: on prompt and
+    response.
+
     Raises UserError for a file that is missing, empty or damaged, for a column that does not exist or holds what
     is no text, where no row has both a prompt and a response, and for more rows than there are.
     """
-    examples = _examples(read_table(Path(path)), {"prompt": prompt, "response": response}, where=path)
+    examples = _examples(read_table(Path(path)), {"prompt": prompt, "response": response}, id, where=path)
     return Dataset(_head(examples, size, seed, where=path), check, rewrite, tuple(trains))
 
 
@@ -181,11 +186,13 @@ def _only(wanted: Mapping[str, Any], rows: Iterable[dict[str, Any]], where: str)
     return kept
 
 
-def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, where: str) -> list[Example]:
+def _examples(
+    rows: Iterable[dict[str, Any]], templates: Mapping[str, str], id: str | None = None, *, where: str
+) -> list[Example]:
     """One example a row, in the order of the rows, by the templates of prompt and response or, of texts, of the
     one `column` that is both. Rows with an empty one are left out; they, and rows that repeat others, are told with
-    their number. An id is a digest of the content, numbered where a row repeats another. Raises UserError as `fill`
-    does, and where no row is left."""
+    their number. An id is a digest of the content, or of what the template `id` gives, numbered where a row repeats
+    another. Raises UserError as `fill` does, and where no row is left."""
     rows = list(rows)
     columns = sorted({column for row in rows for column in row})
     texts = _filled(templates, rows, columns, where)
@@ -200,7 +207,8 @@ def _examples(rows: Iterable[dict[str, Any]], templates: Mapping[str, str], *, w
         lacking = f"{len(empty)} of {len(rows)} rows lack a {' or a '.join(templates)}"
         remark(f"{where}: {lacking}: left out ({numbered(empty)})")
     seen: dict[str, int] = {}
-    examples = [Example(_id(pair, seen), *pair) for pair in pairs if all(pair)]
+    names = pairs if id is None else list(zip(*_filled({"id": id}, rows, columns, where), strict=True))
+    examples = [Example(_id(name, seen), *pair) for name, pair in zip(names, pairs, strict=True) if all(pair)]
     if repeats := len(examples) - len(seen):
         remark(
             f"{where}: {repeats} of {len(rows)} rows repeat another row: they come after all others in their order"
@@ -224,8 +232,8 @@ def _filled(
     return filled
 
 
-def _id(pair: tuple[str, str], seen: dict[str, int]) -> str:
-    digest = hashlib.sha256(json.dumps(pair).encode()).hexdigest()[:16]
+def _id(name: tuple[str, ...], seen: dict[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]
     seen[digest] = seen.get(digest, -1) + 1
     return f"{digest}-{seen[digest]}" if seen[digest] else digest
 

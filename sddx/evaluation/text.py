@@ -38,8 +38,9 @@ def held_out(
     whatever its text's length. None where there is no such token."""
     apart, losses = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
     for batch in batches:
-        mask, outputs = attended(batch), run(model, batch.input_ids, batch.attention_mask)
+        outputs = run(model, batch.input_ids, batch.attention_mask)
         expected = teacher(batch, states=False) if teacher else None
+        mask = attended(batch) if teacher else labelled(batch)
         for places in mask.nonzero().split(chunk):
             at = tuple(places.T)
             logits, labels = outputs.head(outputs.hidden[at]).float(), batch.labels[at]

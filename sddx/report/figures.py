@@ -184,7 +184,7 @@ def quality_against_cost(runs: Sequence[Run]) -> str:
     for number, arm in enumerate(losses(runs)):
         colour, _ = _style(number)
         of_arm = [run for run in runs if run["choices"]["loss"] == arm and run["recovery"] is not None]
-        seconds = [run["seconds"].get("train", 0) + run["seconds"].get("distill", 0) for run in of_arm]
+        seconds = [sum(run["seconds"].get(stage, 0) for stage in ("distill", "select", "train")) for run in of_arm]
         axis.plot(seconds, [100 * run["recovery"] for run in of_arm], "o", color=colour, label=arm, ms=5, alpha=0.8)
     axis.set_xlabel("seconds for training and self-data")
     axis.set_ylabel("recovery, %")

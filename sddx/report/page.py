@@ -316,8 +316,10 @@ def law_table(runs: Sequence[Run]) -> Table:
 def examples(runs: Sequence[Run], shown: int = 3) -> list[dict[str, Any]]:
     """Some answers that were accepted and some that were refused, from the first run that wrote its own."""
     for run in runs:
-        keys = run["artifacts"].get("select") or []
-        places = [place for key in keys if (place := find(Path(run["store"]), "select", key))]
+        # Runs of before answers were selected by themselves have them where they were written.
+        stage = "select" if run["artifacts"].get("select") else "distill"
+        keys = run["artifacts"].get(stage) or []
+        places = [place for key in keys if (place := find(Path(run["store"]), stage, key))]
         rows = [json.loads(line) for at in places for line in lines(at / REWRITES_FILE)]
         if rows:
             kinds = [[row for row in rows if not row["reason"]], [row for row in rows if row["reason"]]]

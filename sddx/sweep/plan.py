@@ -94,7 +94,8 @@ def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, 
         return f"steps of {trainer['batch_size']}", trainer["steps"]
     if trainer["budget"] == "tokens":
         return "tokens", trainer["tokens"]
-    shards = sum(name in ("rows", "select") for name in inputs) - 1  # one is held out
+    # Of them one is held out. Trainings of before answers were selected by themselves had those that were written.
+    shards = sum(name in ("rows", "select", "distill") for name in inputs) - 1
     return "shards", max(shards, 1) * trainer["epochs"]
 
 

@@ -20,6 +20,7 @@ def parts(estimate: Estimate) -> Iterator[Part]:
         return
     config, generation = estimate.config, estimate.config["generation"]
     about = [{k: v for k, v in config["dataset"].items() if k != "size"}, generation, config["loss"]["data"]]
+    about.append(config["selfdata"].get("reference", "right"))
     longest = min(LONGEST * estimate.answer, generation["max_new_tokens"])
     cached = _side_by_side(estimate) * (_shown(estimate) + longest / 2)
     for number, rows in enumerate([config["validation"], *_shards(estimate.rows.count)]):
