@@ -857,6 +857,49 @@ def test_merges_are_drawn_over_the_share_between_their_students() -> None:
     assert (table := section.figures[2].table) and shown in table["rows"]
 
 
+def test_students_that_the_seed_names_are_one_merge() -> None:
+    """The control pairs two seeds anew at every seed: one line with an interval over seeds, not one a seed."""
+    runs = []
+    for seed in (0, 1):
+        made = merged_run(0.5, ("seed=1${seed}", "seed=${seed}"), seed, mixed=False)
+        (parent,) = [each for each in made["subjects"] if each["role"] == "parent"]
+        for held in (made["recoveries"], made["scores"]):
+            held[f"seed=1{seed}"] = held.pop(parent["name"])
+        parent["name"] = f"seed=1{seed}"
+        runs.append(made)
+    (merge,) = merges(runs)
+    assert merge.name == "seed=1${seed} to seed=${seed}"
+    assert [point.seeds for point in [*merge.ends("recovery"), *merge.over_share("recovery")]] == [2, 2, 2]
+
+
+def test_methods_without_a_share_are_told_beside_others() -> None:
+    runs = [
+        merged_run(None) | {"choices": {**merged_run(None)["choices"], "merging": "ties"}},
+        merged_run([0.1, 0.9]),
+    ]
+    (section,) = merge_sections(runs)
+    assert section.table and [row[1] for row in section.table["rows"]].count("merged") == 2
+
+
+def test_a_student_counts_once_however_often_it_is_merged() -> None:
+    """Tables, differences and drafts of arms that are merged at several shares: each student, and the pruned model,
+    in one row, and what is merged under its arm's name."""
+    runs = []
+    for loss in ("sft", "sdd"):
+        for seed in (0, 1):
+            for share in (0.25, 0.5, 0.75):
+                one = merged_run(share, seed=seed)
+                one["choices"]["loss"], one["artifacts"] = loss, {"train": f"{loss}{seed}", "model": "m"}
+                runs.append(one)
+    (difference,) = differences(runs)
+    assert difference.seeds == 2 and [row[1:4] for row in page.arm_table(runs)["rows"]] == [
+        ["sft", "-", "2"], ["sdd", "-", "2"]
+    ]  # fmt: skip
+    labels = [row[1] for row in task_table(runs)["rows"]]
+    assert [labels.count(name) for name in ("unpruned", "pruned", "sft", "sdd")] == [1] * 4
+    assert [labels.count(f"{arm}, {name}") for arm in ("sft", "sdd") for name in ("merged", "mixed")] == [3, 1] * 2
+
+
 def test_one_share_is_told_and_not_drawn() -> None:
     (section,) = merge_sections([merged_run(0.5)])
     assert not section.figures and section.table and section.table["rows"][-1][:3] == [

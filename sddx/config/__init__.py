@@ -25,7 +25,7 @@ from sddx.config.build import Called, Node, build
 from sddx.config.parents import named, parent
 from sddx.config.values import annotation_of, is_ours, no_node, wrong_value
 from sddx.errors import UserError, near
-from sddx.records import Count, Positive
+from sddx.records import STUDENTS, Count, Positive
 
 _PACKAGE = Path(__file__).parents[1]
 # An installed package carries conf/ (with sweeps/ as one of its groups) inside; a checkout has it beside it.
@@ -73,7 +73,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
             config["choices"] |= _other_choices(cfg, flatten(config))
         if config.get("merging"):
             config["merging"] = _with_students(config)
-            config["choices"] |= _merged(config["merging"]) if config.get("choices") else {}
+            asked = OmegaConf.to_container(cfg.merging, resolve=False)
+            config["choices"] |= _merged(config, asked) if config.get("choices") else {}
         return _rehearsed(config) if config.get("rehearse") else config
     except MissingMandatoryValue:
         missing = ", ".join(sorted(OmegaConf.missing_keys(cfg)))
@@ -97,14 +98,18 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
     return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
 
 
-def _merged(merging: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a merge from another in tables, wherever it was set."""
-    method = merging["method"]
-    shares = {"merging.method.t": method["t"]} if "t" in method else {}
+def _merged(config: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    """What tells a merge from another in tables, wherever it was set. A student that the run's seed names is called
+    as it was `asked` for, seed=1${seed}, so that it has one name over seeds."""
+    names, method = config["merging"]["names"], config["merging"]["method"]
+    given = [named(each) for each in asked["students"]] if isinstance(asked["students"], list) else names
+    by_seed = [each.replace("${seed}", str(config["seed"])) for each in given]
+    search = (config["merging"].get("search") or {}).get("by", {})
+    called = {"merging": method, "merging.search": search}
     return {
-        "merging": str(method.get("_target_")).rpartition(".")[2],
-        "merging.students": merging["names"],
-        **shares,
+        **{name: str(node["_target_"]).rpartition(".")[2] for name, node in called.items() if "_target_" in node},
+        **{f"merging.method.{key}": value for key, value in method.items() if not key.startswith("_")},
+        STUDENTS: [asked if own == name else name for asked, own, name in zip(given, by_seed, names, strict=True)],
     }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from sddx.records import MERGING, STUDENTS
 from sddx.report.paired import Pair, over_pairs
-from sddx.report.subjects import having
+from sddx.report.subjects import having, roles
 from sddx.statistics.intervals import Interval, t_interval
 
 Run = dict[str, Any]  # the fields of a summary.json
@@ -92,16 +94,18 @@ class Family:
         for run in self.runs:
             if run["choices"]["loss"] == arm and value_of(run, measure) is not None:
                 at[run["choices"][self.axis]].append(run)
-        return [Point(x, _interval(runs, measure), len(runs)) for x, runs in sorted(at.items())]
+        return [Point(x, interval_of(runs, measure), len(runs)) for x, runs in sorted(at.items())]
 
 
-def _interval(runs: Sequence[Run], measure: str) -> Interval:
-    values = [value_of(run, measure) for run in runs]
+def interval_of(records: Sequence[Mapping[str, Any]], measure: str) -> Interval:
+    """A measure of runs, or of one model's `recoveries` in them: over seeds, of one seed over items where that is
+    known, else as it is."""
+    values = [value_of(record, measure) for record in records]
     if len(values) > 1:
         return t_interval(values)
     # Where the unpruned model may score nothing in a draw of items, recovery has no interval.
-    if measure == "recovery" and runs[0]["recovery_low"] is not None:
-        return Interval(values[0], runs[0]["recovery_low"], runs[0]["recovery_high"], "items")
+    if measure == "recovery" and records[0]["recovery_low"] is not None:
+        return Interval(values[0], records[0]["recovery_low"], records[0]["recovery_high"], "items")
     return Interval(values[0], values[0], values[0], "nothing")
 
 
@@ -110,7 +114,7 @@ def is_trained(run: Run) -> bool:
     return having(run, "student") is not None
 
 
-def value_of(run: Run, name: str) -> Any:
+def value_of(run: Mapping[str, Any], name: str) -> Any:
     """A field of a run by its dotted name; None where there is none."""
     value: Any = run
     for part in name.split("."):
@@ -162,10 +166,12 @@ def losses(runs: Sequence[Run]) -> list[str]:
 DEFAULTS = {"units": "blocks", "patch": "none", "patch_trained": False, "patch_fold": False, "oracle": False}
 
 
-def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
+def alike(runs: Sequence[Run], *besides: str, merges: Sequence[str] | None = ()) -> dict[tuple, list[Run]]:
     """Runs by all their choices but these. A setting in `OWN` of which every arm of a group has one value belongs
     to the arm, and rows that each seed drew for itself (dataset.seed=${seed}) to the seed, not to what tells groups
-    apart."""
+    apart. Nor does what students become: of runs that differ in that alone there is one, but for those of its
+    choices that `merges` names (None: all)."""
+    runs = runs if merges is None else unmerged(runs, *merges)
     names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
     own = sorted(names) if "loss" in besides else []
     rows = [ROWS] if "seed" in besides else []
@@ -180,6 +186,18 @@ def alike(runs: Sequence[Run], *besides: str) -> dict[tuple, list[Run]]:
 
 
 ROWS = "dataset_seed"
+
+
+def unmerged(runs: Sequence[Run], *kept: str) -> list[Run]:
+    """Runs without their choices of merging but for those that are `kept`, each student once: what students become
+    says nothing of what they are."""
+    once: dict[Any, Run] = {}
+    for number, run in enumerate(runs):
+        choices = {n: v for n, v in run["choices"].items() if n in kept or n.split(".")[0] != MERGING}
+        merges = len(choices) < len(run["choices"])
+        key = json.dumps([choices, run["artifacts"].get("train")], sort_keys=True) if merges else number
+        once.setdefault(key, {**run, "choices": choices})
+    return list(once.values())
 
 
 def _by_their_rows(runs: Sequence[Run], own: Sequence[str]) -> dict[bool, list[Run]]:
@@ -222,15 +240,36 @@ def distinction(key: tuple, keys: Sequence[tuple]) -> str:
     return ", ".join(f"{name} {value}" for name, value in key if (name, value) not in shared)
 
 
-def arms(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
-    """(where, arm, runs) for every set of runs that differ in their seed alone."""
-    groups = alike(runs, "loss", "seed")
+def arms(runs: Sequence[Run], merges: Sequence[str] | None = ()) -> list[tuple[str, str, list[Run]]]:
+    """(where, arm, runs) for every set of runs that differ in their seed alone, or beside it in choices of merging
+    that are not in `merges` (see `alike`)."""
+    groups = alike(runs, "loss", "seed", merges=merges)
     along = sorted(groups.items(), key=lambda entry: (_place(entry[1][0]), entry[0]))
     return [
         (distinction(key, list(groups)) or "all runs", arm, [run for run in group if run["choices"]["loss"] == arm])
         for key, group in along
         for arm in losses(group)
     ]
+
+
+# By role what of a merge tells models of that role apart.
+TOLD_APART: dict[str, Sequence[str] | None] = {"parent": (STUDENTS,), "mixed": (STUDENTS,), "merged": None}
+
+
+def judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, list[Run]]]:
+    """(where, arm, role, name, runs) of every model that was evaluated, over the seeds of its arm; what is the same
+    in several merges once."""
+    for merges in ((), (STUDENTS,), None):
+        for where, arm, group in arms(runs, merges):
+            for name, role in roles(group[0]).items():
+                if TOLD_APART.get(role, ()) == merges:
+                    yield where, arm, role, name, group
+
+
+def seed_of(run: Run, name: str) -> int:
+    """The seed that a model of a run hangs on: of the pruned one that which drew the rows it is tried on, since no
+    training made it."""
+    return (run["choices"].get(ROWS) or 0) if roles(run)[name] == "cut" else run["choices"]["seed"]
 
 
 def _place(run: Run) -> list[float]:

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from sddx.report.agreement import per_unit
-from sddx.report.curves import ROWS, Run, arms
+from sddx.report.curves import Run, judged, seed_of
 from sddx.report.sections import Section, Table, removed_units, scores_of
 from sddx.report.subjects import UNTUNED, shown_as
 from sddx.report.table import percent, within
@@ -47,15 +47,13 @@ def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
     """By seed, counts, rates and times of each draft at each lookahead. The pruned model is one draft, whichever
     arm and seed the run had."""
     records: dict[Key, dict[int, dict[str, Any]]] = {}
-    for where, arm, group in arms([run for run in runs if run.get("drafts")]):
-        for run in group:
-            for name, of in run["drafts"].items():
-                draft = shown_as(run, name, arm)
-                for prompts, record in of.items():
-                    for ahead, each in _each(record):
-                        shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
-                        seed = run["choices"]["seed"] if draft != UNTUNED else run["choices"].get(ROWS) or 0
-                        records.setdefault((where, draft, shown, ahead), {})[seed] = each
+    for where, arm, _, name, group in judged([run for run in runs if run.get("drafts")]):
+        for run in (run for run in group if name in run["drafts"]):
+            draft, seed = shown_as(run, name, arm), seed_of(run, name)
+            for prompts, record in run["drafts"][name].items():
+                shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
+                for ahead, each in _each(record):
+                    records.setdefault((where, draft, shown, ahead), {})[seed] = each
     return records
 
 

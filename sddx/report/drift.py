@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sddx.report import figures
-from sddx.report.curves import ROWS, Run, arms, value_of
+from sddx.report.curves import Run, arms, judged, seed_of, value_of
 from sddx.report.drafts import FEWEST
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import UNTUNED, having, shown_as
@@ -71,12 +71,10 @@ def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
     """By seed, what was measured of each arm's student, and of the pruned model, which is one whichever arm and
     seed the run had, but for what the arms' data says of it."""
     records: dict[Key, dict[int, Record]] = {}
-    for where, arm, group in arms([run for run in runs if run.get("drift")]):
-        for run in group:
-            for name, record in run["drift"].items():
-                model = shown_as(run, name, arm)
-                seed = run["choices"]["seed"] if model != UNTUNED else run["choices"].get(ROWS) or 0
-                records.setdefault((where, model), {})[seed] = _looked_at(run, name, record)
+    for where, arm, _, name, group in judged([run for run in runs if run.get("drift")]):
+        for run in (run for run in group if name in run["drift"]):
+            seeds = records.setdefault((where, shown_as(run, name, arm)), {})
+            seeds[seed_of(run, name)] = _looked_at(run, name, run["drift"][name])
     return records
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from markupsafe import Markup
 
+from sddx.records import STUDENTS
 from sddx.report import figures
-from sddx.report.curves import MEASURES, Point, Run, alike, distinction
+from sddx.report.curves import MEASURES, Point, Run, alike, distinction, interval_of
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import having
 from sddx.report.table import ABSENT, percent
-from sddx.statistics.intervals import Interval, t_interval
 
-SHARE = "merging.method.t"  # the choices that a merge is known by
-STUDENTS = "merging.students"
+SHARE = "merging.method.t"  # the choice that a merge is drawn over
 NOTE = (
     "Recovery of what students become. Intervals are 95 % over seeds, or over items where there is one seed. The "
     "merge of two seeds of one data set is the control: it says what averaging alone does."
@@ -25,10 +24,11 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Merge:
-    """Runs that merge two students by one method and differ in the share and in their seed alone."""
+    """Runs that merge the same students by one method and differ in the share, where it has one, and in their seed
+    alone. Students that hang on the seed are named by how: seed=${seed}."""
 
     where: str
-    students: tuple[str, str]
+    students: tuple[str, ...]
     runs: list[Run]
 
     @property
@@ -38,21 +38,28 @@ class Merge:
         return f"{ends}, {self.where}" if self.where else ends
 
     def over_share(self, measure: str) -> list[Point]:
-        """The merged model at each share."""
-        shares = sorted({run["choices"][SHARE] for run in self.runs})
+        """The merged model at each share that is one number."""
+        shares = sorted(
+            {share for run in self.runs if isinstance(share := run["choices"].get(SHARE), (int, float))}
+        )
         points = [(share, [run for run in self.runs if run["choices"][SHARE] == share]) for share in shares]
-        return [point for share, runs in points if (point := _point(share, runs, "merged", measure))]
+        return [point for share, runs in points if (point := _point(share, runs, _merged, measure))]
+
+    def merged(self, measure: str) -> Point | None:
+        """The merged model, by a method that knows no share, or one for each block."""
+        return _point(0.5, [run for run in self.runs if _share(run) is None], _merged, measure)
 
     def ends(self, measure: str) -> list[Point]:
         """The students themselves."""
-        names = [_subject(self.runs[0], student) for student in self.students]
-        points = [_point(float(end), self._once(), name, measure) for end, name in enumerate(names) if name]
+        points = [
+            _point(float(end), self._once(), partial(_subject, student=student), measure)
+            for end, student in enumerate(self.students)
+        ]
         return [point for point in points if point]
 
     def mixed(self, measure: str) -> Point | None:
-        """The student of the rows of both."""
-        name = having(self.runs[0], "mixed")
-        return _point(0.5, self._once(), name, measure) if name else None
+        """The student of the rows of all."""
+        return _point(0.5, self._once(), partial(having, role="mixed"), measure)
 
     def _once(self) -> list[Run]:
         """One run of each seed: students do not hang on the share."""
@@ -60,10 +67,9 @@ class Merge:
 
 
 def merges(runs: Sequence[Run]) -> list[Merge]:
-    """The merges of two students over a share that is one number."""
-    known = [run for run in runs if having(run, "merged") and isinstance(run["choices"].get(SHARE), (int, float))]
-    known = [run for run in known if len(run["choices"].get(STUDENTS) or []) == 2]
-    groups = alike(known, SHARE, STUDENTS, "seed")
+    """The merges of the same students by one method."""
+    known = [run for run in runs if having(run, "merged") and run["choices"].get(STUDENTS)]
+    groups = alike(known, SHARE, STUDENTS, "seed", merges=None)
     return [
         Merge(distinction(key, list(groups)), students, of)
         for key, group in groups.items()
@@ -71,39 +77,38 @@ def merges(runs: Sequence[Run]) -> list[Merge]:
     ]
 
 
-def _by_students(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    groups: dict[tuple[str, str], list[Run]] = {}
+def _by_students(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        first, second = run["choices"][STUDENTS]
-        groups.setdefault((first, second), []).append(run)
+        groups.setdefault(tuple(run["choices"][STUDENTS]), []).append(run)
     return groups
+
+
+def _share(run: Run) -> float | None:
+    share = run["choices"].get(SHARE)
+    return share if isinstance(share, (int, float)) else None
+
+
+def _merged(run: Run) -> str | None:
+    return having(run, "merged")
 
 
 def _subject(run: Run, student: str) -> str | None:
     """The name under which a run evaluated a student that it merged: its own, or the run's where they are one."""
-    return student if student in run["recoveries"] else having(run, "student")
+    name = student.replace("${seed}", str(run["choices"]["seed"]))
+    return name if name in run["recoveries"] else having(run, "student")
 
 
-def _point(x: float, runs: Sequence[Run], name: str, measure: str) -> Point | None:
-    records = [record for run in runs if (record := run["recoveries"].get(name)) and record[measure] is not None]
-    if not records:
-        return None
-    return Point(x, _interval(records, measure), len(records))
-
-
-def _interval(records: Sequence[Mapping[str, Any]], measure: str) -> Interval:
-    values = [record[measure] for record in records]
-    if len(values) > 1:
-        return t_interval(values)
-    if measure == "recovery" and records[0]["recovery_low"] is not None:
-        return Interval(values[0], records[0]["recovery_low"], records[0]["recovery_high"], "items")
-    return Interval(values[0], values[0], values[0], "nothing")
+def _point(x: float, runs: Sequence[Run], named: Callable[[Run], str | None], measure: str) -> Point | None:
+    found = [run["recoveries"].get(named(run)) for run in runs]
+    records = [record for record in found if record and record[measure] is not None]
+    return Point(x, interval_of(records, measure), len(records)) if records else None
 
 
 def merge_sections(runs: Sequence[Run]) -> list[Section]:
     """Recoveries over the share, drawn where it varies."""
     merged = merges(runs)
-    varied = [merge for merge in merged if len({run["choices"][SHARE] for run in merge.runs}) > 1]
+    varied = [merge for merge in merged if len(merge.students) == 2 and len(merge.over_share("recovery")) > 1]
     drawn = [
         Figure(title, Markup(figures.over_share(varied, measure, title)), _table(merged, measure))
         for measure, title in MEASURES.items()
@@ -115,11 +120,11 @@ def merge_sections(runs: Sequence[Run]) -> list[Section]:
 def _table(merged: Sequence[Merge], measure: str) -> Table:
     rows = []
     for merge in merged:
-        ends = {point.x: point for point in merge.ends(measure)}
-        points = [("first student", ends.get(0.0)), ("second student", ends.get(1.0))]
-        points += [("of the rows of both", merge.mixed(measure))]
+        points = [(f"student {number}", point) for number, point in enumerate(merge.ends(measure), start=1)]
+        points += [("of the rows of all", point) for point in [merge.mixed(measure)] if point]
         points += [(f"merged, t = {point.x:g}", point) for point in merge.over_share(measure)]
-        rows += [[merge.name, name, *_cells(point)] for name, point in points if point]
+        points += [("merged", point) for point in [merge.merged(measure)] if point]
+        rows += [[merge.name, name, *_cells(point)] for name, point in points]
     return {"header": ["students", "model", "recovery", "95 % interval", "seeds"], "rows": rows}
 
 

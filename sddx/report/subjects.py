@@ -39,9 +39,9 @@ def having(run: Mapping[str, Any], role: str) -> str | None:
 
 
 def shown_as(run: Mapping[str, Any], name: str, arm: str) -> str:
-    """What tables of many runs call a model: by its arm where it is the student, as every arm has the same pruned
-    one."""
-    return {"cut": UNTUNED, "student": arm}.get(roles(run)[name], name)
+    """What tables of many runs call a model: the pruned one, which every arm has, untuned; the student by its arm,
+    and what became of it by both."""
+    return {"cut": UNTUNED, "student": arm}.get(roles(run)[name], f"{arm}, {name}")
 
 
 def reference(run: Mapping[str, Any]) -> str:

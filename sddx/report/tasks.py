@@ -8,9 +8,9 @@ from statistics import mean
 from markupsafe import Markup
 
 from sddx.report import figures
-from sddx.report.curves import Run, arms, perplexity_of, value_of
+from sddx.report.curves import Run, judged, perplexity_of, value_of
 from sddx.report.sections import Figure, Section, Table
-from sddx.report.subjects import Score, reference, roles
+from sddx.report.subjects import Score, reference, shown_as
 from sddx.report.table import ABSENT, marked
 
 NOTE = """Means over seeds, ± the standard error over items (of several seeds, its mean). In the plots a bar is that
@@ -32,11 +32,10 @@ ONCE = ("reference", "cut")  # the same whatever arm it was evaluated beside
 
 def _judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, Sequence[Run]]]:
     """(where, label, role, the model's name in these runs, runs)."""
-    for where, arm, group in arms(runs):
-        for model, role in roles(group[0]).items():
-            place = f"model {group[0]['choices'].get('model', '')}" if role == "reference" else where
-            label = model if role in ONCE else arm if role == "student" else f"{arm}, {model}"
-            yield place, label, role, model, group[:1] if role in ONCE else group
+    for where, arm, role, model, group in judged(runs):
+        place = f"model {group[0]['choices'].get('model', '')}" if role == "reference" else where
+        label = model if role in ONCE else shown_as(group[0], model, arm)
+        yield place, label, role, model, group[:1] if role in ONCE else group
 
 
 def scores(runs: Sequence[Run], task: str) -> list[Score]:
