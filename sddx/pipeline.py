@@ -240,10 +240,11 @@ class Run:
         run = find_run(folder)
         key, kept = run.summary["artifacts"].get("train"), self.pruned.path / CUT_FILE
         cut = Cut.load(kept) if kept.exists() else run.cut  # a plan does not know yet what will be cut
-        if run.trained is None or (run.summary["artifacts"]["model"], run.cut) != (self.base.key, cut):
+        built, patch = run.summary["artifacts"], self.patch and self.patch.key
+        if run.trained is None or (built["model"], run.cut, built.get("patch")) != (self.base.key, cut, patch):
             raise UserError(
-                f"merging.students: {folder} holds no student of this run's base and cut ({cut.name}). Name a "
-                "run that was trained after the same cut."
+                f"merging.students: {folder} holds no student of this run's base, cut ({cut.name}) and patch. Name "
+                "a run that was trained after the same ones."
             )
         return Artifact("train", key, run.trained)
 
@@ -385,6 +386,8 @@ class Run:
         missing; and before training is paid for, that the tasks can be evaluated at all."""
         for name in ("data", "base", "scores", "pruned", "patch"):
             yield name, getattr(self, name)
+        for folder in (each for each in self._others if isinstance(each, str)):
+            self._finished(folder)
         self.result(REFERENCE)
         for name in ("answers", "rows", "captured", "student", "shares", "merged"):
             yield name, getattr(self, name)

@@ -235,6 +235,9 @@ MERGED = (
             "'loss=kd' changes loss, and one student",
         ),
         (["+merging.method.sharp=1"], "merging.method.sharp is not a setting"),
+        (["merging.method.t=1.5"], "merging.method.t=1.5 must be"),
+        (["merging.method.t=[0.1,0.2]"], r"merging.method.t holds 2 numbers, and \d+ blocks are left"),
+        (["merging=dare", "merging.method.density=0"], "merging.method.density=0 must be"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: str) -> None:
@@ -251,6 +254,8 @@ def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: st
             "['seed=0','dataset=nothing']",
             "'dataset=nothing' is no finished run's folder, nor does it make a run here",
         ),
+        ("[0,1]", "merging.students names a run as 0. Give what it changes here as a text"),
+        ("['seed=0',\"dataset.path=bob's\"]", "cannot be read as overrides: No closing quotation."),
         ("seed\\=0", "merging.students='seed=0' is no list. Give runs by what they change here"),
     ],
 )
@@ -258,6 +263,21 @@ def test_settings_that_make_no_run_are_told(students: str, said: str) -> None:
     with composed(*MERGED, f"merging.students={students}") as cfg, pytest.raises(UserError) as told:
         resolve(cfg)
     assert said in str(told.value)
+
+
+def test_what_a_method_makes_must_be_like_its_students(tmp_path: Path) -> None:
+    """In shape and dtype, of finite numbers, with the way in words: else a file is damaged without a word."""
+    one = folder(tmp_path / "one", {"a": torch.ones(2, 2)})
+    (tmp_path / "out").mkdir()
+    for made, said in (
+        ((torch.ones(2, 2).double(), "line"), "made torch.float64"),
+        ((torch.ones(2, 3), "line"), r"made torch.float32 \[2, 3\] of a"),
+        ((torch.full((2, 2), torch.nan), "line"), "not finite"),
+        ((torch.ones(2, 2), 3), "the way that it took, a text"),
+        (torch.ones(2, 2), "the way that it took, a text"),
+    ):
+        with pytest.raises(UserError, match=said):
+            merge_files([one, one], one, tmp_path / "out", lambda *_, made=made: made)
 
 
 def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:

@@ -207,6 +207,23 @@ def test_proof_finds_logits_that_differ_with_the_cache():
         proven(model, reload=False)
 
 
+def test_half_precision_that_blows_rounding_up_is_told_from_a_fault():
+    """Attention that all but chooses one token turns rounding into other logits, in bfloat16 alone: a sound model.
+    One that is wrong with the cache is refused in either."""
+    model = build("llama")
+    with torch.no_grad():
+        for block in blocks(model):
+            block.self_attn.q_proj.weight.mul_(30)
+    model.to(torch.bfloat16)
+    proof = proven(model, reload=False)
+    assert proof["rounding_told_in"] == "float32" and proof["cached_difference"] < 1e-3
+    blocks(model)[1].self_attn.register_forward_hook(
+        lambda module, args, out: (out[0] * (1 + (out[0].shape[1] == 1)), out[1])
+    )
+    with pytest.raises(UnsoundModel, match="cached and uncached logits differ"):
+        proven(model, reload=False)
+
+
 def test_proof_finds_a_head_of_another_kind():
     """A family that scales its logits in a way that `run` does not know must not pass unnoticed."""
     model = build("llama")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
-from composing import SWEPT, numbers, swept
+from composing import SWEPT, composed, numbers, swept
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -276,6 +276,30 @@ def test_cells_that_differ_in_values_are_composed_once(monkeypatch: pytest.Monke
         loader = loading.Loader(hydra, whole)
         found = [loader([f"loss={loss}", f"seed={n}"]) for loss in ("sft", "sdd") for n in range(5)]
     assert asked == [["loss=sft"], ["loss=sdd"]] and [each.seed for each in found] == [*range(5), *range(5)]
+
+
+RATES = ("rates.sft=1e-3", "rates.sdd=2e-3")
+GIVEN = [("+sweeps=merge", "seed=3,4", "merging.method.t=0.3"), ("+sweeps=real_primary", *RATES)]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_value_that_names_what_varies_is_each_cells_own(given: tuple[str, ...], sweep, monkeypatch) -> None:
+    """Students of the control, and rows that every seed draws for itself; rates stand for all cells."""
+    taken: list[list[str]] = []
+    monkeypatch.setattr(launcher.Grid, "launch", lambda self, cells, **_: taken.extend(cells))
+    sweep("--multirun", *given)
+    found = []
+    for cell in taken:
+        with composed(*cell) as cfg:
+            found.append(OmegaConf.to_container(cfg, resolve=True))
+    assert len({each["seed"] for each in found}) > 1
+    for each in found:
+        students = each["merging"]["students"] if each.get("merging") else []
+        if students and students[0].startswith("seed"):
+            assert students == [f"seed={each['seed']}", f"seed=1{each['seed']}"]
+        elif not students:
+            assert each["dataset"]["seed"] == each["seed"]
+            assert each["trainer"]["learning_rate"] == {"sft": 1e-3, "sdd": 2e-3}[each["choices"]["loss"]]
 
 
 def test_every_cell_has_a_folder_of_its_own_in_the_sweep(tmp_path: Path) -> None:

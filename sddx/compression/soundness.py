@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from sddx.models.outputs import first, head_of, run
 from sddx.records import Cut
 
 PROMPT, NEW, PADDING = 12, 6, 3
+LARGEST_COPY = 2e9  # bytes of weights; beyond this no copy of them is made
 UNSOUND = "the pruned model is not sound"
 ADVICE = "Remove other blocks, or use another model: sddx families prints what was found sound."
 
@@ -52,7 +54,8 @@ def prove(
     without it; gradients reach every parameter that wants one and gets one in the `whole` model; and the model that
     `again` saves and loads (None: not tried) gives the same logits bit for bit (of experts, but for rounding).
     `vocabulary` bounds the random token ids that are tried. Also measured: the bytes that the cache takes for a
-    token.
+    token. What padding and the cache change is told from rounding: in half precision, where a cut may leave a model
+    that blows rounding up, by a copy in float32 as well, where there is room for one.
     """
     ids = _tokens(model, vocabulary)
     with _failures_told(), torch.no_grad():
@@ -60,7 +63,7 @@ def prove(
         proof = {**_structure(model), **_head(model, ids, logits)}
         if sliced is not None:
             _require(torch.equal(logits, sliced), "its logits are not those of the kept blocks")
-        proof |= {**_padding(model, ids, logits), **_cache(model, ids)}
+        proof |= _rounded(model, ids, logits)
         if again is not None:
             proof |= _round_trip(again, ids, logits)
         return {**proof, **_gradients(model, ids, whole), "cache_bytes": cache_bytes(model)}
@@ -150,6 +153,19 @@ def _head(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]
     same = torch.equal(outputs.head(outputs.hidden), logits)
     _require(same, "body and head give other logits than the whole model")
     return {"head_equals_model": True}
+
+
+def _rounded(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    """What padding and the cache change, which must be rounding alone."""
+    try:
+        return {**_padding(model, ids, logits), **_cache(model, ids)}
+    except UnsoundModel:
+        weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        if logits.dtype.itemsize >= 4 or weights > LARGEST_COPY:
+            raise
+        wide = deepcopy(model).float()
+        exact = wide(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return {**_padding(wide, ids, exact), **_cache(wide, ids), "rounding_told_in": "float32"}
 
 
 def _padding(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:

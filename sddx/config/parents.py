@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sddx.errors import UserError
 
-APART = ("merging", "sweeps")  # of a run that names others, what these do not share
+APART = "merging"  # of a run that names others, what these do not share
 
 
 def named(run: str | Sequence[str]) -> str:
@@ -28,7 +28,7 @@ def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, 
     it stands. `job` is the configuration's name. Raises UserError where there is no such configuration."""
     if isinstance(run, str) and Path(run).expanduser().exists():
         return run
-    asked = shlex.split(run) if isinstance(run, str) else [str(each) for each in run]
+    asked = _overrides(run)
     shared = [each for each in HydraConfig.get().overrides.task if not _is_apart(each)]
     try:
         composed = compose(job, overrides=[*shared, *asked])
@@ -40,7 +40,22 @@ def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, 
     return {name: settings[name] for name in own if name in settings} | {"choices": {}}
 
 
+def _overrides(run: Any) -> list[str]:
+    """What a run changes. Raises UserError for what is no text, nor a list of texts."""
+    if isinstance(run, list) and run and all(isinstance(each, str) for each in run):
+        return run
+    try:
+        if isinstance(run, str):
+            return shlex.split(run)
+    except ValueError as error:
+        raise UserError(f"merging.students: {run!r} cannot be read as overrides: {error}.") from None
+    raise UserError(
+        f"merging.students names a run as {run!r}. Give what it changes here as a text, 'seed=1 dataset.size=64', "
+        "or as a list of such, or the folder of a finished run."
+    )
+
+
 def _is_apart(override: str) -> bool:
     """Whether a group or the place where it is put is not shared: `+merging/search=x`, `a@merging.search.b=x`."""
     places = override.lstrip("+~").partition("=")[0].split("@")
-    return any(re.split("[./]", place)[0] in APART for place in places)
+    return any(re.split("[./]", place)[0] == APART for place in places)

@@ -34,7 +34,8 @@ def merge_files(
     """Write the merged weights into `out`, shard by shard as those of the first of `parents`; all are folders with
     safetensors. `tick` is given the number of tensors that were written. Returns how many tensors took which way.
 
-    Raises UserError, before a tensor is read, where names, shapes or dtypes differ."""
+    Raises UserError, before a tensor is read, where names, shapes or dtypes differ; and where what the method gives
+    is not `sound`."""
     models = [_Tensors(folder) for folder in (*parents, base)]
     _require_alike(models)
     ways: Counter[str] = Counter()
@@ -42,13 +43,27 @@ def merge_files(
         with open(out / file, "wb") as written:
             for name in _begun(parents[0] / file, written):
                 *students, origin = (model.read(name) for model in models)
-                merged, way = method(students, origin, _place(name))
+                merged, way = sound(method(students, origin, _place(name)), origin, name)
                 written.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy())
                 ways[way] += 1
                 tick(1)
     if (parents[0] / INDEX).is_file():
         (out / INDEX).write_text((parents[0] / INDEX).read_text(encoding="utf-8"), encoding="utf-8")
     return ways
+
+
+def sound(made: Any, origin: torch.Tensor, name: str) -> Merged:
+    """What a method made of the tensors of one name, which takes the place of `origin`. Raises UserError unless it
+    is a tensor like it, of finite numbers, and the way that was taken, a text."""
+    merged, way = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(merged, torch.Tensor) or not isinstance(way, str):
+        raise UserError("merging.method must return a tensor and the way that it took, a text: (merged, 'line').")
+    if (merged.dtype, merged.shape) != (origin.dtype, origin.shape):
+        given, wanted = (f"{each.dtype} {list(each.shape)}" for each in (merged, origin))
+        raise UserError(f"merging.method made {given} of {name}, and its students have {wanted}. Return the like.")
+    if not merged.isfinite().all():
+        raise UserError(f"merging.method made numbers of {name} that are not finite. Nothing was merged.")
+    return merged, way
 
 
 def _begun(alike: Path, file: BinaryIO) -> list[str]:

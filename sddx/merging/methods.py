@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sddx.errors import UserError
-from sddx.records import Seed
+from sddx.records import PositiveShare, Seed, Share
 
 PIECE = 2**16  # numbers that a cache holds
 STRAIGHT = 0.9995  # a cosine above which an arc is a line, but for rounding
@@ -38,7 +38,7 @@ def slerp(
     base: Tensor,
     place: Place,
     *,
-    t: float | Sequence[float] = 0.5,
+    t: Share | Sequence[Share] = 0.5,
     of: Literal["weights", "differences"] = "weights",
 ) -> Merged:
     """The point a share `t` along the arc from the first student to the second (Shoemake, SIGGRAPH 1985): with the
@@ -106,7 +106,7 @@ def ties(
     place: Place,
     *,
     weights: Weights | None = None,
-    density: float = 0.2,
+    density: PositiveShare = 0.2,
 ) -> Merged:
     """The base and, of what each student learned, the largest share `density` of its values, those whose sign their
     sum has, averaged over the students that have it (TIES, 2306.01708).
@@ -129,7 +129,7 @@ def dare(
     place: Place,
     *,
     weights: Weights | None = None,
-    density: float = 0.2,
+    density: PositiveShare = 0.2,
     seed: Seed = 0,
 ) -> Merged:
     """The base and the weighted sum of a random share `density` of what each student learned, enlarged by as much

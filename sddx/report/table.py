@@ -115,7 +115,8 @@ def _captured(captured: Mapping[str, Any] | None) -> str:
 def _ways(tensors: Mapping[str, int]) -> str:
     """How many tensors of a merged model took which way."""
     words = {"arc": "along an arc", "line": "along a line", "parent": "as one student has them"}
-    return f"{', '.join(f'{n} {words[way]}' for way, n in tensors.items())} (tensors)" if tensors else ABSENT
+    counted = ", ".join(f"{n} {words.get(way, way)}" for way, n in tensors.items())
+    return f"{counted} (tensors)" if counted else ABSENT
 
 
 def _searched(search: Mapping[str, Any] | None) -> str:

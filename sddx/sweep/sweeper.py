@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from sddx.errors import UserError
 
 class Grids(Sweeper):
     """The product of `params`, as Hydra's own sweeper makes it, or of each of `grids` in turn, which are written
-    alike and which `params` holds for too. The command line beats both. All cells go to the launcher at once."""
+    alike and which `params` holds for too. The command line beats both. All cells go to the launcher at once.
+
+    A value that names a setting which the sweep varies (`dataset.seed: ${seed}`) is each cell's own."""
 
     def __init__(self, *, params: dict[str, str] | None, grids: Sequence[dict[str, str]]) -> None:
-        self.grids = [{**(params or {}), **grid} for grid in grids or [{}]]
+        self.grids = _grids(params, grids)
 
     def require_values(self, arguments: Sequence[str]) -> None:
         """Raises UserError where a grid waits for a value that only another sweep can tell."""
@@ -57,13 +60,23 @@ class Grids(Sweeper):
         assert self.launcher is not None
         return [self.launcher.launch(cells, initial_job_idx=0)]
 
+    @property
+    def _written(self) -> list[dict[str, Any]]:
+        """The grids with interpolations as they stand in the file."""
+        assert self.config is not None
+        node: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
+        return _grids(node["params"], node["grids"])
+
     def _cells(self, arguments: Sequence[str]) -> list[list[str]]:
         """The overrides of every cell, each once though it may stand in two grids. Raises UserError where files of
         sweeps/ are what varies: their grids would not be run."""
         parser = OverridesParser.create(config_loader=self.loader)
         cells: dict[Any, list[str]] = {}
-        for grid in self.grids:
-            overrides = parser.parse_overrides([*(f"{key}={values}" for key, values in grid.items()), *arguments])
+        for grid, written in zip(self.grids, self._written, strict=True):
+            asked = parser.parse_overrides([*arguments])
+            varied = {*grid, *(each.key_or_group for each in asked if each.is_sweep_override())}
+            given = [f"{key}={written[key] if varied & _named(written[key]) else grid[key]}" for key in grid]
+            overrides = parser.parse_overrides([*given, *arguments])
             if several := [o.input_line for o in overrides if o.key_or_group == "sweeps" and o.is_sweep_override()]:
                 raise UserError(
                     f"{several[0]} would run a cell for each file, and none of their grids. Give one file, "
@@ -75,6 +88,15 @@ class Grids(Sweeper):
             for cell in BasicSweeper.split_arguments(overrides, None)[0]:
                 cells.setdefault(frozenset(cell), cell)
         return list(cells.values())
+
+
+def _grids(params: dict[str, Any] | None, grids: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return [{**(params or {}), **grid} for grid in grids or [{}]]
+
+
+def _named(value: Any) -> set[str]:
+    """The settings that a value takes others from."""
+    return set(re.findall(r"\$\{([\w.]+)\}", str(value)))
 
 
 def _is_empty(override: Override) -> bool:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sddx.config.build import Settings, build, made, tried
 from sddx.errors import UserError
-from sddx.stages.local_model import Check
+from sddx.stages.local_model import Check, LocalModel
 
-LEARNING = ("loss", "tuning", "trainer", "selfdata", "teacher", "max_length")  # how a student learns
+# How a student learns.
+LEARNING = ("loss", "tuning", "trainer", "selfdata", "teacher", "teacher_cache", "max_length")
 SHARED = ("model", "calibration", "pruning")  # what decides base and cut
 
 
 def of_settings(method: Settings) -> list[Check]:
     """There are students of one cut to merge, whole models that transformers knows, and the method takes them."""
     return [lambda: _check(method)] if method.get("merging") else []
+
+
+def of_model(method: Settings, model: LocalModel) -> list[Check]:
+    """What is given block by block is given for the blocks that stay."""
+    if not (merging := method.get("merging")) or method["pruning"].get("units", "blocks") != "blocks":
+        return []
+    return [lambda: _check_lengths(merging, model.config.num_hidden_layers - method["pruning"]["remove"])]
 
 
 def _check(method: Settings) -> None:
@@ -29,6 +35,8 @@ def _check(method: Settings) -> None:
     for name, student in zip(merging["names"], merging["students"], strict=True):
         if isinstance(student, dict):
             _check_student(name, student, method)
+        else:
+            _check_finished(student, method)
         _check_mixed(merging["mixed"], name, student, method)
     if not made(method["pruning"], Pruning, "pruning").is_stock:
         raise UserError(
@@ -46,6 +54,20 @@ def _check_student(name: str, student: Settings, method: Settings) -> None:
         )
     if not student["loss"]["terms"]:
         raise UserError(f"merging.students: {name!r} trains nothing. Give it a loss with terms.")
+
+
+def _check_finished(folder: str, method: Settings) -> None:
+    """It holds a student in this run's dtype. Base, cut and patch are compared as soon as these are known."""
+    from sddx.students.recovered import find_run
+
+    run = find_run(folder)
+    if run.trained is None:
+        raise UserError(f"merging.students: the run in {folder} trained nothing. Name one with a student.")
+    if (dtype := run.summary["dtype"]) != method["model"]["dtype"]:
+        raise UserError(
+            f"merging.students: the student in {folder} was trained in {dtype}, and this run has "
+            f"{method['model']['dtype']}. Merge students of one dtype: model.dtype={dtype}."
+        )
 
 
 def _check_mixed(mixed: bool, name: str, student: Settings | str, method: Settings) -> None:
@@ -67,10 +89,25 @@ def _check_mixed(mixed: bool, name: str, student: Settings | str, method: Settin
 
 
 def _check_method(node: Settings, count: int) -> None:
-    """It takes so many students; tried on small tensors. Raises UserError."""
+    """It takes so many students, and gives what can stand in their place: tried on small tensors."""
     import torch
 
+    from sddx.merging.files import sound
     from sddx.merging.methods import Place
 
-    tensors: list[Any] = [torch.ones(2, 2) for _ in range(count)]
-    tried("merging.method", build(node), tensors, torch.zeros(2, 2), Place("tensor"))
+    for dtype in (torch.float32, torch.bfloat16):
+        origin = torch.zeros(2, 2, dtype=dtype)
+        students = [torch.ones_like(origin) for _ in range(count)]
+        sound(tried("merging.method", build(node), students, origin, Place("tensor")), origin, "a tensor")
+
+
+def _check_lengths(merging: Settings, left: int) -> None:
+    """What is given for each block is given for each that is left. Raises UserError."""
+    method = merging["method"]
+    given = {"t": method.get("t"), **{f"weights[{n}]": each for n, each in enumerate(method.get("weights") or [])}}
+    for name, values in given.items():
+        if isinstance(values, list) and len(values) != left:
+            raise UserError(
+                f"merging.method.{name} holds {len(values)} numbers, and {left} blocks are left. Give one for each "
+                "of them, or one number."
+            )
