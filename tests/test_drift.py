@@ -334,7 +334,7 @@ def test_arms_are_compared_over_seeds_and_predictors_within_cuts() -> None:
     arms = {"sft": 0.4, "sdd": 0.2, "kd": 0.1, "sdd_kd": 0.3}
     runs = [
         made_up(arm, seed, removed, 10 - removed * (1 - drift) + 0.01 * seed, removed * (1 + drift) / 10)
-        for removed in (2, 4)
+        for removed in (2, 4, 6)
         for arm, drift in arms.items()
         for seed in range(3)
     ]
@@ -345,11 +345,11 @@ def test_arms_are_compared_over_seeds_and_predictors_within_cuts() -> None:
     assert second[1:3] == ["sft", "3"] and second[at["KL on prompts"]] == "8.810 (8.785 to 8.835)"
     assert second[at["items lost"]] == "5.0" and second[at["least CKA"]].startswith("0.750")
     apart = [row for row in found["drift_differences"].table["rows"] if row[1] == "sdd - sft"]
-    assert len(apart) == 2 and apart[0][3] == "-0.400 (-0.400 to -0.400)"
+    assert len(apart) == 3 and apart[0][3] == "-0.400 (-0.400 to -0.400)"
     told = found["predictors"].table["rows"]
     assert [row[0] for row in told[:2]] == ["KL on prompts", "surprise of data"]
-    assert told[0][1:3] == ["beforehand", "8"] and told[0][3].startswith("1.00")
-    assert told[1][3].startswith("0.00") and {row[1] for row in told[2:]} == {"exploratory"}
+    assert told[0][1:4] == ["beforehand", "12", "9"] and told[0][4].startswith("1.00")
+    assert told[1][4].startswith("0.00") and {row[1] for row in told[2:]} == {"exploratory"}
     assert len(found["predictors"].figures) == 2
     assert found["passes"].table["rows"] == []
     for each in runs[:12]:

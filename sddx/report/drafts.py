@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from sddx.report.agreement import per_unit
-from sddx.report.curves import Run, judged, seed_of
+from sddx.report.curves import Run, alike, distinction, judged, seed_of
 from sddx.report.sections import Section, Table, removed_units, scores_of
 from sddx.report.subjects import UNTUNED, shown_as
 from sddx.report.table import percent, within
@@ -18,6 +18,7 @@ NOTE = (
     "Means over seeds, acceptance with its 95 % interval over them. Times are those of the machines that the runs "
     "name; promised is what the acceptance comes to at the cost of a draft's step measured there."
 )
+CHOSEN = ("pruning", "cut_seed", "keep", "oracle")  # the choices that lead to a cut
 FEWEST = 8  # points over which a correlation is told
 CUTS = (
     "Over cuts drawn at random: the rank correlation of a draft's acceptance, at the smallest lookahead, with "
@@ -100,15 +101,12 @@ def difference_table(records: dict[Key, dict[int, dict[str, Any]]]) -> Table:
 
 
 def cut_table(runs: Sequence[Run]) -> Table:
-    """A row for each draft and each metric whose scores are known, where enough random cuts remove as much."""
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for run in (run for run in runs if run.get("drafts")):
-        groups[run["artifacts"]["model"], run["choices"].get("units", "blocks"), run["choices"]["removed"]].append(
-            run
-        )
+    """A row for each draft and each metric whose scores are known, where enough random cuts remove as much and all
+    else is equal but for the arm and the seed."""
+    groups = alike([run for run in runs if run.get("drafts")], "loss", "seed", *CHOSEN)
     rows = [
-        [f"{removed:g} removed", draft, metric, *cells]
-        for (_, _, removed), group in groups.items()
+        [distinction(key, list(groups)) or f"{group[0]['choices']['removed']:g} removed", draft, metric, *cells]
+        for key, group in groups.items()
         for draft, cuts in _by_cut(group).items()
         for metric, cells in _correlations(group, cuts)
     ]

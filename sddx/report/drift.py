@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -47,9 +48,9 @@ PASSED = (
 PAIRED = "On the same rows and seeds; 95 % over seeds."
 PREDICTORS = (
     "Skills lost are 1 minus the recovery on skills that were not trained on. A point is an arm at one cut, the "
-    "mean over its seeds less that of the cut's arms. Rank correlations are told from "
-    f"{FEWEST} points on, with 95 % as if points were drawn independently. The first two predictors were named "
-    "beforehand; the rest is exploratory."
+    "mean over its seeds less that of the cut's arms, which leaves one point fewer free at each cut. Rank "
+    f"correlations are told from {FEWEST} free points on, with 95 % as if those were drawn independently. The "
+    "first two predictors were named beforehand; the rest is exploratory."
 )
 Key = tuple[str, str]  # what tells runs from others, the arm
 Record = dict[str, Any]
@@ -139,23 +140,39 @@ def _less(mine: float | None, theirs: float | None) -> float | None:
     return None if mine is None or theirs is None else mine - theirs
 
 
-Points = dict[str, dict[str, list[tuple[float, float]]]]  # by measure and arm: (the measure, skills lost)
+@dataclass
+class Points:
+    """What arms lost against one measure, by arm: (the measure, skills lost), both less their means over the arms
+    of the same cut; and of how many cuts."""
+
+    by_arm: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    cuts: int = 0
+
+    @property
+    def free(self) -> int:
+        """How many of the points say something of their own: centring takes one from each cut."""
+        return sum(map(len, self.by_arm.values())) - self.cuts
 
 
-def centred(runs: Sequence[Run]) -> Points:
-    """What each arm lost against each measure, both less their means over the arms of the same cut."""
+def centred(runs: Sequence[Run]) -> dict[str, Points]:
+    """By measure what each arm lost against it; of measures and cuts that two arms have."""
     cuts: dict[tuple, list[tuple[str, list[Run]]]] = defaultdict(list)
     for where, arm, group in arms([run for run in runs if run.get("drift")]):
         if (run := group[0]).get("recovery_held_out") is not None:
             cuts[where, run["artifacts"]["model"], tuple(run["cut"])].append((arm, group))
-    points: Points = {}
-    for measure, place in MEASURES.items():
-        for held in cuts.values():
-            pairs = {arm: pair for arm, group in held if (pair := _point(group, place)) is not None}
-            middle = [mean(side) for side in zip(*pairs.values(), strict=True)] if len(pairs) > 1 else []
-            for arm, pair in pairs.items() if middle else ():
-                off = (pair[0] - middle[0], pair[1] - middle[1])
-                points.setdefault(measure, {}).setdefault(arm, []).append(off)
+    found = {measure: _centred(place, list(cuts.values())) for measure, place in MEASURES.items()}
+    return {measure: points for measure, points in found.items() if points.cuts}
+
+
+def _centred(place: str, cuts: Sequence[Sequence[tuple[str, list[Run]]]]) -> Points:
+    points = Points()
+    for held in cuts:
+        pairs = {arm: pair for arm, group in held if (pair := _point(group, place)) is not None}
+        if len(pairs) > 1:
+            moved, lost = (mean(side) for side in zip(*pairs.values(), strict=True))
+            points.cuts += 1
+            for arm, pair in pairs.items():
+                points.by_arm[arm].append((pair[0] - moved, pair[1] - lost))
     return points
 
 
@@ -171,25 +188,26 @@ def _point(runs: Sequence[Run], place: str) -> tuple[float, float] | None:
     return mean(measure for measure, _ in pairs), 1 - mean(recovery for _, recovery in pairs)
 
 
-def predictor_table(points: Points) -> Table:
+def predictor_table(points: Mapping[str, Points]) -> Table:
     """A row for each measure, those that were named beforehand first, the others by how far their rank correlation
     is from 0."""
     rows = []
     for measure, of in points.items():
-        pairs = [pair for each in of.values() for pair in each]
-        if len(pairs) >= FEWEST:
-            correlation = rank_correlation(*zip(*pairs, strict=True))
-            row = [measure, _kind(measure), str(len(pairs)), within(correlation, ".2f")]
+        pairs = [pair for each in of.by_arm.values() for pair in each]
+        if of.free >= FEWEST:
+            correlation = rank_correlation(*zip(*pairs, strict=True), free=of.free)
+            row = [measure, _kind(measure), str(len(pairs)), str(of.free), within(correlation, ".2f")]
             rows.append((measure not in NAMED, -abs(correlation.estimate), row))
-    return {"header": ["measure", "named", "points", "rank correlation"], "rows": [row for *_, row in sorted(rows)]}
+    header = ["measure", "named", "points", "free", "rank correlation"]
+    return {"header": header, "rows": [row for *_, row in sorted(rows)]}
 
 
 def _kind(measure: str) -> str:
     return "beforehand" if measure in NAMED else "exploratory"
 
 
-def predictor_figures(points: Points) -> list[Figure]:
+def predictor_figures(points: Mapping[str, Points]) -> list[Figure]:
     """Skills lost against the two predictors that were named beforehand."""
-    named = {measure: points[measure] for measure in NAMED if measure in points}
+    named = {measure: points[measure].by_arm for measure in NAMED if measure in points}
     drawn = {measure: figures.scattered(of, f"{measure}, centred", "skills lost") for measure, of in named.items()}
     return [Figure(f"Skills lost against {measure}", Markup(svg)) for measure, svg in drawn.items()]

@@ -279,18 +279,21 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, "seeds", level)
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Spearman's correlation of pairs that were drawn independently, with the interval of its Fisher transform
-    (variance after Bonett and Wright, Psychometrika 2000); 0 where one of them ranks nothing. Raises ValueError
-    below four pairs."""
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float], *, free: int | None = None, level: float = 0.95
+) -> Interval:
+    """Spearman's correlation of pairs, of which so many were drawn independently (`free`; None: all), with the
+    interval of its Fisher transform (variance after Bonett and Wright, Psychometrika 2000); 0 where one of them
+    ranks nothing. Raises ValueError below four such pairs."""
     from scipy.special import ndtri
     from scipy.stats import spearmanr  # which takes as long to import as all else here
 
-    if len(first) < 4:
-        raise ValueError(f"an interval of a rank correlation needs at least four pairs, not {len(first)}")
+    free = len(first) if free is None else free
+    if free < 4:
+        raise ValueError(f"an interval of a rank correlation needs at least four pairs, not {free}")
     varies = len(set(first)) > 1 and len(set(second)) > 1
     rho = float(spearmanr(first, second).statistic) if varies else 0.0
-    half = float(ndtri((1 + level) / 2)) * np.sqrt((1 + rho**2 / 2) / (len(first) - 3))
+    half = float(ndtri((1 + level) / 2)) * np.sqrt((1 + rho**2 / 2) / (free - 3))
     middle = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     return Interval(rho, float(np.tanh(middle - half)), float(np.tanh(middle + half)), "draws", level)
 
