@@ -235,6 +235,10 @@ MERGED = (
             "'loss=kd' changes loss, and one student",
         ),
         (["+merging.method.sharp=1"], "merging.method.sharp is not a setting"),
+        (
+            ["merging.mixed=true", "merging.students=['seed=0','dataset.seed=1']"],
+            "holds out other rows of the same",
+        ),
         (["merging.method.t=1.5"], "merging.method.t=1.5 must be"),
         (["merging.method.t=[0.1,0.2]"], r"merging.method.t holds 2 numbers, and \d+ blocks are left"),
         (["merging=dare", "merging.method.density=0"], "merging.method.density=0 must be"),

@@ -91,7 +91,9 @@ class Drafts:
         for model in (target, draft):
             require_route(model, max(map(len, asked)) + self.max_new_tokens)
         self._warm(target, draft, asked, ends)
-        plain, alone = (self._plain(model, asked, ends, progress) for model in (target, draft))
+        plain = self._plain(target, asked, progress, ends=ends, max_new_tokens=self.max_new_tokens)
+        # The draft by itself writes as many tokens to each prompt: its steps are timed on batches that are as full.
+        alone = self._plain(draft, asked, progress, ends=[], max_new_tokens=[len(text) for text in plain.texts])
         drafted = {ahead: self._drafted(target, draft, asked, ends, progress, ahead) for ahead in self.lookaheads}
         cost = _read_by_step(draft) / _read_by_step(target)
         outcomes = {str(ahead): _outcome(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
@@ -106,17 +108,11 @@ class Drafts:
             "measured": _measured(target, plain, alone, drafted, outcomes),
         }
 
-    def _options(self, ends: Sequence[int]) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
-
-    def _plain(
-        self, model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], progress: Progress
-    ) -> Written:
-        """The texts that a model writes alone."""
+    def _plain(self, model: Any, prompts: Sequence[Sequence[int]], progress: Progress, **until: Any) -> Written:
+        """The texts that a model writes alone, `until` so many tokens or an end."""
         sampling = Sampling(prompts, self.max_new_tokens, self.temperature, self.seed)
-        return _timed(
-            model, write, prompts, sampling.pick if self.temperature else greedy, progress, **self._options(ends)
-        )
+        pick = sampling.pick if self.temperature else greedy
+        return _timed(model, write, prompts, pick, progress, batch_size=self.batch_size, **until)
 
     def _drafted(
         self,
@@ -128,9 +124,8 @@ class Drafts:
         ahead: int,
     ) -> Written:
         drawing: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed}
-        return _timed(
-            target, speculate, draft, prompts, progress, lookahead=ahead, **self._options(ends), **drawing
-        )
+        drawing |= {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "ends": ends}
+        return _timed(target, speculate, draft, prompts, progress, lookahead=ahead, **drawing)
 
     def _warm(self, target: Any, draft: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> None:
         """Write a little untimed: a first pass loads what later ones find."""

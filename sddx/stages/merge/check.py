@@ -35,6 +35,7 @@ def _check(method: Settings) -> None:
     for name, student in zip(merging["names"], merging["students"], strict=True):
         if isinstance(student, dict):
             _check_student(name, student, method)
+            _check_held_out(name, student, method)
         else:
             _check_finished(student, method)
         _check_mixed(merging["mixed"], name, student, method)
@@ -54,6 +55,21 @@ def _check_student(name: str, student: Settings, method: Settings) -> None:
         )
     if not student["loss"]["terms"]:
         raise UserError(f"merging.students: {name!r} trains nothing. Give it a loss with terms.")
+
+
+def _check_held_out(name: str, student: Settings, method: Settings) -> None:
+    """Where something is measured on rows that this run holds out, or trained on what is not, its student holds out
+    the same. Raises UserError."""
+    looked = method["merging"]["mixed"] or method.get("speculation") or method.get("drift")
+    one, other = ({k: v for k, v in each["dataset"].items() if k != "size"} for each in (student, method))
+    if not looked or {**one, "seed": None} != {**other, "seed": None}:
+        return
+    if (one.get("seed"), student["validation"]) != (other.get("seed"), method["validation"]):
+        raise UserError(
+            f"merging.students: {name!r} holds out other rows of the same data set, and trains on some of those "
+            "that this run measures on (merging.mixed, speculation, drift). Leave dataset.seed and validation as "
+            "they are, or leave these out."
+        )
 
 
 def _check_finished(folder: str, method: Settings) -> None:
