@@ -341,6 +341,21 @@ def test_a_plan_counts_what_the_students_take_once() -> None:
     assert found["train"] == found["evaluate recovered"] == 2 and found["evaluate merged"] == 1
 
 
+def test_a_plan_counts_every_model_that_is_looked_at() -> None:
+    """Drift and drafts of the other student, of the one of all rows and of the merged one too; their weights lie
+    beside the unpruned ones, and on disk while they are merged."""
+    with composed(*MERGED, "merging.mixed=true", "+drift=full", "+speculation=draft") as cfg:
+        estimate = estimated(resolve(cfg))
+    stages = {part.stage for part in estimate.parts()}
+    for kind in ("drift", "draft"):
+        found = {stage for stage in stages if stage.startswith(kind)}
+        assert found == {
+            f"{kind} {name}" for name in ("pruned", "recovered", "dataset=tiny_comparison", "mixed", "merged")
+        }
+    assert estimate.own_weights == estimate.pruned.weight_bytes
+    assert estimate.disk()["while merging"] == 3 * estimate.disk()["merged"]
+
+
 def test_the_models_of_students_are_found_as_that_of_the_run() -> None:
     """`model.dtype=auto` is the files' own in all of them, so that they are of one base."""
     with composed(*MERGED, "model.dtype=auto") as cfg:

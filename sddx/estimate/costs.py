@@ -176,8 +176,25 @@ class Estimate:
 
     @property
     def own_weights(self) -> int:
-        """Bytes of the student's weights where they are its own, beside those of the unpruned model."""
-        return self.pruned.weight_bytes if self.is_full and self.trains else 0
+        """Bytes of weights that a model has of its own, beside those of the unpruned one: a student that was
+        trained whole, or one that was merged."""
+        apart = (self.is_full and self.trains) or self.config.get("merging")
+        return self.pruned.weight_bytes if apart else 0
+
+    @property
+    def compared(self) -> dict[str, tuple[str, ...]]:
+        """The models that are held against the unpruned one, with the settings that each hangs on."""
+        models = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if self.trains else {})}
+        if not (merging := self.config.get("merging")):
+            return models
+        students = dict(zip(merging["names"], merging["students"], strict=True))
+        others = [name for name, each in students.items() if not self._is_own(each)]
+        names = [*others, *(["mixed"] if merging["mixed"] else []), "merged"]
+        return models | {name: (*LEARNED, "merging") for name in names}
+
+    def _is_own(self, student: Any) -> bool:
+        """Whether a student that is merged is this run's own."""
+        return isinstance(student, Mapping) and all(student[name] == self.config[name] for name in LEARNED)
 
     @property
     def rewrites(self) -> bool:
@@ -246,6 +263,9 @@ class Estimate:
         sizes |= {"data": size} if (size := sum(DOWNLOADS.get(name, 0) for name in names)) else {}
         sizes |= {"captured of the teacher": self.captured} if self.config["teacher_cache"] else {}
         sizes |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
+        if merging := self.config.get("merging"):
+            sizes["merged"] = self.pruned.weight_bytes
+            sizes["while merging"] = (len(merging["students"]) + 1) * self.pruned.weight_bytes
         return sizes | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sddx.estimate import peaks
-from sddx.estimate.costs import LEARNED, Estimate, Part
+from sddx.estimate.costs import Estimate, Part
 from sddx.estimate.efforts import Effort
 from sddx.estimate.texts import LONGEST
 
@@ -17,9 +17,8 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """Of each draft, the steps of the target and those of its own: to write alone, and at every lookahead."""
     if not (asked := estimate.config.get("speculation")):
         return
-    drafts = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if estimate.trains else {})}
     passes = {ahead: _written(estimate) / _length(ahead) for ahead in asked["lookaheads"]}
-    for name, settings in drafts.items():
+    for name, settings in estimate.compared.items():
         about = [asked, estimate.config["dataset"], [estimate.config[each] for each in settings]]
         cached = asked["batch_size"] * (estimate.rows.prompt + _written(estimate) / 2)
         steps = _written(estimate) + sum(passes.values())

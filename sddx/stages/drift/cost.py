@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sddx.estimate import peaks
-from sddx.estimate.costs import LEARNED, WRITTEN, Estimate, Part
+from sddx.estimate.costs import WRITTEN, Estimate, Part
 from sddx.estimate.efforts import Effort
 from sddx.estimate.skeleton import Size
 from sddx.estimate.texts import LONGEST
@@ -17,8 +17,7 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """Of each model, what it reads and writes, and what the unpruned one reads for it."""
     if not (asked := estimate.config.get("drift")):
         return
-    models = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if estimate.trains else {})}
-    for name, settings in models.items():
+    for name, settings in estimate.compared.items():
         own = ("generation", "selfdata") if estimate.rewrites else ()
         named = ("dataset", "text", "max_length", *own, *settings)
         about = [asked, [estimate.config[each] for each in named]]
