@@ -72,6 +72,10 @@ class Drift:
     samples: Natural = 0
 
     def __post_init__(self) -> None:
+        if self.samples == 1:
+            raise UserError(
+                "drift.samples=1: pass@1 takes two answers to a prompt, and pass@k 2k. Use 2 or more, or 0."
+            )
         if self.samples and not self.temperature:
             raise UserError(
                 f"drift.samples={self.samples} answers to a prompt are drawn, and at drift.temperature=0 all are "

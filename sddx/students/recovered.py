@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sddx.records import Cut
 from sddx.run_folder import SUMMARY, Kept, read_summary
 from sddx.store import manifest
 from sddx.students.student import load_student
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,4 +82,9 @@ def find_run(path: str | Path) -> Recovered:
             raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
         folders[stage] = place
     done = read({"cut": folders["prune"], "patch": folders.get("patch")})
-    return Recovered(file.parent, fields, base, done, folders.get("train"))
+    found = Recovered(file.parent, fields, base, done, folders.get("train"))
+    if merged := found.artifact("merge"):
+        log.warning(
+            "%s: taken is the run's own student. What it merged is a model of its own, in %s.", file, merged
+        )
+    return found
