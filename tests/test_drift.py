@@ -267,6 +267,7 @@ def settings(*given: str) -> dict[str, Any]:
         ),
         (["drift.max_new_tokens=2000"], "No held-out prompt leaves room for 2000 tokens in the model's context"),
         (["drift.temperature=-1"], "drift.temperature=-1 must be 0 or more"),
+        (["drift.samples=1"], "pass@1 takes two answers"),
         (["drift.samples=8"], "at drift.temperature=0 all are the same. Use drift.temperature=1"),
         (
             ["drift.samples=8", "drift.temperature=1", "dataset.check._target_=sddx.data.checkers.none"],

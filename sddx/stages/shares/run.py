@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,25 +49,14 @@ def shares(
     What was judged when the stage is interrupted is in `out/resume`, and not judged again.
     """
     keep_rows(out, 0)
-    done, known = read(compressions), _judged(out)
-    loading = {"dtype": dtype, "attention": attention}
+    done, loading = read(compressions), {"dtype": dtype, "attention": attention}
     plain, look = plain_shares(method, len(cut_of(done).kept)), build(search)
     with (
         whole(out, base, students, done, **loading, device=runtime.roomy) as folders,
         runtime.progress(total=1 + look.most, what="judging merges", unit="model") as bar,
     ):
-
-        def judge(candidate: Shares) -> float:
-            with TemporaryDirectory(dir=out) as name:
-                merge_into(Path(name), folders, build(with_shares(method, candidate)))
-                score = _score(Path(name), placed(evaluation, files), loading, runtime=runtime)
-            known[candidate] = score
-            (out / JUDGED).parent.mkdir(exist_ok=True)
-            replace_text(out / JUDGED, json.dumps(list(known.items())))
-            bar.update(1)
-            return score
-
-        trials = Trials(judge, known)
+        judge = Judge(out, folders, method, placed(evaluation, files), loading, runtime, bar.update)
+        trials = Trials(judge, judge.known)
         trials(plain)
         look(trials, plain)
     record = {"shares": trials.best, "score": trials.scores[trials.best], "plain": trials.scores[plain]}
@@ -76,15 +66,39 @@ def shares(
     runtime.log({"shares/score": record["score"], "shares/plain": record["plain"]})
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What a candidate scores, as a model on disk for so long; kept in `out` in case the stage is interrupted."""
+
+    out: Path
+    folders: Sequence[Path]
+    method: dict[str, Any]
+    evaluation: dict[str, Any]
+    loading: dict[str, str]
+    runtime: Runtime
+    tick: Callable[[int], Any]
+
+    @cached_property
+    def known(self) -> dict[Shares, float]:
+        """What was judged, by an earlier attempt too."""
+        file = self.out / JUDGED
+        records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return {tuple(shares): score for shares, score in records}
+
+    def __call__(self, candidate: Shares) -> float:
+        with TemporaryDirectory(dir=self.out) as name:
+            merge_into(Path(name), self.folders, build(with_shares(self.method, candidate)))
+            score = _score(Path(name), self.evaluation, self.loading, runtime=self.runtime)
+        self.known[candidate] = score
+        (self.out / JUDGED).parent.mkdir(exist_ok=True)
+        replace_text(self.out / JUDGED, json.dumps(list(self.known.items())))
+        self.tick(1)
+        return score
+
+
 @sharded
 def _score(folder: Path, evaluation: dict[str, Any], loading: dict[str, str], *, runtime: Runtime) -> float:
     model = frozen_model(folder, **loading, device=runtime.device)
     results = build(evaluation)(model, load_tokenizer(folder), replace(runtime, quiet=True))
     free_memory()
     return average(results["tasks"])
-
-
-def _judged(out: Path) -> dict[Shares, float]:
-    """What an earlier attempt judged."""
-    records = json.loads((out / JUDGED).read_text(encoding="utf-8")) if (out / JUDGED).exists() else []
-    return {tuple(shares): score for shares, score in records}
