@@ -18,7 +18,7 @@ def load(summary: str | Path, *, device: str = "cpu", dtype: str | None = None) 
     Raises UserError where there is no such summary, or the store that the run wrote to, or the base model, is gone.
     """
     from sddx.models.load import load_tokenizer
-    from sddx.students.recovered import find_run
+    from sddx.students.recovered import find_own
 
-    run = find_run(summary)
+    run = find_own(summary)
     return run.student(dtype, device).model, load_tokenizer(run.base)

@@ -857,33 +857,40 @@ def test_merges_are_drawn_over_the_share_between_their_students() -> None:
     assert (table := section.figures[2].table) and shown in table["rows"]
 
 
+def control_run(share: float, seed: int) -> dict:
+    """A run that merged its own student with one of another seed, which it named by its own."""
+    made = merged_run(share, ("seed=1${seed}", "seed=${seed}"), seed, mixed=False)
+    for held in (made["recoveries"], made["scores"]):
+        held[f"seed=1{seed}"] = held.pop("seed=1${seed}")
+    made["subjects"] = [{**each, "name": each["name"].replace("${seed}", str(seed))} for each in made["subjects"]]
+    made["artifacts"] = {"train": str(seed), "model": "m"}
+    return made
+
+
 def test_students_that_the_seed_names_are_one_merge() -> None:
-    """The control pairs two seeds anew at every seed: one line with an interval over seeds, not one a seed."""
-    runs = []
-    for seed in (0, 1):
-        made = merged_run(0.5, ("seed=1${seed}", "seed=${seed}"), seed, mixed=False)
-        (parent,) = [each for each in made["subjects"] if each["role"] == "parent"]
-        for held in (made["recoveries"], made["scores"]):
-            held[f"seed=1{seed}"] = held.pop(parent["name"])
-        parent["name"] = f"seed=1{seed}"
-        runs.append(made)
+    """The control pairs two seeds anew at every seed: one line with an interval over seeds, not one a seed, and one
+    row for the other student in all tables."""
+    runs = [control_run(share, seed) for seed in (0, 1) for share in (0.25, 0.5)]
     (merge,) = merges(runs)
     assert merge.name == "seed=1${seed} to seed=${seed}"
-    assert [point.seeds for point in [*merge.ends("recovery"), *merge.over_share("recovery")]] == [2, 2, 2]
+    assert [point.seeds for point in [*merge.ends("recovery"), *merge.over_share("recovery")]] == [2] * 4
+    (parent,) = [row for row in scores(runs, "average") if row.role == "parent"]
+    assert parent.model == "sft, seed=1${seed}" and len(parent.seeds) == 2
 
 
 def test_methods_without_a_share_are_told_beside_others() -> None:
-    runs = [
-        merged_run(None) | {"choices": {**merged_run(None)["choices"], "merging": "ties"}},
-        merged_run([0.1, 0.9]),
-    ]
+    """And those with a share for each block, each by itself."""
+    ties = merged_run(None)
+    runs = [merged_run([0.1, 0.9]), merged_run([0.9, 0.1])]
+    runs.append(ties | {"choices": {**ties["choices"], "merging": "ties"}})
     (section,) = merge_sections(runs)
-    assert section.table and [row[1] for row in section.table["rows"]].count("merged") == 2
+    names = [row[1] for row in section.table["rows"] if row[1].startswith("merged")] if section.table else []
+    assert sorted(names) == ["merged", "merged, t = [0.1, 0.9]", "merged, t = [0.9, 0.1]"]
 
 
 def test_a_student_counts_once_however_often_it_is_merged() -> None:
-    """Tables, differences and drafts of arms that are merged at several shares: each student, and the pruned model,
-    in one row, and what is merged under its arm's name."""
+    """Tables and differences of arms that are merged at several shares, and beside them not: each student, and the
+    pruned model, in one row, and what is merged under its arm's name."""
     runs = []
     for loss in ("sft", "sdd"):
         for seed in (0, 1):
@@ -891,6 +898,8 @@ def test_a_student_counts_once_however_often_it_is_merged() -> None:
                 one = merged_run(share, seed=seed)
                 one["choices"]["loss"], one["artifacts"] = loss, {"train": f"{loss}{seed}", "model": "m"}
                 runs.append(one)
+            plain = {name: each for name, each in one["choices"].items() if not name.startswith("merging")}
+            runs.append({**run(loss, seed), "choices": plain, "artifacts": one["artifacts"]})
     (difference,) = differences(runs)
     assert difference.seeds == 2 and [row[1:4] for row in page.arm_table(runs)["rows"]] == [
         ["sft", "-", "2"], ["sdd", "-", "2"]

@@ -313,6 +313,9 @@ def test_rows_that_are_named_stand_in_one_order_whatever_the_answer(tmp_path: Pa
         assert (by_a == by_b) is same
     with pytest.raises(UserError, match="id='m'"):
         jsonl(path=str(path), response="a", id="m", **settings)
+    twice = written(tmp_path / "twice.jsonl", [*rows, {**rows[0], "q": "other"}, {**rows[1], "n": None}])
+    with pytest.raises(UserError, match="3 of 42 rows have no name of their own by .*id='n'"):
+        jsonl(path=str(twice), response="a", id="n", **settings)
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from sddx.errors import UserError
 from sddx.models.anatomy import decoder, is_adapted
 from sddx.models.load import find_device, load_model
 from sddx.store.manifest import replace_text
-from sddx.students.recovered import find_run
+from sddx.students.recovered import find_own
 
 MODELS = ("unpruned", "pruned")
 Make = Callable[[], Any]
@@ -232,8 +232,8 @@ def bench(
     path: str | Path, *, dtype: str | None = None, device: str = "cpu", **work: int
 ) -> tuple[Path, dict[str, Any]]:
     """`race` between the models of a run (its `summary.json`); returns the path of the `bench.json` written beside
-    it, and its content. The recovered model's adapter is merged. Raises UserError as `find_run` and `race` do."""
-    run = find_run(path)
+    it, and its content. The recovered model's adapter is merged. Raises UserError as `find_own` and `race` do."""
+    run = find_own(path)
     writable_folder(run.folder, "run")
     disable_progress_bar()
 

@@ -161,7 +161,7 @@ def _rounded(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, A
         return {**_padding(model, ids, logits), **_cache(model, ids)}
     except UnsoundModel:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        if logits.dtype.itemsize >= 4 or weights > LARGEST_COPY:
+        if next(model.parameters()).dtype.itemsize >= 4 or weights > LARGEST_COPY:
             raise
         wide = deepcopy(model).float()
         exact = wide(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

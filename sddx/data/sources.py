@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,13 +208,25 @@ def _examples(
         lacking = f"{len(empty)} of {len(rows)} rows lack a {' or a '.join(templates)}"
         remark(f"{where}: {lacking}: left out ({numbered(empty)})")
     seen: dict[str, int] = {}
-    names = pairs if id is None else list(zip(*_filled({"id": id}, rows, columns, where), strict=True))
+    names = pairs if id is None else _names(id, rows, columns, where)
     examples = [Example(_id(name, seen), *pair) for name, pair in zip(names, pairs, strict=True) if all(pair)]
     if repeats := len(examples) - len(seen):
         remark(
             f"{where}: {repeats} of {len(rows)} rows repeat another row: they come after all others in their order"
         )
     return examples
+
+
+def _names(id: str, rows: list[dict[str, Any]], columns: list[str], where: str) -> list[tuple[str, ...]]:
+    """What the template `id` calls each row. Raises UserError unless each has a name of its own."""
+    (names,) = _filled({"id": id}, rows, columns, where)
+    often = Counter(names)
+    if odd := [number for number, name in enumerate(names, 1) if not name or often[name] > 1]:
+        raise UserError(
+            f"{where}: {len(odd)} of {len(rows)} rows have no name of their own by {setting('id')}={id!r} "
+            f"({numbered(odd)}). Choose a column in which every row says something else, or null."
+        )
+    return [(name,) for name in names]
 
 
 def _filled(

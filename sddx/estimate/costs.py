@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,19 +182,19 @@ class Estimate:
         return self.pruned.weight_bytes if apart else 0
 
     @property
-    def compared(self) -> dict[str, tuple[str, ...]]:
-        """The models that are held against the unpruned one, with the settings that each hangs on."""
-        models = {"pruned": ("pruning", "calibration"), **({"recovered": LEARNED} if self.trains else {})}
-        if not (merging := self.config.get("merging")):
-            return models
-        students = dict(zip(merging["names"], merging["students"], strict=True))
-        others = [name for name, each in students.items() if not self._is_own(each)]
-        names = [*others, *(["mixed"] if merging["mixed"] else []), "merged"]
-        return models | {name: (*LEARNED, "merging") for name in names}
-
-    def _is_own(self, student: Any) -> bool:
-        """Whether a student that is merged is this run's own."""
-        return isinstance(student, Mapping) and all(student[name] == self.config[name] for name in LEARNED)
+    def compared(self) -> Iterator[tuple[str, list[Any]]]:
+        """The models that are held against the unpruned one, by role, each with the values that it hangs on."""
+        learned = [self.config[name] for name in LEARNED]
+        yield "pruned", [self.config[name] for name in ("pruning", "calibration")]
+        if self.trains:
+            yield "recovered", learned
+        if merging := self.config.get("merging"):
+            for student in merging["students"]:
+                made = isinstance(student, Mapping)
+                yield "recovered", [student[name] for name in LEARNED] if made else [student]
+            if merging["mixed"]:
+                yield "mixed", [*learned, merging["students"]]
+            yield "merged", [*learned, merging]
 
     @property
     def rewrites(self) -> bool:
@@ -264,6 +264,8 @@ class Estimate:
         sizes |= {"captured of the teacher": self.captured} if self.config["teacher_cache"] else {}
         sizes |= {"student": student, "while training": 2 * 3 * student} if self.trains else {}
         if merging := self.config.get("merging"):
+            made = sum(isinstance(each, Mapping) for each in merging["students"]) + bool(merging["mixed"])
+            sizes["students that are merged"] = made * student
             sizes["merged"] = self.pruned.weight_bytes
             sizes["while merging"] = (len(merging["students"]) + 1) * self.pruned.weight_bytes
         return sizes | ({"while evaluating": self.pruned.weight_bytes} if self.by_vllm else {})

@@ -18,7 +18,7 @@ from sddx.export.formats import inspect_model
 from sddx.models.load import DTYPES, decides, find_device, load_model
 from sddx.store import Store
 from sddx.students.plain import ADAPTER, write_apart, write_merged
-from sddx.students.recovered import Recovered, find_run
+from sddx.students.recovered import Recovered, find_own
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
     something, where no stock loader can read such a model, where the run or its base model is not what it was,
     and where the proof fails.
     """
-    run = find_run(path)
+    run = find_own(path)
     _require_exportable(run, to, adapter, dtype)
     device = find_device(device)
     if evaluated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -189,15 +190,22 @@ ROWS = "dataset_seed"
 
 
 def unmerged(runs: Sequence[Run], *kept: str) -> list[Run]:
-    """Runs without their choices of merging but for those that are `kept`, each student once: what students become
-    says nothing of what they are."""
-    once: dict[Any, Run] = {}
-    for number, run in enumerate(runs):
-        choices = {n: v for n, v in run["choices"].items() if n in kept or n.split(".")[0] != MERGING}
-        merges = len(choices) < len(run["choices"])
-        key = json.dumps([choices, run["artifacts"].get("train")], sort_keys=True) if merges else number
-        once.setdefault(key, {**run, "choices": choices})
-    return list(once.values())
+    """Runs without their choices of merging but for those that are `kept`, each student that was merged once: what
+    students become says nothing of what they are. Of several runs the one that looked at most models stays."""
+    groups: dict[str, list[tuple[bool, Run]]] = defaultdict(list)
+    for run in runs:
+        choices = {name: v for name, v in run["choices"].items() if name in kept or not _is_of_merging(name)}
+        key = json.dumps([choices, run["artifacts"].get("train")], sort_keys=True)
+        groups[key].append((len(choices) < len(run["choices"]), {**run, "choices": choices}))
+    for key, group in groups.items():
+        if any(merges for merges, _ in group):
+            groups[key] = [max(group, key=lambda each: len(roles(each[1])))]
+    return [run for group in groups.values() for _, run in group]
+
+
+def _is_of_merging(choice: str) -> bool:
+    """Whether a choice is one of merging: merging.method.t, merging/search, evaluation@merging.search.by."""
+    return any(re.split("[./]", place)[0] == MERGING for place in choice.split("@"))
 
 
 def _by_their_rows(runs: Sequence[Run], own: Sequence[str]) -> dict[bool, list[Run]]:
@@ -258,12 +266,32 @@ TOLD_APART: dict[str, Sequence[str] | None] = {"parent": (STUDENTS,), "mixed": (
 
 def judged(runs: Sequence[Run]) -> Iterator[tuple[str, str, str, str, list[Run]]]:
     """(where, arm, role, name, runs) of every model that was evaluated, over the seeds of its arm; what is the same
-    in several merges once."""
+    in several merges once. A student that is named by the seed has one name in all of these runs."""
     for merges in ((), (STUDENTS,), None):
         for where, arm, group in arms(runs, merges):
-            for name, role in roles(group[0]).items():
+            group = [_named_alike(run) for run in group]
+            for name, role in {name: role for run in group for name, role in roles(run).items()}.items():
                 if TOLD_APART.get(role, ()) == merges:
-                    yield where, arm, role, name, group
+                    yield where, arm, role, name, [run for run in group if name in roles(run)]
+
+
+def _named_alike(run: Run) -> Run:
+    """A run in which students that were asked for by its seed, seed=1${seed}, are called so."""
+    asked = run["choices"].get(STUDENTS) or []
+    names = {called(each, run): each for each in asked if each != called(each, run)}
+    if not names:
+        return run
+    renamed = {
+        field: {names.get(name, name): each for name, each in value.items()} if isinstance(value, dict) else value
+        for field, value in run.items()
+    }
+    subjects = [{**each, "name": names.get(each["name"], each["name"])} for each in run.get("subjects", ())]
+    return {**renamed, "subjects": subjects}
+
+
+def called(student: str, run: Run) -> str:
+    """What a run calls a student that it merges."""
+    return student.replace("${seed}", str(run["choices"]["seed"]))
 
 
 def seed_of(run: Run, name: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from sddx.report.agreement import per_unit
 from sddx.report.curves import Run, alike, distinction, judged, seed_of
 from sddx.report.sections import Section, Table, removed_units, scores_of
-from sddx.report.subjects import UNTUNED, shown_as
+from sddx.report.subjects import UNTUNED, roles, shown_as
 from sddx.report.table import percent, within
 from sddx.statistics.intervals import rank_correlation, t_interval
 
@@ -120,9 +120,9 @@ def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
     """The acceptances of each draft at the smallest lookahead, of runs that differ in cut and seed."""
     acceptances: dict[str, Cuts] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
-        for name, of in run["drafts"].items():
+        for name in (name for name in run["drafts"] if roles(run)[name] in ("cut", "student")):
             draft = shown_as(run, name, run["choices"]["loss"])
-            tried = of["dataset"]["lookaheads"]
+            tried = run["drafts"][name]["dataset"]["lookaheads"]
             accepted = tried[min(tried, key=int)]["acceptance"]
             if accepted is not None:
                 acceptances[draft][run["choices"]["pruning"]][removed_units(run)].append(accepted)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from sddx.records import STUDENTS
 from sddx.report import figures
-from sddx.report.curves import MEASURES, Point, Run, alike, distinction, interval_of
+from sddx.report.curves import MEASURES, Point, Run, alike, called, distinction, interval_of
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import having
 from sddx.report.table import ABSENT, percent
@@ -45,9 +45,14 @@ class Merge:
         points = [(share, [run for run in self.runs if run["choices"][SHARE] == share]) for share in shares]
         return [point for share, runs in points if (point := _point(share, runs, _merged, measure))]
 
-    def merged(self, measure: str) -> Point | None:
-        """The merged model, by a method that knows no share, or one for each block."""
-        return _point(0.5, [run for run in self.runs if _share(run) is None], _merged, measure)
+    def others(self, measure: str) -> dict[str, Point]:
+        """The merged models of a method that knows no share, or has one for each block, by what they are called."""
+        kinds: dict[str, list[Run]] = {}
+        for run in (run for run in self.runs if _share(run) is None):
+            given = run["choices"].get(SHARE)
+            kinds.setdefault("merged" if given is None else f"merged, t = {given}", []).append(run)
+        points = {name: _point(0.5, runs, _merged, measure) for name, runs in kinds.items()}
+        return {name: point for name, point in points.items() if point}
 
     def ends(self, measure: str) -> list[Point]:
         """The students themselves."""
@@ -95,7 +100,7 @@ def _merged(run: Run) -> str | None:
 
 def _subject(run: Run, student: str) -> str | None:
     """The name under which a run evaluated a student that it merged: its own, or the run's where they are one."""
-    name = student.replace("${seed}", str(run["choices"]["seed"]))
+    name = called(student, run)
     return name if name in run["recoveries"] else having(run, "student")
 
 
@@ -120,10 +125,10 @@ def merge_sections(runs: Sequence[Run]) -> list[Section]:
 def _table(merged: Sequence[Merge], measure: str) -> Table:
     rows = []
     for merge in merged:
-        points = [(f"student {number}", point) for number, point in enumerate(merge.ends(measure), start=1)]
+        points = [(f"student {point.x + 1:g}", point) for point in merge.ends(measure)]
         points += [("of the rows of all", point) for point in [merge.mixed(measure)] if point]
         points += [(f"merged, t = {point.x:g}", point) for point in merge.over_share(measure)]
-        points += [("merged", point) for point in [merge.merged(measure)] if point]
+        points += merge.others(measure).items()
         rows += [[merge.name, name, *_cells(point)] for name, point in points]
     return {"header": ["students", "model", "recovery", "95 % interval", "seeds"], "rows": rows}
 

@@ -60,6 +60,14 @@ class Recovered:
         return manifest.find(Path(self.summary["store"]), kept, key) if isinstance(key, str) else None
 
 
+def find_own(path: str | Path) -> Recovered:
+    """As `find_run`, for who takes its student: where the run merged students, what that became is named."""
+    run = find_run(path)
+    if merged := run.artifact("merge"):
+        log.warning("%s: taken is the run's own student; what it merged is a model of its own, %s.", path, merged)
+    return run
+
+
 def find_run(path: str | Path) -> Recovered:
     """The run of a `summary.json`, or of the folder that holds it.
 
@@ -82,9 +90,4 @@ def find_run(path: str | Path) -> Recovered:
             raise UserError(f"{gone} is gone or damaged. Run the same command again to rebuild it.")
         folders[stage] = place
     done = read({"cut": folders["prune"], "patch": folders.get("patch")})
-    found = Recovered(file.parent, fields, base, done, folders.get("train"))
-    if merged := found.artifact("merge"):
-        log.warning(
-            "%s: taken is the run's own student. What it merged is a model of its own, in %s.", file, merged
-        )
-    return found
+    return Recovered(file.parent, fields, base, done, folders.get("train"))

@@ -74,8 +74,9 @@ class Grids(Sweeper):
         cells: dict[Any, list[str]] = {}
         for grid, written in zip(self.grids, self._written, strict=True):
             asked = parser.parse_overrides([*arguments])
-            varied = {*grid, *(each.key_or_group for each in asked if each.is_sweep_override())}
-            given = [f"{key}={written[key] if varied & _named(written[key]) else grid[key]}" for key in grid]
+            varied = {_setting(key) for key in grid}
+            varied |= {each.key_or_group for each in asked if each.is_sweep_override()}
+            given = [f"{key}={written[key] if _hangs_on(written[key], varied) else grid[key]}" for key in grid]
             overrides = parser.parse_overrides([*given, *arguments])
             if several := [o.input_line for o in overrides if o.key_or_group == "sweeps" and o.is_sweep_override()]:
                 raise UserError(
@@ -94,9 +95,15 @@ def _grids(params: dict[str, Any] | None, grids: Sequence[dict[str, Any]] | None
     return [{**(params or {}), **grid} for grid in grids or [{}]]
 
 
-def _named(value: Any) -> set[str]:
-    """The settings that a value takes others from."""
-    return set(re.findall(r"\$\{([\w.]+)\}", str(value)))
+def _setting(key: str) -> str:
+    """The setting or group that an override is of: `speculation` of `+speculation@speculation`."""
+    return key.lstrip("+~").partition("@")[0]
+
+
+def _hangs_on(value: Any, varied: set[str]) -> bool:
+    """Whether a value takes its own from one of these settings, or from a setting inside of one."""
+    names = [name.split(".") for name in re.findall(r"\$\{([\w.]+)\}", str(value))]
+    return any(".".join(parts[:end]) in varied for parts in names for end in range(1, len(parts) + 1))
 
 
 def _is_empty(override: Override) -> bool:

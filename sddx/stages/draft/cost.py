@@ -18,8 +18,8 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     if not (asked := estimate.config.get("speculation")):
         return
     passes = {ahead: _written(estimate) / _length(ahead) for ahead in asked["lookaheads"]}
-    for name, settings in estimate.compared.items():
-        about = [asked, estimate.config["dataset"], [estimate.config[each] for each in settings]]
+    for name, hangs_on in estimate.compared:
+        about = [asked, estimate.config["dataset"], hangs_on]
         cached = asked["batch_size"] * (estimate.rows.prompt + _written(estimate) / 2)
         steps = _written(estimate) + sum(passes.values())
         yield estimate.part(f"draft {name}", about, estimate.unpruned, _effort(estimate, steps), cached)

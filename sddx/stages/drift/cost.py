@@ -17,10 +17,9 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """Of each model, what it reads and writes, and what the unpruned one reads for it."""
     if not (asked := estimate.config.get("drift")):
         return
-    for name, settings in estimate.compared.items():
-        own = ("generation", "selfdata") if estimate.rewrites else ()
-        named = ("dataset", "text", "max_length", *own, *settings)
-        about = [asked, [estimate.config[each] for each in named]]
+    own = ("generation", "selfdata") if estimate.rewrites else ()
+    for name, hangs_on in estimate.compared:
+        about = [asked, [estimate.config[each] for each in ("dataset", "text", "max_length", *own)], hangs_on]
         drawn = asked.get("samples", 0)
         cached = asked["batch_size"] * (estimate.rows.prompt + _longest(estimate) / 2)
         effort = _read(estimate, estimate.unpruned) + _written(estimate, estimate.unpruned) * drawn

@@ -74,9 +74,9 @@ def _check_held_out(name: str, student: Settings, method: Settings) -> None:
 
 def _check_finished(folder: str, method: Settings) -> None:
     """It holds a student in this run's dtype. Base, cut and patch are compared as soon as these are known."""
-    from sddx.students.recovered import find_run
+    from sddx.students.recovered import find_own
 
-    run = find_run(folder)
+    run = find_own(folder)
     if run.trained is None:
         raise UserError(f"merging.students: the run in {folder} trained nothing. Name one with a student.")
     if (dtype := run.summary["dtype"]) != method["model"]["dtype"]:
@@ -118,8 +118,10 @@ def _check_method(node: Settings, count: int) -> None:
 
 
 def _check_lengths(merging: Settings, left: int) -> None:
-    """What is given for each block is given for each that is left. Raises UserError."""
+    """What is given for each block is given for each that is left, to a method of ours. Raises UserError."""
     method = merging["method"]
+    if not str(method["_target_"]).startswith("sddx."):
+        return
     given = {"t": method.get("t"), **{f"weights[{n}]": each for n, each in enumerate(method.get("weights") or [])}}
     for name, values in given.items():
         if isinstance(values, list) and len(values) != left:
