@@ -2,15 +2,16 @@
 
 Each NAME is a folder of docs/results/data with untrained runs, and its numbers are counts of removed blocks, which
 are compared in their order. For each pair of counts a table of what every cut leaves of both models, and Spearman's
-correlation over cuts. Metrics that choose the same blocks on either model count once, by their mean, and so do all
-random draws.
+correlation over cuts, where metrics that choose the same blocks on both models count once, and so do all random
+draws, by their means; and once more where those count once that do so on either model, which are the fewest points
+that can be called independent.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
@@ -35,38 +36,48 @@ def by_way(name: str, removed: int) -> dict[str, list[Run]]:
     return found
 
 
-def merged(sides: list[dict[str, list[Run]]]) -> Iterator[tuple[str, list[list[Run]]]]:
-    """The ways of cutting that both models saw, those together that chose the same blocks on either."""
+Sides = Sequence[dict[str, list[Run]]]  # of each model, runs by their way of cutting
+Alike = Callable[[Iterable[bool]], bool]  # whether two ways are one cut: on `all` models, or on `any`
+
+
+def merged(sides: Sides, alike: Alike) -> list[tuple[str, list[list[Run]]]]:
+    """The ways of cutting that both models saw, those together that chose the same blocks."""
     groups: list[list[str]] = []
     for way in sorted(set(sides[0]) & set(sides[1])):
-        joined = [group for group in groups if any(_is_one_cut(sides, way, other) for other in group)]
+        joined = [group for group in groups if any(_is_one_cut(sides, alike, way, other) for other in group)]
         groups = [group for group in groups if group not in joined] + [[*sum(joined, []), way]]
-    for ways in groups:
-        yield ", ".join(ways), [[run for way in ways for run in side[way]] for side in sides]
+    return [(", ".join(ways), [[run for way in ways for run in side[way]] for side in sides]) for ways in groups]
 
 
-def _is_one_cut(sides: list[dict[str, list[Run]]], way: str, other: str) -> bool:
-    return any([run["cut"] for run in side[way]] == [run["cut"] for run in side[other]] for side in sides)
+def _is_one_cut(sides: Sides, alike: Alike, way: str, other: str) -> bool:
+    return alike([run["cut"] for run in side[way]] == [run["cut"] for run in side[other]] for side in sides)
+
+
+def measured(found: Sequence[tuple[str, list[list[Run]]]], place: int, measure: str) -> list[float]:
+    """What each cut leaves of one model."""
+    return [mean(map(MEASURES[measure][0], both[place])) for _, both in found]
 
 
 def compare(names: tuple[str, str], counts: tuple[int, int]) -> str:
     """Markdown: a table of both models, and how far the order of one is that of the other."""
-    found = list(merged([by_way(name, removed) for name, removed in zip(names, counts, strict=True)]))
-    columns = {
-        (measure, place): [mean(map(of, both[place])) for _, both in found]
-        for measure, (of, _) in MEASURES.items()
-        for place in (0, 1)
-    }
+    sides = [by_way(name, removed) for name, removed in zip(names, counts, strict=True)]
+    found = merged(sides, all)
+    columns = [(measure, place) for measure in MEASURES for place in (0, 1)]
     heads = [f"{measure}, {counts[place]} removed of {names[place]}" for measure, place in columns]
-    shown = [[format(v, MEASURES[measure][1]) for v in values] for (measure, _), values in columns.items()]
+    shown = [[format(v, MEASURES[m][1]) for v in measured(found, place, m)] for m, place in columns]
     rows = [[ways, *values] for (ways, _), *values in zip(found, *shown, strict=True)]
     rows.sort(key=lambda row: -float(row[2]))
-    told = [rank_correlation(columns[measure, 0], columns[measure, 1]) for measure in MEASURES]
-    lines = [
-        f"{measure}: rho {each.estimate:+.2f} ({each.low:+.2f} to {each.high:+.2f}), {len(found)} cuts"
-        for measure, each in zip(MEASURES, told, strict=True)
-    ]
-    return "\n".join([grid(["cut", *heads], rows), "", *lines, ""])
+    return "\n".join([grid(["cut", *heads], rows), "", *correlations(sides), ""])
+
+
+def correlations(sides: Sides) -> Iterator[str]:
+    """A line for each measure and each way of counting."""
+    for words, alike in (("both models", all), ("either model", any)):
+        found = merged(sides, alike)
+        for measure in MEASURES:
+            told = rank_correlation(*(measured(found, place, measure) for place in (0, 1)))
+            interval = f"{told.estimate:+.2f} ({told.low:+.2f} to {told.high:+.2f})"
+            yield f"{measure}: rho {interval}, {len(found)} cuts, those that are one on {words} once"
 
 
 if __name__ == "__main__":
