@@ -77,7 +77,7 @@ def correlations(sides: Sides) -> Iterator[str]:
         for measure in MEASURES:
             told = rank_correlation(*(measured(found, place, measure) for place in (0, 1)))
             interval = f"{told.estimate:+.2f} ({told.low:+.2f} to {told.high:+.2f})"
-            yield f"{measure}: rho {interval}, {len(found)} cuts, those that are one on {words} once"
+            yield f"- {measure}: rho {interval}, {len(found)} cuts, those that are one on {words} once"
 
 
 if __name__ == "__main__":
