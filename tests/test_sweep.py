@@ -79,7 +79,7 @@ def test_cells_end_done_and_are_named_for_what_varies(sweep, store, capsys) -> N
     assert [cells.read(folder)["name"] for folder in folders] == ["sft-s0", "sft-s1", "sdd-s0", "sdd-s1"]
     assert all((folder / "summary.json").is_file() for folder in folders)
     printed = capsys.readouterr().out
-    assert "4 cells, 20 distinct stages, " in printed
+    assert "4 cells, 22 distinct stages, " in printed
     assert "4 of 4 cells are done." in printed
 
 
@@ -93,7 +93,7 @@ def test_the_same_command_again_builds_nothing_and_opens_no_run(sweep, store, mo
 
     monkeypatch.setattr("sddx.store._make", refuse)
     status, again = sweep(*command, store=store)
-    assert status == 0 and "14 distinct stages, 14 of them in the store.\n" in capsys.readouterr().out
+    assert status == 0 and "16 distinct stages, 16 of them in the store.\n" in capsys.readouterr().out
     for old, new in zip(first, again, strict=True):
         assert (old / "wandb").is_dir() and not (new / "wandb").exists()
         assert (new / "metrics.csv").read_text() == (old / "metrics.csv").read_text()
@@ -388,7 +388,7 @@ def test_dry_run_says_what_would_be_built_and_builds_nothing(sweep, tmp_path, ca
     status, folders = sweep("--multirun", "loss=sft,sdd", "seed=0,1", "dry_run=true")
     printed = capsys.readouterr().out
     assert status == 0 and not folders and "4 train" in printed
-    assert "4 cells, 20 distinct stages, 0 of them in the store." in printed
+    assert "4 cells, 22 distinct stages, 0 of them in the store." in printed
     assert {path.name for path in (tmp_path / "store").iterdir() if path.name[0] != "."} == {"prepare"}
 
 
