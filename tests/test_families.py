@@ -9,6 +9,7 @@ import torch
 from families import VOCABULARY, build
 from transformers import CONFIG_MAPPING
 
+from sddx.compression import soundness
 from sddx.compression.remove import apply_cut
 from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.errors import UserError
@@ -91,7 +92,7 @@ def pruned(model, out):
 
 def test_weights_too_large_to_copy_are_proven_on_a_narrow_model(tmp_path, monkeypatch):
     """Where a family holds, and where it does not."""
-    monkeypatch.setattr(stage, "LARGEST_RELOAD", 0)
+    monkeypatch.setattr(soundness, "LARGEST_COPY", 0)
     proof = pruned(saved(tmp_path / "granite", "granite"), tmp_path / "first")
     assert proof["head_equals_model"] and "reload_equal" not in proof
     with pytest.raises(UserError, match="hangs on its number"):
@@ -99,7 +100,7 @@ def test_weights_too_large_to_copy_are_proven_on_a_narrow_model(tmp_path, monkey
 
 
 def test_what_is_too_large_and_cannot_be_narrow_is_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "LARGEST_RELOAD", 0)
+    monkeypatch.setattr(soundness, "LARGEST_COPY", 0)
     monkeypatch.setattr(stage, "try_out", lambda *_: False)
     assert pruned(saved(tmp_path / "llama", "llama"), tmp_path / "out")["reload_equal"]
 

@@ -29,7 +29,7 @@ from sddx.models.outputs import first, head_of, run
 from sddx.records import Cut
 
 PROMPT, NEW, PADDING = 12, 6, 3
-LARGEST_COPY = 2e9  # bytes of weights; beyond this no copy of them is made
+LARGEST_COPY = 2e9  # bytes of weights; beyond this a proof makes no copy of them, in memory or on disk
 UNSOUND = "the pruned model is not sound"
 ADVICE = "Remove other blocks, or use another model: sddx families prints what was found sound."
 
@@ -103,6 +103,11 @@ def _one_by_one(model: Any, kept: Sequence[Any], calls: Sequence[tuple[tuple, di
     return head_of(model)(hidden if norm is None else norm(hidden))
 
 
+def is_small(model: Any) -> bool:
+    """Whether a proof may copy the weights."""
+    return sum(weight.nbytes for weight in model.parameters()) < LARGEST_COPY
+
+
 def _tokens(model: Any, vocabulary: int) -> torch.Tensor:
     """Random token ids [2, PROMPT], the same ones each time."""
     ids = torch.randint(vocabulary, (2, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -160,8 +165,7 @@ def _rounded(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> dict[str, A
     try:
         return {**_padding(model, ids, logits), **_cache(model, ids)}
     except UnsoundModel:
-        weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-        if next(model.parameters()).dtype.itemsize >= 4 or weights > LARGEST_COPY:
+        if next(model.parameters()).dtype.itemsize >= 4 or not is_small(model):
             raise
         wide = deepcopy(model).float()
         exact = wide(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

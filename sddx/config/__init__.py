@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sddx.config.build import Called, Node, build
-from sddx.config.parents import named, parent
+from sddx.config.parents import at_seed, named, parent
 from sddx.config.values import annotation_of, is_ours, no_node, wrong_value
 from sddx.errors import UserError, near
 from sddx.records import STUDENTS, Count, Positive
@@ -103,7 +103,7 @@ def _merged(config: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     as it was `asked` for, seed=1${seed}, so that it has one name over seeds."""
     names, method = config["merging"]["names"], config["merging"]["method"]
     given = [named(each) for each in asked["students"]] if isinstance(asked["students"], list) else names
-    by_seed = [each.replace("${seed}", str(config["seed"])) for each in given]
+    by_seed = [at_seed(each, config["seed"]) for each in given]
     search = (config["merging"].get("search") or {}).get("by", {})
     called = {"merging": method, "merging.search": search}
     return {

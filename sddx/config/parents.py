@@ -14,8 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from sddx.errors import UserError
-
-APART = "merging"  # of a run that names others, what these do not share
+from sddx.records import MERGING
 
 
 def named(run: str | Sequence[str]) -> str:
@@ -29,7 +28,9 @@ def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, 
     if isinstance(run, str) and Path(run).expanduser().exists():
         return run
     asked = _overrides(run)
-    shared = [each for each in HydraConfig.get().overrides.task if not _is_apart(each)]
+    shared = [
+        each for each in HydraConfig.get().overrides.task if not is_of_merging(each.lstrip("+~").partition("=")[0])
+    ]
     try:
         composed = compose(job, overrides=[*shared, *asked])
     except HydraException as error:
@@ -55,7 +56,12 @@ def _overrides(run: Any) -> list[str]:
     )
 
 
-def _is_apart(override: str) -> bool:
-    """Whether a group or the place where it is put is not shared: `+merging/search=x`, `a@merging.search.b=x`."""
-    places = override.lstrip("+~").partition("=")[0].split("@")
-    return any(re.split("[./]", place)[0] == APART for place in places)
+def is_of_merging(name: str) -> bool:
+    """Whether a setting, or a group or the place where it is put, says what students become: merging.method.t,
+    merging/search, evaluation@merging.search.evaluation. Students that are named do not share it."""
+    return any(re.split("[./]", place)[0] == MERGING for place in name.split("@"))
+
+
+def at_seed(student: str, seed: int) -> str:
+    """What a student that was asked for by a run's seed, seed=1${seed}, is called at this one."""
+    return student.replace("${seed}", str(seed))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-from sddx.records import MERGING, STUDENTS
+from sddx.config.parents import at_seed, is_of_merging
+from sddx.records import STUDENTS
 from sddx.report.paired import Pair, over_pairs
 from sddx.report.subjects import having, roles
 from sddx.statistics.intervals import Interval, t_interval
@@ -194,18 +194,13 @@ def unmerged(runs: Sequence[Run], *kept: str) -> list[Run]:
     students become says nothing of what they are. Of several runs the one that looked at most models stays."""
     groups: dict[str, list[tuple[bool, Run]]] = defaultdict(list)
     for run in runs:
-        choices = {name: v for name, v in run["choices"].items() if name in kept or not _is_of_merging(name)}
+        choices = {name: v for name, v in run["choices"].items() if name in kept or not is_of_merging(name)}
         key = json.dumps([choices, run["artifacts"].get("train")], sort_keys=True)
         groups[key].append((len(choices) < len(run["choices"]), {**run, "choices": choices}))
     for key, group in groups.items():
         if any(merges for merges, _ in group):
             groups[key] = [max(group, key=lambda each: len(roles(each[1])))]
     return [run for group in groups.values() for _, run in group]
-
-
-def _is_of_merging(choice: str) -> bool:
-    """Whether a choice is one of merging: merging.method.t, merging/search, evaluation@merging.search.by."""
-    return any(re.split("[./]", place)[0] == MERGING for place in choice.split("@"))
 
 
 def _by_their_rows(runs: Sequence[Run], own: Sequence[str]) -> dict[bool, list[Run]]:
@@ -291,7 +286,7 @@ def _named_alike(run: Run) -> Run:
 
 def called(student: str, run: Run) -> str:
     """What a run calls a student that it merges."""
-    return student.replace("${seed}", str(run["choices"]["seed"]))
+    return at_seed(student, run["choices"]["seed"])
 
 
 def seed_of(run: Run, name: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from sddx.compression.compressed import Compressed, compress
 from sddx.compression.pattern import require_kept
 from sddx.compression.remove import Removal
-from sddx.compression.soundness import cache_bytes, prove, sliced_logits
+from sddx.compression.soundness import cache_bytes, is_small, prove, sliced_logits
 from sddx.config.build import build
 from sddx.models.anatomy import DECODER, blocks, decoder, vocabulary
 from sddx.models.load import free_memory, load_model, text_config
@@ -18,8 +18,6 @@ from sddx.records import CUT_FILE, Artifact, Units
 from sddx.runtime import Runtime
 from sddx.students.student import saved_and_loaded
 from sddx.students.trial import try_out
-
-LARGEST_RELOAD = 2e9  # bytes; beyond this the proof writes no copy of the model to disk where it need not
 
 
 def prune(
@@ -79,7 +77,6 @@ def write_proof(out: Path, made: Compressed, base: Artifact, loading: dict[str, 
     def again() -> Any:
         return saved_and_loaded(made, base.path, base=base.key, **loading)
 
-    weights = sum(weight.numel() * weight.element_size() for weight in made.model.parameters())
-    small = weights < LARGEST_RELOAD or not try_out(text_config(base.path), made.cut, loading["attention"])
+    small = is_small(made.model) or not try_out(text_config(base.path), made.cut, loading["attention"])
     proof = prove(made.model, vocabulary=vocabulary(made.model), again=again if small else None, **known)
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")
