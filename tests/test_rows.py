@@ -16,6 +16,7 @@ from words import word_tokenizer
 
 from sddx.data import checkers, remarks
 from sddx.data.check import examples_here, require_rows, require_texts, require_trainable
+from sddx.data.encode import encode_all
 from sddx.data.shards import read_examples
 from sddx.data.sources import jsonl, texts
 from sddx.data.split import hold_out
@@ -263,6 +264,19 @@ def test_nothing_is_left_where_all_rows_repeat_the_held_out_ones(tmp_path: Path)
     examples = [Example(str(number), "q", "a") for number in range(5)]
     with pytest.raises(UserError, match="none is left to train on"):
         hold_out(examples, 1)
+
+
+def test_rows_that_are_too_long_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that lose their end, which are trained, and those that lose all, which are not."""
+    tokenizer = word_tokenizer()
+    rows = [Example(str(n), "a", " ".join(["b"] * n), "reference") for n in (1, 2, 30)]
+    rows.append(Example("prompt", " ".join(["a"] * 40), "b", "reference"))
+    longest = max(len(row.input_ids) for row in encode_all(tokenizer, rows[:2], max_length=1000)[0])
+    caplog.clear()
+    encoded, dropped = encode_all(tokenizer, rows, max_length=longest)
+    assert ([row.id for row in encoded], dropped) == (["1", "2", "30"], 1)
+    assert f"1 of 4 rows: longer than max_length={longest}" in caplog.text and "The first: 30." in caplog.text
+    assert f"1 of 4 rows: dropped: max_length={longest}" in caplog.text and "The first: prompt." in caplog.text
 
 
 def test_control_tokens_in_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

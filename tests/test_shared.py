@@ -104,7 +104,7 @@ WRONG = [
     ["pruning.remove=12"],
     ["pruning.remove=12", "loss=none"],
     ["trainer.keep=best", "validation=0"],
-    ["trainer.keep=best", "validation=8"],
+    ["trainer.keep=best", "validation=8", "trainer.validate_every=1"],
     ["max_length=1"],
     ["tuning.targets=[no]"],
     ["dataset.size=0", "seed=-1"],

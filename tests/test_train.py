@@ -327,6 +327,21 @@ def test_a_teacher_that_does_not_fit_is_refused(first: tuple[Path, Path, dict], 
             job(tmp_path / "out", first[1], f"loss={loss}", f"teacher={teacher}")
 
 
+def test_a_teacher_of_other_tokens_is_refused(first: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    """Of as many, which would be held against one another by their numbers; or of a context too short for rows."""
+    other = altered(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokens, words = tokenizer["model"]["vocab"], ("Ġa", "Ġthe")
+    if not tokens.keys() >= {*words}:
+        words = tuple(sorted(tokens)[-2:])
+    tokens[words[0]], tokens[words[1]] = tokens[words[1]], tokens[words[0]]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    short = altered(tmp_path / "short", max_position_embeddings=64)
+    for teacher, said in ((other, "has another tokenizer"), (short, "reads 64 tokens.*Set max_length=64")):
+        with pytest.raises(UserError, match=said):
+            job(tmp_path / "out", first[1], "loss=kd", f"teacher={teacher}")
+
+
 def test_load_gives_the_recovered_model(first: tuple[Path, Path, dict]) -> None:
     out, _, summary = first
     model, tokenizer = sddx.load(out / "summary.json")
@@ -422,6 +437,15 @@ MISTAKES = {
     "a strategy that does not exist": (["trainer.strategy=dpp"], ["Did you mean ddp"]),
     "more devices than one without a strategy": (["trainer.devices=2"], ["trainer.devices=2", "strategy=ddp"]),
     "the best by no rows": (["trainer.keep=best", "validation=0"], ["trainer.keep=best", "validation=0"]),
+    "the best by the last alone": (["trainer.keep=best"], ["trainer.keep=best", "validate_every"]),
+    "all weights in half precision": (
+        ["model.dtype=bfloat16", "tuning=full"],
+        ["model.dtype=bfloat16", "rounded away", "trainer.precision=bf16"],
+    ),
+    "a block in half precision": (
+        ["model.dtype=bfloat16", "pruning/patch=block", "pruning.patch.trained=true"],
+        ["pruning.patch.trained=true", "model.dtype=float32"],
+    ),
     "layers that are not there": (["tuning.targets=[q_prj]"], ["'q_prj'", "q_proj"]),
     "no layers": (["tuning.targets=[]"], ["tuning.targets is empty"]),
     "devices without a share": (["trainer.strategy=ddp", "trainer.devices=2"], ["trainer.accumulate"]),

@@ -368,7 +368,19 @@ def test_what_is_kept(tmp_path, keep, step):
 def test_keeping_the_best_needs_held_out_rows(tmp_path):
     """There would be nothing to choose by."""
     with pytest.raises(UserError, match="held-out"):
-        train(tmp_path, keep="best")
+        train(tmp_path, keep="best", validate_every=1)
+    with pytest.raises(UserError, match="validates after the last step alone"):
+        Fit(keep="best")
+
+
+def test_matrices_alone_decay(tmp_path):
+    """With a rate at which no gradient moves anything and a decay that halves: norms stay what they are."""
+    student, _ = pruned(full)
+    before = weights(student)
+    fit = Fit(batch_size=4, budget="steps", steps=1, learning_rate=1e-12, warmup=0.0, weight_decay=0.5e12)
+    fit(student, None, SFT, CUT, examples(4), [], 1, 0, tmp_path, Runtime(quiet=True))
+    for name, weight in weights(student).items():
+        torch.testing.assert_close(weight, before[name] * (0.5 if weight.dim() > 1 else 1.0), rtol=0, atol=1e-9)
 
 
 def test_cosine_schedule_by_hand(tmp_path):

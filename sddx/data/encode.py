@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -34,6 +34,8 @@ ALTERED = (
     "trained is the row's own text."
 )
 SPECIAL = "prompt or answer hold special tokens of the tokenizer, which are read as such."
+CUT = "longer than max_length={}. What is left of an answer has no end, so that a model learns to go on from it."
+DROPPED = "dropped: max_length={} leaves nothing of the answer."
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,13 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, *, max_length: int) -> Encoded | None:
     """One example as tokens, up to and including the token that ends the answer.
 
-    The prompt and what the template puts before the answer are masked; the answer and its end token are
-    labels. The answer stands in the template's frame as the row has it: a template may trim the white space around
-    it, and whatever else it would change is not followed. Tokens beyond `max_length` are cut off; None
-    where no label is left (such rows are counted and dropped, see `encode_all`). Raises UserError as `render` and
-    `ending` do.
+    The prompt is masked; the answer and its end token are labels, and so is what the template writes between the
+    place where an answer is asked for and the answer, since the model is to write that too. The answer stands in
+    the template's frame as the row has it: a template may trim the white space around it, and whatever else it
+    would change is not followed. Tokens beyond `max_length` are cut off; None where no label is left (such rows are
+    counted and dropped, see `encode_all`). Raises UserError as `render` and `ending` do.
     """
-    return _encoded(tokenizer, [example], ending(tokenizer), max_length)[0][0]
+    return _encoded(tokenizer, [example], ending(tokenizer), max_length)[0].row
 
 
 def encode_all(
@@ -251,13 +253,14 @@ def encode_all(
     shown: Callable[[Example], str] | None = None,
 ) -> tuple[list[Encoded], int]:
     """All examples that have a label left, in order, and the number of those dropped because they have none. What
-    the template would have changed, and special tokens within rows, are told where `tell` asks for it. `shown`
+    the template would have changed, special tokens within rows, and what `max_length` takes are told where `tell`
+    asks for it. `shown`
     gives the prompt that a teacher reads, where it is another one. Raises UserError as `encode` does."""
     end, examples = ending(tokenizer), list(examples)
     encoded = [row for part in _parts(examples) for row in _encoded(tokenizer, part, end, max_length)]
     if tell:
-        _tell(tokenizer, examples, [row.id for row, (_, own) in zip(examples, encoded, strict=True) if own])
-    kept = [(example, row) for example, (row, _) in zip(examples, encoded, strict=True) if row is not None]
+        _tell(tokenizer, examples, encoded, max_length)
+    kept = [(example, each.row) for example, each in zip(examples, encoded, strict=True) if each.row is not None]
     rows = [row for _, row in kept]
     if shown is not None:
         prompts = prompts_of(tokenizer, [replace(example, prompt=shown(example)) for example, _ in kept])
@@ -265,11 +268,19 @@ def encode_all(
     return rows, len(examples) - len(rows)
 
 
-def _tell(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], altered: Sequence[str]) -> None:
-    """Log which rows the template would have changed, and which hold special tokens."""
+def _tell(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], encoded: Sequence[_Told], max_length: int
+) -> None:
+    """Log which rows the template would have changed, which hold special tokens, and which are too long."""
     tokens = [token for token in tokenizer.all_special_tokens if token]
-    special = [row.id for row in examples if any(token in row.prompt + row.response for token in tokens)]
-    for ids, message in ((altered, ALTERED), (special, SPECIAL)):
+    pairs = list(zip(examples, encoded, strict=True))
+    told = {
+        ALTERED: [row.id for row, each in pairs if each.own],
+        SPECIAL: [row.id for row in examples if any(token in row.prompt + row.response for token in tokens)],
+        CUT.format(max_length): [row.id for row, each in pairs if each.cut and each.row],
+        DROPPED.format(max_length): [row.id for row, each in pairs if not each.row],
+    }
+    for message, ids in told.items():
         if ids:
             _log.warning("%d of %d rows: %s The first: %s.", len(ids), len(examples), message, ids[0])
 
@@ -278,7 +289,7 @@ def require_trainable(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Exa
     """Raises UserError where no row has a label within `max_length` tokens, and as `encode` does. Looks no further
     than the first row that has."""
     end, rows = ending(tokenizer), list(examples)
-    if rows and not any(_encoded(tokenizer, [row], end, max_length)[0][0] for row in rows):
+    if rows and not any(_encoded(tokenizer, [row], end, max_length)[0].row for row in rows):
         shortest = min(map(len, prompts_of(tokenizer, rows)))
         raise UserError(
             f"No row has an answer left to train on after truncation. Given: {len(rows)} rows, whose shortest "
@@ -382,10 +393,19 @@ def _parts(texts: list[Any]) -> Iterator[list[Any]]:
     return (texts[first : first + SIDE_BY_SIDE] for first in range(0, len(texts), SIDE_BY_SIDE))
 
 
+class _Told(NamedTuple):
+    """A row as tokens (None: no label is left), whether its answer stands there against the template, and whether
+    it is cut."""
+
+    row: Encoded | None
+    own: bool
+    cut: bool
+
+
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], end: Ending, max_length: int
-) -> list[tuple[Encoded | None, bool]]:
-    """The rows, and of each whether its answer stands there against the template."""
+) -> list[_Told]:
+    """The rows, and what is to be told of each."""
     prompts = _conversations(tokenizer, [_turns(row.prompt) for row in examples])
     wholes = _conversations(tokenizer, [_turns(row.prompt, row.response) for row in examples])
     answers = [_answer(*each, end) for each in zip(wholes, prompts, examples, strict=True)]
@@ -397,7 +417,7 @@ def _encoded(
             # The tokenizer merges across the boundary; a model that answers never sees that merge.
             through[row] = ids + plain_ids(tokenizer, turn)
     return [
-        (_labelled(example.id, ids[:max_length], first=len(start)), own)
+        _Told(_labelled(example.id, ids[:max_length], first=len(start)), own, len(ids) > max_length)
         for example, ids, start, (_, own) in zip(examples, through, before, answers, strict=True)
     ]
 

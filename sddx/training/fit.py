@@ -72,6 +72,11 @@ class Fit:
     def __post_init__(self) -> None:
         if not getattr(self, counted := COUNTED[self.budget]):
             raise UserError(f"trainer.budget={self.budget} needs trainer.{counted}=..., 1 or more.")
+        if self.keep == "best" and self.validate_every is None:
+            raise UserError(
+                "trainer.keep=best chooses among validations, and trainer.validate_every=null validates after the "
+                "last step alone. Give trainer.validate_every=..., or use trainer.keep=last."
+            )
         self._require_devices()
 
     def _require_devices(self) -> None:
@@ -85,7 +90,8 @@ class Fit:
             raise UserError(
                 f"trainer.devices={devices} share out the micro-batches of a step, and there are trainer.accumulate"
                 f"={accumulate}: some would have nothing to do. Set trainer.accumulate to a multiple of {devices} "
-                "and divide trainer.batch_size by the same, which changes no number but for rounding."
+                "and divide trainer.batch_size by the same. Numbers change by rounding alone, but for dropout and "
+                "loss=squarehead, which hang on how a step is cut (loss=squarehead_token does not)."
             )
 
     def __call__(

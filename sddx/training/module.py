@@ -111,12 +111,12 @@ class Distiller(lightning.LightningModule):
             seen.append(values)
         total = _summed(seen)
         row = self._finite(total | {"loss": self._weighted(total)}, index)
-        group = optimizer.param_groups[0]
-        sum_gradients(group["params"])
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        sum_gradients(weights)
         if self.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.clip)
+            norm = torch.nn.utils.clip_grad_norm_(weights, self.clip)
             row |= self._finite({"gradient_norm": whole(norm)}, index)
-        row["learning_rate"] = group["lr"]
+        row["learning_rate"] = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -136,9 +136,7 @@ class Distiller(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trained, with a linear warm-up and a cosine decay."""
-        optimizer = torch.optim.AdamW(
-            self.trainable().values(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
-        )
+        optimizer = torch.optim.AdamW(self._groups(), lr=self.learning_rate, fused=True)
         factor = cosine_with_warmup(self.steps_total, self.warmup)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
@@ -162,11 +160,20 @@ class Distiller(lightning.LightningModule):
         if checkpoint["state_dict"].keys() != weights.keys():
             raise UserError("the checkpoint to resume from holds other parameters than this student trains")
         checkpoint["state_dict"] = {name: as_in(weights[name], v) for name, v in checkpoint["state_dict"].items()}
-        numbered, states = list(weights.values()), checkpoint["optimizer_states"]
+        numbered = [weight for group in self._groups() for weight in group["params"]]
+        states = checkpoint["optimizer_states"]
         checkpoint["optimizer_states"] = [of_optimizer(s, lambda n, v: as_in(numbered[n], v)) for s in states]
         self.supervised_tokens, self.attended_tokens = checkpoint["tokens"]
         if self.writer:
             self.writer.tally = Tally(**checkpoint["written"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is trained, as the optimiser takes it: matrices, which decay, and all else, which does not (norms
+        and factors, whose neutral value is not 0, and biases)."""
+        weights = list(self.trainable().values())
+        matrices, others = ([w for w in weights if (w.dim() > 1) is is_matrix] for is_matrix in (True, False))
+        groups = [(matrices, self.weight_decay), (others, 0.0)]
+        return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

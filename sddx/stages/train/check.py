@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from sddx.config import bound, raise_for
 from sddx.config.build import Settings, build, made, only
@@ -19,6 +18,7 @@ def of_settings(method: Settings) -> list[Check]:
         lambda: _check_loss(method["loss"]),
         lambda: _check_rollouts(method),
         lambda: _check_training(method),
+        lambda: _check_weights(method),
         lambda: _check_quantization(method),
     ]
 
@@ -34,7 +34,7 @@ def of_model(method: Settings, model: LocalModel) -> list[Check]:
     if method["loss"]["terms"] and "targets" in tuning:
         checks.append(lambda: require_adapter(model.bare(), **only(tuning, ADAPTER)))
     if method["teacher"]:
-        checks.append(lambda: _check_teacher(method, model.config))
+        checks.append(lambda: _check_teacher(method, model))
     # What is asked of the trainer is asked inside, or all of these checks would hang on its learning rate.
     return [*checks, lambda: _check_packing(method, model)]
 
@@ -116,6 +116,22 @@ def _check_training(method: Settings) -> None:
     build(trainer)
 
 
+def _check_weights(method: Settings) -> None:
+    """Weights that are trained themselves are held in float32: in half precision a step of a usual size is less
+    than what tells a number from the next, and most of it is lost. Raises UserError."""
+    dtype, patch = method["model"]["dtype"], build(method["pruning"]).patch
+    if dtype == "float32" or not method["loss"]["terms"]:
+        return
+    everything = method["tuning"]["_target_"] == "sddx.training.tuning.full"
+    block = patch.fit is not None and patch.trained and patch.fit.reads == "preceding"
+    if everything or (block and method["pruning"]["remove"]):
+        trained = "tuning=full trains all weights" if everything else "pruning.patch.trained=true trains a block"
+        raise UserError(
+            f"{trained}, and with model.dtype={dtype} most of each step would be rounded away. Use "
+            "model.dtype=float32 trainer.precision=bf16, which computes in bfloat16, or tuning=lora."
+        )
+
+
 def _check_quantization(method: Settings) -> None:
     """4-bit weights can be had, and nothing is asked of them that they cannot do. Raises UserError."""
     from sddx.models.load import four_bit
@@ -149,14 +165,25 @@ def _check_tokens(method: Settings, model: LocalModel) -> None:
         require_trainable(tokenizer, held_out, training, min(length, context_of(config) or length))
 
 
-def _check_teacher(method: Settings, config: Any) -> None:
-    """Another teacher loads, and can be compared with the student. Raises UserError."""
-    from sddx.models.load import locate, require_loadable, text_config
+def _check_teacher(method: Settings, model: LocalModel) -> None:
+    """Another teacher loads, reads what the student reads, and can be compared with it. Raises UserError."""
+    from sddx.models.load import context_of, load_tokenizer, locate, require_loadable, text_config
     from sddx.training.objective import require_comparable
 
-    folder = locate(method["teacher"])[0]
-    require_comparable(build(method["loss"]), config, text_config(folder))
+    folder, length = locate(method["teacher"])[0], method["max_length"]
+    config = text_config(folder)
+    require_comparable(build(method["loss"]), model.config, config)
     require_loadable(folder, method["model"]["attention"])
+    if load_tokenizer(folder).get_vocab() != model.tokenizer.get_vocab():
+        raise UserError(
+            f"teacher={method['teacher']} has another tokenizer than the model: a token of one is not the token of "
+            "that number of the other. Use a teacher with the same tokenizer."
+        )
+    room, read = context_of(config), min(length, context_of(model.config) or length)
+    if room is not None and room < read:
+        raise UserError(
+            f"teacher={method['teacher']} reads {room} tokens, and rows have up to {read}. Set max_length={room}."
+        )
 
 
 def _check_packing(method: Settings, model: LocalModel) -> None:
