@@ -7,17 +7,20 @@ import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from composing import SMALL, composed, resolve
+from stored import artifact
 
 import sddx
 from sddx.compression.compressed import compress
 from sddx.compression.remove import Removal
 from sddx.data.checkers import Reason
 from sddx.data.encode import Encoded, collate
+from sddx.data.selfdata import TOO_LONG, Answer
 from sddx.drift.measure import FEWEST, Drift, Material, similarity
 from sddx.drift.passes import pass_at
 from sddx.drift.reading import Reading, surprise
@@ -25,9 +28,9 @@ from sddx.drift.similarity import cka, concentration
 from sddx.errors import UserError, mistakes_of, require_none
 from sddx.evaluation.text import attended, divergences, labelled
 from sddx.models.load import load_model, load_tokenizer
-from sddx.records import Cut, Rewrite
+from sddx.records import Artifact, Cut, Example, Rewrite
 from sddx.report import drift as report_drift
-from sddx.report import page, table
+from sddx.report import page, summary, table
 from sddx.stages.cost import estimated
 from sddx.stages.drift import check as drift_check
 from sddx.students.teacher import SeparateTeacher, SharedTeacher, beside
@@ -248,6 +251,34 @@ def test_first_tokens_are_left_out() -> None:
     batches = list(reading().texts(texts))
     tokens = sum(int(batch.attention_mask.sum()) - len(batch.input_ids) for batch in batches)
     assert similarity(unpruned, model, CUT.kept, batches)["tokens"] == tokens
+
+
+def test_seeds_share_no_answer_and_prompts_without_room_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def written(self: Drift, model: Any, rows: Any, reading: Any, progress: Any, seed: int) -> list[Answer]:
+        seen.append(seed)
+        return [Answer("right"), Answer("wrong"), Answer("", TOO_LONG)]
+
+    monkeypatch.setattr(Drift, "_written", written)
+    rows = [Example(name, "asked", "right") for name in "abc"]
+    material: Any = Material(rows, rows, [], [], check=lambda answer, reference: answer == reference)
+    how: dict[str, Any] = {"size": 3, "max_new_tokens": 4, "batch_size": 2, "temperature": 1.0, "samples": 4}
+    found = [Drift(**how, seed=seed)._passes(None, material, None, lambda rows: None) for seed in (0, 1)]  # type: ignore
+    assert found == [{"1": 0.5}, {"1": 0.5}] and sorted(seen) == [*range(8)]
+
+
+def test_nothing_is_said_of_learned_rows_where_the_student_wrote_them(tmp_path: Path) -> None:
+    """They are not those of the data set, whose surprise stands under references."""
+    kinds = {"learned": {"nats": 2.0}, "reference": {"nats": 2.0}}
+    both = json.dumps({"surprise": {"unpruned": kinds, "model": kinds}})
+    moved = Artifact("drift", "0" * 64, artifact(tmp_path, "drift", files={"drift.json": both}))
+    for rollouts, left in ((None, ["learned", "reference"]), ({"rows": 3}, ["reference"])):
+        files = {"training.json": json.dumps({"rollouts": rollouts})}
+        student = artifact(tmp_path, "train", str(len(left)) * 64, files)
+        found: Any = SimpleNamespace(drifted={"recovered": moved}, student=Artifact("train", "key", student))
+        assert [*summary._drift(found)["recovered"]["surprise"]["model"]] == left
+        assert (table._by_data(summary._drift(found)["recovered"]["surprise"]) == table.ABSENT) is bool(rollouts)
 
 
 DRIFTED = (*SMALL, "+drift=full", "drift.size=8", "drift.max_new_tokens=24", "text.size=16")

@@ -6,17 +6,20 @@ import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from composing import SMALL, composed, resolve
 from safetensors.torch import load_file, save_file
 
-from sddx.errors import UserError
+from sddx.errors import UserError, mistakes_of
 from sddx.merging import methods
 from sddx.merging.files import merge_files
 from sddx.merging.methods import Place
 from sddx.pipeline import Run, _longer
+from sddx.run_folder import CONFIG, read_config
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
 from sddx.store import Store
@@ -242,13 +245,17 @@ MERGED = (
         (["merging.method.t=1.5"], "merging.method.t=1.5 must be"),
         (["merging.method.t=[0.1,0.2]"], r"merging.method.t holds 2 numbers, and \d+ blocks are left"),
         (["merging=dare", "merging.method.density=0"], "merging.method.density=0 must be"),
+        (["merging=base"], "merging.method="),
+        (["merging.method=linear"], "merging.method='linear' must be a group of settings with its _target_"),
+        (["+merging.mixd=true"], r"merging.mixd is not a setting. Did you mean merging.mixed\?"),
+        (["~merging.students"], "merging.students has no value"),
+        (["+merging.search=blocks"], "merging.search='blocks' must be"),
+        (["+merging/search=blocks", "+merging.search.steps=2"], "merging.search.steps is not a setting"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: str) -> None:
-    with composed(*MERGED, *given) as cfg:
-        config = resolve(cfg)
-    with pytest.raises(UserError, match=said):
-        verify(config)
+    with composed(*MERGED, *given) as cfg, pytest.raises(UserError, match=said):
+        verify(resolve(cfg))
 
 
 @pytest.mark.parametrize(
@@ -298,12 +305,23 @@ def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
     with composed(*SMALL, "loss=sft", "dataset=tiny_comparison", f"store={store}") as cfg:
         finished = run(resolve(cfg), tmp_path / "two")
     asked = f"merging.students=['dataset=tiny_arithmetic','{finished.parent}']"
+    _hold_out_others(finished.parent, config["dataset"])
+    for measured, said in ((["+drift=full", "drift.size=8"], ["holds out other rows"]), ([], [])):
+        with composed(*MERGED, asked, *measured, f"store={store}") as cfg:
+            told = mistakes_of([lambda cfg=cfg: verify(resolve(cfg))])
+        assert len(told) == len(said) and all(part in each for part, each in zip(said, told, strict=True))
     with composed(*MERGED, asked, f"store={store}") as cfg:
         again = Run(Store(store), Runtime(quiet=True), method(resolve(cfg)))
         assert [each.key for each in again.parents] == [each.key for each in parents]
         assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
         plan = look(resolve(cfg) | {"store": str(tmp_path / "empty")})
     assert "merge" in {step.stage for step in plan.steps if not step.present}
+
+
+def _hold_out_others(folder: Path, dataset: dict[str, Any]) -> None:
+    """Let a finished run have learned from this data set in another order."""
+    settings = read_config(folder) | {"dataset": {**dataset, "seed": 7}}
+    (folder / CONFIG).write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 def test_one_student_of_all_rows_stands_beside_what_is_merged(tmp_path: Path) -> None:

@@ -67,6 +67,20 @@ def one_hot(chosen: torch.Tensor, size: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(chosen, size).double()
 
 
+@pytest.mark.parametrize("family", sorted(ALL_FAMILIES))
+def test_the_target_is_the_unpruned_model_without_the_adapter(family: str) -> None:
+    """Its logits, its weights and no more: what is only off would be counted, and take time."""
+    whole = build(family).requires_grad_(False)
+    names = {name: weight.shape for name, weight in whole.named_parameters()}
+    ids = torch.tensor([[1, 5, 9, 4]])
+    expected = whole(input_ids=ids).logits
+    target, draft = routes(family)
+    assert {name: weight.shape for name, weight in target.named_parameters()} == names
+    own = {id(weight) for weight in target.parameters()}
+    assert any(weight.requires_grad for weight in draft.parameters() if id(weight) not in own)
+    assert torch.equal(target(input_ids=ids).logits, expected)
+
+
 def test_what_comes_out_is_distributed_as_the_target_by_enumeration() -> None:
     """Every draft of two tokens out of three, with its probability, under every number of a grid on which all that
     is compared falls: the first token by p, the next by p given it, the third by p given both."""

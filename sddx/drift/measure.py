@@ -124,15 +124,20 @@ class Drift:
         }
 
     def _passes(self, model: Any, material: Material, reading: Reading, progress: Progress) -> dict[str, float]:
-        """pass@k by k, the mean over rows: right is a whole answer that the check finds right."""
+        """pass@k by k, the mean over rows whose prompt leaves room for an answer: right is a whole answer that the
+        check finds right."""
         assert material.check is not None
-        rows, right = material.rows, [0] * len(material.rows)
+        right: dict[str, int] = {}
         for number in range(self.samples):
-            written = self._written(model, rows, reading, progress, self.seed + number)
-            for place, (row, answer) in enumerate(zip(rows, written, strict=True)):
-                right[place] += not answer.fault and material.check(answer.text, row.response) is True
-        tries = [k for k in PASSES if 2 * k <= self.samples]
-        return {str(k): mean(pass_at(k, each, self.samples) for each in right) for k in tries}
+            # No answer of one seed is one of another's.
+            seed = self.seed * self.samples + number
+            written = self._written(model, material.rows, reading, progress, seed)
+            for row, answer in zip(material.rows, written, strict=True):
+                if answer.fault != TOO_LONG:
+                    good = not answer.fault and material.check(answer.text, row.response) is True
+                    right[row.id] = right.get(row.id, 0) + good
+        tries = [k for k in PASSES if right and 2 * k <= self.samples]
+        return {str(k): mean(pass_at(k, each, self.samples) for each in right.values()) for k in tries}
 
     def _written(
         self, model: Any, rows: Sequence[Example], reading: Reading, progress: Progress, seed: int

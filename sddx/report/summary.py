@@ -178,7 +178,7 @@ def _besides(artifacts: RunArtifacts) -> dict[str, Any]:
         "merged": _read(artifacts.merged, "merge.json") if artifacts.merged else None,
         "searched": _read(artifacts.shares, "search.json") if artifacts.shares else None,
         "drafts": _drafts(artifacts),
-        "drift": {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()},
+        "drift": _drift(artifacts),
     }
 
 
@@ -215,6 +215,17 @@ def _drafts(artifacts: RunArtifacts) -> dict[str, dict[str, Any]]:
     for (name, prompts), made in artifacts.drafted.items():
         drafts.setdefault(name, {})[prompts] = _read(made, "draft.json")
     return drafts
+
+
+def _drift(artifacts: RunArtifacts) -> dict[str, dict[str, Any]]:
+    """How far each model moved, by its name. Of answers that are learned nothing, where the student wrote them
+    while it was trained."""
+    moved = {name: _read(made, "drift.json") for name, made in artifacts.drifted.items()}
+    if artifacts.student and _read(artifacts.student, "training.json").get("rollouts"):
+        for sides in (each["surprise"] for each in moved.values()):
+            for kinds in sides.values():
+                kinds.pop("learned")
+    return moved
 
 
 def _read(artifact: Artifact, name: str) -> Any:

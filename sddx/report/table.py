@@ -143,10 +143,12 @@ def _drafts(drafts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _draft(record: Mapping[str, Any], ahead: str) -> str:
     rates, timed = record["lookaheads"][ahead], record["measured"]["lookaheads"][ahead]
-    accepted, saved = percent(rates["acceptance"]), percent(rates["saved"])
+    accepted, saved, same = percent(rates["acceptance"]), percent(rates["saved"]), rates.get("same_texts")
+    texts = "" if same is None else f", {same} of {record['prompts']} texts as by plain decoding"
     return (
         f"{accepted} accepted, {rates['accepted_length']:.2f} a pass ({rates['length']:.2f} with the target's "
         f"own), {saved} of passes saved, {timed['speed_up']:.2f} times as fast (promised {timed['promised']:.2f})"
+        f"{texts}"
     )
 
 
@@ -182,8 +184,9 @@ def _moved(kl: Mapping[str, Any]) -> str:
 
 def _by_data(surprise: Mapping[str, Any]) -> str:
     """Of the answers that are learned, and of references."""
-    losses = [surprise[side][kind]["nats"] for side in ("model", "unpruned") for kind in ("learned", "reference")]
-    if None in losses:
+    kinds = [kind for kind in ("learned", "reference") if kind in surprise["model"]]
+    losses = [surprise[side][kind]["nats"] for side in ("model", "unpruned") for kind in kinds]
+    if None in losses or len(kinds) < 2:
         return ABSENT
     mine, reference, whole, its_reference = (f"{loss:.2f}" for loss in losses)
     return f"{mine} (references {reference}), unpruned {whole} (references {its_reference}) nats a token, held out"
@@ -287,6 +290,7 @@ def _training(summary: Mapping[str, Any]) -> str:
         return ABSENT
     costs = [("examples", "examples"), ("supervised_tokens", "supervised tokens"), ("steps", "steps")]
     known = [f"{summary[name]:,} {words}" for name, words in costs if summary.get(name) is not None]
+    known += [f"{dropped:,} rows dropped as too long"] if (dropped := summary.get("dropped_rows")) else []
     seconds = (summary.get("seconds") or {}).get("train")
     return ", ".join(known + ([f"{seconds:.0f} s"] if seconds is not None else [])) or ABSENT
 
@@ -300,11 +304,9 @@ def _rollouts(rollouts: Mapping[str, Any] | None) -> str:
     return f"{amounts}; {ended} ended, {repeating} repeating"
 
 
-def _parameters(parameters: int | Mapping[str, int] | None) -> str:
+def _parameters(parameters: Mapping[str, int] | None) -> str:
     if parameters is None:
         return ABSENT
-    if isinstance(parameters, int):
-        return f"{parameters:,}"
     return ", ".join(f"{name} {count:,}" for name, count in parameters.items())
 
 

@@ -78,12 +78,12 @@ class Drafts:
     ) -> dict[str, Any]:
         """What `draft` is worth to `target` over the first prompts, each a list of tokens.
 
-        Under `lookaheads` stand counts and rates (`rules.Counts`), how many texts are those of plain decoding, and
-        the speed-up that the acceptance promises at `cost`, the weights that a step of the draft reads over the
-        target's; under `forced`, of greedy text, counts and rates for every lookahead up to the largest, from one
-        pass over plain decoding's text; under `bytes` weights and memories of plain decoding, of both models in one
-        set of weights, and of two copies. What stands under `measured` is of this machine: tokens a second, the
-        speed-up, and what the acceptance promises at the cost measured.
+        Under `lookaheads` stand counts and rates (`rules.Counts`), how many texts are those of plain decoding (None
+        where both are drawn), and the speed-up that the acceptance promises at `cost`, the weights that a step of
+        the draft reads over the target's; under `forced`, of greedy text, counts and rates for every lookahead up
+        to the largest, from one pass over plain decoding's text; under `bytes` weights and memories of plain
+        decoding, of both models in one set of weights, and of two copies. What stands under `measured` is of this
+        machine: tokens a second, the speed-up, and what the acceptance promises at the cost measured.
 
         Raises UserError for a model that cannot go back in a text, and where no prompt leaves room in the context.
         """
@@ -96,7 +96,8 @@ class Drafts:
         alone = self._plain(draft, asked, progress, ends=[], max_new_tokens=[len(text) for text in plain.texts])
         drafted = {ahead: self._drafted(target, draft, asked, ends, progress, ahead) for ahead in self.lookaheads}
         cost = _read_by_step(draft) / _read_by_step(target)
-        outcomes = {str(ahead): _outcome(each, plain.texts, ahead, cost) for ahead, each in drafted.items()}
+        to_be = None if self.temperature else plain.texts  # what is drawn only has one distribution
+        outcomes = {str(ahead): _outcome(each, to_be, ahead, cost) for ahead, each in drafted.items()}
         return {
             "prompts": len(asked),
             "skipped": len(prompts[: self.size]) - len(asked),
@@ -154,9 +155,12 @@ def _timed(model: Any, writing: Callable[..., Any], *arguments: Any, **options: 
     return Written(texts, counts, seconds, peak)
 
 
-def _outcome(written: Written, plain: Sequence[Sequence[int]], lookahead: int, cost: float) -> dict[str, Any]:
+def _outcome(
+    written: Written, plain: Sequence[Sequence[int]] | None, lookahead: int, cost: float
+) -> dict[str, Any]:
     """What became of drafts of one length."""
-    same = sum(mine == theirs for mine, theirs in zip(written.texts, plain, strict=True))
+    pairs = None if plain is None else zip(written.texts, plain, strict=True)
+    same = None if pairs is None else sum(mine == theirs for mine, theirs in pairs)
     return {**_counted(sum(written.counts, Counts()), lookahead, cost), "same_texts": same}
 
 

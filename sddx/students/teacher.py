@@ -13,7 +13,7 @@ from torch import nn
 
 from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
-from sddx.models.anatomy import DECODER, INDICES, bare, blocks, head, is_adapted
+from sddx.models.anatomy import DECODER, INDICES, bare, blocks, head, is_adapted, put
 from sddx.models.load import free_memory, frozen_model
 from sddx.models.outputs import head_of, run
 from sddx.records import Artifact, Batch, Cut, Outputs
@@ -83,18 +83,31 @@ class SharedTeacher:
             outputs = run(self.student, **batch.inputs, states=states)
             projection: Any = head(self.student)
             # An adapter on the head itself hides the frozen projection inside.
-            frozen = getattr(projection, "base_layer", getattr(projection, "original_module", projection))
-            return replace(outputs, head=head_of(self.student, frozen))
+            return replace(outputs, head=head_of(self.student, _wrapped(projection) or projection))
 
 
 def beside(teacher: SharedTeacher) -> Any:
     """The unpruned model as a second model around the student's weights, which runs while the student stays what it
-    is: its blocks have numbers of their own, and so memories. An adapter in it stays off."""
+    is: its blocks have numbers of their own, and so memories. The student's adapter is not in it."""
     with teacher.unpruned() as student:
         model = bare(student)
         modules = (m for m in model.modules() if not any(m.children()) and not INDICES & vars(m).keys())
         shared = [*modules, *model.parameters(), *model.buffers()]
-        return deepcopy(model, {id(each): each for each in shared})
+        return _without_adapter(deepcopy(model, {id(each): each for each in shared}))
+
+
+def _without_adapter(model: Any) -> Any:
+    """The model with what an adapter wraps in the place of each wrapper: one that is only off still takes time and
+    counts as weights."""
+    while wrapped := {name: inner for name, each in model.named_modules() if (inner := _wrapped(each))}:
+        for name, inner in wrapped.items():
+            put(model, name, inner)
+    return model
+
+
+def _wrapped(module: nn.Module) -> Any:
+    """What peft put a module of its own around; None in any other module."""
+    return getattr(module, "base_layer", getattr(module, "original_module", None))
 
 
 def both(base: Artifact, done: Sequence[Compression], student: Artifact | None, **loading: str) -> tuple[Any, Any]:

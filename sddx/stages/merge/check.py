@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sddx.config.build import Settings, build, made, tried
 from sddx.errors import UserError
+from sddx.run_folder import read_config
 from sddx.stages.local_model import Check, LocalModel
 
 # How a student learns.
@@ -37,7 +38,7 @@ def _check(method: Settings) -> None:
             _check_student(name, student, method)
             _check_held_out(name, student, method)
         else:
-            _check_finished(student, method)
+            _check_held_out(student, _check_finished(student, method), method)
         _check_mixed(merging["mixed"], name, student, method)
     if not made(method["pruning"], Pruning, "pruning").is_stock:
         raise UserError(
@@ -72,8 +73,9 @@ def _check_held_out(name: str, student: Settings, method: Settings) -> None:
         )
 
 
-def _check_finished(folder: str, method: Settings) -> None:
-    """It holds a student in this run's dtype. Base, cut and patch are compared as soon as these are known."""
+def _check_finished(folder: str, method: Settings) -> Settings:
+    """Its settings, once it holds a student in this run's dtype. Base, cut and patch are compared as soon as these
+    are known."""
     from sddx.students.recovered import find_own
 
     run = find_own(folder)
@@ -84,12 +86,11 @@ def _check_finished(folder: str, method: Settings) -> None:
             f"merging.students: the student in {folder} was trained in {dtype}, and this run has "
             f"{method['model']['dtype']}. Merge students of one dtype: model.dtype={dtype}."
         )
+    return read_config(run.folder)
 
 
 def _check_mixed(mixed: bool, name: str, student: Settings | str, method: Settings) -> None:
     """Whose rows are mixed names them, and learns as this run does."""
-    if mixed not in (True, False):
-        raise UserError(f"merging.mixed={mixed!r} must be true or false.")
     if not mixed:
         return
     if isinstance(student, str):

@@ -13,7 +13,7 @@ from sddx.data.selfdata import CUT_OFF
 from sddx.data.shards import read_rows
 from sddx.data.written import measured
 from sddx.drift.reading import Reading, surprise
-from sddx.models.load import free_memory, frozen_model, load_tokenizer
+from sddx.models.load import context_of, free_memory, frozen_model, load_tokenizer, text_config
 from sddx.parallel.launch import sharded
 from sddx.records import REWRITES_FILE, Artifact, Example, Rewrite
 from sddx.runtime import Runtime
@@ -63,7 +63,7 @@ def _surprise(
         "reference": [Example(each.id, each.prompt, each.reference, "reference") for each in sample],
         "self": [Example(each.id, each.prompt, each.answer, "self") for each in sample],
     }
-    reading = Reading(tokenizer, max_length, None, ROWS, runtime.device)
+    reading = Reading(tokenizer, max_length, context_of(text_config(base.path)), ROWS, runtime.device)
 
     def of(judged: Any) -> dict[str, float | None]:
         return {name: surprise(judged, rows, reading)["nats"] for name, rows in texts.items()}
