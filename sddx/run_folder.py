@@ -172,6 +172,12 @@ def read_summary(path: Path, form: type[Reported] = Reported) -> dict[str, Any]:
     return read_json(path, form)
 
 
+def folder_of(path: Path | str) -> Path:
+    """The folder that a path to a run means: itself, or that of its `summary.json`."""
+    path = Path(path).expanduser()
+    return path.parent if path.name == SUMMARY else path
+
+
 def read_samples(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Scores, item hashes and settings by model and task. Raises UserError as `read_summary` does."""
     return read_json(folder / SAMPLES, Samples)

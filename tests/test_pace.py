@@ -48,7 +48,8 @@ def test_what_was_timed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pace.page, "of_folders", lambda folders: [timed("sdd", 0, 2.0)])
     assert pace.main([str(tmp_path), "--seconds", "60", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "pace.json").read_text())
-    assert (found["seconds"], found["device"], found["threads"]) == (60, "cpu", 1)
+    (arm,) = found["arms"]
+    assert (found["seconds"], arm["device"], arm["threads"]) == (60, "cpu", 1)
     assert found["arms"][0] | {"steps": 300, "timed_steps": 10, "runs": ["sdd0"]} == found["arms"][0]
     assert "300" in capsys.readouterr().out
     assert pace.main([str(tmp_path), "--seconds", "0"]) == 2

@@ -146,10 +146,29 @@ def test_a_run_in_two_sweeps_counts_once(tmp_path: Path) -> None:
     for sweep in ("a", "b"):
         (tmp_path / sweep / "0").mkdir(parents=True)
         (tmp_path / sweep / "0/summary.json").write_text(json.dumps(run() | {"artifacts": {"train": "x"}}))
-    assert len(page.of_folders([tmp_path])) == 1
+    assert len(page.of_folders([tmp_path])) == len(page.of_folders([tmp_path / "a/0/summary.json"])) == 1
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "summary.json").write_text('{"choices": {')  # one that a full disk cut short
     assert len(page.of_folders([tmp_path])) == 1
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"teacher_cache": 64},
+        {"budget": "steps", "steps": 192, "tokens": None},
+        {"loss.temperature": 2.0},
+        {"learning_rate": 4e-3, "budget": "steps", "steps": 192},
+    ],
+)
+def test_what_only_one_arm_has_does_not_part_it_from_the_other(own: dict) -> None:
+    """Its teacher, its loss, and how equal tokens or seconds are told to it; what both arms have twice does."""
+    shared = {"budget": "tokens", "tokens": 95000, "steps": None, "learning_rate": 1e-3}
+    both = [run("sft", seed=s, **shared) for s in (0, 1)], [run("kd", seed=s, **shared | own) for s in (0, 1)]
+    (found,) = differences([*both[0], *both[1]])
+    assert (found.arm, found.seeds) == ("kd", 2)
+    longer = [one | {"choices": one["choices"] | {"tokens": 7}} for runs in both for one in runs]
+    assert len(differences([*both[0], *both[1], *longer])) == (1 if "tokens" in own else 2)
 
 
 def test_what_is_the_same_in_every_seed_has_no_p() -> None:

@@ -22,14 +22,13 @@ from sddx.config.arguments import exit_status
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.report.paired import compare, difference, load_samples
-from sddx.run_folder import CONFIG, SAMPLES, read_config
+from sddx.run_folder import CONFIG, SAMPLES, folder_of, read_config
 from sddx.statistics.intervals import Interval
 
 
 def run_folder(path: str) -> Path:
     """The run folder that a path means. Raises UserError where it holds no `samples.json`."""
-    folder = Path(path).expanduser()
-    folder = folder.parent if folder.name == "summary.json" else folder
+    folder = folder_of(path)
     if not (folder / SAMPLES).is_file():
         raise UserError(
             f"{path} is no finished run: {folder / SAMPLES} does not exist. "

@@ -41,6 +41,7 @@ def paces(runs: Sequence[Run], seconds: float) -> list[dict[str, Any]]:
 def _pace(where: str, arm: str, runs: Sequence[Run], seconds: float) -> dict[str, Any]:
     step = mean(run["training_seconds"] / run["steps"] for run in runs)
     timed = {"runs": [run["artifacts"]["train"] for run in runs], "timed_steps": sum(run["steps"] for run in runs)}
+    timed |= {name: runs[0][name] for name in TIMED_ON}
     return {"where": where, "arm": arm, **timed, "seconds_a_step": step, "steps": max(round(seconds / step), 1)}
 
 
@@ -75,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.seconds > 0:
         raise UserError(f"--seconds {options.seconds:g} is no time to train in. Give more than 0.")
     runs = page.of_folders(options.folders)
+    page.require_runs(runs, ", ".join(map(str, options.folders)))
     arms = paces(runs, options.seconds)
     writable_folder(options.out, "--out")
-    about = {name: runs[0][name] for name in TIMED_ON}
-    write(options.out / "pace.json", {"seconds": options.seconds, **about, "arms": arms})
+    write(options.out / "pace.json", {"seconds": options.seconds, "arms": arms})
     Console(width=max(100, Console().width)).print(_table(arms, options.seconds))
     print(f"The same is in {options.out / 'pace.json'}")
     return 0

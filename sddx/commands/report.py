@@ -9,7 +9,6 @@ from pathlib import Path
 from sddx.config import writable_folder
 from sddx.config.arguments import exit_status
 from sddx.config.build import Node
-from sddx.errors import UserError
 from sddx.report import page
 from sddx.report.publish import publish, to_loggers
 from sddx.store import default_root
@@ -30,9 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entity", help="the W&B entity (default: the user's own)")
     options = parser.parse_args(arguments)
     runs = page.of_folders(options.folders) if options.folders else page.of_store(options.store)
-    if not runs:
-        where = ", ".join(map(str, options.folders)) or f"the store {options.store}"
-        raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
+    page.require_runs(runs, ", ".join(map(str, options.folders)) or f"the store {options.store}")
     writable_folder(options.out, "--out")
     if options.wandb:
         require(loggers := {"wandb": _wandb(options)})

@@ -25,8 +25,10 @@ AXES = {
     "learning_rate": "learning rate",
 }
 # Settings that an arm may have for itself: a fair comparison gives each arm a learning rate of its own (see
-# docs/science.md), and only some arms learn from answers that are written.
-OWN = ("learning_rate", "generation", "selfdata")
+# docs/science.md), equal tokens or seconds can take another budget in each, and only some have a teacher, learn
+# from answers that are written, or have something in their loss to set.
+BUDGET = ("budget", "epochs", "tokens", "steps")
+OWN = ("learning_rate", *BUDGET, "loss", "teacher_cache", "generation", "selfdata")
 # What can stand in place of the arm where it varies (how the cut was chosen, what was cut, what stands in for it),
 # with its label, the choices that belong to it, and what the others are held against.
 VARIANTS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -173,7 +175,7 @@ def alike(runs: Sequence[Run], *besides: str, merges: Sequence[str] | None = ())
     apart. Nor does what students become: of runs that differ in that alone there is one, but for those of its
     choices that `merges` names (None: all)."""
     runs = runs if merges is None else unmerged(runs, *merges)
-    names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN}
+    names = {name for run in runs for name in run["choices"] if name.split(".")[0] in OWN} - {"loss"}
     own = sorted(names) if "loss" in besides else []
     rows = [ROWS] if "seed" in besides else []
     groups: dict[tuple, list[Run]] = {}
@@ -181,8 +183,8 @@ def alike(runs: Sequence[Run], *besides: str, merges: Sequence[str] | None = ())
         for bound, those in _by_their_rows(group, own).items():
             left_out = [*besides, *(rows if bound else [])]
             for key, same in _grouped(those, *left_out, *own).items():
-                apart = not all(_one_each(same, name) for name in own)
-                groups |= _grouped(same, *left_out) if apart else {key: same}
+                kept = [name for name in own if _one_each(same, name)]
+                groups |= _grouped(same, *left_out, *kept) if len(kept) < len(own) else {key: same}
     return groups
 
 

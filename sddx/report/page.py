@@ -32,7 +32,7 @@ from sddx.report.subjects import reference
 from sddx.report.table import ABSENT, CHOOSING, grid, is_choosing, percent, within
 from sddx.report.tasks import by_model
 from sddx.report.tasks import section as task_section
-from sddx.run_folder import read_summary
+from sddx.run_folder import SUMMARY, folder_of, read_summary
 from sddx.statistics.intervals import Interval
 from sddx.store.manifest import find
 from sddx.sweep import cells
@@ -77,11 +77,17 @@ def of_store(root: Path) -> list[Run]:
 
 
 def of_folders(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs below some folders."""
-    paths = sorted(path for folder in folders for path in folder.rglob("summary.json"))
+    """The finished runs below some folders, or of a summary.json."""
+    paths = sorted(path for folder in map(folder_of, folders) for path in folder.rglob(SUMMARY))
     runs = [run for path in paths if (run := _summary(path)) is not None]
     # One run may stand in two sweeps, and must not count as two.
     return list({json.dumps([run["choices"], run["artifacts"]], sort_keys=True): run for run in runs}.values())
+
+
+def require_runs(runs: Sequence[Run], where: str) -> None:
+    """Raises UserError where there are none."""
+    if not runs:
+        raise UserError(f"There is no finished run in {where}. Give the folder of a run or a sweep.")
 
 
 def _summary(path: Path) -> Run | None:

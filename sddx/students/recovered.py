@@ -12,7 +12,7 @@ from sddx.compression.kinds import read
 from sddx.compression.remove import cut_of
 from sddx.errors import UserError
 from sddx.records import Cut
-from sddx.run_folder import SUMMARY, Kept, read_summary
+from sddx.run_folder import SUMMARY, Kept, folder_of, read_summary
 from sddx.store import manifest
 from sddx.students.student import load_student
 
@@ -73,8 +73,7 @@ def find_run(path: str | Path) -> Recovered:
 
     Raises UserError where there is none, and where the store that the run wrote to, or the base model, is gone.
     """
-    file = Path(path).expanduser()
-    file = file / SUMMARY if file.is_dir() else file
+    file = folder_of(path) / SUMMARY
     try:
         fields = read_summary(file, Kept)
     except UserError as error:
