@@ -48,8 +48,8 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated: its name, its role (`reference`, `cut` or `student`), and by name what it is made
-    of beside the unpruned model."""
+    """A model that is evaluated: its name, its role (`reference`, `cut` or `student`; of merging `parent`, `mixed`
+    or `merged`), and by name what it is made of beside the unpruned model."""
 
     name: str
     role: str

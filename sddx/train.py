@@ -24,7 +24,7 @@ from sddx.config import (
     resolve,
     writable_folder,
 )
-from sddx.config.build import build
+from sddx.config.build import build, with_defaults
 from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
@@ -59,7 +59,7 @@ def verify(config: dict[str, Any], *, download: bool = True) -> None:
 def check_alone(config: dict[str, Any]) -> None:
     """Raises one UserError where settings are wrong by themselves, with the names of tasks that there are not."""
     if wrong := mistakes_of([partial(check_settings, config)]):
-        require_none([*wrong, *mistakes_of([partial(check_names, config)], shaky=True)])
+        require_none([*wrong, *mistakes_of([partial(check_names, with_defaults(config))], shaky=True)])
 
 
 def _check_further(config: dict[str, Any], *, download: bool, finished: bool) -> None:
@@ -67,7 +67,8 @@ def _check_further(config: dict[str, Any], *, download: bool, finished: bool) ->
     if finished:
         wrong += mistakes_of([partial(build, config["trainer"])])  # some of which are in no key
     else:
-        wrong += mistakes_of([partial(precheck, settings(config), download=download and not wrong)])
+        asked = {"stages": config["stages"], "download": download and not wrong}
+        wrong += mistakes_of([partial(precheck, _asked(config), **asked)])
     require_none(wrong)
 
 
@@ -197,8 +198,7 @@ def _say_where(student: Artifact | None) -> None:
 @contextmanager
 def _tracker(config: dict[str, Any], store: Store, folder: Path) -> Iterator[Tracker]:
     """Metrics to the loggers. A finished run is not logged again where what was logged of it is still there."""
-    asked = [settings(config), config["metrics"]] if config["stages"] else settings(config)
-    tracked = Tracked(folder, digest(asked)[:16], config["run"]["name"])
+    tracked = Tracked(folder, digest(_asked(config))[:16], config["run"]["name"])
     marks = {name: mark(store.root, tracked.identity, node) for name, node in config["logger"].items()}
     seen = {name for name, marked in marks.items() if _still_there(marked)}
     if seen and not is_finished(config):
@@ -221,8 +221,13 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in SURROUNDINGS}
 
 
+def _asked(config: dict[str, Any]) -> dict[str, Any]:
+    """The same, with the metrics where these are all that is asked for."""
+    return settings(config) | ({"metrics": config["metrics"]} if config["stages"] else {})
+
+
 def method(config: dict[str, Any]) -> Method:
-    """The same, as the pipeline takes them."""
+    """The settings as the pipeline takes them."""
     return Method(**settings(config))
 
 
@@ -234,7 +239,7 @@ def main(cfg: DictConfig) -> None:
         require_one_run("run them all")
         config = located(resolve(cfg))
         announce(config)
-        if config["dry_run"]:
+        if config.get("dry_run"):
             verify(config)
             tell([look(config)], [config])
         else:

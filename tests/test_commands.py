@@ -12,9 +12,13 @@ from typing import Any
 
 import forked
 import pytest
+from composing import SMALL, composed, resolve
 from hydra.core.global_hydra import GlobalHydra
 
 from sddx.config.entry import command
+from sddx.errors import mistakes_of
+from sddx.stages.cost import estimated
+from sddx.train import verify
 
 COMPOSED = ("sddx.train", "sddx.commands.plan", "sddx.commands.fetch")
 OTHERS = tuple(f"sddx.commands.{name}" for name in ("export", "bench", "compare", "report", "store", "sweep"))
@@ -142,6 +146,32 @@ def test_plans_refuse_names_that_are_none(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         assert run(plan, monkeypatch, given, f"hydra.run.dir={tmp_path}") == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_scoring_is_checked_for_what_it_runs_and_no_more() -> None:
+    """Every metric that is compared, under its own name; not the evaluation, which it does not reach."""
+    nowhere = ["evaluation.tasks=[arc_easy]", "+evaluation.data_dir=/nowhere"]
+    odd = ["+metrics.odd={_target_: torch.nn.functional.dropout, _partial_: true}"]
+    wanting = ["+pruning/metric@metrics.s=shapley_task", "metrics.s.value.tasks=[arc_easy_selection]"]
+    for stages, given, said in (
+        ("stages=null", nowhere, "evaluation.data_dir=/nowhere"),
+        ("stages=[score]", nowhere, None),
+        ("stages=[score]", [*nowhere, *odd], "metrics.odd failed when it was tried"),
+        ("stages=[score]", wanting, "arc_easy_selection"),
+        ("stages=null", odd, None),
+    ):
+        with composed(*SMALL, stages, *given) as cfg:
+            told = mistakes_of([lambda cfg=cfg: verify(resolve(cfg))])
+        assert (said in told[0]) if said else not told, told
+
+
+def test_a_group_of_ones_own_may_leave_out_what_has_a_default() -> None:
+    with composed(*SMALL) as cfg:
+        config = resolve(cfg)
+    for name in ("chat_template", "include", "shots", "max_new_tokens"):
+        del config["evaluation"][name]
+    verify(config)
+    assert estimated(config).parts()
 
 
 def test_only_a_store_is_looked_into_and_days_are_a_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -276,6 +276,7 @@ def test_numbers_that_make_no_sense_are_named(given: tuple[str, ...]) -> None:
         ("context=0", "context=0 must be 1 or more"),
         ("budget=null", "budget=null must be a group of settings"),
         ("budget.gpu_hours=0", "budget.gpu_hours=0 must be above 0"),
+        ("+budget.gpu_hour=1", "budget.gpu_hour is not a setting. Did you mean budget.gpu_hours?"),
         ("trainer.batch_size=1.5", "trainer.batch_size=1.5 must be a whole number"),
         ("trainer.learning_rate=null", "trainer.learning_rate=null must be a number"),
         ("generation.batch_size=0", "generation.batch_size=0 must be 1 or more"),

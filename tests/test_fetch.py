@@ -120,8 +120,13 @@ def test_a_run_wants_what_is_not_on_this_machine(hub: Hub, tmp_path: Path) -> No
     local += ["model=tiny", "evaluation.tasks=[tiny_facts]"]
     assert wanted(configured("+experiment=llama_26L", *local)) == wanted(configured()) == []
     assert wanted(configured("teacher=some/one")) == [Wanted("model", "some/one", None, (None,), ("teacher",))]
+    students = "merging.students=['seed=1','dataset=alpaca']"
+    assert [each.groups for each in wanted(configured("+merging=slerp", students))] == [("merging",)]
     selection = ["pruning=shapley_task", "pruning.metric.value.tasks=[gsm8k]", "pruning.metric.value.oracle=true"]
     assert wanted(configured(*selection)) == [Wanted("dataset", "openai/gsm8k", None, ("main",), ("evaluation",))]
+    compared = ["stages=[score]", "+pruning/metric@metrics.s=shapley_task", "metrics.s.value.tasks=[gsm8k]"]
+    both = ["evaluation.tasks=[arc_easy]", "metrics.s.value.oracle=true"]
+    assert [each.name for each in wanted(configured(*compared, *both))] == ["openai/gsm8k"]
 
 
 def test_everything_is_fetched_once_and_pinned(hub: Hub) -> None:

@@ -823,6 +823,20 @@ def test_gc_takes_leftovers_and_what_is_old(lab: Laboratory, capsys: pytest.Capt
     assert kept.path.exists() and not old.path.exists()
 
 
+def test_gc_leaves_what_can_go_on(lab: Laboratory, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a stopped stage saved to resume from is old from then on, and not a leftover."""
+    store = lab.store()
+    made = store.build(lab.stages.measure, {}, runtime=Runtime(), value=1)
+    saved = made.path.with_name("0" * 64 + ".partial") / "resume"
+    saved.mkdir(parents=True)
+    month_ago = time.time() - 30 * 86400
+    assert main(["--store", str(store.root), "gc", "--older-than", "7"]) == 0 and saved.exists()
+    os.utime(saved, (month_ago, month_ago))
+    assert main(["--store", str(store.root), "gc"]) == 0 and saved.exists()
+    assert main(["--store", str(store.root), "gc", "--older-than", "7"]) == 0 and not saved.exists()
+    assert "stopped 30 days ago" in capsys.readouterr().out
+
+
 def unreadable(artifact: Artifact) -> None:
     """What the file system refuses to read, for root too: a folder where the manifest was."""
     path = artifact.path / "manifest.json"

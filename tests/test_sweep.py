@@ -573,6 +573,21 @@ def test_a_cluster_that_is_not_there_is_said(launcher, sweep, store, capsys, mon
     assert status == 2 and "error: " in told and "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("launcher", "given", "said"),
+    [
+        ("joblib", "jobs=0", "hydra.launcher.engine.jobs=0 must be 1 or more"),
+        ("submitit_slurm", "poll=soon", "hydra.launcher.engine.poll='soon' must be a number"),
+        ("ray", "gpus=two", "hydra.launcher.engine.gpus='two' must be a number"),
+    ],
+)
+def test_a_wrong_setting_of_a_launcher_is_told_before_work(launcher, given, said, sweep, store, capsys) -> None:
+    """Not when all jobs are queued."""
+    asked = [f"hydra/launcher={launcher}", f"hydra.launcher.engine.{given}"]
+    status, _ = sweep("--multirun", "seed=0,1", *asked, store=store)
+    assert status == 2 and said in capsys.readouterr().err
+
+
 def test_cells_that_differ_in_their_seeds_are_checked_once() -> None:
     """One whose seed is none is checked by itself, and every cell that makes a mistake is named."""
     checked: list[dict] = []

@@ -24,10 +24,12 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from sddx.config.arguments import exit_status, number, plain_arguments
+from sddx.config import writable_folder
+from sddx.config.arguments import exit_status, plain_arguments
 from sddx.errors import UserError, near
 
 ATTENTIONS = ("sdpa", "eager")
+DEPTH = 8  # blocks of a narrow model
 # Of families whose settings by default are those of no model that can be made small.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 5]},
@@ -65,22 +67,23 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try families and print their table. Returns the exit status: 0, or 2 for a mistake of the user's."""
     argv = sys.argv[1:] if arguments is None else arguments
-    values = plain_arguments(argv, __doc__, only=None, to=None, depth="8")
-    depth, known = number(values, "depth"), _known()
+    values, known = plain_arguments(argv, __doc__, only=None, to=None), _known()
     names = values["only"].split(",") if values["only"] else known
     if wrong := [name for name in names if name not in known]:
         raise UserError(
             *(f"{name} is no family of causal language models.{near(name, known, '')}" for name in wrong)
         )
+    if values["to"]:
+        writable_folder(Path(values["to"]).parent, "to")
     print(HEAD)
     rows = []
-    for row in tried(names, depth):
+    for row in tried(names):
         rows.append(row)
         print(row, flush=True)
     sound = sum(not row.mistake for row in rows)
     print(f"{sound} of {len(rows)} are sound.")
     if values["to"]:
-        Path(values["to"]).write_text(page(rows, depth), encoding="utf-8")
+        Path(values["to"]).write_text(page(rows), encoding="utf-8")
     return 0
 
 
@@ -90,14 +93,14 @@ def _known() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def page(rows: Sequence[Row], depth: int) -> str:
+def page(rows: Sequence[Row]) -> str:
     """The table as a page."""
     from importlib.metadata import version
 
     sound = sum(not row.mistake for row in rows)
     return (
         f"# Families\n\nMade by `sddx families to=docs/families.md` with transformers {version('transformers')}: "
-        f"{sound} of {len(rows)} families of causal language models lose two of {depth} blocks of a narrow model "
+        f"{sound} of {len(rows)} families of causal language models lose two of {DEPTH} blocks of a narrow model "
         "with random weights and stay sound, and an adapter on them learns. One that fails is refused with its "
         "reason before work starts; where no narrow model can be made, the model itself is tried when it is there. "
         "*Branches*: attention and feed-forward branches can be removed apart, and patches fitted to the "
@@ -107,7 +110,7 @@ def page(rows: Sequence[Row], depth: int) -> str:
     )
 
 
-def tried(names: Sequence[str], depth: int) -> Iterator[Row]:
+def tried(names: Sequence[str]) -> Iterator[Row]:
     """One row for each family."""
     import logging
 
@@ -117,7 +120,7 @@ def tried(names: Sequence[str], depth: int) -> Iterator[Row]:
     said.disable_progress_bar()
     for name in names:
         try:
-            yield _tried(name, depth)
+            yield _tried(name)
         except UserError as error:
             yield Row(name, mistake=_shortened(str(error), name))
 
@@ -131,7 +134,7 @@ def _shortened(mistake: str, name: str) -> str:
     return re.sub(rf"{re.escape(gettempdir())}\S+", "its folder", " ".join(own.split()))[:200]
 
 
-def _tried(name: str, depth: int) -> Row:
+def _tried(name: str) -> Row:
     """Raises UserError where the family cannot be pruned or trained."""
     from sddx.export.formats import runtimes
     from sddx.models.families import FAMILIES
@@ -141,9 +144,9 @@ def _tried(name: str, depth: int) -> Row:
     from sddx.training.trial import try_step
     from sddx.training.tuning import lora
 
-    config = _config(name, depth)
+    config = _config(name)
     attention, model = _first_that_runs(config)
-    try_out(config, Cut.without({0, depth // 2}, depth), attention)
+    try_out(config, Cut.without({0, DEPTH // 2}, DEPTH), attention)
     return Row(
         family=name,
         blocks=layout(model).blocks,
@@ -166,7 +169,7 @@ def _first_that_runs(config: Any) -> tuple[str, Any]:
     return last, small_model(config, last)
 
 
-def _config(name: str, depth: int) -> Any:
+def _config(name: str) -> Any:
     """The family's own default settings, with fewer blocks."""
     from transformers import CONFIG_MAPPING
 
@@ -175,8 +178,8 @@ def _config(name: str, depth: int) -> Any:
     kind = CONFIG_MAPPING[name]
     try:
         if "text_config" in kind.sub_configs:
-            return kind(text_config={"num_hidden_layers": depth})
-        return kind(**{"num_hidden_layers": depth, **SETTINGS.get(name, {})})
+            return kind(text_config={"num_hidden_layers": DEPTH})
+        return kind(**{"num_hidden_layers": DEPTH, **SETTINGS.get(name, {})})
     except refusals() as error:
         raise UserError(f"it has no settings by default: {' '.join(str(error).split())[:200]}") from error
 

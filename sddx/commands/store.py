@@ -14,20 +14,22 @@ from sddx.commands import why
 from sddx.config.arguments import exit_status
 from sddx.errors import UserError
 from sddx.files import lock
-from sddx.store import default_root, manifest
+from sddx.store import RESUME, default_root, manifest
 
 
 @exit_status
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 1 where `verify` found damage, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
-    root = Path(options.store).expanduser()
+    root = Path(options.store or default_root()).expanduser()
     if not root.is_dir() and root != default_root().expanduser():  # which may have nothing in it yet
         raise UserError(f"There is no store at {root}. Give its folder: --store FOLDER.")
     if options.command == "ls":
         return show(root)
+    if options.command == "why" and options.b is None:
+        return why.of_run(Path(options.a), root if options.store else None)
     if options.command == "why":
-        return why.of_keys(root, options.a, options.b) if options.b is not None else why.of_run(Path(options.a))
+        return why.of_keys(root, options.a, options.b)
     if options.command == "verify":
         return verify(root)
     return collect(root, options.older_than, options.dry_run)
@@ -43,15 +45,20 @@ def _days(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sddx store", description="Look into the store.")
-    parser.add_argument("--store", default=default_root(), help="its folder (default: %(default)s)")
+    parser.add_argument("--store", help=f"its folder (default: {default_root()}; of a run, the run's own)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list the artifacts, oldest first")
     asked = commands.add_parser("why", help="say why a run builds anew, or in what two artifacts differ")
     asked.add_argument("a", help="the folder of a run; or the first characters of a key")
     asked.add_argument("b", nargs="?", help="the first characters of another key")
     commands.add_parser("verify", help="compute all checksums again and list what is damaged")
-    gc = commands.add_parser("gc", help="delete what a crash left, what is damaged and what is old")
-    gc.add_argument("--older-than", type=_days, metavar="DAYS", help="also what was not used for so long")
+    gc = commands.add_parser("gc", help="delete what a crash left unusable, what is damaged and what is old")
+    gc.add_argument(
+        "--older-than",
+        type=_days,
+        metavar="DAYS",
+        help="also what was not used for so long, or stopped so long ago",
+    )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     return parser
 
@@ -96,7 +103,8 @@ def verify(root: Path) -> int:
 
 def collect(root: Path, older_than: float | None, dry_run: bool) -> int:
     """Deletes partial folders that no process builds, damaged artifacts, and those not used for `older_than`
-    days; prints each, and the bytes that this frees. What cannot be read at the moment stays, and is named."""
+    days; prints each, and the bytes that this frees. What was stopped and can go on counts as old from then, not as
+    partial. What cannot be read at the moment stays, and is named."""
     freed = 0
     for folder in manifest.folders(root):
         try:
@@ -124,11 +132,24 @@ def _collected(folder: Path, older_than: float | None, dry_run: bool) -> int:
 def _reason(folder: Path, older_than: float | None) -> str | None:
     """Why a folder can go; None where it stays. Raises UserError where that cannot be known at the moment."""
     if folder.suffix == ".partial":
-        return "unfinished"
+        return _reason_of_partial(folder, older_than)
     if manifest.damage(folder, manifest.read(folder)):
         return "damaged"
-    days = (time.time() - (folder / manifest.NAME).stat().st_mtime) / 86400
+    days = _days_since(folder / manifest.NAME)
     return f"not used for {days:.0f} days" if older_than is not None and days > older_than else None
+
+
+def _reason_of_partial(folder: Path, older_than: float | None) -> str | None:
+    """The same of what was not finished: the command that was stopped goes on with what it saved to resume."""
+    if not (folder / RESUME).is_dir():
+        return "unfinished"
+    days = _days_since(folder / RESUME)
+    return f"stopped {days:.0f} days ago" if older_than is not None and days > older_than else None
+
+
+def _days_since(path: Path) -> float:
+    """Days since it was written."""
+    return (time.time() - path.stat().st_mtime) / 86400
 
 
 def _bytes(count: float) -> str:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from sddx.errors import UserError
-from sddx.run_folder import read_config
+from sddx.run_folder import folder_of, read_config
 from sddx.store import manifest
 
 ABSENT = "(absent)"
 
 
-def of_run(folder: Path) -> int:
+def of_run(path: Path, root: Path | None) -> int:
     """Prints of every stage of a run's configuration whether the store has it and, where not, in what its recipe
-    differs from the nearest artifact there. Raises UserError for a folder that holds no configuration."""
-    from sddx.train import look
+    differs from the nearest artifact there; of the store at `root`, or the run's own. Raises UserError for a folder
+    that holds no configuration of a run."""
+    from sddx.train import check_settings, look
 
-    plan = look(read_config(folder))
+    config = read_config(folder_of(path))
+    check_settings(config)
+    plan = look(config if root is None else config | {"store": str(root)})
     artifacts = {fields["key"]: fields for _, fields in manifest.artifacts(manifest.folders(plan.root))}
     to_build = {step.key for step in plan.steps if not step.present}
     for step in plan.steps:

@@ -21,7 +21,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from sddx.config.build import Called, Node, build
+from sddx.config.build import Called, Node, build, tried
 from sddx.config.parents import at_seed, named, parent
 from sddx.config.values import annotation_of, is_ours, no_node, wrong_value
 from sddx.errors import UserError, near
@@ -50,9 +50,21 @@ def surroundings(
     gpu: str | None,
     probe: int | float | str | None,
     context: Count,
-    budget: Mapping[str, Positive | None],
+    budget: Mapping[str, Any],
 ) -> None:
-    """Settings that change no number of a run, those of plans last; a signature and no more."""
+    """Settings that change no number of a run, those of plans last; a signature and no more, as those below."""
+
+
+def budget(*, gpu_hours: Positive | None) -> None:
+    """The most that a run or a grid may take."""
+
+
+def merging(*, students: list, mixed: bool, method: Node, search: Mapping[str, Any] | None = None) -> None:
+    """What students are merged, and how; where shares are searched for, by `search`."""
+
+
+def search(*, by: Node, evaluation: Node) -> None:
+    """How the shares of a merge are searched for, and what a candidate is judged by."""
 
 
 SURROUNDINGS = tuple(inspect.signature(surroundings).parameters)
@@ -86,14 +98,16 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _with_students(config: dict[str, Any]) -> dict[str, Any]:
-    """The group `merging` with the settings of each run that it names, and what tables call it."""
+    """The group `merging` with the settings of each run that it names, and what tables call it. Raises UserError
+    where it lacks a setting, or has one that there is not."""
     own = [name for name in config if name not in (*SURROUNDINGS, "merging")]
-    asked = config["merging"]["students"]
+    asked = config["merging"].get("students", [])
     if not isinstance(asked, list):
         raise UserError(
             f"merging.students={asked!r} is no list. Give runs by what they change here, or by folder: "
             "\"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
         )
+    raise_for([*_wrong_groups(config, {"merging": merging, "merging.search": search})])
     students = [parent(student, "train", own) for student in asked]
     return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
 
@@ -104,20 +118,30 @@ def _merged(config: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     names, method = config["merging"]["names"], config["merging"]["method"]
     given = [named(each) for each in asked["students"]] if isinstance(asked["students"], list) else names
     by_seed = [at_seed(each, config["seed"]) for each in given]
-    search = (config["merging"].get("search") or {}).get("by", {})
-    called = {"merging": method, "merging.search": search}
+    asked_by = config["merging"].get("search")
+    called = {"merging": method, **({"merging.search": asked_by["by"]} if asked_by else {})}
     return {
-        **{name: str(node["_target_"]).rpartition(".")[2] for name, node in called.items() if "_target_" in node},
+        **{name: str(node["_target_"]).rpartition(".")[2] for name, node in called.items()},
         **{f"merging.method.{key}": value for key, value in method.items() if not key.startswith("_")},
         STUDENTS: [asked if own == name else name for asked, own, name in zip(given, by_seed, names, strict=True)],
     }
+
+
+def _wrong_groups(config: Mapping[str, Any], groups: Mapping[str, Callable]) -> Iterator[str]:
+    """What is wrong with groups that are no calls, each bound to its signature where there is one."""
+    for name, schema in groups.items():
+        group: Any = config
+        for part in name.split("."):
+            group = group.get(part) if isinstance(group, Mapping) else None
+        if isinstance(group, Mapping):
+            yield from bound(name, group, schema)
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the stand-ins of its rehearsal in it."""
     node = config["rehearse"]
     raise_for([*no_node("rehearse", node), *_walk("rehearse", node)])
-    return build(node)(config)
+    return tried("rehearse", build(node), config)
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
@@ -150,6 +174,7 @@ def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] 
     method = {key: value for key, value in config.items() if key not in also}
     beside = {key: value for key, value in config.items() if key in also}
     problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
+    problems += _wrong_groups(beside, {"budget": budget})
     for number, student in enumerate((config.get("merging") or {}).get("students", ())):
         if isinstance(student, Mapping):
             problems += bound(f"merging.students[{number}]", student, schema)

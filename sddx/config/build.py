@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from sddx.errors import UserError
 
@@ -20,6 +22,7 @@ class Called:
     values: int | None = None
 
 
+PLAIN = (bool, int, float, str)
 Node = Annotated[dict[str, Any], Called()]  # settings with the `_target_` that they are for
 Settings = Mapping[str, Any]  # the same where they are only looked at
 
@@ -27,6 +30,29 @@ Settings = Mapping[str, Any]  # the same where they are only looked at
 def only(node: Mapping[str, Any], names: Collection[str]) -> Node:
     """Of a node's settings those of these names; others have their defaults."""
     return {name: value for name, value in node.items() if name in names}
+
+
+def with_defaults(settings: Any) -> Any:
+    """Settings in which every call also has the plain values that its target takes for what is not given: what a
+    check or a plan looks at, where no file of conf/ stands behind a group of the user's own."""
+    if isinstance(settings, list):
+        return [with_defaults(each) for each in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    given = {name: with_defaults(each) for name, each in settings.items()}
+    return {**_defaults(str(given["_target_"])), **given} if "_target_" in given else given
+
+
+@cache
+def _defaults(named: str) -> dict[str, Any]:
+    """The plain defaults among what settings can give a target; none where it does not say."""
+    try:
+        target = get_object(named)
+        parameters = inspect.signature(target).parameters.values()
+    except Exception:  # whatever the import of a user's module raises: the check of the settings tells it
+        return {}
+    settable = [p for p in parameters if p.kind is p.KEYWORD_ONLY or inspect.isclass(target)]
+    return {p.name: p.default for p in settable if p.default is None or isinstance(p.default, PLAIN)}
 
 
 def made(node: Mapping[str, Any], kind: type, where: str) -> Any:

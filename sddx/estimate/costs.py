@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sddx.config.build import build, only
+from sddx.config.build import build, only, with_defaults
 from sddx.config.shared import once
 from sddx.estimate.devices import Device
 from sddx.estimate.efforts import Effort
@@ -68,7 +68,7 @@ class Estimate:
 
     def __init__(self, config: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
         """Raises UserError where the model's dimensions are not known or too much is removed."""
-        self.config, self.model, self.stages = config, config["model"], stages
+        self.config, self.model, self.stages = with_defaults(config), config["model"], stages
         self.shape = once(["shape", self.model], lambda: shape_of(self.model))
         self.unpruned = once(["size", self.model], lambda: size_of(skeleton(self.shape, self.model["dtype"])))
         self.cut, self.pruned = once(["pruned", *self.cutting], self._sized)

@@ -241,11 +241,11 @@ class TaskScore:
         self.cluster = _by_name(asked, cluster or {})
         self.shots = _by_name(asked, shots) if isinstance(shots, Mapping) else shots
 
-    def require(self) -> None:
-        """Raises UserError where the tasks cannot be evaluated by these settings."""
+    def require(self, where: str = WHERE) -> None:
+        """Raises UserError where the tasks cannot be evaluated by these settings, which stand at `where`."""
         settings: dict[str, Any] = {"split": self.split, "shots": self.shots, "primary": self.primary}
         settings |= {"include": self.include, "data_dir": self.data_dir, "cluster": self.cluster}
-        require_tasks(WHERE, tasks=self.tasks, limit=self.limit, **settings)
+        require_tasks(where, tasks=self.tasks, limit=self.limit, **settings)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
         """Each item's score under each coalition, [coalitions, items] in float64."""

@@ -3,11 +3,12 @@ checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any
 
-from sddx.config.build import Settings
+from sddx.config.build import Settings, with_defaults
 from sddx.config.shared import once, once_as_read
 from sddx.errors import mistakes_of, require_none
 from sddx.stages.folders import modules
@@ -25,24 +26,25 @@ def check_surroundings(loggers: Mapping[str, Settings], device: str) -> None:
     require_none(mistakes_of([partial(require_known, device), partial(require_tracked, loggers)]))
 
 
-def precheck(method: Settings, *, download: bool) -> None:
+def precheck(method: Settings, *, download: bool, stages: Collection[str] | None = None) -> None:
     """What would otherwise fail late. Raises one UserError with all that is wrong with the settings alone and,
     where the model is on this machine, with what is to be done to it; a model is downloaded only where that is
-    asked for and the settings are right."""
+    asked for and the settings are right. Where only some `stages` are to run, these alone are asked."""
     from sddx.models.load import is_here
 
-    model = method["model"]
-    everyone = [method, *_merged(method)]
-    wrong = [mistake for each in everyone for mistake in _refused("of_settings", each)]
+    method = with_defaults(method)
+    model, everyone = method["model"], [method, *merged_in(method)]
+    asking = {name: each for name, each in modules("check").items() if stages is None or name in stages}
+    wrong = [mistake for each in everyone for mistake in _refused(asking, "of_settings", each)]
     if is_here(model["path"], model["revision"]) or (download and not wrong):
         models: list[LocalModel] = []
         wrong += mistakes_of([lambda: models.append(_local(model))])
         asked = [(each, local) for local in models for each in everyone]
-        wrong += [mistake for each, local in asked for mistake in _refused("of_model", each, local)]
+        wrong += [mistake for each, local in asked for mistake in _refused(asking, "of_model", each, local)]
     require_none(wrong)
 
 
-def _merged(method: Settings) -> list[Settings]:
+def merged_in(method: Settings) -> list[Settings]:
     """The settings of the runs whose students are merged; none of finished ones."""
     return [each for each in (method.get("merging") or {}).get("students", []) if isinstance(each, Mapping)]
 
@@ -60,11 +62,11 @@ def _local(node: Settings) -> LocalModel:
     return once(["local model", *(node[name] for name in ("path", "revision", "dtype", "attention"))], find)
 
 
-def _refused(kind: str, method: Settings, *model: LocalModel) -> list[str]:
-    """What all stages refuse of the settings alone (`of_settings`), or with this model (`of_model`). Of the cells
+def _refused(asking: Mapping[str, ModuleType], kind: str, method: Settings, *model: LocalModel) -> list[str]:
+    """What these stages refuse of the settings alone (`of_settings`), or with this model (`of_model`). Of the cells
     of a grid, a check is asked once of those that are alike in what it looks at."""
     wrong: list[str] = []
-    for name, stage in modules("check").items():
+    for name, stage in asking.items():
         listed: Listed = getattr(stage, kind, _nothing)
         for number in range(len(listed(method, *model))):
             about = [name, kind, number, *model]

@@ -50,7 +50,7 @@ class Store:
     def __init__(self, root: Path, accept: Collection[str] = ()) -> None:
         """Raises UserError where `root` cannot be written."""
         self.root = Path(root).expanduser().absolute()
-        self.accept = {accept} if isinstance(accept, str) else set(accept)
+        self.accept = set(accept)
         self.accepted: list[dict[str, Any]] = []
         _check_writable(self.root)
         sources.read_package()

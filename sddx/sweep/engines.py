@@ -20,7 +20,7 @@ from queue import Queue
 from typing import Any
 
 from sddx.errors import UserError
-from sddx.records import Count, Positive
+from sddx.records import Count, NonNegative, Positive
 from sddx.runtime import Runtime
 from sddx.sweep import cells
 from sddx.sweep.worker import perform
@@ -43,10 +43,6 @@ class Joblib:
     cell has a process, a device and a share of the cores of its own."""
 
     jobs: Count | None
-
-    def __post_init__(self) -> None:
-        if self.jobs is not None and (not isinstance(self.jobs, int) or self.jobs < 1):
-            raise UserError(f"hydra.launcher.engine.jobs={self.jobs} must be a number of 1 or more, or null.")
 
     def __call__(self, levels: Levels, task: str) -> None:
         from joblib import Parallel, delayed
@@ -164,8 +160,8 @@ class Ray:
     of its own with so many `cpus` and `gpus`. Sweep folder and store must be seen by every node."""
 
     address: str | None
-    cpus: float
-    gpus: float
+    cpus: NonNegative
+    gpus: NonNegative
 
     def __call__(self, levels: Levels, task: str) -> None:
         ray = _engine("ray")

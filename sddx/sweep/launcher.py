@@ -11,8 +11,9 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sddx.config import bound, raise_for
 from sddx.config.entry import mistakes_told
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of
@@ -23,6 +24,7 @@ from sddx.sweep.engines import Engine, in_process
 from sddx.sweep.loading import Loader
 from sddx.sweep.plan import levels
 
+ENGINE = "hydra.launcher.engine"
 Check = Callable[[dict[str, Any]], None]
 Look = Callable[[dict[str, Any]], Any]
 Tell = Callable[[Sequence[Any], Sequence[dict[str, Any]]], None]
@@ -58,8 +60,7 @@ class Grid(Launcher):
         """Compose, check and plan all cells, then let the engine run them; returns Hydra's records of them. Raises
         UserError before any work where a cell is wrong."""
         with mistakes_told():
-            if not callable(self.engine):
-                raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")
+            self._check_engine()
             with sharing():
                 cells = grid.compose(self._loader(), job_overrides, initial_job_idx)
                 plans = self._plans(cells)
@@ -73,6 +74,15 @@ class Grid(Launcher):
         type(self).report(cells[0].folder.parent, cells[0].config)
         conclude(cells)
         return [JobReturn(overrides=cell.overrides, status=JobStatus.COMPLETED) for cell in cells]
+
+    def _check_engine(self) -> None:
+        """Raises UserError where its settings are wrong, which would come out when all jobs are queued."""
+        if not callable(self.engine):
+            raise UserError(f"hydra.launcher.engine={self.engine} runs nothing. Choose hydra/launcher=basic.")
+        if node := OmegaConf.select(self.config, ENGINE):
+            asked: Any = OmegaConf.to_container(node)
+            settings = {key: value for key, value in asked.items() if key[0] != "_"}
+            raise_for([*bound(ENGINE, settings, type(self.engine))])
 
     def _plans(self, cells: Sequence[Cell]) -> list[Any]:
         """What the cells would build, once all are found sound, told to the user."""

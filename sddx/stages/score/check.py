@@ -9,19 +9,28 @@ from sddx.stages.local_model import Check
 
 
 def of_settings(method: Settings) -> list[Check]:
-    """The tasks that the metric looks at are there, what the metric gives can be used, and its texts can be had."""
+    """What each metric gives can be used, the tasks that it looks at are there, and its texts can be had."""
     from sddx.data.check import require_texts
-    from sddx.importance.score import require_metric
 
-    metric = method["pruning"].get("metric")
-    checks: list[Check] = [lambda: _check_looked_at(method["pruning"])]
-    if metric is not None:
-        checks.append(lambda: require_metric("pruning.metric", build(metric)))
+    checks: list[Check] = [partial(_check, where, node) for where, node in _metrics(method).items()]
     return [*checks, partial(require_texts, "calibration", method["calibration"])]
 
 
-def _check_looked_at(pruning: Settings) -> None:
-    """The tasks that a metric looks at can be evaluated, and what they read is there. Raises UserError."""
-    require = getattr(getattr(build(pruning).metric, "value", None), "require", None)
-    if require:
-        require()
+def _metrics(method: Settings) -> dict[str, Settings]:
+    """What scores are asked for, by the setting where each stands: the metrics that are compared, or the one that
+    chooses, if one does."""
+    if compared := method.get("metrics"):
+        return {f"metrics.{name}": node for name, node in compared.items()}
+    metric = method["pruning"].get("metric")
+    return {} if metric is None else {"pruning.metric": metric}
+
+
+def _check(where: str, node: Settings) -> None:
+    """It gives a score for each unit, tried on states of three, and the tasks that it looks at can be evaluated.
+    Raises UserError."""
+    from sddx.importance.score import require_metric
+
+    metric = build(node)
+    require_metric(where, metric)
+    if require := getattr(getattr(metric, "value", None), "require", None):
+        require(f"{where}.value")
