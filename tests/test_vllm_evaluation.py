@@ -203,7 +203,7 @@ def test_the_backends_are_never_compared(runs: SimpleNamespace, capsys: pytest.C
     [
         (["pruning.units=attention"], "Removed branches"),
         (["pruning/patch=linear"], "modules of their own"),
-        (["evaluation.backend=vlm"], "evaluation.backend=vlm is not known"),
+        (["evaluation.backend=vlm"], "evaluation.backend='vlm' must be hf or vllm"),
         (["evaluation.vllm.python=/no/python"], "/no/python cannot be run"),
         (["evaluation.vllm.adapter=apart", "tuning=full"], "adapter=apart is for an adapter, and this tuning has"),
         (["evaluation.vllm.adapter=apart", "tuning.rank=513"], "ranks up to 512, and tuning.rank=513"),

@@ -107,7 +107,9 @@ def _with_students(config: dict[str, Any]) -> dict[str, Any]:
             f"merging.students={asked!r} is no list. Give runs by what they change here, or by folder: "
             "\"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
         )
-    raise_for([*_wrong_groups(config, {"merging": merging, "merging.search": search})])
+    searched = config["merging"].get("search")
+    wrong = [*bound("merging.search", searched, search)] if isinstance(searched, Mapping) else []
+    raise_for([*bound("merging", config["merging"], merging), *wrong])
     students = [parent(student, "train", own) for student in asked]
     return {**config["merging"], "students": students, "names": [named(student) for student in asked]}
 
@@ -125,16 +127,6 @@ def _merged(config: Mapping[str, Any], asked: Any) -> dict[str, Any]:
         **{f"merging.method.{key}": value for key, value in method.items() if not key.startswith("_")},
         STUDENTS: [asked if own == name else name for asked, own, name in zip(given, by_seed, names, strict=True)],
     }
-
-
-def _wrong_groups(config: Mapping[str, Any], groups: Mapping[str, Callable]) -> Iterator[str]:
-    """What is wrong with groups that are no calls, each bound to its signature where there is one."""
-    for name, schema in groups.items():
-        group: Any = config
-        for part in name.split("."):
-            group = group.get(part) if isinstance(group, Mapping) else None
-        if isinstance(group, Mapping):
-            yield from bound(name, group, schema)
 
 
 def _rehearsed(config: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +166,8 @@ def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] 
     method = {key: value for key, value in config.items() if key not in also}
     beside = {key: value for key, value in config.items() if key in also}
     problems = [*bound("", method, schema), *(bound("", beside, surroundings) if also else ())]
-    problems += _wrong_groups(beside, {"budget": budget})
+    if isinstance(limits := beside.get("budget"), Mapping):
+        problems += bound("budget", limits, budget)
     for number, student in enumerate((config.get("merging") or {}).get("students", ())):
         if isinstance(student, Mapping):
             problems += bound(f"merging.students[{number}]", student, schema)

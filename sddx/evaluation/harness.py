@@ -179,7 +179,7 @@ def evaluate(
     apart: Sequence[str] = (),
     generation_config: Literal["neutral", "model"] = "neutral",
     encoding: Literal["same", "lm_eval"] = "same",
-    backend: str = "hf",
+    backend: Literal["hf", "vllm"] = "hf",
     vllm: Any = None,
 ) -> dict[str, Any]:
     """Run lm-eval on the model where it lies (its device), and keep what every item scored. The model is afterwards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sddx.config.build import Settings, build, made, tried
+from sddx.config.build import Settings, build, made, tried, with_defaults
 from sddx.errors import UserError
 from sddx.run_folder import read_config
 from sddx.stages.local_model import Check, LocalModel
@@ -86,7 +86,7 @@ def _check_finished(folder: str, method: Settings) -> Settings:
             f"merging.students: the student in {folder} was trained in {dtype}, and this run has "
             f"{method['model']['dtype']}. Merge students of one dtype: model.dtype={dtype}."
         )
-    return read_config(run.folder)
+    return with_defaults(read_config(run.folder))
 
 
 def _check_mixed(mixed: bool, name: str, student: Settings | str, method: Settings) -> None:
