@@ -1,9 +1,9 @@
 """What the unpruned model wrote, by how it was asked: `python docs/results/written.py NAME` prints the table of
 docs/results/real-model.md, from the runs that are kept in docs/results/data/NAME.
 
-Copied, cut off and refused are shares of all answers, words are means. Surprise is the mean cross-entropy in nats a
-token under the unpruned model, of references and of its own answers, over some of the rows whose answer was accepted:
-other rows where another check accepted them.
+Copied, cut off and refused are shares of all answers, words are means. Surprise is the mean cross-entropy in nats
+a token under the unpruned model, of references and of its own answers, over some of the rows whose answer was
+accepted: other rows where another check accepted them.
 """
 
 from __future__ import annotations
