@@ -473,6 +473,13 @@ def test_several_grids_stand_in_one_sweep(grids: str, more: tuple[str, ...], cou
     assert status == 0 and f"\n{count} cells, " in "\n" + capsys.readouterr().out
 
 
+def test_a_cell_that_is_given_nothing_has_its_own_name(sweep, capsys) -> None:
+    """Where only other cells of its grids are."""
+    wrong = "{loss: sdd, pruning.remove: 40},{loss: sdd, pruning.remove: 40, selfdata.check: none}"
+    status, _ = sweep("--multirun", f"hydra.sweeper.grids=[{wrong}]")
+    assert status == 2 and "tiny-40out-sdd-48-s0, check=none: pruning.remove=40" in capsys.readouterr().err
+
+
 def test_a_file_of_sweeps_without_multirun_is_refused(sweep, capsys) -> None:
     """Hydra would run one job and say nothing."""
     status, _ = sweep("+sweeps=depth")

@@ -170,7 +170,8 @@ def _place(part: str) -> tuple[int, str]:
 def _name(cell: Cell, parts: Sequence[str]) -> str:
     if "run.name" in cell.overridden or not parts:
         return cell.name
-    return "-".join(_short(part, cell.overridden[part]) for part in parts if part in cell.overridden)
+    named = [_short(part, cell.overridden[part]) for part in parts if part in cell.overridden]
+    return "-".join(named) or cell.name  # a cell of a grid that gives only others something
 
 
 def _short(key: str, value: str) -> str:
