@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from sddx.config.shared import once
 from sddx.estimate import memory
 from sddx.estimate.costs import Estimate
+from sddx.estimate.efforts import Judging
 from sddx.estimate.skeleton import skeleton
-from sddx.estimate.texts import LONGEST, request
+from sddx.estimate.texts import LONGEST
 from sddx.models.load import DTYPES
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,12 @@ def passing(estimate: Estimate, rows: int, length: int, *, states: bool = False)
     return once(about, lambda: traced(memory.reading, whole(estimate), rows, length, states=states))
 
 
-def judging(estimate: Estimate, batch: int, tasks: Sequence[str], shots: Any) -> float:
+def judging(estimate: Estimate, asked: Judging) -> float:
     """A pass over the longest prompts, of which lm-eval holds the logits in the model's dtype and their logarithms
     in float32."""
-    length = int(LONGEST * max(request(task, shots) for task in tasks)) or 1
-    logits = batch * length * estimate.shape.vocab_size * (DTYPES[estimate.model["dtype"]].itemsize + 4)
-    return logits + passing(estimate, batch, length)
+    length = int(LONGEST * asked.longest) or 1
+    logits = asked.batch_size * length * estimate.shape.vocab_size * (DTYPES[estimate.model["dtype"]].itemsize + 4)
+    return logits + passing(estimate, asked.batch_size, length)
 
 
 def looked_at(estimate: Estimate, others: float = 0.0) -> float:

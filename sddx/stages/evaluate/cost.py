@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from sddx.estimate import peaks
 from sddx.estimate.costs import LEARNED, Estimate, Part
-from sddx.estimate.efforts import Effort, judging
+from sddx.estimate.efforts import Effort, Judging
 from sddx.estimate.skeleton import Size
-from sddx.estimate.texts import request
 from sddx.models.load import DTYPES
 
 SMALLER = "evaluation.batch_size"  # what to lower where its memory does not suffice
@@ -25,31 +24,28 @@ def parts(estimate: Estimate) -> Iterator[Part]:
 def evaluated(estimate: Estimate, name: str, size: Size, settings: Sequence[str]) -> Part:
     """The evaluation of one model, which hangs on these settings beside those of the evaluation."""
     evaluation = estimate.config["evaluation"]
-    longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
     about = [evaluation, estimate.config["text"], [estimate.config[each] for each in settings]]
     effort = _effort(estimate, size, beside=name != "unpruned")
-    return estimate.part(f"evaluate {name}", about, size, effort, evaluation["batch_size"] * longest)
+    return estimate.part(f"evaluate {name}", about, size, effort, Judging.of(evaluation).side_by_side)
 
 
 def peak(estimate: Estimate) -> float | None:
     """The unpruned model's weights, in which the others are, and those of a model of its own weights beside it; a
     pass of lm-eval (not where vLLM evaluates), or one over held-out texts beside the other model's states."""
-    evaluation, batch, longest = estimate.config["evaluation"], estimate.text.side_by_side, estimate.text.longest
+    batch, longest = estimate.text.side_by_side, estimate.text.longest
     states = batch * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
     passing = states + peaks.passing(estimate, batch, longest)
     if not estimate.by_vllm:
-        asked = evaluation["batch_size"], evaluation["tasks"], evaluation["shots"]
-        passing = max(passing, peaks.judging(estimate, *asked))
+        passing = max(passing, peaks.judging(estimate, Judging.of(estimate.config["evaluation"])))
     return peaks.looked_at(estimate, estimate.own_weights) + passing
 
 
 def _effort(estimate: Estimate, size: Size, *, beside: bool) -> Effort:
     """All tasks; and the held-out text, which the model and the unpruned one `beside` it read once, with
     the head on every token."""
-    evaluation, texts, whole = estimate.config["evaluation"], estimate.text, estimate.unpruned
+    texts, whole = estimate.text, estimate.unpruned
     padded = texts.padded * (size.body(texts.padded) + beside * whole.body(texts.padded))
     heads = texts.mean * 2 * (size.head + beside * whole.head)
     read = texts.count * texts.mean * (1 + beside)
-    asked = [evaluation[name] for name in ("tasks", "limit", "batch_size", "shots", "max_new_tokens")]
-    asked.append((evaluation.get("data_dir"), evaluation.get("side")))
-    return judging(size, *asked) + Effort(reading=texts.count * (padded + heads), read=read)
+    of_text = Effort(reading=texts.count * (padded + heads), read=read)
+    return Judging.of(estimate.config["evaluation"]).effort(size) + of_text

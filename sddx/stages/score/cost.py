@@ -8,7 +8,7 @@ from typing import Any
 from sddx.config.build import build
 from sddx.estimate import memory, peaks
 from sddx.estimate.costs import Estimate, Part
-from sddx.estimate.efforts import Effort, judging
+from sddx.estimate.efforts import Effort, Judging
 from sddx.importance.score import Work, works
 from sddx.models.anatomy import decoder
 from sddx.records import Units
@@ -55,16 +55,14 @@ def _effort(estimate: Estimate) -> Effort:
             read=texts.mean * (work.body + work.learned),
         )
         if work.models:
-            value = metric.value
-            of = value.data_dir, value.side
-            total += judging(size, value.tasks, value.limit, value.batch_size, value.shots, of=of) * work.models
+            total += Judging.of(vars(metric.value)).effort(size) * work.models
     return total
 
 
 def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
     longest, batch = estimate.calibration.longest, estimate.calibration.side_by_side
     if work.models:
-        return peaks.judging(estimate, metric.value.batch_size, metric.value.tasks, metric.value.shots)
+        return peaks.judging(estimate, Judging.of(vars(metric.value)))
     if work.learned:
         model = peaks.whole(estimate)
         decoder(model).requires_grad_(True)

@@ -8,8 +8,7 @@ from typing import Any
 from sddx.config.build import build
 from sddx.estimate import peaks
 from sddx.estimate.costs import LEARNED, Estimate, Part
-from sddx.estimate.efforts import judging
-from sddx.estimate.texts import request
+from sddx.estimate.efforts import Judging
 
 SMALLER = "merging.search.evaluation.batch_size"  # what to lower where its memory does not suffice
 
@@ -18,22 +17,17 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """The plain merge and, at most, all candidates beside it."""
     if not (search := _search(estimate)):
         return
-    evaluation = search["evaluation"]
-    asked = [evaluation[name] for name in ("tasks", "limit", "batch_size", "shots", "max_new_tokens")]
-    asked.append((evaluation.get("data_dir"), evaluation.get("side")))
-    effort = judging(estimate.pruned, *asked)
-    longest = max(request(task, evaluation["shots"]) for task in evaluation["tasks"])
+    asked = Judging.of(search["evaluation"])
+    effort = asked.effort(estimate.pruned) * (1 + build(search["by"]).most)
     about = [estimate.config["merging"], [estimate.config[each] for each in LEARNED]]
-    cached = evaluation["batch_size"] * longest
-    yield estimate.part("shares", about, estimate.pruned, effort * (1 + build(search["by"]).most), cached)
+    yield estimate.part("shares", about, estimate.pruned, effort, asked.side_by_side)
 
 
 def peak(estimate: Estimate) -> float | None:
     """One candidate and a pass of lm-eval over it; before that a base model, of which the students are made."""
     if not (search := _search(estimate)):
         return None
-    evaluation = search["evaluation"]
-    passing = peaks.judging(estimate, evaluation["batch_size"], evaluation["tasks"], evaluation["shots"])
+    passing = peaks.judging(estimate, Judging.of(search["evaluation"]))
     return max(estimate.pruned.weight_bytes + passing, estimate.unpruned.weight_bytes)
 
 
