@@ -940,6 +940,47 @@ with lock.hold(Path(sys.argv[1])):
 """
 
 
+def test_nothing_is_shown_to_others_once_the_lease_is_lost(tmp_path, monkeypatch) -> None:
+    """A process that slept looks before it publishes: its lock's file is another's by then."""
+    monkeypatch.setattr(lock, "file_system", lambda path: "nfs4")
+    path, told = tmp_path / "lock", []
+    with pytest.raises(UserError, match="lost for want of a sign of life.*run it again"):
+        with lock.hold(path) as require_held:
+            require_held()
+            path.rename(tmp_path / "taken")
+            path.write_text("another's")
+            require_held()
+    path.unlink()
+    with lock.hold(path, lost=told.append):
+        path.rename(tmp_path / "taken")
+    assert len(told) == 1 and "lost" in told[0]
+
+
+def test_seconds_are_those_of_all_attempts(lab: Laboratory) -> None:
+    """Of a stage that was stopped and went on with what it saved."""
+    lab.edit(
+        "lab/stages.py",
+        lambda text: (
+            text
+            + textwrap.dedent("""
+        import time
+
+        def resumed(out, *, runtime):
+            first = not (out / "resume").exists()
+            (out / "resume").mkdir(exist_ok=True)
+            time.sleep(0.3)
+            if first:
+                raise KeyboardInterrupt
+            (out / "x").touch()
+    """)
+        ),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        lab.store().build(lab.stages.resumed, {}, runtime=Runtime())
+    made = lab.store().build(lab.stages.resumed, {}, runtime=Runtime())
+    assert 0.6 <= manifest.read(made.path)["seconds"] < 3 and not (made.path / "resume").exists()
+
+
 def test_a_lease_is_kept_alive_and_taken_over_when_its_holder_dies(tmp_path, monkeypatch) -> None:
     """Where machines share a file system, the system's locks are not trusted."""
     monkeypatch.setattr(lock, "file_system", lambda path: "nfs4")
@@ -962,6 +1003,7 @@ def test_a_lease_is_kept_alive_and_taken_over_when_its_holder_dies(tmp_path, mon
     [
         ("a / ext4 rw\nb /data nfs4 rw\n", "/data/store", "nfs4"),
         ("a / ext4 rw\nb /data nfs4 rw\n", "/database/store", "ext4"),
+        ("a / ext4 rw\nauto /data autofs rw\nb /data nfs4 rw\n", "/data/store", "nfs4"),
         ("a / overlay rw\nb /scratch lustre rw\nc /scratch/tmp tmpfs rw\n", "/scratch/tmp/x", "tmpfs"),
     ],
 )

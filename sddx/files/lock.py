@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -32,23 +32,44 @@ def refuse() -> None:
     raise Held
 
 
+def repeat(message: str) -> None:
+    """For `lost`: the work is to be done again."""
+    raise UserError(f"{message}; run it again")
+
+
 @contextmanager
-def hold(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock while the body runs; calls `waiting` once where another holds it. Raises UserError after
-    the body where a lease was lost meanwhile: another process may have done the same work."""
-    lost = Event()
-    lock = _lease(path, lost) if is_shared(path) else FileLock(path)
+def hold(
+    path: Path, waiting: Callable[[], None] = lambda: None, lost: Callable[[str], None] = repeat
+) -> Iterator[Callable[[], None]]:
+    """Holds the lock while the body runs; calls `waiting` once where another holds it, and `lost`, with what
+    happened, where a lease was lost meanwhile: another process may have done the same work. The body gets a
+    function that looks for that too, for when what it made is to be shown to others."""
+    compromised, shared = Event(), is_shared(path)
+    lock = _lease(path, compromised) if shared else FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         waiting()
         lock.acquire(poll_interval=0.2)
+    mine = _number(path)
+
+    def check() -> None:
+        # A process that slept wakes before its next sign of life tells it that another took over.
+        if compromised.is_set() or (shared and _number(path) != mine):
+            lost(f"the lease {path} was lost for want of a sign of life within {LEASE:.0f} s")
+
     try:
-        yield
+        yield check
+        check()
     finally:
         lock.release()
-    if lost.is_set():
-        raise UserError(f"the lease {path} was lost for want of a sign of life within {LEASE:.0f} s; run it again")
+
+
+def _number(path: Path) -> int | None:
+    """What tells a file from one that took its name; None where there is none."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None
 
 
 def _lease(path: Path, lost: Event) -> Any:
@@ -57,14 +78,16 @@ def _lease(path: Path, lost: Event) -> Any:
 
 def is_held(path: Path) -> bool:
     """Whether somebody alive holds the lock."""
-    if is_shared(path):
-        return path.exists() and time.time() - path.stat().st_mtime < 2 * LEASE
-    if not path.exists():
+    try:
+        touched = path.stat().st_mtime
+    except FileNotFoundError:  # it may be let go of at any moment
         return False
+    if is_shared(path):
+        return time.time() - touched < 2 * LEASE
     try:
         with hold(path, waiting=refuse):
             return False
-    except (Held, PermissionError):  # one that is not ours to try is taken for what its holder's record says
+    except (Held, OSError):  # one that is not ours to try is taken for what its holder's record says
         return True
 
 
@@ -82,4 +105,4 @@ def file_system(path: Path) -> str:
         return ""
     real = os.path.realpath(path)
     above = [(place, kind) for place, kind in mounts if real == place or real.startswith(place.rstrip("/") + "/")]
-    return max(above, key=lambda mount: len(mount[0]), default=("", ""))[1]
+    return max(reversed(above), key=lambda mount: len(mount[0]), default=("", ""))[1]  # the last one hides others

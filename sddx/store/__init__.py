@@ -15,8 +15,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -31,7 +31,7 @@ from sddx.records import Artifact
 from sddx.runtime import Runtime
 from sddx.store import digest, manifest, measure, sources
 
-RESUME = "resume"
+RESUME, SECONDS = "resume", "seconds"  # what a stage resumes from, and how long it took until then
 ROWS = "metrics.jsonl"
 Stage = Callable[..., Any]
 Inputs = dict[str, Artifact | list[Artifact] | None]
@@ -68,11 +68,16 @@ class Store:
         if present:
             return _hit(artifact, runtime)
         artifact.path.parent.mkdir(parents=True, exist_ok=True)
-        with lock.hold(Path(f"{artifact.path}.lock"), waiting=_waiting(artifact)):
+        with lock.hold(Path(f"{artifact.path}.lock"), waiting=_waiting(artifact)) as require_held:
             if _sound(artifact.path):
                 return _hit(artifact, runtime)
             self._explain(recipe, artifact)
-            _make(stage, inputs, artifact, recipe, runtime, spec)
+            out, seconds = _make(stage, inputs, artifact, recipe, runtime, spec)
+            require_held()
+            manifest.write(out, _description(recipe, runtime, seconds))
+            if artifact.path.exists():
+                manifest.remove(artifact.path)
+            out.rename(artifact.path)
         return artifact
 
     def _find(self, recipe: digest.Recipe) -> tuple[Artifact, bool]:
@@ -104,7 +109,8 @@ class Store:
         """The text that `find` gives, found once for all that it `hangs_on` (plain values)."""
         memory = self.root / ".sources" / f"{digest.digest(hangs_on)}.txt"
         with suppress(OSError):
-            return memory.read_text(encoding="utf-8")
+            if text := memory.read_text(encoding="utf-8"):  # none where the power failed while it was written
+                return text
         memory.parent.mkdir(exist_ok=True)
         manifest.replace_text(memory, text := find())
         return text
@@ -205,22 +211,35 @@ def _make(
     recipe: digest.Recipe,
     runtime: Runtime,
     spec: dict[str, Any],
-) -> None:
-    """Runs the stage in the partial folder and makes that the artifact."""
+) -> tuple[Path, float]:
+    """Runs the stage in the partial folder: that, and the seconds that it took, of all attempts that it went on
+    from."""
     out = _cleared(artifact)
     import_module(stage.__module__)  # before what is loaded is noted
     modules = list(sys.modules.values())
     loaded = [file for module in modules if (file := getattr(module, "__file__", None))]
     measure.reset_peak_memory(runtime.device)
-    start = time.perf_counter()
-    stage(out, **inputs, runtime=replace(runtime, log=_recorder(out / ROWS, runtime.log)), **spec)
-    seconds = time.perf_counter() - start
+    with _timed(out / RESUME / SECONDS) as watch:
+        stage(out, **inputs, runtime=replace(runtime, log=_recorder(out / ROWS, runtime.log)), **spec)
     _refuse_edits(recipe, loaded)
     shutil.rmtree(out / RESUME, ignore_errors=True)
-    manifest.write(out, _description(recipe, runtime, seconds))
-    if artifact.path.exists():
-        manifest.remove(artifact.path)
-    out.rename(artifact.path)
+    return out, watch()
+
+
+@contextmanager
+def _timed(saved: Path) -> Iterator[Callable[[], float]]:
+    """The seconds of the body and of those before it that were `saved`; they are saved where there is something to
+    resume from."""
+    before, start = 0.0, time.perf_counter()
+    with suppress(OSError, ValueError):
+        before = float(saved.read_text(encoding="utf-8"))
+    ended: list[float] = []
+    try:
+        yield lambda: ended[0]
+    finally:
+        ended.append(before + time.perf_counter() - start)
+        if saved.parent.is_dir():
+            saved.write_text(str(ended[0]), encoding="utf-8")
 
 
 def _cleared(artifact: Artifact) -> Path:

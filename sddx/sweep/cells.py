@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sddx.config import resolve
+from sddx.config import resolve, writable_folder
 from sddx.errors import UserError
 from sddx.files import lock
 from sddx.files.naming import file_name, shortened
@@ -27,6 +28,7 @@ from sddx.store import manifest
 from sddx.store.digest import digest
 
 RECORD, TRACEBACK, PROGRESS = "cell.json", "traceback.txt", "progress.json"
+log = logging.getLogger(__name__)
 VALUE, GROUP = 40, 120  # bytes of a value in a cell's name, and of a W&B group, of which W&B takes 128
 # How a setting that varies is written into a cell's name; any other as `key=value`.
 SHORT: dict[str, Callable[[str], str]] = {
@@ -129,13 +131,22 @@ def _doubled(names: Iterable[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
+def claim(cells: Sequence[Cell]) -> None:
+    """Write down all cells of a sweep, in folders that are no other sweep's, also where two begin in one second.
+    Raises UserError."""
+    sweep = writable_folder(cells[0].folder.parent, "hydra.sweep.dir")
+    with lock.hold(sweep / LOCK):
+        require_vacant(cells)
+        for cell in cells:
+            prepare(cell)
+
+
 def require_vacant(cells: Sequence[Cell]) -> None:
     """Raises UserError where the folder of a cell holds results of other settings, or another process is at work
-    there on them."""
+    there on them, or is to be."""
     held = [cell.folder for cell in cells if holds_another(cell.folder, cell.config)]
-    held += [
-        cell.folder for cell in cells if state(cell.folder) == "running" and is_another(cell.folder, cell.config)
-    ]
+    begun = [cell for cell in cells if is_cell(cell.folder) and state(cell.folder) in ("running", "waiting")]
+    held += [cell.folder for cell in begun if is_another(cell.folder, cell.config)]
     if held:
         names = ", ".join(dict.fromkeys(folder.name for folder in held))
         raise UserError(
@@ -188,7 +199,8 @@ def prepare(cell: Cell) -> None:
     if state(cell.folder) == "running":
         return
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, PROGRESS, TRACEBACK):
+        (cell.folder / name).unlink(missing_ok=True)
     OmegaConf.save(OmegaConf.create(cell.config), cell.folder / CONFIG)
     launcher = cell.composed.hydra.runtime.choices["hydra/launcher"]
     about = {"number": cell.number, "name": cell.name, "overrides": cell.overrides, "launcher": launcher}
@@ -233,13 +245,20 @@ def is_cell(folder: Path) -> bool:
 def state(folder: Path) -> str:
     """waiting, running, done, failed, interrupted; or killed: it began, has no end, and nobody holds its lock."""
     recorded = read(folder).get("state", "waiting")
-    return "killed" if recorded == "running" and not lock.is_held(folder / LOCK) else recorded
+    if recorded != "running" or lock.is_held(folder / LOCK):
+        return recorded
+    recorded = read(folder).get("state", "waiting")  # it may have ended since
+    return "killed" if recorded == "running" else recorded
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[None]:
-    """Marks a cell as running by this process, as long as the body runs or the process lives."""
+def running(folder: Path) -> Iterator[bool]:
+    """Marks a cell as running by this process, as long as the body runs or the process lives; unless it has ended,
+    done or failed, which the body is told. Where the lock is lost that is said and no more: what the cell builds
+    has locks of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    with lock.hold(folder / LOCK):
-        write(folder, state="running", started=time.time(), process=os.getpid(), host=socket.gethostname())
-        yield
+    with lock.hold(folder / LOCK, lost=log.warning):
+        if not (has_ended := read(folder).get("state") in ("done", "failed")):
+            (folder / PROGRESS).unlink(missing_ok=True)
+            write(folder, state="running", started=time.time(), process=os.getpid(), host=socket.gethostname())
+        yield has_ended

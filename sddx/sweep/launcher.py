@@ -67,9 +67,7 @@ class Grid(Launcher):
             task = type(self).task
             if cells[0].config["dry_run"] or task is None:
                 return []
-            grid.require_vacant(cells)
-            for cell in cells:
-                grid.prepare(cell)
+            grid.claim(cells)
             self.engine([[cells[at].folder for at in level] for level in levels(plans)], task)
         type(self).report(cells[0].folder.parent, cells[0].config)
         conclude(cells)

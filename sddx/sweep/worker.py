@@ -23,13 +23,12 @@ def perform(folder: Path, task: str) -> None:
     """Calls `task(config, folder)`, named by its path, with the configuration that lies in the cell's folder.
 
     What it raises, SystemExit too, ends in that folder, and the cell is failed; an interrupt, or the end after
-    SIGTERM, is passed on. A
-    cell that is done already, as one that a scheduler starts twice, is left alone.
+    SIGTERM, is passed on. A cell that is done already, as one that a scheduler starts twice, is left alone.
     """
     start = time.perf_counter()
-    if cells.state(folder) in ("done", "failed"):
-        return
-    with cells.running(folder), _logged(folder):
+    with cells.running(folder) as has_ended, _logged(folder):
+        if has_ended:
+            return
         try:
             get_method(task)(OmegaConf.to_container(OmegaConf.load(folder / cells.CONFIG)), folder)
             failure = None
@@ -37,7 +36,8 @@ def perform(folder: Path, task: str) -> None:
             cells.write(folder, state="interrupted", seconds=time.perf_counter() - start)
             raise
         except BaseException as error:
-            if cells.read(folder)["state"] == "waiting":  # its scheduler took it back, to start it again
+            # Its scheduler took it back, to start it again; one that does so no more says so by another error.
+            if isinstance(error, SystemExit) and cells.read(folder)["state"] == "waiting":
                 raise
             failure = error
         finish(folder, failure, time.perf_counter() - start)

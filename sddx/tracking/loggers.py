@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -86,7 +87,8 @@ def _known_run(uri: str, experiment: str, identity: str) -> str | None:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with lock.hold(Path(tempfile.gettempdir()) / f"sddx-mlflow-{digest(uri)[:16]}.lock"):
+    ours = f"sddx-mlflow-{os.getuid()}-{digest(uri)[:16]}.lock"  # another user's cannot be opened
+    with lock.hold(Path(tempfile.gettempdir()) / ours):
         client = MlflowClient(uri)
         known = client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else client.create_experiment(experiment, _artifacts(uri))
