@@ -171,6 +171,50 @@ def test_what_only_one_arm_has_does_not_part_it_from_the_other(own: dict) -> Non
     assert len(differences([*both[0], *both[1], *longer])) == (1 if "tokens" in own else 2)
 
 
+def test_a_run_that_was_built_again_is_no_second_seed(tmp_path: Path) -> None:
+    """By other code, under other keys: the newer one counts."""
+    for age, (name, gain) in enumerate((("new", 0.1), ("old", 0.0))):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "summary.json"
+        file.write_text(json.dumps(run(gain=gain) | {"artifacts": {"train": name}}))
+        os.utime(file, (1e9 - age, 1e9 - age))
+    (found,) = page.of_folders([tmp_path])
+    assert found["artifacts"] == {"train": "new"}
+
+
+def test_seeds_of_training_make_no_other_of_a_pruned_model() -> None:
+    untrained = [run("none", seed=seed, removed=n) | {"artifacts": {"evaluate_pruned": f"{n}"}}
+                 for seed in (0, 1, 2) for n in (2, 3)]  # fmt: skip
+    for one in untrained:
+        del one["scores"]["recovered"]
+    (family,) = families(untrained)
+    assert [(point.seeds, point.interval.contains) for point in family.curve("none", "pruned_recovery")] == [
+        (1, "nothing"), (1, "nothing")
+    ]  # fmt: skip
+
+
+def test_arms_are_held_against_each_other_on_the_same_tasks_alone() -> None:
+    pairs = [run(arm, seed=seed) for arm in ("sft", "sdd") for seed in (0, 1)]
+    assert len(differences(pairs)) == 1
+    for one in pairs[2:]:
+        del one["scores"]["recovered"]["other"]
+    assert differences(pairs) == []
+
+
+def test_choosing_costs_a_report_nothing() -> None:
+    """p is adjusted over runs on items for reporting and for choosing apart."""
+    gains = {"sft": (0.0, 0.01, 0.0), "sdd": (0.05, 0.055, 0.06)}
+    reported = [run(arm, seed=s, gain=gain) for arm, each in gains.items() for s, gain in enumerate(each)]
+    chosen = [
+        run(arm, seed=s, gain=gain, side="selection", size=size)
+        for size in (1, 2, 3)
+        for arm, each in gains.items()
+        for s, gain in enumerate(each)
+    ]
+    (alone,), many = differences(reported), differences([*reported, *chosen])
+    assert len(many) == 4 and min(d.p_average for d in many) == alone.p_average
+
+
 def test_what_is_the_same_in_every_seed_has_no_p() -> None:
     """A t test would divide by nothing; the others' adjustment does not count it."""
     same = [run(arm, seed=seed, gain=gain) for arm, gain in (("sft", 0.0), ("sdd", 0.1)) for seed in (0, 1)]

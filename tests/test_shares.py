@@ -104,6 +104,10 @@ SEARCHED = (
             ["merging.search.evaluation.tasks=[tiny_arithmetic]"],
             "the items of tiny_arithmetic.* are for the report",
         ),
+        (
+            ["+merging.search.evaluation.side=selection", "merging.search.evaluation.tasks=[tiny_facts]"],
+            "merging.search.evaluation.side=selection chooses by items of tiny_facts on which evaluation.side=null",
+        ),
         (["merging.search.evaluation.backend=vllm"], "Use merging.search.evaluation.backend=hf"),
         (["merging.search.by.levels=[2]"], r"merging.search.by.levels"),
         (["merging.search.evaluation.tasks=[no_selection]"], "no_selection"),

@@ -46,10 +46,19 @@ def paired(name: str, arms: tuple[str, str]) -> dict[int, tuple[Run, Run]]:
     found = [[run for run in runs(name) if arm(run) == each] for each in arms]
     first, second = ({run["choices"]["seed"]: run for run in those} for those in found)
     pairs = {seed: (run, second[seed]) for seed, run in first.items() if seed in second}
-    if len(pairs) < 2 or len(first) + len(second) < sum(map(len, found)):
+    same = all(items(name, ours) == items(name, theirs) for ours, theirs in pairs.values())
+    if len(pairs) < 2 or len(first) + len(second) < sum(map(len, found)) or not same:
         there = ", ".join(sorted(set(map(arm, runs(name)))))
-        sys.exit(f"{name} has no such contrast: one run of each arm for each of several seeds. Arms: {there}.")
+        sys.exit(
+            f"{name} has no such contrast: a run of each arm for several seeds, on the same items. Arms: {there}."
+        )
     return pairs
+
+
+def items(name: str, run: Run) -> dict[str, list[str]]:
+    """By task, the items that a run's student was judged by."""
+    found = judged(name, run["artifacts"]["evaluate_recovered"])
+    return {task: record["hashes"] for task, record in found.items()}
 
 
 def shown(interval: Interval, factor: float, form: str) -> str:
@@ -68,7 +77,9 @@ def by_items(name: str, pairs: Sequence[tuple[Run, Run]], measure: str, tasks: S
         for side in zip(*pairs, strict=True)
     ]
     means = [format(factor * mean(mean(map(mean, run.values())) for run in side), form) for side in sides]
-    differences = [of(sides[1], sides[0]) for of in (paired_difference, crossed_difference)]
+    together = judged(name, pairs[0][0]["artifacts"]["evaluate_recovered"])
+    clusters = {task: together[task].get("clusters") for task in tasks}
+    differences = [of(sides[1], sides[0], clusters=clusters) for of in (paired_difference, crossed_difference)]
     return [*means, *(shown(each, factor, form) for each in differences)]
 
 
@@ -87,8 +98,9 @@ def named(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
 
 def table(name: str, pairs: Sequence[tuple[Run, Run]]) -> str:
     """Markdown: the primary measure, the co-primary ones, and each task and what decides nothing after them."""
-    tasks = judged(name, pairs[0][0]["artifacts"]["evaluate_recovered"])
-    having = {measure: [task for task in tasks if measure in tasks[task]] for measure in MEASURES}
+    tasks, apart = judged(name, pairs[0][0]["artifacts"]["evaluate_recovered"]), pairs[0][0]["apart"]
+    counted = [task for task in tasks if task not in apart]
+    having = {measure: [task for task in counted if measure in tasks[task]] for measure in MEASURES}
     rows = [[MEASURES[measure][0], *by_items(name, pairs, measure, those)] for measure, those in having.items()]
     rows += [[f"{task}, %", *by_items(name, pairs, "scores", [task])] for task in tasks]
     rows += [["KL to the unpruned model", *by_runs(pairs, lambda run: run["text"]["recovered"]["kl"], ".3f")]]
@@ -112,7 +124,8 @@ def draw(name: str, pairs: Sequence[tuple[Run, Run]]) -> None:
     """The averages of all models, in ink on white."""
     found = [run for pair in pairs for run in pair]
     chance = found[0]["chance"]
-    svg = figures.dots(scores(found, "average"), mean(chance.values()), f"the average of {', '.join(chance)}")
+    counted = {task: level for task, level in chance.items() if task not in found[0]["apart"]}
+    svg = figures.dots(scores(found, "average"), mean(counted.values()), f"the average of {', '.join(counted)}")
     both = [arm(run).replace(":", "_") for run in pairs[0]]
     file = name if both == ["sft", "sdd"] else "-".join([name, *both])
     (FIGURES / f"{file}.svg").write_text(figures.on_white(svg), encoding="utf-8")

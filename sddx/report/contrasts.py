@@ -12,6 +12,7 @@ from sddx.report.curves import Run, alike, distinction, is_trained, losses
 from sddx.report.extraction import Key, Reading, named, readings
 from sddx.report.paired import in_average, over_both, over_pairs, samples_of
 from sddx.report.subjects import having
+from sddx.report.table import is_choosing
 from sddx.statistics.intervals import Interval, holm, t_interval
 
 Runs = Sequence[Run]
@@ -43,15 +44,16 @@ class Difference:
 def differences(runs: Runs) -> list[Difference]:
     """Every arm minus SFT, wherever both were run with a seed in common and all else equal. Pairs of one seed whose
     samples are not at hand have no interval and are left out."""
-    unadjusted = []
+    unadjusted, kinds = [], []
     for where, arm, ours, theirs in _pairs(runs, seeds=1):
         whole, others = _averaged(ours, theirs), _held_out(ours, theirs)
         if whole[0] is not None:
             about = where, arm, len(ours), len(_tasks(ours[0])), _items(ours[0])
             measured = whole[0], others[0], whole[1], others[1], _over_both(ours, theirs)
             unadjusted.append(Difference(*about, *measured, *_equal(ours, theirs)))
-    adjusted = zip(_holm([d.p_average for d in unadjusted]), _holm([d.p_held_out for d in unadjusted]), strict=True)
-    return [replace(d, p_average=a, p_held_out=h) for d, (a, h) in zip(unadjusted, adjusted, strict=True)]
+            kinds.append(is_choosing(ours[0]))
+    columns = [_holm([getattr(d, name) for d in unadjusted], kinds) for name in ("p_average", "p_held_out")]
+    return [replace(d, p_average=a, p_held_out=h) for d, a, h in zip(unadjusted, *columns, strict=True)]
 
 
 def _averaged(arm: Runs, base: Runs) -> Compared:
@@ -114,7 +116,7 @@ class ReadingDifference:
 def reading_differences(runs: Runs) -> list[ReadingDifference]:
     """As `differences`, over two seeds at least, for every task whose answers can be read in several ways, or not
     at all."""
-    unadjusted = []
+    unadjusted, kinds = [], []
     for where, arm, ours, theirs in _pairs(runs, seeds=2):
         for key in _readings(ours[0]):
             if all(key in _readings(run) for run in (*ours, *theirs)):
@@ -122,7 +124,8 @@ def reading_differences(runs: Runs) -> list[ReadingDifference]:
                 unadjusted.append(
                     ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p)
                 )
-    adjusted = _holm([difference.p for difference in unadjusted])
+                kinds.append(is_choosing(ours[0]))
+    adjusted = _holm([difference.p for difference in unadjusted], kinds)
     return [replace(difference, p=p) for difference, p in zip(unadjusted, adjusted, strict=True)]
 
 
@@ -141,16 +144,29 @@ def _pairs(runs: Runs, *, seeds: int) -> Iterator[tuple[str, str, list[Run], lis
     for key, group in sorted(groups.items()):
         seeded = {(run["choices"]["loss"], run["choices"]["seed"]): run for run in group}
         for arm in losses(group):
-            common = sorted(seed for loss, seed in seeded if loss == arm and ("sft", seed) in seeded)
+            both = (seed for loss, seed in seeded if loss == arm and ("sft", seed) in seeded)
+            common = sorted(seed for seed in both if _on_the_same_items(seeded[arm, seed], seeded["sft", seed]))
             if arm != "sft" and len(common) >= seeds:
                 where = distinction(key, list(groups)) or "all runs"
                 yield where, arm, [seeded[arm, seed] for seed in common], [seeded["sft", seed] for seed in common]
 
 
-def _holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment of those that are defined."""
-    adjusted = iter(holm([p for p in p_values if p is not None]))
-    return [None if p is None else next(adjusted) for p in p_values]
+def _on_the_same_items(ours: Run, theirs: Run) -> bool:
+    """By the tasks in the average, and by their items where these are at hand."""
+    items = [{task: each["hashes"] for task, each in samples_of(run, "student").items()} for run in (ours, theirs)]
+    same = items[0] == items[1] or not all(items)
+    return same and _tasks(ours).keys() == _tasks(theirs).keys()
+
+
+def _holm(p_values: Sequence[float | None], kinds: Sequence[bool]) -> list[float | None]:
+    """Holm's adjustment of those that are defined, over each kind apart: nothing is claimed of runs on items for
+    choosing, so that these cost the others nothing."""
+    adjusted: list[float | None] = [None] * len(p_values)
+    for kind in set(kinds):
+        known = {place: p for place, p in enumerate(p_values) if p is not None and kinds[place] is kind}
+        for place, p in zip(known, holm(list(known.values())), strict=True):
+            adjusted[place] = p
+    return adjusted
 
 
 def _paired(arm: Runs, base: Runs, score: Callable[[Run], Any]) -> tuple[Interval, float | None]:

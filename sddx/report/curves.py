@@ -97,7 +97,15 @@ class Family:
         for run in self.runs:
             if run["choices"]["loss"] == arm and value_of(run, measure) is not None:
                 at[run["choices"][self.axis]].append(run)
-        return [Point(x, interval_of(runs, measure), len(runs)) for x, runs in sorted(at.items())]
+        role = "cut" if measure in KEPT else "student"
+        models = {x: _models(runs, role) for x, runs in sorted(at.items())}
+        return [Point(x, interval_of(runs, measure), len(runs)) for x, runs in models.items()]
+
+
+def _models(runs: Sequence[Run], role: str) -> list[Run]:
+    """One run for each model of a role that was evaluated: seeds of training make no other of a pruned one."""
+    keys = {run["artifacts"].get(f"evaluate_{having(run, role)}", number): run for number, run in enumerate(runs)}
+    return list(keys.values())
 
 
 def interval_of(records: Sequence[Mapping[str, Any]], measure: str) -> Interval:

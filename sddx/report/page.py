@@ -65,23 +65,26 @@ COST = "Seconds of each stage when it was built, means over seeds."
 
 def of_store(root: Path) -> list[Run]:
     """The newest finished run of every set of choices in a store."""
-    newest: dict[str, tuple[float, Run]] = {}
-    for path in (root / "report").glob("*/*/summary.json"):
-        if (path.parent / "manifest.json").is_file():
-            if (run := _summary(path)) is None:
-                continue
-            made, key = path.stat().st_mtime, json.dumps(run["choices"], sort_keys=True)
-            if key not in newest or made > newest[key][0]:
-                newest[key] = (made, run)
-    return sorted((run | {"store": str(root)} for _, run in newest.values()), key=lambda run: str(run["choices"]))
+    paths = (root / "report").glob("*/*/summary.json")
+    runs = _newest(path for path in paths if (path.parent / "manifest.json").is_file())
+    return sorted((run | {"store": str(root)} for run in runs), key=lambda run: str(run["choices"]))
 
 
 def of_folders(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs below some folders, or of a summary.json."""
+    """The newest finished run of every set of choices below some folders, or that of a summary.json."""
     paths = sorted(path for folder in map(folder_of, folders) for path in folder.rglob(SUMMARY))
-    runs = [run for path in paths if (run := _summary(path)) is not None]
-    # One run may stand in two sweeps, and must not count as two.
-    return list({json.dumps([run["choices"], run["artifacts"]], sort_keys=True): run for run in runs}.values())
+    return _newest(paths)
+
+
+def _newest(paths: Iterable[Path]) -> list[Run]:
+    """Of the runs of one set of choices the newest: what stands in two sweeps, or was built again by other code, is
+    one run and not two seeds."""
+    newest: dict[str, tuple[float, Run]] = {}
+    for path in paths:
+        if (run := _summary(path)) is not None:
+            made, key = path.stat().st_mtime, json.dumps(run["choices"], sort_keys=True)
+            newest[key] = max(newest.get(key, (made, run)), (made, run), key=lambda each: each[0])
+    return [run for _, run in newest.values()]
 
 
 def require_runs(runs: Sequence[Run], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sddx.config.build import Settings
@@ -26,6 +26,20 @@ def require_whole(group: str, method: Settings, what: str) -> None:
         raise UserError(
             f"{what} on one device that holds the model whole, which trainer.strategy=fsdp says that none does. "
             f"Leave out +{group}, or use another strategy."
+        )
+
+
+def require_other_items(where: str, tasks: Collection[str], split: Settings | None, evaluation: Settings) -> None:
+    """Raises UserError where the run reports on the selection items of tasks by which something is chosen at
+    `where`."""
+    if evaluation.get("side") is not None:
+        return
+    splits = [(split or {}), (evaluation.get("split") or {})]
+    both = [task for task in evaluation["tasks"] if task in tasks and splits[0].get(task) == splits[1].get(task)]
+    if both:
+        raise UserError(
+            f"{where}.side=selection chooses by items of {', '.join(both)} on which evaluation.side=null reports "
+            "too. Use evaluation.side=report."
         )
 
 

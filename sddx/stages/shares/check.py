@@ -7,6 +7,7 @@ from typing import Any
 from sddx.config.build import Settings, build
 from sddx.errors import UserError
 from sddx.stages.evaluate import check as evaluate
+from sddx.stages.held_out import require_other_items
 from sddx.stages.local_model import Check, LocalModel
 
 
@@ -14,7 +15,11 @@ def of_settings(method: Settings) -> list[Check]:
     """There are two students, a method with shares, and tasks of selection items that can be evaluated."""
     if not (search := _search(method)):
         return []
-    return [lambda: _check(method["merging"], search), *evaluate.of_settings(_choosing(method, search))]
+    return [
+        lambda: _check(method["merging"], search),
+        lambda: _require_for_choosing(search["evaluation"], method["evaluation"]),
+        *evaluate.of_settings(_choosing(method, search)),
+    ]
 
 
 def of_model(method: Settings, model: LocalModel) -> list[Check]:
@@ -39,20 +44,21 @@ def _check(merging: Settings, search: Settings) -> None:
     start = merging["method"].get("t")
     plain_shares(merging["method"], len(start) if isinstance(start, list) else 1)
     build(search["by"])
-    _require_for_choosing(search["evaluation"])
 
 
-def _require_for_choosing(evaluation: Settings) -> None:
+def _require_for_choosing(evaluation: Settings, reported: Settings) -> None:
+    """Candidates are judged in this process, by items that the run does not report on. Raises UserError."""
     split = evaluation.get("split") or {}
     if evaluation.get("backend", "hf") != "hf":
         raise UserError(
             "merging.search judges candidates in this process. Use merging.search.evaluation.backend=hf."
         )
     if evaluation.get("side") == "selection":
+        require_other_items("merging.search.evaluation", evaluation["tasks"], evaluation.get("split"), reported)
         return
-    if reported := [each for each in evaluation["tasks"] if not (each in split or each.endswith("_selection"))]:
+    if for_report := [each for each in evaluation["tasks"] if not (each in split or each.endswith("_selection"))]:
         raise UserError(
-            f"merging.search.evaluation: the items of {', '.join(reported)} are for the report, and nothing is "
+            f"merging.search.evaluation: the items of {', '.join(for_report)} are for the report, and nothing is "
             "chosen by them. Name an evaluation of selection items: evaluation@merging.search.evaluation=..., one "
             "of tiny_selection, small_selection, selection."
         )
