@@ -506,12 +506,13 @@ def test_a_bar_tells_where_it_is() -> None:
 
 
 def killed_drill(where: Path, launcher: str, stage: str) -> list[Path]:
-    """A sweep of two cells of which a process is killed as soon as a stage has begun: the whole sweep where it
-    is one process, one cell of two otherwise."""
-    process = forked.started(forked.module, *asked(where, launcher), cwd=where)
-    while process.is_alive() and not list((where / "store" / stage).glob("*/*")):
+    """A sweep of two cells of which a process is killed as soon as a cell runs and a stage has begun: the whole
+    sweep where it is one process, one cell of two otherwise."""
+    process, running = forked.started(forked.module, *asked(where, launcher), cwd=where), list[Path]()
+    while process.is_alive() and not (running and list((where / "store" / stage).glob("*/*"))):
         time.sleep(0.02)
-    running = [path.parent for path in where.glob(f"*/*/{cells.RECORD}") if cells.state(path.parent) == "running"]
+        records = where.glob(f"*/*/{cells.RECORD}")
+        running = [path.parent for path in records if cells.state(path.parent) == "running"]
     if launcher == "basic":
         os.killpg(process.pid, signal.SIGKILL)
     elif running:
