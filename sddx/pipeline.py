@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from sddx.config.build import Called, Node, only
 from sddx.errors import UserError
 from sddx.files.lines import lines
-from sddx.records import CUT_FILE, SHARES_FILE, Artifact, Count, Cut, Natural, Seed, Subject
+from sddx.records import CUT_FILE, OWN_PROMPTS, SHARES_FILE, Artifact, Count, Cut, Natural, Seed, Subject
 from sddx.runtime import Runtime
 from sddx.stages.folders import stage
 from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_files
@@ -305,7 +305,7 @@ class Run:
         if (asked := self.method.speculation) is None:
             return {}
         others = {name: self._prepared(pinned(node)) for name, node in asked["datasets"].items()}
-        return {"dataset": self.held_out} | {name: self._held_out(each) for name, each in others.items()}
+        return {OWN_PROMPTS: self.held_out} | {name: self._held_out(each) for name, each in others.items()}
 
     @cached_property
     def held_out(self) -> Artifact:

@@ -108,6 +108,7 @@ class Units:
 ANSWERS_FILE = "answers.jsonl"  # what the unpruned model wrote
 REWRITES_FILE = "rewrites.jsonl"  # the same beside references, with what was found wrong
 MERGING, STUDENTS = "merging", "merging.students"  # choices that say what students become, and which these are
+OWN_PROMPTS = "dataset"  # what the prompts of a run's own data set are called where drafts are tried
 CUT_FILE = "cut.json"  # in which stages keep a cut
 SHARES_FILE = "shares.json"  # how much of the second of two students each block of a merge takes
 PROFILE_FILE = "profile.txt"  # of a training that was looked at

@@ -27,6 +27,7 @@ from sddx.errors import UserError
 from sddx.gguf.packaged import Package, fetch_package, package_of
 from sddx.hub import Unreachable, asking, note, notes, unpacked
 from sddx.stages.check import merged_in
+from sddx.stages.score.asked import scored_by
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 
@@ -94,10 +95,10 @@ def _task_data(config: dict[str, Any]) -> list[tuple[str, str | None]]:
     """The data sets of all tasks that are evaluated, that metrics look at or that a merge is chosen by."""
     from sddx.evaluation.task_data import task_datasets
 
-    scored = config["metrics"].values() if config["stages"] else [config["pruning"].get("metric")]
-    values = [(metric or {}).get("value") for metric in scored]
+    alone = bool(config["stages"])
+    values = [metric.get("value") for metric in scored_by(config, alone=alone).values()]
     search = (config.get("merging") or {}).get("search")
-    nodes = [] if config["stages"] else [config["evaluation"]]
+    nodes = [] if alone else [config["evaluation"]]
     nodes += [value for value in values if isinstance(value, dict) and "tasks" in value]
     nodes += [search["evaluation"]] if search else []
     asked = [(node["tasks"], node.get("include"), node.get("data_dir")) for node in nodes]

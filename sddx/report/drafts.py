@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from sddx.records import OWN_PROMPTS
 from sddx.report.agreement import per_unit
 from sddx.report.curves import Run, alike, distinction, judged, seed_of
 from sddx.report.sections import Section, Table, removed_units, scores_of
@@ -52,7 +53,7 @@ def drafts(runs: Sequence[Run]) -> dict[Key, dict[int, dict[str, Any]]]:
         for run in (run for run in group if name in run["drafts"]):
             draft, seed = shown_as(run, name, arm), seed_of(run, name)
             for prompts, record in run["drafts"][name].items():
-                shown = run["choices"]["dataset"] if prompts == "dataset" else prompts
+                shown = run["choices"]["dataset"] if prompts == OWN_PROMPTS else prompts
                 for ahead, each in _each(record):
                     records.setdefault((where, draft, shown, ahead), {})[seed] = each
     return records
@@ -122,7 +123,7 @@ def _by_cut(runs: Sequence[Run]) -> dict[str, Cuts]:
     for run in runs:
         for name in (name for name in run["drafts"] if roles(run)[name] in ("cut", "student")):
             draft = shown_as(run, name, run["choices"]["loss"])
-            tried = run["drafts"][name]["dataset"]["lookaheads"]
+            tried = run["drafts"][name][OWN_PROMPTS]["lookaheads"]
             accepted = tried[min(tried, key=int)]["acceptance"]
             if accepted is not None:
                 acceptances[draft][run["choices"]["pruning"]][removed_units(run)].append(accepted)

@@ -72,8 +72,7 @@ def of_store(root: Path) -> list[Run]:
 
 def of_folders(folders: Iterable[Path]) -> list[Run]:
     """The newest finished run of every set of choices below some folders, or that of a summary.json."""
-    paths = sorted(path for folder in map(folder_of, folders) for path in folder.rglob(SUMMARY))
-    return _newest(paths)
+    return _newest(sorted(path for folder in map(folder_of, folders) for path in folder.rglob(SUMMARY)))
 
 
 def _newest(paths: Iterable[Path]) -> list[Run]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sddx.config import flatten
 from sddx.errors import UserError
 from sddx.evaluation.likelihood import MEASURES
 from sddx.report.subjects import having
-from sddx.run_folder import read_samples
+from sddx.run_folder import SAMPLES, read_samples
 from sddx.statistics.intervals import (
     Interval,
     binary,
@@ -153,9 +154,17 @@ def _sides(pairs: Sequence[Pair], role: str, without: Collection[str]) -> tuple[
 def samples_of(run: Mapping[str, Any], role: str) -> Samples:
     """Every item's score and hash by task, from the file beside the run's summary; empty where it has none that can
     be read."""
-    with suppress(UserError):
-        return read_samples(Path(run.get("folder", ""))).get(having(run, role) or "", {})
+    folder = Path(run.get("folder", ""))
+    with suppress(UserError, OSError):
+        written = (folder / SAMPLES).stat().st_mtime_ns
+        return _samples(folder, written).get(having(run, role) or "", {})
     return {}
+
+
+@lru_cache(maxsize=128)
+def _samples(folder: Path, written: int) -> dict[str, Samples]:
+    """A report asks for those of one run once for every arm, seed and measure."""
+    return read_samples(folder)
 
 
 def in_average(samples: Samples) -> Samples:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sddx.records import Rewrite
+from sddx.records import OWN_PROMPTS, Rewrite
 from sddx.report.extraction import Reading, named, readings
 from sddx.report.subjects import reference, roles
 
@@ -134,7 +134,7 @@ def _drafts(drafts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What each draft is worth at each lookahead, on each set of prompts; times are of the machine that is
     named."""
     return [
-        (f"draft {model}, {ahead} ahead" + (f", {name}" if name != "dataset" else ""), _draft(record, ahead))
+        (f"draft {model}, {ahead} ahead" + (f", {name}" if name != OWN_PROMPTS else ""), _draft(record, ahead))
         for model, of in drafts.items()
         for name, record in of.items()
         for ahead in record["lookaheads"]
@@ -184,9 +184,10 @@ def _moved(kl: Mapping[str, Any]) -> str:
 
 def _by_data(surprise: Mapping[str, Any]) -> str:
     """Of the answers that are learned, and of references."""
-    kinds = [kind for kind in ("learned", "reference") if kind in surprise["model"]]
-    losses = [surprise[side][kind]["nats"] for side in ("model", "unpruned") for kind in kinds]
-    if None in losses or len(kinds) < 2:
+    if "learned" not in surprise["model"]:
+        return ABSENT
+    losses = [surprise[side][kind]["nats"] for side in ("model", "unpruned") for kind in ("learned", "reference")]
+    if None in losses:
         return ABSENT
     mine, reference, whole, its_reference = (f"{loss:.2f}" for loss in losses)
     return f"{mine} (references {reference}), unpruned {whole} (references {its_reference}) nats a token, held out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import eq
 from time import perf_counter
 from typing import Any
 
@@ -159,8 +160,7 @@ def _outcome(
     written: Written, plain: Sequence[Sequence[int]] | None, lookahead: int, cost: float
 ) -> dict[str, Any]:
     """What became of drafts of one length."""
-    pairs = None if plain is None else zip(written.texts, plain, strict=True)
-    same = None if pairs is None else sum(mine == theirs for mine, theirs in pairs)
+    same = None if plain is None else sum(map(eq, written.texts, plain))
     return {**_counted(sum(written.counts, Counts()), lookahead, cost), "same_texts": same}
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from sddx.config.build import Settings, made
 from sddx.errors import UserError
+from sddx.records import OWN_PROMPTS
 from sddx.stages.held_out import prompts_here, require_held_out, require_whole
 from sddx.stages.local_model import Check, LocalModel
-
-OWN = "dataset"  # what the prompts of the run's own data set are called in its summary
 
 
 def of_settings(method: Settings) -> list[Check]:
@@ -38,10 +37,10 @@ def _drafts(method: Settings) -> Any:
 
 def _check(method: Settings) -> None:
     size = _drafts(method).size
-    if OWN in method["speculation"]["datasets"]:
+    if OWN_PROMPTS in method["speculation"]["datasets"]:
         raise UserError(
-            f"speculation.datasets.{OWN} is what the run's own prompts are called. Give the other data set a name "
-            "of its own: +dataset@speculation.datasets.other=..."
+            f"speculation.datasets.{OWN_PROMPTS} is what the run's own prompts are called. Give the other "
+            "data set a name of its own: +dataset@speculation.datasets.other=..."
         )
     require_held_out("speculation", size, method["validation"], "prompts are those of held-out rows")
     require_whole("speculation", method, "Drafts are tried")

@@ -34,11 +34,10 @@ def _check(method: Settings) -> None:
             "they change here: \"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
         )
     for name, student in zip(merging["names"], merging["students"], strict=True):
-        if isinstance(student, dict):
+        settings = student if isinstance(student, dict) else _check_finished(student, method)
+        if settings is student:
             _check_student(name, student, method)
-            _check_held_out(name, student, method)
-        else:
-            _check_held_out(student, _check_finished(student, method), method)
+        _check_held_out(name, settings, method)
         _check_mixed(merging["mixed"], name, student, method)
     if not made(method["pruning"], Pruning, "pruning").is_stock:
         raise UserError(

@@ -8,24 +8,17 @@ from typing import Any
 from sddx.config.build import Settings, build
 from sddx.stages.held_out import require_other_items
 from sddx.stages.local_model import Check
+from sddx.stages.score.asked import scored_by
 
 
 def of_settings(method: Settings) -> list[Check]:
     """What each metric gives can be used, the tasks that it looks at are there, and its texts can be had."""
     from sddx.data.check import require_texts
 
-    evaluation = None if method.get("metrics") else method["evaluation"]
-    checks: list[Check] = [partial(_check, *each, evaluation) for each in _metrics(method).items()]
+    alone = "metrics" in method
+    evaluation = None if alone else method["evaluation"]
+    checks: list[Check] = [partial(_check, *each, evaluation) for each in scored_by(method, alone=alone).items()]
     return [*checks, partial(require_texts, "calibration", method["calibration"])]
-
-
-def _metrics(method: Settings) -> dict[str, Settings]:
-    """What scores are asked for, by the setting where each stands: the metrics that are compared, or the one that
-    chooses, if one does."""
-    if compared := method.get("metrics"):
-        return {f"metrics.{name}": node for name, node in compared.items()}
-    metric = method["pruning"].get("metric")
-    return {} if metric is None else {"pruning.metric": metric}
 
 
 def _check(where: str, node: Settings, evaluation: Settings | None) -> None:

@@ -12,11 +12,12 @@ from sddx.estimate.efforts import Effort, Judging
 from sddx.importance.score import Work, works
 from sddx.models.anatomy import decoder
 from sddx.records import Units
+from sddx.stages.score.asked import scored_by
 
 
 def parts(estimate: Estimate) -> Iterator[Part]:
     """One pass over the texts, or more, for all metrics that are asked for."""
-    if metrics := _metrics(estimate):
+    if metrics := _asked(estimate):
         about = [list(metrics.values()), estimate.units, estimate.config["calibration"]]
         yield estimate.part("score", about, estimate.unpruned, _effort(estimate))
 
@@ -28,16 +29,13 @@ def peak(estimate: Estimate) -> float | None:
     return peaks.looked_at(estimate) + max(held) if held else None
 
 
-def _metrics(estimate: Estimate) -> dict[str, Any]:
-    """What units are scored by: the metric of the run's own cut, with stages=[score] all of the group."""
-    own = {"pruning": estimate.config["pruning"].get("metric")}
-    nodes = estimate.config["metrics"] if estimate.config["stages"] else own
-    return {name: node for name, node in nodes.items() if node is not None}
+def _asked(estimate: Estimate) -> dict[str, Any]:
+    return scored_by(estimate.config, alone=bool(estimate.config["stages"]))
 
 
 def _scored(estimate: Estimate) -> list[tuple[Any, Work]]:
     """Each metric with what it runs; None stands for all functions of states, which share a pass."""
-    metrics = {name: build(node) for name, node in _metrics(estimate).items()}
+    metrics = {name: build(node) for name, node in _asked(estimate).items()}
     if not metrics:
         return []
     by_metric = works(metrics, Units(estimate.units, estimate.unpruned.blocks), estimate.calibration.count)
