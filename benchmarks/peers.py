@@ -29,6 +29,8 @@ class Ticks(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ticks.append(self.now())
+        if len(self.ticks) == 1:
+            print("first step", flush=True)
 
 
 def model(folder: str, dtype: str) -> Any:
@@ -97,6 +99,18 @@ def trl_sft(spec: dict[str, Any], out: str) -> Any:
     )
 
 
+def trl_text(spec: dict[str, Any], out: str) -> Any:
+    """As a user starts it, from the folder of a model and rows of words."""
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=spec["student"],
+        args=SFTConfig(**settings(spec, out), max_length=512, completion_only_loss=True, packing=False),
+        train_dataset=Dataset.from_list(spec["rows"]),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
 def trl_kd(spec: dict[str, Any], out: str) -> Any:
     from trl import DistillationConfig, DistillationTrainer
 
@@ -141,7 +155,7 @@ def main(case: str, spec: dict[str, Any]) -> None:
     torch.manual_seed(0)
     ticks = Ticks(spec["clock"])
     with tempfile.TemporaryDirectory() as out:
-        trainer = {"trl_sft": trl_sft, "trl_kd": trl_kd, "trl_gkd": trl_gkd}[case](spec, out)
+        trainer = {"trl_sft": trl_sft, "trl_text": trl_text, "trl_kd": trl_kd, "trl_gkd": trl_gkd}[case](spec, out)
         trainer.add_callback(ticks)
         trainer.train()
     seconds = ticks.ticks[-1] - ticks.ticks[0]
