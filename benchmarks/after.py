@@ -32,6 +32,7 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
+from llama import random_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -40,21 +41,10 @@ TOGETHER, LOOKAHEAD, PROMPT, NEW, STEPS = 8, 4, 64, 64, 4
 REMOVED, DAMPED = range(8, 12), 0.1
 
 
-def model() -> Any:
-    """The same random weights in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def checkpoints(folder: Path) -> None:
     """A base and two of which half of the tensors are siblings and half are not, so that both ways are taken."""
-    made = model()
+    made = random_llama()
     made.save_pretrained(folder / "base", max_shard_size=SHARD)
     for name in ("one", "two"):
         other = deepcopy(made)
@@ -157,7 +147,7 @@ def on_policy(folder: Path, meter: Meter) -> dict[str, Any]:
 
     meter.begin()
     cut = Cut.without(set(REMOVED), 16)
-    made = compress(model(), [Removal(cut)])
+    made = compress(random_llama(), [Removal(cut)])
     made.model = lora(made.model, 0, rank=8, alpha=16)
     labels = [-100] * (PROMPT - 1) + [0, -100]
     rows = [Encoded(str(number), [*prompt, 0], labels, 1) for number, prompt in enumerate(_prompts())]
@@ -187,7 +177,7 @@ def by_trl(folder: Path, meter: Meter) -> dict[str, Any]:
     words = Tokenizer(models.WordLevel({str(number): number for number in range(32_000)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", padding_side="left")
-    student = model()
+    student = random_llama()
     student.model.layers = torch.nn.ModuleList(
         layer for number, layer in enumerate(student.model.layers) if number not in REMOVED
     )
@@ -198,7 +188,7 @@ def by_trl(folder: Path, meter: Meter) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         trainer = DistillationTrainer(
             model=student,
-            teacher_model=model(),
+            teacher_model=random_llama(),
             args=DistillationConfig(
                 output_dir=out,
                 per_device_train_batch_size=TOGETHER,
@@ -224,7 +214,7 @@ def by_trl(folder: Path, meter: Meter) -> dict[str, Any]:
 
 @torch.no_grad()
 def _damped() -> Any:
-    made = model()
+    made = random_llama()
     for number in REMOVED:
         block = made.model.layers[number]
         for projection in (block.self_attn.o_proj, block.mlp.down_proj):

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from llama import random_llama
 from memory import peak
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sddx.compression.patches import Linear
 from sddx.importance.ablation import Shapley
@@ -37,12 +37,7 @@ METRICS = {
 
 
 def subject(batches: int, *, rows: int = 8, length: int = 256) -> Subject:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16, num_attention_heads=8
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    data = []
+    model, data = random_llama(), []
     for _ in range(batches):
         ids = torch.randint(32_000, (rows, length))
         labels = ids.roll(-1, 1)

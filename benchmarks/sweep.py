@@ -44,7 +44,7 @@ def timed(folder: Path, module: str, *given: str) -> tuple[float, str]:
 
 def stages(store: Path) -> float:
     """The seconds that all artifacts of a store took to make."""
-    return sum(fields["seconds"] for _, fields in manifest.artifacts(store))
+    return sum(fields["seconds"] for _, fields in manifest.artifacts(manifest.folders(store)))
 
 
 def alone(folder: Path, given: list[str]) -> float:
@@ -60,8 +60,9 @@ def alone(folder: Path, given: list[str]) -> float:
 
 def large_listings(folder: Path) -> tuple[float, float]:
     """Seconds to list 10,000 artifacts, and to draw the status of 5,000 cells, imports included."""
-    fields: dict = {"stage": "train", "created": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "peak_memory": 1}
-    fields |= {"files": {}, "inputs": [], "spec": {}, "sources": {}, "versions": {}, "seed": 0, "device": "cpu"}
+    fields: dict = {name: {} for name in ("files", "spec", "sources", "versions")} | {"inputs": []}
+    fields |= {"format": manifest.FORMAT, "stage": "train", "created": "2026-01-01T00:00:00+00:00"}
+    fields |= {"seconds": 1.0, "peak_memory": 1}
     for number in range(10_000):
         key = f"{number:064x}"
         place = folder / "large" / "train" / f"{number:016x}" / key
@@ -70,8 +71,8 @@ def large_listings(folder: Path) -> tuple[float, float]:
     for number in range(5_000):
         about = {"number": number, "name": f"s{number}", "overrides": [], "launcher": "basic"}
         cells.write(folder / "cells" / str(number), **about, state="done", seconds=1.0)
-    listing, _ = timed(folder, "sddx.store", "--store", str(folder / "large"), "ls")
-    status, _ = timed(folder, "sddx.sweep", "status", str(folder / "cells"))
+    listing, _ = timed(folder, "sddx.commands", "store", "--store", str(folder / "large"), "ls")
+    status, _ = timed(folder, "sddx.commands", "sweep", "status", str(folder / "cells"))
     return listing, status
 
 

@@ -23,8 +23,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from llama import random_llama
 from memory import peak
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig
 
 from sddx.compression.compressed import Compressed, compress
 from sddx.compression.remove import Removal
@@ -74,16 +75,6 @@ FIGURES = {
     "squarehead_time": ("seconds", "squarehead", "sft"),
     "squarehead_memory": ("memory", "squarehead", "sft"),
 }
-
-
-def random_llama(folder: Path, dtype: str) -> None:
-    """16 blocks of 512, vocabulary 32,000: 83M parameters."""
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=1_376, num_hidden_layers=16, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=2_048,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(shape, dtype=DTYPES[dtype]).save_pretrained(folder)
 
 
 def cut_of(folder: Path) -> Cut:
@@ -217,7 +208,7 @@ def prepared(asked: argparse.Namespace, room: Path) -> dict[str, Path]:
     """The models and the rows of all cases, as files: a spec of each kind of rows."""
     model = Path(asked.model) if asked.model else room / "model"
     if not asked.model:
-        random_llama(model, asked.dtype)
+        random_llama(DTYPES[asked.dtype]).save_pretrained(model)
     student = compress(load_model(model, dtype=asked.dtype), [Removal(cut_of(model))])
     student.model.save_pretrained(room / "student")
     vocabulary = student.model.config.vocab_size
