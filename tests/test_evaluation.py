@@ -18,7 +18,7 @@ from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, rende
 from sddx.errors import UserError
 from sddx.evaluation import harness, likelihoods, tasks, text
 from sddx.evaluation import items as sampling
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.records import Batch, Outputs
 from sddx.runtime import Runtime
 from sddx.statistics import answers
@@ -319,13 +319,19 @@ def test_shots_asked_for_by_name_win_over_a_fixed_zero(nested: str) -> None:
 
 
 def test_a_limit_is_shared_out_among_the_parts(model, tokenizer, nested: str) -> None:
-    """By asked-for task, in equal numbers; what is not named is whole. Settings tell a sample from the whole."""
+    """By asked-for task, in equal numbers; what is not named is whole. Settings are those of the whole: what tells
+    a sample from it is its items."""
     given = {"tasks": ["inner", "answering"], "include": nested, "limit": {"inner": 6}}
     found = harness.evaluate(model, tokenizer, QUIET, **given)["tasks"]
     assert {name: record["n"] for name, record in found.items()} == {
         "choosing": 3, "choosing_more": 3, "answering": 12,
     }  # fmt: skip
-    assert [record["settings"]["limit"] for record in found.values()] == [6, 6, None]
+    whole = harness.evaluate(model, tokenizer, QUIET, **{**given, "limit": None})["tasks"]
+    assert all(record["settings"] == whole[name]["settings"] for name, record in found.items())
+    assert (
+        harness.compact({"tasks": found})["choosing"]["hashes"]
+        != harness.compact({"tasks": whole})["choosing"]["hashes"]
+    )
 
 
 @pytest.mark.parametrize("total", [1, 7, 57, 100, 1140, 14042, 10**6])
@@ -407,7 +413,7 @@ def test_an_unknown_metric_is_refused_before_the_model_runs(
 def test_mistakes_are_said(model, tokenizer, folder: Path, tmp_path: Path) -> None:
     """Missing data, a missing template, an unknown metric and an answer longer than the context."""
     (tmp_path / "choosing.yaml").write_text(CHOICE_TASK)
-    with pytest.raises(UserError, match="choosing.jsonl cannot be read .No such file"):
+    with pytest.raises(UserError, match="choosing.jsonl is not there .looked in .*Mend dataset_kwargs.data_files"):
         harness.evaluate(model, tokenizer, QUIET, tasks=["choosing"], include=str(tmp_path))
     given = {"tasks": ["answering"], "include": str(folder)}
     with pytest.raises(UserError, match="no metric 'f1,strict'; it has exact_match,strict, exact"):

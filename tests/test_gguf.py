@@ -217,6 +217,26 @@ def test_ids_by_merges_are_those_of_the_tokenizer_that_the_file_was_made_of(tmp_
     assert loaded.decode(loaded(PROBES[2])["input_ids"]) == PROBES[2]
 
 
+def metadata_of(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{name}": value for name, value in tokenizer.items() if value is not None}
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize(
+    "made, pre, default",
+    [(by_scores, None, True), (byte_level, "llama-bpe", True), (byte_level, "smollm", False)],
+)
+def test_texts_begin_as_the_file_says_and_else_as_llama_cpp_has_it(
+    made: Any, pre: str | None, default: bool, said: bool | None
+) -> None:
+    metadata = metadata_of(made() | SPECIAL | {"pre": pre, "add_bos_token": said, "unknown_token_id": None})
+    tokenizer, begins = tokenizer_of(metadata), default if said is None else said
+    assert (tokenizer("the")["input_ids"][0] == SPECIAL["bos_token_id"]) == begins
+    require_same(tokenizer, metadata)
+    with pytest.raises(UserError, match="begin"):
+        require_same(tokenizer, metadata | {"tokenizer.ggml.add_bos_token": not begins})
+
+
 def test_begin_and_end_are_the_files_and_the_templates(tmp_path: Path) -> None:
     tokenizer = byte_level()
     model, special = llama(len(tokenizer["tokens"])), {"eos_token_id": 5, "bos_token_id": 1}
@@ -247,10 +267,11 @@ def test_a_tokenizer_that_is_not_the_files_is_told(tmp_path: Path) -> None:
     [
         ({"model": "bert"}, "of the kind 'bert'. Those that can be made"),
         ({"pre": "unheard-of"}, "by the rule 'unheard-of', which is not known"),
+        ({"pre": None}, "by a rule that it does not name"),
     ],
 )
-def test_tokenizers_that_cannot_be_made_are_told(change: dict[str, str], told: str) -> None:
-    metadata = {f"tokenizer.ggml.{name}": value for name, value in (byte_level() | change).items()}
+def test_tokenizers_that_cannot_be_made_are_told(change: dict[str, Any], told: str) -> None:
+    metadata = metadata_of(byte_level() | change)
     with pytest.raises(UserError, match=told):
         tokenizer_of(metadata)
 
@@ -266,6 +287,15 @@ def test_files_that_are_no_models_are_told(content: bytes | None, told: str, tmp
     given = (f"model.path={file}", f"store={tmp_path / 'store'}")
     with composed("model=local", *given) as cfg, pytest.raises(UserError, match=told):
         located(resolve(cfg))
+
+
+def test_a_vocabulary_alone_is_told(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    model = llama(len(tokenizer["tokens"]))
+    model.state_dict = dict  # type: ignore[method-assign]
+    file = write(tmp_path / "vocabulary.gguf", model, tokenizer)
+    with pytest.raises(UserError, match="holds a vocabulary and no weights"):
+        dequantise(file, tmp_path / "folder")
 
 
 def test_a_run_begins_with_a_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from words import WORDS, tiny_llama, word_tokenizer
 
 import sddx
 from sddx.compression.remove import apply_cut
+from sddx.errors import UserError
 from sddx.evaluation import likelihoods as module
 from sddx.evaluation.likelihoods import is_packable, likelihoods, packed_rows
 from sddx.evaluation.prompts import SameTokensHFLM
@@ -176,6 +177,21 @@ def test_rolling_likelihoods_are_those_of_lm_eval() -> None:
     found = lm.loglikelihood_rolling(asked, disable_tqdm=True)
     lm._loglikelihood_tokens = lambda *given, **named: HFLM._loglikelihood_tokens(lm, *given, **named)  # type: ignore
     assert found == pytest.approx(lm.loglikelihood_rolling(asked, disable_tqdm=True), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "longest, told", [(3, "has 4 tokens, and must have 1 to 3,"), (4, "has 0 tokens, .*1 more")]
+)
+def test_answers_without_tokens_or_longer_than_the_context_are_refused(longest: int, told: str) -> None:
+    """Where all that fits is scored, one of as many tokens as the context included."""
+    how: dict[str, Any] = {"softmax_dtype": "float32", "max_length": longest}
+    lm = SameTokensHFLM(pretrained=build("llama"), tokenizer=word_tokenizer(), **how)
+    fitting = [(("a", "b"), [1, 2], [3] * size) for size in range(1, longest + 1)]
+    found = lm._loglikelihood_tokens(fitting, True)
+    close(found, HFLM._loglikelihood_tokens(lm, fitting, True))
+    wrong = [[3] * 4] if longest == 3 else [[], []]
+    with pytest.raises(UserError, match=f"The answer 'b' to 'a' {told}"):
+        lm._loglikelihood_tokens([*fitting, *((("a", "b"), [1, 2], each) for each in wrong)], True)
 
 
 def test_other_models_are_judged_by_lm_eval() -> None:

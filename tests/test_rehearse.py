@@ -100,6 +100,17 @@ def test_what_is_not_replaced_is_the_experiments(store: Path) -> None:
     assert any("meta-llama/Llama-3.1-8B-Instruct" in line for line in config["rehearse"])
 
 
+def test_no_engine_is_asked_for_in_a_rehearsal(store: Path) -> None:
+    """Where vLLM writes and evaluates, transformers do, with the experiment's sampling; and it is said."""
+    given = ("generation=vllm", "generation.temperature=0.3", "evaluation.backend=vllm")
+    _, config = rehearsed("llama_26L", store, *given)
+    assert config["evaluation"]["backend"] == "hf"
+    like = settings("generation=greedy", "generation.temperature=0.3", "generation.max_new_tokens=16")
+    assert config["generation"] == like["generation"]
+    assert any("vLLM" in line for line in config["rehearse"])
+    assert not any("vLLM" in line for line in rehearsed("llama_26L", store)[1]["rehearse"])
+
+
 def test_the_stand_in_has_the_models_depth_and_kinds(store: Path) -> None:
     """The same family, as many blocks, the same grouping of heads; and it is made once."""
     plain, config = rehearsed("qwen3_8b_30L", store)

@@ -68,7 +68,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for n, q in enumerate(["do lakes hold water", "is it dry", "are there fish", "is it a sea", "is it a lake"])
     ],
     "winogrande": [
-        {"sentence": f"Ann thanked Eve since _ gave {n} pears.", "option1": "Ann", "option2": "Eve", "answer": a}
+        {
+            "sentence": f"Ann thanked Eve {n // 2} times since _ gave {n} pears.",
+            "option1": "Ann", "option2": "Eve", "answer": a,
+        }
         for n, a in enumerate("212")
     ],
     "copa": [
@@ -316,6 +319,36 @@ def test_a_key_holds_what_is_read_and_no_path(folder: str, tmp_path: Path) -> No
     assert keys(moved) != keys(folder)
 
 
+def test_what_others_wrote_is_keyed_by_every_file_that_its_settings_name(tmp_path: Path) -> None:
+    """At any depth and under any name; ours by those that it reads."""
+    store, files = Store(tmp_path / "store"), [tmp_path / name for name in ("a.csv", "b.csv")]
+    node = {"_target_": "mine.rows", "file": str(files[0]), "more": {"parts": [str(files[1])]}, "long": "x" * 5000}
+    for file in files:
+        file.write_text("1")
+    keys = [made.key for made in read_by(store, node)]
+    for file in files:
+        file.write_text("2")
+        assert keys != (keys := [made.key for made in read_by(store, node)])
+    assert read_by(store, {**node, "_target_": "sddx.data.sources.jsonl"}) == []
+
+
+def test_the_data_of_tasks_is_keyed_wherever_it_lies(tmp_path: Path) -> None:
+    """That of a user's folder beside it; the package's own tasks where one of these is asked for."""
+    (tmp_path / "tasks").mkdir()
+    (rows := tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    (tmp_path / "tasks" / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+    )
+    store, node = Store(tmp_path / "store"), {"tasks": ["mine"], "include": str(tmp_path / "tasks")}
+    *before, row = [file.key for file in read_by(store, node)]
+    rows.write_text('{"q": "a", "a": "c"}\n')
+    *after, other = [file.key for file in read_by(store, node)]
+    assert before == after and row != other
+    assert [file.path for file in read_by(store, {"tasks": ["tiny_facts"]})] == [tasks.OWN_TASKS]
+    local = {"tasks": ["piqa"], "data_dir": write(tmp_path / "in", {"piqa": ROWS["piqa"]})}
+    assert [file.stage for file in read_by(store, local)] == ["task_rows"]
+
+
 def test_sides_are_disjoint_and_hang_on_the_item_alone() -> None:
     """About seven of nine; rows before, behind and of other tasks, and further columns, move none."""
     rows = [{"goal": f"do {n}", "sol1": f"so {n}", "sol2": "not", "label": n % 2} for n in range(1838)]
@@ -327,7 +360,7 @@ def test_sides_are_disjoint_and_hang_on_the_item_alone() -> None:
 
 def of_side(side: str, folder: Path, rows: list[dict], limit: int | None = None, task: str = "piqa") -> set[str]:
     write(folder, {task: rows})
-    cluster = {"boolq": "passage"}
+    cluster = settings()["cluster"]
     texts = task_texts([task], None, limit, None, data_dir=str(folder), side=side, cluster=cluster)[task]
     assert len(texts) == len(set(texts))
     return set(texts)
@@ -355,6 +388,26 @@ def test_questions_on_one_passage_are_on_one_side(tmp_path: Path) -> None:
     passages = [{text.partition("\n")[0] for text in side} for side in found]
     assert not passages[0] & passages[1] and len(passages[0] | passages[1]) == 60
     assert all(len(side) == 3 * len(shared) for side, shared in zip(found, passages, strict=True))
+
+
+def test_sentences_that_are_the_same_up_to_the_gap_are_on_one_side(tmp_path: Path) -> None:
+    """Told from one another by their ends, in which no number gives the answer away."""
+    rows = [
+        {
+            **ROWS["winogrande"][0],
+            "sentence": f"{n // 2} cats saw Ann and Eve since _ had {n} eggs.",
+            "answer": str(n % 2 + 1),
+        }
+        for n in range(90)
+    ]
+    found = [of_side(side, tmp_path, rows, task="winogrande") for side in items.SIDES]
+    stems = [{text.partition(" cats")[0] for text in side} for side in found]
+    assert not stems[0] & stems[1] and [len(side) for side in found] == [2 * len(each) for each in stems]
+    first, second = ROWS["winogrande"][:2]
+    write(tmp_path, {"winogrande": [first, {**first, "answer": "1"}, second]})
+    texts = task_texts(["winogrande"], None, None, None, data_dir=str(tmp_path))["winogrande"]
+    start, end = first["sentence"].split("_")
+    assert texts[0] == texts[1] == f"{start}Ann {end.strip()}\n{start}Eve {end.strip()}" != texts[2]
 
 
 def test_both_files_of_small_share_the_items_and_nothing_else() -> None:
@@ -429,6 +482,19 @@ def test_items_know_their_cluster(model, tokenizer, folder: str) -> None:
     assert compact(plain)["boolq"]["clusters"] is None
     assert compact(found)["boolq"]["scores"] == compact(plain)["boolq"]["scores"]
     assert found["tasks"]["boolq"]["stderr"] != plain["tasks"]["boolq"]["stderr"]
+
+
+def test_items_without_a_cluster_are_draws_by_themselves(model, tokenizer, tmp_path: Path) -> None:
+    """Of passages that are null or empty, each is its own; the others are one draw as before."""
+    passages = ["a lake", None, "a lake", "", None]
+    rows = [{**row, "passage": passage} for row, passage in zip(ROWS["boolq"], passages, strict=True)]
+    asked = {"tasks": ["boolq"], "data_dir": write(tmp_path, {"boolq": rows}), "cluster": {"boolq": "passage"}}
+    clusters = compact(evaluate(model, tokenizer, QUIET, chat_template=False, **asked))["boolq"]["clusters"]
+    assert [clusters.index(each) for each in clusters] == [0, 1, 0, 3, 4]
+    loaded, part_of = tasks.load(["boolq"], None, data_dir=str(tmp_path))
+    tasks.tell(loaded["tasks"], part_of, {"cluster": asked["cluster"]})
+    task = loaded["tasks"]["boolq"]
+    assert items.own(task, task.eval_docs[1]) == tasks.text_of(task, task.eval_docs[1])
 
 
 def test_a_run_by_files_ends_and_is_found_again_elsewhere(tmp_path: Path) -> None:

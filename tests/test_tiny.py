@@ -14,6 +14,7 @@ import yaml
 from sddx.config.build import build
 from sddx.data.checkers import last_number
 from sddx.errors import UserError
+from sddx.evaluation import items, tasks
 from sddx.tiny import data, lexicon, skills, write_tasks
 from sddx.tiny.corpus import documents, drawn, item_of
 from sddx.tiny.dice import Dice
@@ -78,11 +79,29 @@ def test_the_first_calibration_texts_are_those_that_cuts_were_chosen_on() -> Non
     assert hashlib.sha256(text.encode()).hexdigest() == CALIBRATION
 
 
-def test_selection_questions_are_not_report_questions() -> None:
-    """Also where the facts themselves are shared, no item is asked in both."""
-    for skill in skills.SKILLS:
-        report, selection = (set(lines(skill, split)) for split in ("report", "selection"))
-        assert not report & selection
+def questions(skill: str, split: str) -> list[str]:
+    return [json.loads(line)["question"] for line in lines(skill, split)]
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_no_item_is_in_report_and_selection(skill: str) -> None:
+    """Where facts are shared, questions come again with other wrong choices, as many as the pages say."""
+    assert not {*lines(skill, "report")} & {*lines(skill, "selection")}
+    again = sum(question in questions(skill, "report") for question in questions(skill, "selection"))
+    assert again == {"facts": 93, "myths": 124}.get(skill, 0)
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_items_of_one_question_are_one_draw(skill: str) -> None:
+    """Each task whose questions come again names them as its clusters."""
+    number = {split: len({*questions(skill, split)}) for split in write_tasks.COUNTS}
+    for split, name in (("report", f"tiny_{skill}"), ("selection", f"tiny_{skill}_selection")):
+        (task,) = tasks.load([name], None)[0]["tasks"].values()
+        found = [items.cluster_of(task, document) for document in task.eval_docs]
+        repeated = number != write_tasks.COUNTS
+        assert found == (questions(skill, split) if repeated else [None] * len(found))
+    if skill == "two_hop":
+        assert number == {"report": 66, "selection": 7}
 
 
 @pytest.mark.parametrize("skill", skills.SKILLS)

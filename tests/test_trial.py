@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from composing import composed, resolve
 
 from sddx.errors import UserError
 from sddx.evaluation import harness, tasks, trial
@@ -17,6 +18,7 @@ from sddx.evaluation.harness import json_lines, require_tasks
 from sddx.evaluation.tasks import OWN_TASKS, check_tasks, is_mean, named_in_files
 from sddx.importance.ablation import Greedy, Shapley
 from sddx.importance.coalitions import Loss, TaskScore
+from sddx.stages.check import precheck
 from sddx.stages.evaluate.check import check_names
 
 ROW = {"question": "a", "choices": ["x", "y"], "answer": 1}
@@ -81,6 +83,7 @@ def test_lines_of_json_end_at_line_feeds_alone(make: Make, tmp_path: Path) -> No
         ([{**ROW, "answer": -1}], {}, "its answer is -1, which is none"),
         ([{"question": "a", "choices": ["x"]}] * 2, {}, "document 4 .* its answer is None.* and so with 1 more"),
         ([{**ROW, "choices": []}], {}, "document 4 .* its choices are .*must be a list of texts"),
+        ([{**ROW, "choices": ["x", ""]}], {}, "document 4 .* must be a list of texts, none of them empty"),
         ([{**ROW, "question": None}], {}, "document 4 .* its prompt is None, and must be a text"),
         ([], {"doc_to_text": "choices"}, r"document 1 .* its prompt is \['x', 'y'\].* and so with 2 more"),
         ([{**ROW, "question": ""}], {"doc_to_text": "{{question[0]}}"}, "document 4 .*UndefinedError"),
@@ -88,9 +91,9 @@ def test_lines_of_json_end_at_line_feeds_alone(make: Make, tmp_path: Path) -> No
         ([{"question": "a"}], WRITTEN | {"doc_to_target": "answer"}, "document 4 .* its answer is None"),
         ([{**ROW, "answer": 3}], WRITTEN | {"doc_to_target": "{{choices if answer==1 else 'a'}}"}, "has a list"),
         ([], {"output_type": "loglikelihood", "metric_list": None, "doc_to_choice": None}, "its answer is 1"),
-        ([[1]], {}, "rows.jsonl, line 4 is no row"),
+        ([[1]], {}, "rows.jsonl, row 4: no object with columns"),
         ([{**ROW, "answer": "b"}], {}, "rows.jsonl is no table: "),
-        ([], {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}, "no.jsonl cannot be read .No such file"),
+        ([], {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}, "no.jsonl is not there"),
         ([], {"custom_dataset": None, "dataset_kwargs": None}, "names no data"),
         ([], {"doc_to_text": "!function nope.nope"}, "No module named 'nope'"),
         ([], {"unsafe_code": True}, "runs code that a model has written"),
@@ -126,6 +129,16 @@ def test_the_packages_own_tasks_are_sound() -> None:
     names = sorted(named_in_files([OWN_TASKS]))
     assert len(names) == 16
     assert trial.tried(names, None, "here", dict.fromkeys(("primary", "split", "shots"))) == []
+
+
+def test_clusters_are_told_by_columns_that_are_there(make: Make) -> None:
+    """One column, or a template of several."""
+    folder = make()
+    for cluster in ("question", "{{question}} {{answer}}"):
+        require_tasks(tasks=["mine"], include=folder, cluster={"mine": cluster})
+    assert "no column 'nope' to tell its clusters by (here.cluster)" in refused(folder, cluster={"mine": "nope"})
+    told = r"cannot tell its clusters by '\{\{nope\}\}' \(here.cluster\): UndefinedError"
+    assert re.search(told, refused(folder, cluster={"mine": "{{nope}}"}))
 
 
 def test_runs_of_the_packages_own_tasks_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,15 +190,16 @@ def test_all_mistakes_are_told_at_once_by_their_settings(make: Make) -> None:
     folder = make({**ROW, "answer": 5})
     Path(folder, "group.yaml").write_text("group: both\ntask: [mine]\n")
     Path(folder, "other.yaml").write_text("include: mine.yaml\ntask: other\n")
-    wrong = refused(folder, tasks=["both", "other"], split={"other": "dev"}, shots={"mine": 1})
+    wrong = refused(folder, tasks=["both", "other"], split={"other": "dev"}, shots={"mine": 1}, apart=["mine"])
     assert "'mine' cannot use document 4" in wrong and "here.split: the data of the task 'other' has no" in wrong
     assert "here.shots names 'mine', a part of 'both'" in wrong
+    assert "here.apart names 'mine', a part of 'both'" in wrong
     twisted = {"limit": {1: 2, "mine": {"a": 1}}, "primary": {3: "acc", "mine": 4}, "chance": {"mine": "x"}}
-    wrong = refused(folder, tasks=["mine", 3, ["mine"], "other", "other"], **twisted)
+    wrong = refused(folder, tasks=["mine", 3, ["mine"], "other", "other"], apart=[5], **twisted)
     for told in (
         "here.tasks names 3,", "here.tasks names ['mine'],", "names other more than once", "here.limit names 1,",
         "here.limit.mine={'a': 1} must be a number", "here.primary names 3,", "here.primary.mine=4 must be a text",
-        "here.chance.mine='x' must be a number",
+        "here.chance.mine='x' must be a number", "here.apart names 5,",
     ):  # fmt: skip
         assert told in wrong
     assert "here.include=/nowhere is no folder" in refused("/nowhere", tasks=[3])
@@ -205,8 +219,9 @@ def test_a_name_that_is_nowhere_is_told_with_its_setting(make: Make, monkeypatch
     require_tasks(tasks=["mine"], include=str(folder))
     given = {"include": str(folder), "setting": "here", "chance": {"mne": 0.5}, "shots": {"nope": 1}}
     with pytest.raises(UserError) as told:
-        check_tasks(["mine"], **given)
-    near, far = told.value.args
+        check_tasks(["mine"], apart=["min"], **given)
+    beside, near, far = told.value.args
+    assert beside.startswith("here.apart: There is no evaluation task 'min'; near names: mine.")
     assert near.startswith("here.chance: There is no evaluation task 'mne'; near names: mine.")
     assert far.startswith("here.shots: There is no evaluation task 'nope'")
     for passed in (
@@ -217,10 +232,11 @@ def test_a_name_that_is_nowhere_is_told_with_its_setting(make: Make, monkeypatch
     ):
         assert passed in near
     config = {
-        "evaluation": {"tasks": ["mine"], "include": str(folder)},
+        "evaluation": {"tasks": ["mine"], "include": str(folder), "apart": ["min"]},
         "dataset": {"trains": ["mine", "nope", ["a"]]},
     }
-    with pytest.raises(UserError, match=r"dataset.trains names \['a'\].*\n.*dataset.trains: There is no .*'nope'"):
+    told = r"apart: There is no .*'min'.*\n.*dataset.trains names \['a'\].*\n.*dataset.trains: There is no .*'nope'"
+    with pytest.raises(UserError, match=told):
         check_names(config)
 
 
@@ -256,5 +272,10 @@ def test_metrics_say_how_many_units_they_can_measure() -> None:
     value = TaskScore(tasks=["tiny_facts"], limit=1)
     Shapley(value=value, keep=0.1).require(12)
     Shapley(value=Loss(), keep=0).require(12)
-    with pytest.raises(UserError, match="pruning.metric.keep=0 asks for tasks' scores without any unit"):
+    without = "pruning.metric.keep=0 asks for tasks' scores without any unit"
+    with pytest.raises(UserError, match=without):
         Shapley(value=value, keep=0).require(12)
+    with composed("stages=[score]", "+pruning/metric@metrics.s=shapley_task", "metrics.s.keep=0") as cfg:
+        asked = resolve(cfg)
+    with pytest.raises(UserError, match=without):
+        precheck(asked, download=False, stages=["score"])

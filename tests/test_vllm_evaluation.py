@@ -29,7 +29,7 @@ from sddx.commands.export import main as export
 from sddx.engines.judging import Engine
 from sddx.engines.settings import OLDEST
 from sddx.errors import UserError
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.models import load
 from sddx.models.load import frozen_model
 from sddx.report.paired import compare, load_samples

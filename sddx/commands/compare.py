@@ -2,7 +2,7 @@
 
 Prints what differs in the configuration and, per task and on average, the paired difference B - A of what one
 model scored, with its interval, McNemar's exact p (Holm over the tasks) and the flipped items; and the same
-difference of the measures that likelihoods give (sddx.evaluation.likelihood).
+difference of the measures that likelihoods give (sddx.evaluation.right_answers).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.table import Table
 from sddx.config import flatten
 from sddx.config.arguments import exit_status
 from sddx.errors import UserError
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.report.paired import compare, difference, load_samples
 from sddx.run_folder import CONFIG, SAMPLES, folder_of, read_config
 from sddx.statistics.intervals import Interval

@@ -37,8 +37,8 @@ class Answers(dict):
 
 
 class Resumed(CachingLM):
-    """lm-eval's wrapper of a model that asks only for what is not answered yet, over `Answers`. Sampled answers are
-    not kept."""
+    """lm-eval's wrapper of a model that asks only for what is not answered yet, over `Answers`. What is sampled is
+    written there too, and never read: it is asked for each time."""
 
     def __init__(self, lm: LM, path: Path) -> None:
         self.lm, self.cache_db, self.dbdict = lm, path, Answers(path)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sddx.errors import UserError
 from sddx.evaluation.items import cluster_of, draw
-from sddx.evaluation.likelihood import MEASURES, measured
+from sddx.evaluation.right_answers import MEASURES, measured
 from sddx.evaluation.seeds import SEEDS, seeded
-from sddx.evaluation.task_files import folder_of
+from sddx.evaluation.task_files import as_dataset, folder_of
 from sddx.evaluation.tasks import (
     OWN_TASKS,
     check_tasks,
@@ -32,7 +32,6 @@ from sddx.evaluation.tasks import (
     named_in_files,
     new_tokens,
     not_texts,
-    of_task,
     require_room,
     said,
     tell,
@@ -68,36 +67,10 @@ def json_lines(*, data_files: Mapping[str, str], config_source: str, **metadata:
     YAML's metadata), not to the working directory, and nothing is written to the cache of `datasets`.
     Returns one Dataset per split. Raises UserError for a file that is not there, and for the line that is no row.
     """
-    import datasets
+    from sddx.data.tables import read_table
 
-    folder, splits = Path(config_source).parent, {}
-    for split, name in data_files.items():
-        try:
-            splits[split] = datasets.Dataset.from_list(_rows(folder / name))
-        except (TypeError, ValueError) as error:  # columns that hold now this kind of value, now that
-            raise UserError(f"{folder / name} is no table: {' '.join(str(error).split())}.") from error
-    return splits
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. Lines end at a line feed alone: JSON text may hold any other separator."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"its data file {path} cannot be read ({error.strerror}).") from error
-    except UnicodeError as error:
-        raise UserError(f"its data file {path} is not UTF-8 ({error}).") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}.") from error
-        if rows and not isinstance(rows[-1], dict):
-            raise UserError(f"{path}, line {number} is no row: it must be an object with columns, {{...}}.")
-    if not rows:
-        raise UserError(f"its data file {path} has no rows.")
-    return rows
+    files = {split: Path(config_source).parent / name for split, name in data_files.items()}
+    return {split: as_dataset(read_table(file, "dataset_kwargs.data_files"), file) for split, file in files.items()}
 
 
 def require_tasks(
@@ -123,7 +96,7 @@ def require_tasks(
     """
     by_task: dict[str, Any] = {"limit": limit, "shots": shots, "primary": primary, "chance": chance}
     by_task |= {"split": split, "cluster": cluster}
-    check_tasks(tasks, include, setting=setting, **by_task)
+    check_tasks(tasks, include, setting=setting, apart=apart, **by_task)
     require_counted(tasks, apart, setting)
     folder_of(data_dir, setting)
     as_tested = include is data_dir is None and not (shots or primary or split or cluster)
@@ -132,7 +105,7 @@ def require_tasks(
     from sddx.evaluation.trial import tried
 
     with _calm(True), seeded():
-        if wrong := tried(tasks, include, setting, by_task, data_dir):
+        if wrong := tried(tasks, include, setting, {**by_task, "apart": apart}, data_dir):
             raise UserError(*wrong)
 
 
@@ -195,7 +168,8 @@ def evaluate(
     (null: not known), where the task's own metadata does not say; `limit`, how many items (or one number for
     each), drawn with a fixed seed and in equal numbers from the parts of a group; `split`, the split of its data
     whose items are evaluated (not named: the task's own), of which none is an example for itself; `cluster`, a
-    column of its documents: items that share its value are one draw for errors and intervals, not several.
+    column of its documents or a template of columns, as lm-eval has them: items that share its value are one draw
+    for errors and intervals, not several.
 
     `data_dir` is a folder of rows in the hub's columns, which is then not asked (task_files). Of the items, those
     on one `side` alone are evaluated, about seven of nine for the report and two for the selection of anything,
@@ -211,14 +185,14 @@ def evaluate(
     Returns {"tasks": {task: record}, "groups": lm-eval's own group figures (of the items that were drawn),
     "batch_size", "truncated", "backend": its name and version}. A record holds `score` (mean of the primary
     metric), `stderr`, `chance`, `n`, `metrics`, `bits_per_byte` and `margin` (means; None where there is none, see
-    sddx.evaluation.likelihood), `unparsed` (share of answers in which a filter found nothing, by filter), `part_of`
-    (the name in `tasks`), `apart`, `settings` (all that makes two evaluations comparable) and `samples`, one dict
-    per item; `cut` counts its requests that did not fit the model and lost their beginning, which
-    `truncated` adds up.
+    sddx.evaluation.right_answers), `unparsed` (share of answers in which a filter found nothing, by filter),
+    `part_of` (the name in `tasks`), `apart`, `settings` (all that, beside the items, makes two evaluations
+    comparable) and `samples`, one dict per item; `cut` counts its requests that did not fit the model and lost
+    their beginning, which `truncated` adds up.
 
     Raises UserError for an unknown task, metric or split, data that is not there, a tokenizer without a chat
-    template or with one that drops the tasks' descriptions, an answer that is longer than the model's context, or a
-    task of whose requests more than half do not fit it.
+    template or with one that drops the tasks' descriptions, an answer that is longer than the model's context or
+    has no token, or a task of whose requests more than half do not fit it.
     """
     from lm_eval import evaluator
 
@@ -259,8 +233,7 @@ def evaluate(
     shared |= {"generation_config": generation_config, "encoding": encoding, "side": side}
     return {
         "tasks": {
-            name: _record(task, raw, part_of[name], {**shared, "limit": of_task(limit, part_of[name])})
-            | {"cut": lm.cut[name], "apart": part_of[name] in apart}
+            name: _record(task, raw, part_of[name], shared) | {"cut": lm.cut[name], "apart": part_of[name] in apart}
             for name, task in loaded["tasks"].items()
         },
         "groups": {name: _numbers(metrics) for name, metrics in raw.get("groups", {}).items()},
@@ -355,7 +328,7 @@ def _judged(name: str, task: Any, drawn: Mapping[str, list[int]] | None) -> Sequ
 def _clusters(task: Any, items: Sequence[int]) -> Sequence[Any]:
     """For each item what tells the draw that it belongs to: its cluster's or its own."""
     documents = task.eval_docs  # once: each asking reads them all anew
-    return [cluster_of(task, documents[item]) for item in items] if said(task).get("cluster") else items
+    return [cluster_of(task, documents[item]) or item for item in items] if said(task).get("cluster") else items
 
 
 @cache  # said once for the models that a run compares
@@ -440,9 +413,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def clusters_of(samples: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The cluster of each item; None where each is a draw by itself."""
+    """The cluster of each item, of which it may be the only one; None where each is a draw by itself."""
     clusters = [sample.get("cluster") for sample in samples]
-    return None if None in clusters else clusters  # type: ignore[return-value]
+    return [each or f"item {place}" for place, each in enumerate(clusters)] if any(clusters) else None
 
 
 def _samples(task: Any, rows: Sequence[Mapping[str, Any]], primary: str) -> list[dict[str, Any]]:

@@ -54,10 +54,12 @@ def own(task: Any, document: Any) -> str:
 
 
 def cluster_of(task: Any, document: Any) -> str | None:
-    """What an item shares with others that are no draws of their own, in the column that the task's metadata or
-    `evaluation.cluster` names; None where it names none."""
+    """What an item shares with others that are no draws of their own: what it has in the column, or makes of the
+    template of columns, that the task's metadata or `evaluation.cluster` names. None where these name none, and
+    where an item has nothing there and is a draw by itself."""
     column = said(task).get("cluster")
-    return None if column is None else str(document[column])
+    value = None if column is None else task.resolve_field(document, column)
+    return None if value is None or value == "" else str(value)
 
 
 def side_of(name: str, item: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from sddx.data.encode import conversation, padding_id, plain_ids, token_ids
 from sddx.errors import UserError
 from sddx.evaluation.likelihoods import is_packable, likelihoods
+from sddx.evaluation.tasks import new_tokens
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 _log = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class SameTokensHFLM(SameTokens, HFLM):
     ) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether it is greedy, in the order of the requests; by
         `likelihoods` where that holds, and where the batch size allows that texts are read together. A context that
-        is too long is cut on the left, as lm-eval does."""
+        is too long is cut on the left, as lm-eval does. Raises UserError as `require_answers_fit` does."""
+        require_answers_fit(requests, self.max_length)
         texts = [(context + continuation)[-self.max_length - 1 : -1] for _, context, continuation in requests]
         longest = max(map(len, texts), default=0)
         together = self.backend == "causal" and self.batch_size != 1 and len(texts) > 1
@@ -136,7 +137,7 @@ class Fitting:
 
     def generate_until(self, requests: Sequence[Instance], **options: Any) -> list[Any]:
         """The same for answers that are written: a prompt must leave room for its answer."""
-        rooms = (self.lm.max_length - answer_length(each.args[1]) for each in requests)
+        rooms = (self.lm.max_length - new_tokens(each.args[1]) for each in requests)
         self._look((each, each.args[0], room) for each, room in zip(requests, rooms, strict=True))
         return self.lm.generate_until(requests, **options)
 
@@ -156,9 +157,17 @@ class Fitting:
             _log.warning(message, task, count, total[task], self.lm.max_length)
 
 
-def answer_length(settings: Mapping[str, Any]) -> int:
-    """The most tokens that an answer may have, by a task's settings of generation."""
-    return int(normalize_gen_kwargs(dict(settings))["max_gen_toks"])
+def require_answers_fit(requests: Iterable[Scored], context: int) -> None:
+    """Raises UserError for continuations that cannot be scored: of no token, or of more than the model's context
+    has."""
+    wrong = [(texts or ("", ""), len(answer)) for texts, _, answer in requests if not 0 < len(answer) <= context]
+    if wrong:
+        (prompt, answer), length = wrong[0]
+        more = f" So it is with {len(wrong) - 1} more." if len(wrong) > 1 else ""
+        raise UserError(
+            f"The answer {answer[:60]!r} to {prompt[:60]!r} has {length} tokens, and must have 1 to {context}, the "
+            f"model's context.{more} Mend the choices or the targets of its task."
+        )
 
 
 def require_fit(cut: Mapping[str, int], total: Mapping[str, int], context: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.records import ROLES
 from sddx.statistics.intervals import (
     Clusters,
@@ -183,7 +183,7 @@ def _error(parts: Sequence[Sequence[float]], clusters: Sequence[Sequence[Hashabl
 def likelihoods(
     records: Mapping[str, Mapping[str, Any]], part_of: Mapping[str, str], apart: Collection[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """By measure (sddx.evaluation.likelihood) what one model's tasks have of it, from their records: the unweighted
+    """By measure (`right_answers`) what one model's tasks have of it, from their records: the unweighted
     mean over the parts of each reported task, and under "average" over those that do not stand `apart`. A task that
     has no such measure is in neither."""
     by_measure: dict[str, dict[str, float]] = {}

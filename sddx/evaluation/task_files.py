@@ -158,8 +158,6 @@ def _rows(path: Path) -> Any:
 
 @lru_cache(maxsize=64)  # tasks are tried before a run and loaded for each model
 def _rows_of(path: Path, *_: int) -> Any:
-    import datasets
-
     from sddx.data.tables import read_table
 
     rows = read_table(path, "data_dir")
@@ -167,9 +165,16 @@ def _rows_of(path: Path, *_: int) -> Any:
     for number, row in enumerate(rows, 1):
         if lacking := [name for name in columns if name not in row]:
             raise UserError(f"{path}, row {number} has no {', '.join(map(repr, lacking))}, and other rows have.")
+    return as_dataset(rows, path)
+
+
+def as_dataset(rows: list[dict[str, Any]], path: Path) -> Any:
+    """The rows of a file as a Dataset. Raises UserError where a column holds now this kind of value, now that."""
+    import datasets
+
     try:
         return datasets.Dataset.from_list(rows)
-    except (TypeError, ValueError) as error:  # columns that hold now this kind of value, now that
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} is no table: {' '.join(str(error).split())}.") from error
 
 

@@ -52,20 +52,21 @@ def check_tasks(
     include: str | None = None,
     *,
     setting: str = "evaluation",
+    apart: Sequence[str] = (),
     **by_task: Any,
 ) -> None:
     """Raise UserError, with near names, where a task is in none of the folders nor among lm-eval's own, and where
     one is named twice; and for names and values that can be none, all at once. `setting` is the group of settings
     that these stand in, for the message.
 
-    Settings that are given by task (`limit`, `shots`, `primary`, ...) must name tasks that exist, too, but not
-    only those of `tasks`: one file of settings serves any choice among its tasks. Costs milliseconds as long as
-    every task is in a folder, and a second where lm-eval's own are; for a task that is nowhere, lm-eval's index is
-    read (5 s).
+    Those that stand `apart`, and settings that are given by task (`limit`, `shots`, `primary`, ...), must name
+    tasks that exist, too, but not only those of `tasks`: one file of settings serves any choice among its tasks.
+    Costs milliseconds as long as every task is in a folder, and a second where lm-eval's own are; for a task that
+    is nowhere, lm-eval's index is read (5 s).
     """
-    wrong = no_names(tasks, setting, **by_task)
+    wrong = no_names(tasks, setting, **by_task) + not_texts(apart, f"{setting}.apart")
     maps = {f"{setting}.{key}": values for key, values in by_task.items() if isinstance(values, Mapping)}
-    for where, names in {f"{setting}.tasks": tasks, **maps}.items():
+    for where, names in {f"{setting}.tasks": tasks, f"{setting}.apart": apart, **maps}.items():
         wrong += missing(names, include, where, setting)
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
@@ -292,7 +293,10 @@ def _judge_on(task: Any, name: str, split: str, setting: str) -> None:
 
 
 def text_of(task: Any, document: Any) -> str:
-    """A document's question and what may be answered. A task that is written as code may have no choices."""
+    """A document's question and what may be answered; where choices are several beginnings of one text, each with
+    its end. A task that is written as code may have no choices."""
+    if getattr(task, "multiple_input", 0):
+        return "\n".join(f"{choice} {task.doc_to_target(document)}" for choice in task.doc_to_choice(document))
     answers = task.doc_to_choice(document) if task.get_config("doc_to_choice") else [task.doc_to_target(document)]
     return "\n".join(map(str, [task.doc_to_text(document), *answers]))
 

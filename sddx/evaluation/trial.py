@@ -10,6 +10,7 @@ from lm_eval import evaluator
 from lm_eval.api.model import LM
 
 from sddx.errors import UserError
+from sddx.evaluation.items import cluster_of
 from sddx.evaluation.seeds import SEEDS
 from sddx.evaluation.task_data import declared_mistakes, place, require_task_data
 from sddx.evaluation.task_files import Rows, examples_split
@@ -67,8 +68,8 @@ def tried(
 
 def _idle(part_of: Mapping[str, str], setting: str, by_task: Mapping[str, Any]) -> Iterator[str]:
     """Entries that say nothing, because they name a part of what was asked for."""
-    for key, by_name in by_task.items():
-        for part in by_name if isinstance(by_name, Mapping) else ():
+    for key, names in by_task.items():
+        for part in names if isinstance(names, (Mapping, list, tuple)) else ():
             if part_of.get(part, part) != part:
                 yield f"{setting}.{key} names {part!r}, a part of {part_of[part]!r}. Give it for {part_of[part]!r}."
 
@@ -117,8 +118,8 @@ def _unfit(task: Any, document: Any, templates: Any, is_judged: bool) -> str | N
         target = task.doc_to_target(document, templates.doc_to_target)
     except Exception as error:  # whatever the author's templates and functions raise
         return shown(error)
-    if choices is not None and not (_texts(choices) and choices):
-        return f"its choices are {choices!r}, and must be a list of texts"
+    if choices is not None and not (_texts(choices) and choices and all(choices)):
+        return f"its choices are {choices!r}, and must be a list of texts, none of them empty"
     if not isinstance(text, int if task.multiple_input else str):
         return (
             f"its prompt is {text!r}, and must be {'the number of a choice' if task.multiple_input else 'a text'}"
@@ -153,10 +154,15 @@ def _texts(values: Any) -> bool:
 
 
 def _of_clusters(task: Any, setting: str) -> Iterator[str]:
-    """Whether the documents have the column by which some belong together."""
+    """Whether the documents have the column, or those of the template, by which some belong together."""
     column, document = said(task).get("cluster"), task.eval_docs[0]
-    if column is not None and column not in document:
+    if column is not None and column not in document and "{{" not in column:
         yield f"has no column {column!r} to tell its clusters by ({setting}.cluster); it has {', '.join(document)}."
+        return
+    try:
+        cluster_of(task, document)
+    except Exception as error:  # whatever a template raises
+        yield f"cannot tell its clusters by {column!r} ({setting}.cluster): {shown(error)}."
 
 
 def _of_examples(name: str, task: Any, setting: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ def convert(out: Path, file: Artifact, *, runtime: Runtime) -> None:
 
 
 def _shown(folder: Path, header: Header) -> list[str]:
-    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=header.dtype)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype=header.dtype, attention="eager")
     name = header.metadata.get("general.name", "the model")
     loss = math.log(held_out(model, text_batches(tokenizer, [TEXT]))["perplexity"] or math.nan)
     asked = QUESTIONS if tokenizer.chat_template else BEGINNINGS

@@ -65,8 +65,8 @@ def require_readable(file: Path) -> None:
 
 
 def read(file: Path) -> Header:
-    """The metadata of a file, and what its tensors are. Raises UserError as `require_readable` does, and for a file
-    that ends too early."""
+    """The metadata of a file, and what its tensors are. Raises UserError as `require_readable` does, for a file
+    that ends too early, and for one that holds no weights."""
     require_readable(file)
     from gguf import GGUFReader
 
@@ -78,6 +78,8 @@ def read(file: Path) -> Header:
             weights[tensor.tensor_type.name] += int(tensor.n_elements)
     except Exception as error:  # numpy, struct and the reader itself each have their own
         raise UserError(f"{file} cannot be read as GGUF: {said(error)}. Fetch it again.") from error
+    if not weights:
+        raise UserError(f"{file} holds a vocabulary and no weights. Give the GGUF file of the model itself.")
     return Header(metadata, dict(weights))
 
 

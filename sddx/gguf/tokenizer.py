@@ -29,7 +29,8 @@ _WAYS: tuple[tuple[tuple[str | None, bool], str], ...] = (  # a pattern, whether
     ((_QWEN2, False), "qwen2 stablelm2 hunyuan deepseek-r1-qwen"),
 )
 WORDS = {name: way for way, names in _WAYS for name in names.split()}
-# Words that are tokens are not merged up to from their letters.
+# Words that are tokens are not merged up to from their letters; and texts begin with the begin token, by
+# llama.cpp's default, where the file does not say (`tokenizer.ggml.add_bos_token`).
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
 
 # Texts that tell one way of merging from another: spaces, digits, line breaks, letters that no token holds.
@@ -54,8 +55,7 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     made = makers[kind](metadata)
     _add_marked(made, metadata)
     named = {f"{name}_token": token for name in ("bos", "eos", "unk", "pad") if (token := _named(metadata, name))}
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in named:
-        begin = named["bos_token"]
+    if begin := _begin(metadata):
         pair = [(begin, made.token_to_id(begin))]
         made.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=pair
@@ -66,12 +66,16 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 def require_same(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
     """Raises UserError where a tokenizer, as it was read back from disk, is not the file's: in its tokens, its
-    special tokens, or the ids of some texts, which are merged anew by the rule of the file's kind."""
+    special tokens, whether texts begin with one, or the ids of some texts: those by scores are merged anew by
+    SentencePiece's rule, byte-level ones need only come back as the text that they were."""
     tokens = _tokens(metadata)
     wrong = [f"token {at} is {tokens[at]!r} in the file" for at in _moved(tokenizer, tokens)]
     for name in ("bos", "eos", "unk"):
         if (token := _named(metadata, name)) and getattr(tokenizer, f"{name}_token") != token:
             wrong.append(f"the {name} token is {token!r} in the file")
+    begun, begin = tokenizer(PROBES[0])["input_ids"][0] == tokenizer.bos_token_id, _begin(metadata)
+    if begun != (begin is not None):
+        wrong.append(f"texts begin with {begin!r} in the file" if begin else "texts have no begin token in it")
     for text in PROBES:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if metadata["tokenizer.ggml.model"] != "llama":
@@ -149,11 +153,12 @@ def _by_scores(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _by_merges(metadata: Mapping[str, Any]) -> Tokenizer:
     """Byte-level BPE, with the file's merges and its way to part words."""
-    way = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    way = metadata.get("tokenizer.ggml.pre")
     if way not in WORDS:
+        rule = f"the rule {way!r}, which is not known here" if way else "a rule that it does not name"
         raise UserError(
-            f"The GGUF file's tokenizer parts words by the rule {way!r}, which is not known here. Known: "
-            f"{', '.join(WORDS)}. Convert the model to a folder by its makers' tools, and give that."
+            f"The GGUF file's tokenizer parts words by {rule} (tokenizer.ggml.pre). Known: {', '.join(WORDS)}. "
+            "Convert the model to a folder by its makers' tools, and give that."
         )
     pattern, gpt2 = WORDS[way]
     ids = {token: at for at, token in enumerate(_tokens(metadata))}
@@ -174,6 +179,13 @@ def _add_marked(made: Tokenizer, metadata: Mapping[str, Any]) -> None:
     fixed = [AddedToken(token, normalized=rewritten, special=False) for token in _of_type(metadata, USER_DEFINED)]
     made.add_special_tokens(special)
     made.add_tokens(fixed)
+
+
+def _begin(metadata: Mapping[str, Any]) -> str | None:
+    """The token that goes before every text; None where there is none, or the file, or the default of its kind,
+    leaves it out."""
+    by_kind = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    return _named(metadata, "bos") if metadata.get("tokenizer.ggml.add_bos_token", by_kind) else None
 
 
 def _tokens(metadata: Mapping[str, Any]) -> Sequence[str]:

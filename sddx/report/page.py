@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from sddx.errors import UserError
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.files.lines import lines
 from sddx.records import REWRITES_FILE
 from sddx.report import figures

@@ -10,7 +10,7 @@ from typing import Any
 
 from sddx.config import flatten
 from sddx.errors import UserError
-from sddx.evaluation.likelihood import MEASURES
+from sddx.evaluation.right_answers import MEASURES
 from sddx.report.subjects import having
 from sddx.run_folder import SAMPLES, read_samples
 from sddx.statistics.intervals import (
@@ -41,6 +41,7 @@ def check_comparable(first: Samples, second: Samples) -> None:
     reasons = [f"{task} is in one of the two only" for task in first.keys() ^ second.keys()]
     for task in first.keys() & second.keys():
         other = difference(*(flatten(each[task]["settings"]) for each in (first, second)))
+        other.pop("limit", None)  # as runs had it once: the items themselves decide
         reasons += [f"{task}: {name} is {a} and {b}" for name, (a, b) in other.items()]
         a, b = first[task]["hashes"], second[task]["hashes"]
         if a != b:
@@ -162,7 +163,7 @@ def samples_of(run: Mapping[str, Any], role: str) -> Samples:
 
 
 @lru_cache(maxsize=128)
-def _samples(folder: Path, written: int) -> dict[str, Samples]:
+def _samples(folder: Path, written: int) -> Mapping[str, Samples]:
     """A report asks for those of one run once for every arm, seed and measure."""
     return read_samples(folder)
 

@@ -99,6 +99,7 @@ def _require_tasks(evaluation: dict[str, Any]) -> None:
     from sddx.evaluation.tasks import check_tasks
 
     tasks, include = evaluation["tasks"], evaluation["include"]
-    by_task = {name: evaluation[name] for name in ("limit", "shots", "primary", "chance", "split")}
-    check_tasks(tasks, include, **by_task)
+    names = ("limit", "shots", "primary", "chance", "split", "cluster")
+    by_task: dict[str, Any] = {name: evaluation.get(name) for name in names}
+    check_tasks(tasks, include, apart=evaluation.get("apart") or [], **by_task)
     require_task_data(tasks, include, evaluation.get("data_dir"))

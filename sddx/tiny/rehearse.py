@@ -16,6 +16,11 @@ from sddx.store.digest import digest
 TASKS = ["tiny_arithmetic", "tiny_facts"]  # one that is written, one that is chosen
 SKILLS = ("arithmetic", "comparison")  # of the rows of a run, and of every other student that it merges
 TRAINED = {"budget": "examples", "epochs": 1}
+# What writes in place of an engine of its own, which needs a GPU.
+WRITER = {
+    "_target_": "sddx.data.selfdata.write_answers", "_partial_": True, "batch_size": 128,
+    "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0,
+}  # fmt: skip
 
 FEWER = 64  # tokens that are captured of a teacher at most: a stand-in's vocabulary is small
 
@@ -42,7 +47,7 @@ def small(
         "calibration": {**world, "split": "calibration", "seed": 0},
         "text": {**world, "split": "text", "seed": 1},
         "evaluation": _evaluation(evaluation, TASKS, items, new_tokens),
-        "generation": {**generation, "max_new_tokens": new_tokens},
+        "generation": _generation(generation, new_tokens),
         "trainer": {**config["trainer"], **TRAINED},
         "validation": held_out,
         "choices": {**choices, "size": rows, **{n: f"{choices[n]}, rehearsed" for n in ("model", "dataset")}},
@@ -63,6 +68,8 @@ def small(
         "with their own metrics and chance levels",
         f"answers: {new_tokens} tokens; one epoch; on the CPU; no logger",
     ]
+    if _is_engine(generation) or evaluation.get("backend") == "vllm":
+        said.append("vLLM, wherever it writes or evaluates: by transformers")
     for name, (smaller, instead) in _besides(config, replaced, rows, items, new_tokens, held_out).items():
         replaced[name] = smaller
         said.append(instead)
@@ -110,8 +117,19 @@ def _loss(loss: dict[str, Any], new_tokens: int) -> dict[str, Any]:
 def _evaluation(asked: dict[str, Any], tasks: list[str], items: int, new_tokens: int) -> dict[str, Any]:
     none = ["include", "shots", "primary", "chance", "split"]
     none += [name for name in ("data_dir", "side", "cluster") if name in asked]
-    small = {"tasks": tasks, "limit": items, "max_new_tokens": new_tokens}
+    small = {"tasks": tasks, "limit": items, "max_new_tokens": new_tokens, "backend": "hf"}
     return {**asked, **dict.fromkeys(none), **small, **({"apart": []} if "apart" in asked else {})}
+
+
+def _generation(asked: dict[str, Any], new_tokens: int) -> dict[str, Any]:
+    if _is_engine(asked):
+        asked = WRITER | {name: asked[name] for name in ("temperature", "top_p", "top_k", "seed") if name in asked}
+    return {**asked, "max_new_tokens": new_tokens}
+
+
+def _is_engine(generation: Mapping[str, Any]) -> bool:
+    """Whether a process of its own writes, which makes its own batches."""
+    return "batch_size" not in generation
 
 
 def _merging(
@@ -128,7 +146,7 @@ def _merging(
             )
         own = {"dataset": _rows(student["dataset"], rows, SKILLS[number % len(SKILLS)])}
         own["loss"] = _loss(student["loss"], new_tokens)
-        own["generation"] = {**student["generation"], "max_new_tokens": new_tokens}
+        own["generation"] = _generation(student["generation"], new_tokens)
         own["trainer"] = {**student["trainer"], **TRAINED}
         same = {name: replaced[name] for name in student if name in replaced and name != "choices"}
         students.append({**student, **same, **own})

@@ -27,7 +27,8 @@ def line(item: Item, dice: Dice) -> str:
 def lines(skill: str, split: str) -> list[str]:
     """The items of one task and split, selection or report."""
     dice = Dice(f"choices/{skill}/{split}")
-    # Where facts are shared between the splits, the questions still differ: selection follows report.
+    # Facts are shared between the splits, so selection goes on in the stream where report ends. No item is in both,
+    # but for many the wrong choices alone differ: 93 of 150 of facts and 124 of myths ask what report asks.
     start = COUNTS["report"] if split == "selection" and skill in ("facts", "myths") else 0
     stream = items(skill, "report" if start else split)
     return [line(item, dice) for item in islice(stream, start, start + COUNTS[split])]

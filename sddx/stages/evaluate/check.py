@@ -41,6 +41,7 @@ def check_names(config: Settings) -> None:
 
     evaluation = config["evaluation"]
     settings = {key: evaluation.get(key) for key in ("limit", "shots", "primary", "chance", "split", "cluster")}
+    settings["apart"] = evaluation.get("apart") or []
     check_evaluated = partial(check_tasks, evaluation["tasks"], evaluation["include"], **settings)
     require_none(mistakes_of([check_evaluated, lambda: check_trained(config)]))
 

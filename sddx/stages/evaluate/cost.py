@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sddx.estimate import peaks
 from sddx.estimate.costs import LEARNED, Estimate, Part
-from sddx.estimate.efforts import Effort, Judging
+from sddx.estimate.efforts import Effort
 from sddx.estimate.skeleton import Size
 from sddx.models.load import DTYPES
 
@@ -25,8 +25,8 @@ def evaluated(estimate: Estimate, name: str, size: Size, settings: Sequence[str]
     """The evaluation of one model, which hangs on these settings beside those of the evaluation."""
     evaluation = estimate.config["evaluation"]
     about = [evaluation, estimate.config["text"], [estimate.config[each] for each in settings]]
-    effort = _effort(estimate, size, beside=name != "unpruned")
-    return estimate.part(f"evaluate {name}", about, size, effort, Judging.of(evaluation).side_by_side)
+    effort, asked = _effort(estimate, size, beside=name != "unpruned"), estimate.judging(evaluation)
+    return estimate.part(f"evaluate {name}", about, size, effort, cached=asked.cached, rows=asked.batch_size)
 
 
 def peak(estimate: Estimate) -> float | None:
@@ -36,7 +36,7 @@ def peak(estimate: Estimate) -> float | None:
     states = batch * longest * estimate.shape.hidden_size * DTYPES[estimate.model["dtype"]].itemsize
     passing = states + peaks.passing(estimate, batch, longest)
     if not estimate.by_vllm:
-        passing = max(passing, peaks.judging(estimate, Judging.of(estimate.config["evaluation"])))
+        passing = max(passing, peaks.judging(estimate, estimate.judging(estimate.config["evaluation"])))
     return peaks.looked_at(estimate, estimate.own_weights) + passing
 
 
@@ -48,4 +48,4 @@ def _effort(estimate: Estimate, size: Size, *, beside: bool) -> Effort:
     heads = texts.mean * 2 * (size.head + beside * whole.head)
     read = texts.count * texts.mean * (1 + beside)
     of_text = Effort(reading=texts.count * (padded + heads), read=read)
-    return Judging.of(estimate.config["evaluation"]).effort(size) + of_text
+    return estimate.judging(estimate.config["evaluation"]).effort(size) + of_text
