@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -24,6 +27,8 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -33,8 +38,11 @@ from transformers import (
 VOCABULARY = 64
 WINDOW = 8
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
-# Laid out in other ways: fused or learned positions, experts, parallel branches, other names.
-ALL_FAMILIES = (*FAMILIES, "phi3", "gpt_neox", "gpt_neox_serial", "opt", "mpt", "mixtral", "qwen3_moe")
+# Laid out in other ways: fused or learned positions, experts, parallel branches, other names, capped attention.
+ALL_FAMILIES = (
+    *FAMILIES, "phi3", "gpt_neox", "gpt_neox_serial", "opt", "mpt", "mixtral", "qwen3_moe", "qwen2", "gemma2",
+)  # fmt: skip
+EAGER = ("mpt", "gemma2")  # which attend by plain products alone
 
 
 def _config(family: str, blocks: int) -> Any:
@@ -83,6 +91,12 @@ OTHERS: dict[str, Any] = {
     "granite": lambda shape: GraniteConfig(
         **{n: v for n, v in shape.items() if n != "head_dim"}, logits_scaling=4.0, residual_multiplier=0.5
     ),
+    "qwen2": lambda shape: Qwen2Config(**{n: v for n, v in shape.items() if n != "head_dim"}),
+    # Its windows are wider than any text here; the cap is felt.
+    "gemma2": lambda shape: Gemma2Config(
+        **shape, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+        attn_implementation="eager",
+    ),
     "mixtral": lambda shape: MixtralConfig(**shape, num_local_experts=3, num_experts_per_tok=2),
     # The third block is dense: its number is written in the config.
     "qwen3_moe": lambda shape: Qwen3MoeConfig(
@@ -101,7 +115,9 @@ CLASSES: dict[str, Any] = {
     "qwen3_moe": Qwen3MoeForCausalLM,
     "llama": LlamaForCausalLM,
     "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
+    "gemma2": Gemma2ForCausalLM,
     "gemma3": Gemma3ForCausalLM,
 }
 
@@ -120,6 +136,16 @@ def build(family: str, *, blocks: int = 5, seed: int = 0) -> Any:
 def tokens(rows: int = 3, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids [rows, length], longer than the sliding window."""
     return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def call_blocks_by_name(monkeypatch: Any, model: Any) -> None:
+    """Let a Llama hand its blocks the hidden state by name, as some families do, while the test runs."""
+
+    def by_name(block: Any, *arguments: Any, **named: Any) -> Any:
+        hidden = {"hidden_states": arguments[0]} if arguments else {}
+        return nn.Module._call_impl(block, *arguments[1:], **hidden, **named)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "_call_impl", by_name, raising=False)
 
 
 def adapt(model: Any, seed: int = 1, targets: Any = "all-linear") -> Any:

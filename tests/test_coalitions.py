@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
-from families import build, tokens
+from families import build, call_blocks_by_name, tokens
 from scipy.stats import t as t_quantile
 from test_importance import subject
 
@@ -21,6 +21,7 @@ from sddx.importance.score import score_units
 from sddx.importance.taylor import Taylor, unit_weights
 from sddx.models.anatomy import blocks, final_norm
 from sddx.records import Batch, Units
+from sddx.statistics.intervals import macro_average, standard_error, task_weights
 
 pytestmark = pytest.mark.fast
 
@@ -71,6 +72,13 @@ def test_a_coalition_is_the_model_with_the_rest_cut_out(name, units):
 def _has_block(given, coalition):
     pairs = zip(coalition[::2], coalition[1::2], strict=True)
     return any(a or b for a, b in pairs)
+
+
+def test_blocks_that_are_called_by_name_are_valued_alike(monkeypatch):
+    expected = Loss().of(scored(), every(4))
+    given = scored()
+    call_blocks_by_name(monkeypatch, given.model)
+    assert torch.equal(Loss().of(given, every(4)), expected)
 
 
 def test_nothing_shared_is_computed_twice():
@@ -193,6 +201,8 @@ def test_the_released_offset_changes_no_order():
     ratio = [(released[0] - r) / (plain[0] - p) for p, r in zip(plain[1:], released[1:], strict=True)]
     assert ratio == pytest.approx([4 / 3] * 3)
     assert mean(released) == pytest.approx(0, abs=1e-9)
+    losses = (-Loss().of(scored(), [tuple(n != unit for n in range(4)) for unit in range(4)]).mean(1)).tolist()
+    assert released[2] == pytest.approx(losses[2] - mean(losses[:2] + losses[3:]))
 
 
 def test_random_subnetworks_are_drawn_for_each_text():
@@ -227,15 +237,16 @@ def test_random_subnetworks_are_drawn_for_each_text():
 
 
 def test_greedy_removes_the_least_missed_again_and_again():
-    """Against a plain loop over cut models."""
+    """Against a plain loop over cut models; what is left stands in the order of the last round."""
     given = scored(count=5)
     found = Greedy(value=Loss(), until=3).measure(given)
     gone = []
     for _ in range(3):
         rest = [unit for unit in range(5) if unit not in gone]
         worth = {u: float(Loss().of(given, [tuple(n not in (*gone, u) for n in range(5))]).mean()) for u in rest}
-        gone.append(max(rest, key=worth.__getitem__))
-    assert sorted(range(5), key=found["mean"].__getitem__)[:3] == gone and len(found["costs"]) == 3
+        left = sorted(rest, key=worth.__getitem__, reverse=True)
+        gone.append(left[0])
+    assert sorted(range(5), key=found["mean"].__getitem__) == gone + left[1:] and len(found["costs"]) == 3
     with pytest.raises(UserError, match="until=5, but there are 5 units"):
         Greedy(value=Loss(), until=5).measure(given)
 
@@ -287,6 +298,29 @@ def test_a_task_without_selection_items_is_refused():
     value = TaskScore(tasks=["tiny_facts"], limit=4, primary={"tiny_facts": "acc_norm,none", "mmlu": "acc,none"})
     assert value.tasks == ["tiny_facts_selection"] and value.primary["tiny_facts_selection"] == "acc_norm,none"
     assert TaskScore(tasks=["tiny_facts"], limit=4, oracle=True).tasks == ["tiny_facts"]
+
+
+def record(scores, part_of, clusters=None):
+    clusters = clusters or [None] * len(scores)
+    samples = [{"score": s, "cluster": c} for s, c in zip(scores, clusters, strict=True)]
+    return {"part_of": part_of, "samples": samples}
+
+
+def test_tasks_count_equally_and_clusters_are_one_draw():
+    """The mean is the report's, over reported tasks and their parts; of one task the error is the report's too, and
+    where nothing is shared each item is its own draw."""
+    dice = torch.Generator().manual_seed(0)
+    scores = {task: torch.rand(size, generator=dice).tolist() for task, size in (("a", 7), ("b", 40), ("c", 3))}
+    parts = {"a": "one", "b": "two", "c": "two"}
+    found = coalitions._of_tasks({task: record(each, parts[task]) for task, each in scores.items()})
+    expected = macro_average(scores, task_weights(list(scores), parts))
+    assert len(found) == 50 and float(found.mean()) == pytest.approx(expected)
+    shared = ["abcde"[place % 5 if place < 30 else 0] for place in range(40)]
+    found = coalitions._of_tasks({"b": record(scores["b"], "b", shared)})
+    assert len(found) == 5 and float(found.mean()) == pytest.approx(mean(scores["b"]))
+    assert float(found.std() / 5**0.5) == pytest.approx(standard_error(scores["b"], shared))
+    alone = coalitions._of_tasks({"b": record(scores["b"], "b")})
+    torch.testing.assert_close(alone, torch.tensor(scores["b"]).double(), rtol=0, atol=1e-15)
 
 
 def test_shapley_settings_that_make_no_sense_are_refused():

@@ -94,15 +94,23 @@ def test_weights_too_large_to_copy_are_proven_on_a_narrow_model(tmp_path, monkey
     """Where a family holds, and where it does not."""
     monkeypatch.setattr(soundness, "LARGEST_COPY", 0)
     proof = pruned(saved(tmp_path / "granite", "granite"), tmp_path / "first")
-    assert proof["head_equals_model"] and "reload_equal" not in proof
+    assert proof["head_equals_model"] and "reload_equal" not in proof and proof["reloaded"] == "narrow model"
     with pytest.raises(UserError, match="hangs on its number"):
         pruned(saved(tmp_path / "diffllama", "diffllama"), tmp_path / "second")
 
 
-def test_what_is_too_large_and_cannot_be_narrow_is_copied(tmp_path, monkeypatch):
+@pytest.mark.parametrize("narrow_one", [False, True])
+def test_what_is_too_large_is_never_copied(narrow_one, tmp_path, monkeypatch):
+    """Also where no narrow model can be made; the proof says what was saved and loaded."""
     monkeypatch.setattr(soundness, "LARGEST_COPY", 0)
-    monkeypatch.setattr(stage, "try_out", lambda *_: False)
-    assert pruned(saved(tmp_path / "llama", "llama"), tmp_path / "out")["reload_equal"]
+    monkeypatch.setattr(stage, "try_out", lambda *_: narrow_one)
+    monkeypatch.setattr(stage, "saved_and_loaded", lambda *_, **__: pytest.fail("a copy was made"))
+    proof = pruned(saved(tmp_path / "llama", "llama"), tmp_path / "out")
+    assert proof["reloaded"] == ("narrow model" if narrow_one else None) and "reload_equal" not in proof
+
+
+def test_an_attention_that_needs_a_gpu_is_tried_by_plain_products():
+    assert try_out(config("llama"), Cut.without({2}, DEPTH), "flash_attention_2")
 
 
 def test_a_block_that_changed_is_found_by_the_kept_blocks_run_one_by_one():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -40,6 +41,7 @@ from sddx.models.narrow import built, narrow
 from sddx.models.outputs import head_of, require_own_head, run
 from sddx.records import Cut
 from sddx.students.student import load_student, save_student
+from sddx.students.trial import small_model
 
 pytestmark = pytest.mark.fast
 
@@ -318,8 +320,12 @@ def test_pickled_weights_are_never_loaded(tmp_path):
     model = saved(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="safetensors"):
-        load_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for read in (load_model, load.own_dtype):
+        with pytest.raises(UserError, match="convert them to safetensors"):
+            read(tmp_path)
 
 
 def test_remote_code_is_never_run(tmp_path):
@@ -339,6 +345,52 @@ def test_unknown_dtype_and_attention_are_named(wrong, tmp_path):
     saved(tmp_path)
     with pytest.raises(UserError, match=next(iter(wrong.values()))):
         load_model(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize("cap", [2.0, None])
+def test_capped_attention_is_not_run_by_what_leaves_the_cap_out(cap, tmp_path):
+    """The cap is felt, so that sdpa would give other logits; without one both are the same."""
+    model = build("gemma2")
+    model.config.attn_logit_softcapping = cap
+    model.save_pretrained(tmp_path)
+    expected = load_model(tmp_path, attention="eager")(tokens()).logits
+    if cap is None:
+        torch.testing.assert_close(load_model(tmp_path, attention="sdpa")(tokens()).logits, expected)
+        return
+    for ask in (partial(load_model, tmp_path, attention="sdpa"), partial(require_loadable, tmp_path, "sdpa")):
+        with pytest.raises(UserError, match="attn_logit_softcapping.*Use model.attention=eager"):
+            ask()
+    with pytest.raises(UserError, match="attn_logit_softcapping"):
+        small_model(model.config, "sdpa")
+    model.set_attn_implementation("sdpa")
+    assert (model(tokens()).logits - expected).abs().max() > 1e-2
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "kind, head, rotation",
+    [
+        ("phi3", {"hidden_size": 512, "num_attention_heads": 4}, LONG | {"partial_rotary_factor": 0.75}),
+        ("llama", {"head_dim": 128}, LONG),
+        (
+            "gemma3_text", {"head_dim": 128},
+            {"full_attention": LONG, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_narrow_model_turns_as_many_channels_as_its_heads_have(kind, head, rotation):
+    """Where a part of them is turned (Phi-4-mini), and where each kind of layer has factors of its own."""
+    pairs = int(128 * rotation.get("partial_rotary_factor", 1)) // 2
+    factors = {name: [1.0 + number for number in range(pairs)] for name in ("short_factor", "long_factor")}
+    if "full_attention" in rotation:
+        rotation = rotation | {"full_attention": LONG | factors}
+    else:
+        rotation = rotation | factors
+    config = CONFIG_MAPPING[kind](**head, num_hidden_layers=6, rope_parameters=rotation, pad_token_id=0)
+    model = built(narrow(config, width=32, vocabulary=VOCABULARY), torch.float32)
+    assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, VOCABULARY)
 
 
 def test_locate_takes_a_folder_in_place(tmp_path):

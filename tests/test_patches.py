@@ -7,18 +7,22 @@ from functools import partial
 
 import pytest
 import torch
-from families import VOCABULARY, adapt, build, tokens
+from composing import composed, resolve
+from families import VOCABULARY, adapt, build, call_blocks_by_name, tokens
+from transformers import LlamaConfig
 
+from sddx.compression.choose import PatchChoice
 from sddx.compression.compressed import compress
 from sddx.compression.fit import fit_patches
-from sddx.compression.junction import Gap, Junction, attach, gaps
+from sddx.compression.junction import Gap, Junction, attach, gaps, require_patch
 from sddx.compression.patches import Diagonal, LightBlock, Linear, LinearFeedForward, LowRank, Mean
 from sddx.compression.remove import Removal, apply_cut
-from sddx.compression.soundness import prove
+from sddx.compression.soundness import prove, sliced_logits
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, set_blocks, stack
-from sddx.records import Batch, Cut
+from sddx.records import Batch, Cut, Units
 from sddx.runtime import Runtime
+from sddx.stages.prune.check import _check_pruning
 from sddx.students.student import load_student, save_student
 from sddx.students.teacher import SeparateTeacher, SharedTeacher
 
@@ -97,6 +101,31 @@ def test_low_rank_is_the_best_of_its_rank():
 def test_a_regression_on_too_few_tokens_says_how_many_it_needs(fit):
     with pytest.raises(UserError, match="given 31 calibration tokens and needs 32"):
         fitted(fit(), stream(31), stream(31))
+
+
+@pytest.mark.parametrize("fit", [Linear, partial(LowRank, rank=2), LinearFeedForward])
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_regression_that_cannot_be_solved_is_refused(fit, value):
+    """On states that point one way alone, with next to no ridge; and on such as are no numbers."""
+    x = torch.full((200, WIDTH), value, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"Raise pruning.patch.fit.ridge=1e-30"):
+        fitted(fit(ridge=1e-30), x, x)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "linear", "block"])
+def test_blocks_that_are_called_by_name_are_patched_alike(kind, monkeypatch):
+    """And run one after the other alike."""
+    logits = []
+    for named in (False, True):
+        model = build("llama").requires_grad_(False)
+        if named:
+            call_blocks_by_name(monkeypatch, model)
+        found, _ = fit_patches(model, CUT, FITS[kind], batches(), QUIET)
+        sliced = sliced_logits(model, CUT, vocabulary=VOCABULARY)
+        apply_cut(model, CUT)
+        attach(model, CUT, Junction(found))
+        logits.append((sliced, model(tokens()).logits))
+    assert all(torch.equal(*pair) for pair in zip(*logits, strict=True))
 
 
 def test_order_of_batches_and_padding_change_nothing():
@@ -231,6 +260,30 @@ def test_what_cannot_be_folded_is_refused_with_the_reason(kind, name, reason):
     apply_cut(model, CUT)
     with pytest.raises(UserError, match=reason):
         attach(model, CUT, Junction(found, fold=True))
+
+
+@pytest.mark.parametrize("kind, fold", [("linear_ffn", False), ("linear_ffn", True), ("mean", True)])
+def test_the_feed_forward_of_an_unknown_family_is_left_alone(kind, fold):
+    """Granite has a layer of the usual name, and a factor between it and the stream."""
+    model = build("granite")
+    with pytest.raises(UserError, match="feed-forward branch of a granite model .* is not known"):
+        require_patch("granite", Units("blocks", 5), PatchChoice(FITS[kind](), trained=False, fold=fold))
+    with pytest.raises(UserError, match="feed-forward branch of a granite model .* is not known"):
+        found, _ = fit_patches(model, CUT, FITS[kind], batches(), QUIET)
+        apply_cut(model, CUT)
+        attach(model, CUT, Junction(found, fold=fold))
+    require_patch("granite", Units("blocks", 5), PatchChoice(Mean(), trained=False, fold=False))
+
+
+@pytest.mark.parametrize("units, count", [("blocks", 12), ("sublayers", 24)])
+def test_a_patch_needs_a_block_beside_it(units, count):
+    with composed("pruning/patch=linear", "loss=none", "pruning=last", f"pruning.units={units}") as cfg:
+        settings = resolve(cfg)
+    settings["pruning"]["remove"] = count
+    with pytest.raises(UserError, match=f"remove={count} leaves no block beside which a patch could stand"):
+        _check_pruning(settings, LlamaConfig(num_hidden_layers=12))
+    settings["pruning"]["remove"] = count - 1
+    _check_pruning(settings, LlamaConfig(num_hidden_layers=12))
 
 
 @pytest.mark.parametrize("kind", ["linear_ffn", "block"])

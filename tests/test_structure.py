@@ -10,6 +10,7 @@ from families import ALL_FAMILIES, VOCABULARY, build
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3TextConfig
 
 from sddx.commands import families
+from sddx.compression.choose import PatchChoice, Pruning, last
 from sddx.compression.pattern import period, require_kept, require_whole_periods
 from sddx.compression.remove import apply_cut
 from sddx.compression.soundness import UnsoundModel, prove
@@ -126,6 +127,13 @@ def test_a_cut_of_whole_periods_keeps_the_pattern() -> None:
         require_whole_periods(CONFIG_MAPPING["gpt2"](), 6)
 
 
+def test_a_pattern_is_kept_by_cuts_of_blocks_alone() -> None:
+    plain = PatchChoice(None, trained=False, fold=False)
+    Pruning(last, 6, plain, keep_pattern=True)
+    with pytest.raises(UserError, match="keep_pattern=true and pruning.units=attention"):
+        Pruning(last, 6, plain, units="attention", keep_pattern=True)
+
+
 def test_a_fixed_pattern_of_windows_is_compared_with_the_blocks() -> None:
     assert out_of_pattern(GEMMA, 6) == []
     with torch.device("meta"):
@@ -136,9 +144,10 @@ def test_a_fixed_pattern_of_windows_is_compared_with_the_blocks() -> None:
 
 def test_the_command_prints_a_row_for_each_family(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page"
-    assert families.main(["only=llama,gpt2,diffllama", f"to={page}"]) == 0
+    assert families.main(["only=llama,gpt2,gemma2,diffllama", f"to={page}"]) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 are sound." in said and "hangs on its number or the depth" in said
+    assert "3 of 4 are sound." in said and "hangs on its number or the depth" in said
+    assert "| gemma2 | model.layers | eager | yes |" in said
     row = next(line for line in page.read_text().splitlines() if line.startswith("| llama"))
     assert "model.layers" in row and "vLLM, llama.cpp" in row and row.endswith("| yes |")
 

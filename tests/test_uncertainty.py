@@ -115,6 +115,9 @@ def test_variances_of_crossed_sources_add_up_each_with_its_own_freedom() -> None
     np.testing.assert_allclose(np.square(found["stderr_of"]["orders"]), variances["orders"])
     reach = student.ppf(0.975, 8) ** 2 * variances["texts"] + student.ppf(0.975, 4) ** 2 * variances["orders"]
     np.testing.assert_allclose(np.square(found["half_width"]), reach)
+    t = {"texts": student.ppf(0.975, 8), "orders": student.ppf(0.975, 4)}
+    cochran = sum(t[name] * each for name, each in variances.items()) / np.array(found["stderr"])
+    assert (np.array(found["half_width"]) >= cochran).all()
     alone = errors({"texts": sources["texts"]})
     rows = sources["texts"].numpy()
     high = student.interval(0.95, 8, rows.mean(0), rows.std(0, ddof=1) / 3)[1]

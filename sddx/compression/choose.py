@@ -58,6 +58,11 @@ class Pruning:
 
     def __post_init__(self) -> None:
         Units(self.units, 1)
+        if self.keep_pattern and self.units != "blocks":
+            raise UserError(
+                f"pruning.keep_pattern=true and pruning.units={self.units}: the kinds of blocks move only where "
+                "whole ones go. Leave keep_pattern out, or use pruning.units=blocks."
+            )
 
     @property
     def is_stock(self) -> bool:

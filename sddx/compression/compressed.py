@@ -20,11 +20,6 @@ class Compression:
     (`Compressed.whole` keeps them), so that only what a kind changes inside them is its own to undo."""
 
     @property
-    def name(self) -> str:
-        """What reports call it."""
-        raise NotImplementedError
-
-    @property
     def is_stock(self) -> bool:
         """Whether transformers itself can build what is left."""
         return True

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sddx.compression.junction import Gap, before_gap, gaps
+from sddx.compression.junction import Gap, before_gap, gaps, known_feed_forward
 from sddx.compression.patches import Fit, Patch
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks, decoder, family, part
-from sddx.models.outputs import block_states, branch_states, first
+from sddx.models.outputs import block_states, branch_states, entering, first, with_state
 from sddx.records import Batch, Cut
 from sddx.runtime import Runtime
 
@@ -60,11 +60,12 @@ def fit_patches(
 def _require_possible(model: Any, cut: Cut, gap: Gap, fit: Fit) -> None:
     if fit.reads != "stream":
         before_gap(cut, gap)
-        if fit.reads == "feedforward" and part(blocks(model)[gap.start - 1], family(model).written) is None:
+    if fit.reads == "feedforward":
+        written = known_feed_forward(decoder(model).config.model_type).written
+        if part(blocks(model)[gap.start - 1], written) is None:
             raise UserError(
                 f"the patch {fit.name!r} needs one linear layer at the end of the feed-forward branch, and block "
-                f"{gap.start - 1} of a {type(model).__name__} has none ({family(model).written}). Use "
-                "pruning/patch=linear."
+                f"{gap.start - 1} of a {type(model).__name__} has none ({written}). Use pruning/patch=linear."
             )
 
 
@@ -75,7 +76,7 @@ class Seen:
 
     before: Tensor
     after: Tensor
-    call: tuple[Tensor, tuple, dict[str, Any]] | None = None
+    call: tuple[tuple, dict[str, Any]] | None = None
 
 
 def observe(model: Any, fits: Mapping[Gap, Fit], batch: Batch) -> dict[Gap, Seen]:
@@ -105,7 +106,7 @@ def _neighbours(model: Any, fits: Mapping[Gap, Fit]) -> Iterator[tuple[dict[Gap,
     written: dict[Gap, Tensor] = {}
 
     def called(gap: Gap, block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        calls[gap] = arguments[0], arguments[1:], named
+        calls[gap] = arguments, named
 
     def wrote(gap: Gap, module: nn.Module, arguments: tuple, output: Tensor) -> None:
         written[gap] = output
@@ -129,8 +130,8 @@ def _predicted(patch: Any, seen: Seen, kept: Tensor) -> Tensor:
     """What the patch makes of what it is given."""
     if seen.call is None:
         return patch(seen.before.float())
-    hidden, arguments, named = seen.call
-    return first(patch(hidden.float(), *arguments, **named))[kept]
+    arguments, named = with_state(entering(*seen.call).float(), *seen.call)
+    return first(patch(*arguments, **named))[kept]
 
 
 def _imitate(model: Any, gap: Gap, fit: Any, patch: Any, batches: Sequence[Batch], runtime: Runtime) -> Any:

@@ -18,7 +18,7 @@ from sddx.compression.choose import NOT_FOLDABLE
 from sddx.compression.compressed import Compressed, Compression
 from sddx.errors import UserError
 from sddx.models.anatomy import FAMILIES, Family, bare, blocks, decoder, family, part, set_blocks, stack, twin
-from sddx.models.outputs import first
+from sddx.models.outputs import entering, first, with_state
 from sddx.records import Cut, Units
 
 WEIGHTS, RECORD = "junction.safetensors", "junction.json"
@@ -91,11 +91,6 @@ class Junction(Compression):
             own = {n.removeprefix(f"{gap.name}."): w for n, w in weights.items() if n.startswith(f"{gap.name}.")}
             by_gap[gap] = own if kind == BLOCK else getattr(patches, kind)(**own)
         return cls(by_gap, about["trained"], about["fold"])
-
-    @property
-    def name(self) -> str:
-        """The kinds of patches that are there."""
-        return ", ".join(sorted({_kind(patch) for patch in self.patches.values()}))
 
     @property
     def is_stock(self) -> bool:
@@ -223,7 +218,7 @@ def _through(module: Any, arguments: tuple, output: Tensor) -> Tensor:
 
 
 def _into(block: Any, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return (block.junction(arguments[0]), *arguments[1:]), named
+    return with_state(block.junction(entering(arguments, named)), arguments, named)
 
 
 def _out_of(block: Any, arguments: tuple, output: Any) -> Any:
@@ -236,19 +231,34 @@ def require_patch(model_type: str, units: Units, chosen: Any) -> None:
     be folded into the weights of this family. What depends on the weights is found when it is put in."""
     if units.granularity != "blocks" and (chosen.fold or chosen.fit.reads != "stream"):
         raise UserError(NEEDS_BLOCKS)
+    if chosen.fit.reads == "feedforward":
+        known_feed_forward(model_type)
     if chosen.fold:
-        _require_foldable(model_type)
-        layout = FAMILIES.get(model_type, Family())
+        layout = _foldable(model_type)
         if chosen.fit.name == "mean" and not (layout.has_bias or layout.bias_setting):
             raise UserError(NO_BIAS.format(model_type))
 
 
-def _require_foldable(model_type: str) -> None:
-    if post := FAMILIES.get(model_type, Family()).feedforward.post:
+def known_feed_forward(model_type: str) -> Family:
+    """What the feed-forward branches of this family are made of. Raises UserError where no table says: a norm or a
+    factor may stand between a layer of the usual name and the residual stream."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"what the feed-forward branch of a {model_type} model adds to the residual stream is not known "
+            "(sddx.models.families.FAMILIES), so that nothing can be fitted to it or folded into it. Use "
+            "pruning/patch=linear, or mean with pruning.patch.fold=false."
+        )
+    return FAMILIES[model_type]
+
+
+def _foldable(model_type: str) -> Family:
+    known = known_feed_forward(model_type)
+    if post := known.feedforward.post:
         raise UserError(
             f"nothing can be folded into a {model_type} model: a norm ({post}) stands between its feed-forward "
             "weights and the residual stream. Set pruning.patch.fold=false."
         )
+    return known
 
 
 def _fold(model: Any, cut: Cut, gap: Gap, patch: Any) -> None:
@@ -256,7 +266,7 @@ def _fold(model: Any, cut: Cut, gap: Gap, patch: Any) -> None:
     function. Raises UserError, with the reason, where it is not."""
     if not isinstance(patch, (patches.Shift, patches.FeedForwardMap)):
         raise UserError(NOT_FOLDABLE)
-    _require_foldable(decoder(model).config.model_type)
+    _foldable(decoder(model).config.model_type)
     linear = _own_part(model, cut, gap, family(model).last_linear)
     bias = linear.bias
     if isinstance(patch, patches.FeedForwardMap):

@@ -194,6 +194,8 @@ class Linear(Fit):
         return Map(matrix=self._regression())
 
     def _regression(self) -> Tensor:
+        """Raises UserError for fewer tokens than channels, and where `ridge` is too small to tell directions that
+        the states have no part in."""
         self._require(1)
         assert self.moments is not None
         square, cross = self.moments
@@ -201,7 +203,14 @@ class Linear(Fit):
         # In place: at a width of 4,096 each copy is 128 MiB.
         strength = self.ridge * square.diagonal().mean()
         square.diagonal().add_(strength)
-        factor = torch.linalg.cholesky(square)
+        try:
+            factor = torch.linalg.cholesky(square)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"the patch {self.name!r} cannot be solved for: to rounding, the calibration states have no part "
+                f"in some directions, or some are not finite. Raise pruning.patch.fit.ridge={self.ridge}, give "
+                "other texts, or use pruning/patch=mean."
+            ) from error
         square.diagonal().sub_(strength)
         return torch.cholesky_solve(cross, factor)
 

@@ -29,11 +29,6 @@ class Removal(Compression):
         return cls(Cut.load(folder / CUT_FILE))
 
     @property
-    def name(self) -> str:
-        """The depth that is left: `26L`."""
-        return self.cut.name
-
-    @property
     def is_stock(self) -> bool:
         """Whether whole blocks alone are gone."""
         return not (self.cut.no_attention or self.cut.no_feedforward)

@@ -25,7 +25,7 @@ from sddx.models.anatomy import (
     set_blocks,
     stack,
 )
-from sddx.models.outputs import first, head_of, run
+from sddx.models.outputs import entering, first, head_of, run, with_state
 from sddx.records import Cut
 
 PROMPT, NEW, PADDING = 12, 6, 3
@@ -92,13 +92,10 @@ def sliced_logits(model: Any, cut: Cut, *, vocabulary: int) -> torch.Tensor:
 
 def _one_by_one(model: Any, kept: Sequence[Any], calls: Sequence[tuple[tuple, dict[str, Any]]]) -> torch.Tensor:
     """The first call gives the state that enters; of the others, one for each block, all else."""
-    arguments, named = calls[0]
-    hidden = arguments[0] if arguments else named["hidden_states"]
-    for block, (arguments, named) in zip(kept, calls[1:], strict=True):
-        if arguments:
-            hidden = first(block(hidden, *arguments[1:], **named))
-        else:
-            hidden = first(block(**{**named, "hidden_states": hidden}))
+    hidden = entering(*calls[0])
+    for block, call in zip(kept, calls[1:], strict=True):
+        arguments, named = with_state(hidden, *call)
+        hidden = first(block(*arguments, **named))
     norm = final_norm(model)
     return head_of(model)(hidden if norm is None else norm(hidden))
 

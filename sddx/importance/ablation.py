@@ -60,7 +60,7 @@ class Counted:
 
 class LeaveOneOut(Ablation):
     """What is lost when one unit is taken out of the whole model. With `released`, shifted as in the code of arXiv
-    2407.16286: the mean over the runs that lack another unit, minus the run that lacks this one."""
+    2407.16286: the mean value of the runs that lack another unit, minus that of the run that lacks this one."""
 
     def __init__(self, *, value: Value, released: bool = False) -> None:
         self.value, self.released = value, released
@@ -80,7 +80,7 @@ class LeaveOneOut(Ablation):
 class Greedy(Ablation):
     """The order in which units go if each time the least missed one is removed and all others are scored again
     (SLEB, arXiv 2402.09025, whose exact rule is not known here). A unit's score is its place in that order;
-    those that outlast `until` removals follow by what they would cost next."""
+    those that outlast `until` removals follow by what they would have cost in the place of the last one."""
 
     def __init__(self, *, value: Value, until: Natural) -> None:
         self.value, self.until = value, until
@@ -193,7 +193,8 @@ class Shapley(Ablation):
         """The summary; its errors are those of texts and orders drawn anew, together. `orders` says how many were
         drawn, `stable` with which probability the lowest units are these."""
         require_sequences("shapley", subject.sequences, 1)
-        count, dice = len(subject.units), Random(self.seed)
+        self.require(count := len(subject.units))
+        dice = Random(self.seed)
         length = max(int((1 - self.keep) * count + 1e-9), 1)
         known: dict[Coalition, Tensor] = {}
         pairs: list[Tensor] = []
@@ -233,8 +234,8 @@ class Shapley(Ablation):
 
 
 def _sources(pairs: Tensor) -> Sources:
-    """What the scores are means of, by each of what was drawn: texts (or items), and pairs of orders, because the
-    two orders of a pair are not independent."""
+    """What the scores are means of, by each of what was drawn: texts (or the draws of items), and pairs of orders,
+    because the two orders of a pair are not independent."""
     return {"texts": pairs.mean(0).T, "orders": pairs.mean(2)}
 
 

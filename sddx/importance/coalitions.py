@@ -5,7 +5,7 @@ A coalition is the set of units that are present: a tuple of booleans, one for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -15,23 +15,25 @@ from torch import Tensor, nn
 from sddx.compression.branches import without
 from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
-from sddx.evaluation.harness import evaluate, require_tasks
+from sddx.evaluation.harness import clusters_of, evaluate, require_tasks
 from sddx.evaluation.tasks import named_in_files, no_names, task_folders
 from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_blocks
-from sddx.models.outputs import first, head_of
+from sddx.models.outputs import entering, first, head_of, with_state
 from sddx.parallel.distributed import agreed
 from sddx.records import Batch, Count, Natural, Tasks, Units
+from sddx.statistics.intervals import task_weights
 
 Coalition = tuple[bool, ...]
 Head = Callable[[Tensor], Tensor]  # states [tokens, width] -> float32 logits [tokens, vocabulary]
 
 
 class Value(Protocol):
-    """What coalitions are worth, more being better: one number per coalition and item, [coalitions, items]."""
+    """What coalitions are worth, more being better: a mean over independent draws (of texts, or of items of
+    tasks)."""
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
-        """What each coalition is worth on each item, [coalitions, items] in float64; more is better."""
+        """What each coalition is worth on each draw, [coalitions, draws] in float64; more is better."""
         ...
 
     def work(self, subject: Subject, coalitions: Sequence[Coalition]) -> Work:
@@ -63,8 +65,8 @@ class Replay:
         entered: list[Tensor] = []
 
         def note(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-            entered.append(arguments[0])
-            self.calls.append((arguments[1:], named))
+            entered.append(entering(arguments, named))
+            self.calls.append(with_state(None, arguments, named))
 
         handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks(self.model)]
         try:
@@ -85,9 +87,9 @@ class Replay:
         shared = _shared(self.path, path) if self.reuse else 0
         del self.states[shared + 1 :]
         for place in range(shared, len(path)):
-            block, (arguments, named) = self.variants[place][path[place]], self.calls[place]
-            hidden = self.states[-1]
-            self.states.append(hidden if block is None else first(block(hidden, *arguments, **named)))
+            block, hidden = self.variants[place][path[place]], self.states[-1]
+            arguments, named = with_state(hidden, *self.calls[place])
+            self.states.append(hidden if block is None else first(block(*arguments, **named)))
         self.path = path
         norm = final_norm(self.model)
         return self.states[-1] if norm is None else norm(self.states[-1])
@@ -121,7 +123,7 @@ class OfLogits:
     `sequences`: how many of the texts (null: all). `chunk`: tokens that the head is applied to at once.
     """
 
-    def __init__(self, *, sequences: Count | None = 64, reuse: bool = True, chunk: int = 256) -> None:
+    def __init__(self, *, sequences: Count | None = 64, reuse: bool = True, chunk: Count = 256) -> None:
         self.sequences, self.reuse, self.chunk = sequences, reuse, chunk
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
@@ -204,12 +206,15 @@ WHERE = "pruning.metric.value"  # where a value stands, for messages
 
 
 class TaskScore:
-    """The score of evaluation tasks, item by item, on their selection items: another `split` of a task's data than
-    the report's, those of the same split that are on that `side` (sddx.evaluation.items), or the task
-    `<task>_selection` (among the package's own, or in the folder `include`). With
-    `oracle`, on the very items that are reported: an upper bound, not a method. Every coalition is evaluated whole,
-    by the `primary` metric, named by task (not named: the task's own), and in the chat template where that is asked
-    for (`chat_template` None: where there is one).
+    """The average score of evaluation tasks on their selection items, as reports take it: tasks count equally,
+    whatever their number of items, and items of one `cluster` are one draw.
+
+    Selection items are another `split` of a task's data than the report's, those of the same split that are on that
+    `side` (sddx.evaluation.items), or the task `<task>_selection` (among the package's own, or in the folder
+    `include`). With `oracle`, they are the very items that are reported: an upper bound, not a method.
+
+    Every coalition is evaluated whole, by the `primary` metric, named by task (not named: the task's own), and in
+    the chat template where that is asked for (`chat_template` None: where there is one).
     """
 
     def __init__(
@@ -248,7 +253,7 @@ class TaskScore:
         require_tasks(where, tasks=self.tasks, limit=self.limit, **settings)
 
     def of(self, subject: Subject, coalitions: Sequence[Coalition]) -> Tensor:
-        """Each item's score under each coalition, [coalitions, items] in float64."""
+        """The average score under each coalition, in its `draws`: [coalitions, draws] in float64."""
         known: dict[Coalition, Tensor] = {}
         quiet = replace(subject, runtime=replace(subject.runtime, quiet=True))
         with subject.runtime.progress(total=len(set(coalitions)), what="tasks of coalitions", unit="model") as bar:
@@ -287,8 +292,34 @@ class TaskScore:
             )
         finally:
             set_blocks(subject.model, unpruned)
-        samples = [sample["score"] for record in results["tasks"].values() for sample in record["samples"]]
-        return torch.tensor(samples, dtype=torch.float64)
+        return _of_tasks(results["tasks"])
+
+
+def _of_tasks(records: Mapping[str, Mapping[str, Any]]) -> Tensor:
+    """The `draws` of evaluated tasks, each item with the weight that it has in the macro average."""
+    by_task = task_weights(list(records), {task: record["part_of"] for task, record in records.items()})
+    total = sum(len(record["samples"]) for record in records.values())
+    scores: list[float] = []
+    weights: list[float] = []
+    owners: list[Hashable] = []
+    for task, record in records.items():
+        samples = record["samples"]
+        scores += [sample["score"] for sample in samples]
+        weights += [by_task[task] * total / len(samples)] * len(samples)
+        owners += [(task, owner) for owner in clusters_of(samples) or range(len(samples))]
+    return draws(torch.tensor(scores).double(), torch.tensor(weights).double(), owners)
+
+
+def draws(scores: Tensor, weights: Tensor, owners: Sequence[Hashable]) -> Tensor:
+    """The weighted mean of items in parts, one for each of the `owners` that are drawn: the parts have that mean,
+    and vary as a ratio of sums does (Cochran 1977, chapter 6). Of k owners of n items with weights w of mean 1 and
+    the mean m it is m + k / n sum of w (score - m) over an owner's items: where each item is a draw and weighs 1,
+    its score."""
+    numbers: dict[Hashable, int] = {}
+    places = torch.tensor([numbers.setdefault(owner, len(numbers)) for owner in owners])
+    share = len(numbers) / len(scores)
+    sums, sizes = (scores.new_zeros(len(numbers)).index_add_(0, places, x) for x in (weights * scores, weights))
+    return share * sums + (1 - share * sizes) * (weights * scores).mean()
 
 
 def _in_order(coalitions: Sequence[Coalition]) -> list[Coalition]:

@@ -24,8 +24,10 @@ def errors(sources: Sources) -> dict[str, Any]:
     under "stderr_of" the standard errors by source, where there are several.
 
     The variances of the sources' means add up (a two-way random-effects model; what text and order do together is
-    in both, so that the sum is too large if anything). The interval is Cochran's for a sum of variances of unlike
-    freedom (Cochran and Cox, Experimental Designs, 4.14): each variance times its own t(drawn - 1) squared.
+    in both, so that the sum is too large if anything). In the interval each variance is taken times its own
+    t(drawn - 1) squared. It is at least as wide as Cochran's for variances v of unlike freedom (Cochran and Cox,
+    Experimental Designs, 4.14), whose factor is the mean of the t weighted by the v: (sum of t v)^2 / (sum of v) is
+    at most the sum of t^2 v.
     """
     if any(len(parts) < 2 for parts in sources.values()):
         return {"stderr": None, "half_width": None}

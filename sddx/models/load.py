@@ -214,10 +214,7 @@ def _read(folder: Path, attention: str, **loading: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if not _has_weights(folder):
-        raise UserError(
-            f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
-            f"weights are never loaded: convert them to safetensors, or fetch the model again."
-        )
+        raise _weightless(folder)
     config = _config(folder)
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if attention not in known and "/" not in attention:
@@ -226,6 +223,7 @@ def _read(folder: Path, attention: str, **loading: Any) -> Any:
             f"model.attention={attention} is not known. Use sdpa or eager (or, with their packages, "
             f"{', '.join(others)})."
         )
+    require_capped(config, attention)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -250,6 +248,24 @@ def _read(folder: Path, attention: str, **loading: Any) -> Any:
         raise _contradiction(folder)
     decoder(model)  # refuse an architecture without blocks now, not after an hour of scoring
     return model
+
+
+def _weightless(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} lacks config.json or model.safetensors (or a shard that its index names). Pickled "
+        f"weights are never loaded: convert them to safetensors, or fetch the model again."
+    )
+
+
+def require_capped(config: Any, attention: str) -> None:
+    """Raises UserError where a model caps its attention scores (Gemma2) and would run without: transformers' sdpa
+    takes the cap and does nothing with it."""
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and "sdpa" in attention:
+        raise UserError(
+            f"this {config.model_type} model caps its attention scores at {cap} (attn_logit_softcapping), which "
+            f"model.attention={attention} leaves out. Use model.attention=eager."
+        )
 
 
 def said(error: Exception) -> str:
@@ -479,11 +495,13 @@ def stated_dtype(path: str, revision: str | None) -> str:
 
 def own_dtype(folder: Path) -> str:
     """The dtype that a model's files hold it in: what its config says, or that of its first weight of real numbers.
-    Raises UserError for one that no model can be asked to compute in."""
+    Raises UserError for one that no model can be asked to compute in, and where there are no weights."""
     if (said_by_config := getattr(_config(folder), "dtype", None)) is not None:
         dtype = str(said_by_config).removeprefix("torch.")
+    elif not (shards := sorted(folder.glob("*.safetensors"))):
+        raise _weightless(folder)
     else:
-        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as weights:
+        with safe_open(shards[0], framework="pt") as weights:
             kinds = (weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118
             dtype = next((str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point), "none")
     if dtype not in DTYPES:

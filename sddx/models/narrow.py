@@ -68,7 +68,8 @@ def narrow(config: Any, *, width: int, vocabulary: int, **settings: Any) -> Any:
         for part in _parts(made):
             for name, value in (_small(part, width, vocabulary) | (settings if part is made else {})).items():
                 _set(part, name, value)
-            _shorten_rotation(part, part.head_dim if hasattr(part, "head_dim") else width // HEADS)
+            head = part.head_dim if hasattr(part, "head_dim") else width // HEADS
+            _shorten_rotation(getattr(part, "rope_parameters", None) or {}, head)
     except refusals() as error:
         raise UserError(f"a {config.model_type} model cannot be {width} channels wide: {error}.") from error
     return made
@@ -122,12 +123,15 @@ def _set(config: Any, name: str, value: Any) -> None:
         setattr(config, name, value)
 
 
-def _shorten_rotation(config: Any, head: int) -> None:
-    """Factors by which rotary frequencies are stretched are one for each pair of a head's channels."""
-    for rotation in [getattr(config, "rope_parameters", None) or {}]:
-        for name, value in rotation.items():
-            if isinstance(value, list):
-                rotation[name] = value[: head // 2]
+def _shorten_rotation(rotation: dict[str, Any], head: int) -> None:
+    """Factors by which rotary frequencies are stretched are one for each pair of a head's channels that are turned;
+    some families have them by kind of layer."""
+    pairs = int(head * (rotation.get("partial_rotary_factor") or 1)) // 2
+    for name, value in rotation.items():
+        if isinstance(value, dict):
+            _shorten_rotation(value, head)
+        elif isinstance(value, list):
+            rotation[name] = value[:pairs]
 
 
 def built(config: Any, dtype: torch.dtype, **options: Any) -> nn.Module:

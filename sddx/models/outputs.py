@@ -36,7 +36,7 @@ def block_states(model: Any) -> Iterator[list[torch.Tensor]]:
     states: list[torch.Tensor] = []
 
     def enter(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        states.append(arguments[0] if arguments else named["hidden_states"])
+        states.append(entering(arguments, named))
 
     def leave(block: nn.Module, arguments: tuple, output: Any) -> None:
         states.append(first(output))
@@ -49,6 +49,16 @@ def block_states(model: Any) -> Iterator[list[torch.Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def entering(arguments: tuple, named: dict[str, Any]) -> torch.Tensor:
+    """The hidden state that a block was called with: its first argument, or by its name."""
+    return arguments[0] if arguments else named["hidden_states"]
+
+
+def with_state(hidden: Any, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same call of a block with another hidden state (None: with none, to be kept)."""
+    return ((hidden, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": hidden})
 
 
 def first(output: Any) -> torch.Tensor:
@@ -70,7 +80,7 @@ def branch_states(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]
     seen: dict[str, torch.Tensor] = {}
 
     def enter(block: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        seen["input"] = arguments[0] if arguments else named["hidden_states"]
+        seen["input"] = entering(arguments, named)
 
     def attended(module: nn.Module, arguments: tuple, output: Any) -> None:
         seen["update"] = first(output)

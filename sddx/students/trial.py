@@ -17,7 +17,7 @@ from sddx.compression.soundness import UnsoundModel, prove, sliced_logits
 from sddx.config.build import tried
 from sddx.errors import UserError
 from sddx.models.anatomy import DECODER
-from sddx.models.load import load_model, said
+from sddx.models.load import load_model, require_capped, said
 from sddx.models.narrow import VOCABULARY, built, refusals, smallest
 from sddx.models.outputs import require_own_head
 from sddx.records import Cut
@@ -28,8 +28,10 @@ _mistakes: dict[tuple[str, Cut, str], str] = {}
 
 def try_out(config: Any, cut: Cut, attention: str) -> bool:
     """Whether a narrow model of this config can be made, and runs. If so it was saved, loaded, cut, saved and
-    loaded again, and proven, as the model itself will be. Raises UserError where it failed: in its head, or in what
-    the cut leaves."""
+    loaded again, and proven, as the model itself will be; on the CPU in float32, and so, for an attention that may
+    not run there (flash), by plain products. Raises UserError where it failed: in its head, or in what the cut
+    leaves."""
+    attention = _on_cpu(attention)
     asked = config.to_json_string(use_diff=False), cut, attention
     if asked not in _mistakes:
         try:
@@ -43,8 +45,10 @@ def try_out(config: Any, cut: Cut, attention: str) -> bool:
 
 
 def small_model(config: Any, attention: str) -> Any:
-    """A narrow model of this config with random weights, in eval mode. Raises UserError where none can be made, or
-    none that runs."""
+    """A narrow model of this config with random weights, in eval mode. Raises UserError where none can be made,
+    none that runs, or none that attends as it should."""
+    attention = _on_cpu(attention)
+    require_capped(config, attention)
     model = built(smallest(config), torch.float32, attn_implementation=attention)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
@@ -55,6 +59,11 @@ def small_model(config: Any, attention: str) -> Any:
         except refusals() as error:
             raise UserError(f"a narrow {config.model_type} model does not run: {said(error)}.") from error
     return model
+
+
+def _on_cpu(attention: str) -> str:
+    """What stands there for an attention that may not run in float32 on a CPU."""
+    return attention if attention in ("sdpa", "eager") else "eager"
 
 
 def _mistake(model: nn.Module, cut: Cut, attention: str) -> str:

@@ -11,8 +11,8 @@ from sddx.stages.local_model import Check, LocalModel
 
 
 def of_model(method: Settings, model: LocalModel) -> list[Check]:
-    """Something is left to train, metric and patch can be what they are asked to be, blocks can be taken out of a
-    model of this kind, and it has one head."""
+    """Something is left to train, the patch can be what it is asked to be, blocks can be taken out of a model of
+    this kind, and it has one head."""
     from sddx.models.load import require_one_head
 
     checks: list[Check] = [
@@ -40,12 +40,16 @@ def _check_pruning(method: Settings, config: Any) -> None:
             f"pruning.remove={pruning.remove} leaves nothing that could learn. Remove less, or loss=none."
         )
     require_rule(pruning, len(units))
-    if pruning.keep_pattern and pruning.units == "blocks":
+    if pruning.keep_pattern:
         require_whole_periods(config, pruning.remove)
-    _check_measured(pruning.metric, len(units), config)
     if pruning.patch.fit is None and pruning.patch.trained:
         raise UserError("pruning.patch.trained=true, and there is no patch. Choose one: pruning/patch=linear.")
     if pruning.patch.fit is not None and pruning.remove:
+        if not units.cut(range(pruning.remove)).kept:
+            raise UserError(
+                f"pruning.remove={pruning.remove} leaves no block beside which a patch could stand. Remove less, "
+                "or use pruning/patch=none."
+            )
         require_patch(config.model_type, units, pruning.patch)
         moved = pruning.patch.fold or pruning.patch.fit.reads != "stream"  # the block before the junction changes
         require_junction(build(method["loss"]), retrained=moved)
@@ -65,20 +69,3 @@ def _check_family(method: Settings, config: Any, attention: str) -> None:
     if pruning.metric is None:  # the cut hangs on no score
         removed = pruning.choose(None, total, pruning.remove)
     try_out(config, Units("blocks", total).cut(removed), attention)
-
-
-def _check_measured(metric: Any, units: int, config: Any) -> None:
-    """A metric can measure so many units, and the tasks that it looks at are in words of the model. Raises
-    UserError."""
-    from sddx.evaluation.tasks import OWN_TASKS, named_in_files
-    from sddx.models.load import text_config
-
-    getattr(metric, "require", lambda units: None)(units)
-    tasks = getattr(getattr(metric, "value", None), "tasks", [])
-    embedded = [task for task in tasks if task in named_in_files([OWN_TASKS])]
-    if embedded and config.vocab_size != text_config(OWN_TASKS.parent / "checkpoint").vocab_size:
-        raise UserError(
-            f"The pruning metric looks at {', '.join(embedded)}, of the embedded world, and this model has other "
-            "words. Give tasks of yours, as in pruning.metric.value.tasks=[mmlu] "
-            "'pruning.metric.value.split={mmlu: validation}' (see conf/pruning/shapley_task.yaml)."
-        )

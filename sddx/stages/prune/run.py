@@ -72,11 +72,14 @@ def footprint(model: Any) -> dict[str, int]:
 
 def write_proof(out: Path, made: Compressed, base: Artifact, loading: dict[str, str], **known: Any) -> None:
     """Prove a pruned, maybe patched, model and write what was found to `proof.json`. Where its weights are too big
-    to write a copy, a narrow model under the same cut makes the way through a folder; `known`: see `prove`."""
+    to write a copy, a narrow model under the same cut makes the way through a folder, if one can be made; what was
+    `reloaded` is written as well. `known`: see `prove`."""
 
     def again() -> Any:
         return saved_and_loaded(made, base.path, base=base.key, **loading)
 
-    small = is_small(made.model) or not try_out(text_config(base.path), made.cut, loading["attention"])
+    small = is_small(made.model)
+    narrow = not small and try_out(text_config(base.path), made.cut, loading["attention"])
     proof = prove(made.model, vocabulary=vocabulary(made.model), again=again if small else None, **known)
+    proof["reloaded"] = "model" if small else "narrow model" if narrow else None
     (out / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")

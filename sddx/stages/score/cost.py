@@ -8,7 +8,7 @@ from typing import Any
 from sddx.config.build import build
 from sddx.estimate import memory, peaks
 from sddx.estimate.costs import Estimate, Part
-from sddx.estimate.efforts import Effort, Judging
+from sddx.estimate.efforts import Effort
 from sddx.importance.score import Work, works
 from sddx.models.anatomy import decoder
 from sddx.records import Units
@@ -53,14 +53,14 @@ def _effort(estimate: Estimate) -> Effort:
             read=texts.mean * (work.body + work.learned),
         )
         if work.models:
-            total += Judging.of(vars(metric.value)).effort(size) * work.models
+            total += estimate.judging(vars(metric.value)).effort(size) * work.models
     return total
 
 
 def _measuring(estimate: Estimate, metric: Any, work: Work) -> float:
     longest, batch = estimate.calibration.longest, estimate.calibration.side_by_side
     if work.models:
-        return peaks.judging(estimate, Judging.of(vars(metric.value)))
+        return peaks.judging(estimate, estimate.judging(vars(metric.value)))
     if work.learned:
         model = peaks.whole(estimate)
         decoder(model).requires_grad_(True)
