@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,8 @@ from sddx.runtime import Runtime
 from sddx.stages.folders import stage
 from sddx.stages.inputs import count_rows, keyed_rows, model_at, read_by, task_files
 from sddx.store import Inputs, Store
+
+log = logging.getLogger(__name__)
 
 # How a training is run, which changes its numbers by rounding alone and no key.
 HOW_RUN = ("log_every", "checkpoint_every", "gradient_checkpointing", "strategy", "devices", "profile")
@@ -149,17 +152,28 @@ class Run:
     def _rewritten(self) -> list[tuple[Artifact, Artifact]]:
         """Of each shard the unpruned model's answers, and which of them may be trained on."""
         selfdata, pairs = self.method.selfdata, []
-        spec = {"guided": self.method.loss["data"] == "self", "rewrite": self.dataset["rewrite"], **self.loading}
-        spec |= {"reference": selfdata.get("reference", "right"), "generation": self.method.generation}
-        check = CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])
+        spec = {"guided": self._is_guided, "rewrite": self.dataset["rewrite"], **self.loading}
+        spec |= {"generation": self.method.generation}
+        asked: Node = {"check": CHECKS.get(selfdata.get("check", "dataset"), self.dataset["check"])}
+        asked["template"] = self.dataset["rewrite"] if self._is_guided else None
         bar: Any = {"what": "distilling", "unit": "row", "moved": "distill/written", "shown": "select/accepted"}
         with self.runtime.counting(sum(len(lines(shard.path)) for shard in self._references), **bar) as watched:
             for shard in self._references:
                 inputs: Inputs = {"base": self.base, "shard": shard}
+                spec["reference"] = self._reference(shard)
                 written = self.store.build(stage("distill"), inputs, runtime=watched, **spec)
                 inputs = {"shard": shard, "answers": written}
-                pairs.append((written, self.store.build(stage("select"), inputs, runtime=watched, check=check)))
+                pairs.append((written, self.store.build(stage("select"), inputs, runtime=watched, **asked)))
         return pairs
+
+    @property
+    def _is_guided(self) -> bool:
+        return self.method.loss["data"] == "self"
+
+    def _reference(self, shard: Artifact) -> str:
+        """Whose references the prompts of a shard show; where they show none, that is no matter."""
+        shown = self._is_guided and count_rows(shard)
+        return self.method.selfdata.get("reference", "right") if shown else "right"
 
     @property
     def is_self_data(self) -> bool:
@@ -361,13 +375,29 @@ class Run:
 
     @cached_property
     def overlap(self) -> Artifact | None:
-        """What the training rows share with the evaluation's items."""
-        if self.data is None:
+        """What the training rows, those of merged students among them, share with the evaluation's items."""
+        if not (data := [*dict.fromkeys(self._all_data())]):
             return None
         spec = {name: self.evaluation.get(name) for name in ("tasks", "include", "limit", "split")}
         spec |= {name: each for name in ("data_dir", "side", "cluster") if (each := self.evaluation.get(name))}
         files = read_by(self.store, self.method.evaluation)
-        return self._make("overlap", {"data": self.data, "files": files}, **spec)
+        return self._make("overlap", {"data": data, "files": files}, **spec)
+
+    def _all_data(self) -> Iterator[Artifact]:
+        """The rows of this run, and of those whose students are merged as far as they are in a store."""
+        for each in (self, *self._others):
+            data = self._finished_data(each) if isinstance(each, str) else each.data
+            if data:
+                yield data
+
+    def _finished_data(self, folder: str) -> Artifact | None:
+        from sddx.students.recovered import find_run
+
+        run = find_run(folder)
+        if (path := run.artifact("prepare")) is None:
+            log.warning("overlap: the store has the rows of %s no more, so that they are not looked at", folder)
+            return None
+        return Artifact("prepare", run.summary["artifacts"]["prepare"], path)
 
     @cached_property
     def report(self) -> Artifact:
@@ -389,7 +419,7 @@ class Run:
         for folder in (each for each in self._others if isinstance(each, str)):
             self._finished(folder)
         self.result(REFERENCE)
-        for name in ("answers", "rows", "captured", "student", "shares", "merged"):
+        for name in ("answers", "rows", "captured", "student", "mixed", "shares", "merged"):
             yield name, getattr(self, name)
         for name in ("drafts", "drifts", "written", "overlap"):
             yield name, getattr(self, name)

@@ -194,6 +194,36 @@ def test_two_unreadable_answers_do_not_agree() -> None:
         ("5 times 24 equals 120. Let me know if you have 3 more questions.", 120),
         ("48 + 24 = 72. Page 5 has another.", None),
         ("Tom had 3. He bought 4. Now he has 7.", None),
+        ("The answer is 10^3.", None),
+        ("So 5 times 200 = 10^{3}.", None),
+        (r"The answer is 3\pi.", None),
+        (r"The answer is $3\pi$ meters.", None),
+        ("The answer is 3π.", None),
+        ("The answer is 3 pi.", None),
+        ("The answer is 2√3.", None),
+        (r"The answer is 2\sqrt{3}.", None),
+        ("The answer is √3.", None),
+        ("The answer is 5! ways.", None),
+        ("The answer is 5! = 120.", 120),
+        ("The answer is 72! I hope this helps, 2 things.", 72),
+        ("The answer is (3, 4).", None),
+        ("The answer is [3, 4].", None),
+        ("The answer is 3, 4.", None),
+        ("The answer is (72).", 72),
+        ("The answer is [72 clips].", 72),
+        ("The answer is 72, 3 times 24.", 72),
+        ("The answer is 2x + 3.", None),
+        ("So it is 2x -3.", None),
+        ("So it is x - 3.", None),
+        ("y = 2x + 3", None),
+        ("The answer is 3:45 pm.", None),
+        ("The answer is 12km.", 12),
+        ("The answer is 5 km^2.", 5),
+        (r"The answer is 90^\circ.", 90),
+        (r"The answer is \(72\) clips.", 72),
+        ("So she has *5*.", 5),
+        ("So 2x is 6.", 6),
+        ("So 3 + 4 = 7, 7 + 2 = 9.", 9),
     ],
 )
 def test_an_answer_is_what_the_text_commits_itself_to(text: str, answer: str | int | None) -> None:
@@ -291,6 +321,23 @@ def test_template_leaks_are_seen(answer: str, leaking: bool) -> None:
     """What betrays the rewriting template is refused in any case and spacing; ordinary uses of its words are
     not."""
     assert leaks(answer) is leaking
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "leaking"),
+    [
+        ("As the reference answer says, 5.", "instruction", True),
+        ("As the reference answer says, 5.", "tiny", False),
+        ("Reference: The Elements, book 5.", "instruction", False),
+        ("Reference: 5", "tiny", True),
+        ("In my own words: 5", "tiny", True),
+        ("In my own words: 5", "math", False),
+        ("In my own words: 5", "{prompt} {reference} Use your own words.", True),
+        ("Here is my response: 5", "code", True),
+    ],
+)
+def test_only_the_words_of_the_template_that_was_shown_give_it_away(answer: str, kind: str, leaking: bool) -> None:
+    assert leaks(answer, kind) is leaking and leaks(answer)
 
 
 def test_gsm8k_and_alpaca_rows_become_examples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

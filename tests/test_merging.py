@@ -19,10 +19,12 @@ from sddx.merging import methods
 from sddx.merging.files import merge_files
 from sddx.merging.methods import Place
 from sddx.pipeline import Run, _longer
+from sddx.report.summary import RunArtifacts
 from sddx.run_folder import CONFIG, read_config
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
 from sddx.store import Store
+from sddx.sweep.plan import Plan
 from sddx.train import look, method, run, verify
 
 HERE = Place("model.layers.1.mlp.weight", 1)
@@ -121,6 +123,24 @@ def test_ties_averages_what_agrees_and_drops_the_small() -> None:
     assert merged.tolist() == [3.0, -3.0, -2.0, 0.375]
     half, _ = methods.ties(students, base, HERE, density=0.5)
     assert half.tolist() == [3.0, -3.0, -3.0, 0.0]
+
+
+@pytest.mark.parametrize("weights", [[1, 0], [0, 1], [0.25, 0.75], [2, 2], [3, -1], [1, -1]])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_ties_is_the_weighted_mean_of_those_that_have_the_sign_of_the_weighted_sum(weights, density) -> None:
+    """Value by value, as mergekit 0.1.5 computes it; at weights of 1 and 0 that is what the one student keeps."""
+    base, *students = tensors(3)
+    kept = [methods._pruned(each - base, density, "magnitude") for each in students]
+    expected = []
+    for values in zip(*(each.flatten().tolist() for each in kept), strict=True):
+        terms = [weight * value for weight, value in zip(weights, values, strict=True)]
+        sign = 1 if sum(terms) >= 0 else -1
+        agree = [(term, weight) for term, weight in zip(terms, weights, strict=True) if term * sign > 0]
+        expected.append(sum(term for term, _ in agree) / (sum(weight for _, weight in agree) or 1))
+    merged, _ = methods.ties(students, base, HERE, weights=weights, density=density)
+    torch.testing.assert_close((merged - base).flatten(), torch.tensor(expected, dtype=torch.float64))
+    if 0 in weights:
+        torch.testing.assert_close(merged, base + kept[weights.index(1)])
 
 
 def test_dare_draws_by_seed_student_and_tensor_and_keeps_the_mean() -> None:
@@ -239,12 +259,16 @@ MERGED = (
         ),
         (["+merging.method.sharp=1"], "merging.method.sharp is not a setting"),
         (
-            ["merging.mixed=true", "merging.students=['seed=0','dataset.seed=1']"],
-            "holds out other rows of the same",
+            ["merging.mixed=true", "merging.students=['seed=0','validation=4 dataset.rewrite=math']"],
+            "'validation=4 dataset.rewrite=math' trains on prompts that are held out for merging.mixed",
         ),
         (["merging.method.t=1.5"], "merging.method.t=1.5 must be"),
         (["merging.method.t=[0.1,0.2]"], r"merging.method.t holds 2 numbers, and \d+ blocks are left"),
         (["merging=dare", "merging.method.density=0"], "merging.method.density=0 must be"),
+        (
+            ["merging=linear", "merging.method.weights=[a,0.5]"],
+            "merging.method.weights holds 'a', and numbers or lists of such alone are allowed",
+        ),
         (["merging=base"], "merging.method="),
         (["merging.method=linear"], "merging.method='linear' must be a group of settings with its _target_"),
         (["+merging.mixd=true"], r"merging.mixd is not a setting. Did you mean merging.mixed\?"),
@@ -266,6 +290,7 @@ def test_what_cannot_be_merged_is_refused_before_work(given: list[str], said: st
             "'dataset=nothing' is no finished run's folder, nor does it make a run here",
         ),
         ("[0,1]", "merging.students names a run as 0. Give what it changes here as a text"),
+        (f"['seed=0','dataset={'x' * 300}']", "is no finished run's folder, nor does it make a run here"),
         ("['seed=0',\"dataset.path=bob's\"]", "cannot be read as overrides: No closing quotation."),
         ("seed\\=0", "merging.students='seed=0' is no list. Give runs by what they change here"),
     ],
@@ -301,26 +326,29 @@ def test_a_run_merges_its_parents_and_judges_all(tmp_path: Path) -> None:
     assert names == ["unpruned", "pruned", "recovered", "dataset=tiny_comparison", "merged"]
     assert set(summary["merged"]["ways"]) <= {"arc", "line"} and sum(summary["merged"]["ways"].values()) > 50
     assert summary["recoveries"]["merged"] and "merge" in summary["seconds"]
-    parents = Run(Store(store), Runtime(quiet=True), method(config)).parents
+    first = Run(Store(store), Runtime(quiet=True), method(config))
+    parents = first.parents
     with composed(*SMALL, "loss=sft", "dataset=tiny_comparison", f"store={store}") as cfg:
         finished = run(resolve(cfg), tmp_path / "two")
     asked = f"merging.students=['dataset=tiny_arithmetic','{finished.parent}']"
-    _hold_out_others(finished.parent, config["dataset"])
-    for measured, said in ((["+drift=full", "drift.size=8"], ["holds out other rows"]), ([], [])):
+    _hold_out_fewer(finished.parent, config["dataset"])
+    for measured, said in ((["+drift=full", "drift.size=8"], ["that are held out for drift"]), ([], [])):
         with composed(*MERGED, asked, *measured, f"store={store}") as cfg:
             told = mistakes_of([lambda cfg=cfg: verify(resolve(cfg))])
         assert len(told) == len(said) and all(part in each for part, each in zip(said, told, strict=True))
     with composed(*MERGED, asked, f"store={store}") as cfg:
         again = Run(Store(store), Runtime(quiet=True), method(resolve(cfg)))
+        read = {each.key for each in again._all_data()}
+        assert len(read) == 2 and read == {each.key for each in first._all_data()}
         assert [each.key for each in again.parents] == [each.key for each in parents]
         assert again.merged is not None and again.merged.key == summary["artifacts"]["merge"]
         plan = look(resolve(cfg) | {"store": str(tmp_path / "empty")})
     assert "merge" in {step.stage for step in plan.steps if not step.present}
 
 
-def _hold_out_others(folder: Path, dataset: dict[str, Any]) -> None:
-    """Let a finished run have learned from this data set in another order."""
-    settings = read_config(folder) | {"dataset": {**dataset, "seed": 7}}
+def _hold_out_fewer(folder: Path, dataset: dict[str, Any]) -> None:
+    """Let a finished run have held out fewer rows of this data set."""
+    settings = read_config(folder) | {"dataset": dataset, "validation": 4}
     (folder / CONFIG).write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
@@ -336,6 +364,10 @@ def test_one_student_of_all_rows_stands_beside_what_is_merged(tmp_path: Path) ->
         assert mixed[count] == sum(student[count] for student in students)
     names = [subject.name for subject in here.subjects]
     assert names == ["unpruned", "pruned", "recovered", "dataset=tiny_comparison", "mixed", "merged"]
+    built = RunArtifacts(here.base, here.pruned, [], [], student=here.student, mixed=here.mixed).built()
+    assert built["train"] == [here.student] and built["train_mixed"] == [here.mixed]
+    plan = Run(Plan(tmp_path / "store", []), Runtime(quiet=True), method(config))
+    assert dict(plan._in_order())["mixed"] == here.mixed
     parts = {part.stage: part.learning for part in estimated(config).parts()}
     assert parts["train mixed"] > 1.5 * parts["train"] > 0
 
@@ -357,6 +389,12 @@ def test_a_plan_counts_what_the_students_take_once() -> None:
         parts = estimated(resolve(cfg)).parts()
     found = Counter(part.stage for part in {part.key: part for part in parts}.values())
     assert found["train"] == found["evaluate recovered"] == 2 and found["evaluate merged"] == 1
+
+
+def test_a_plan_counts_what_is_captured_for_every_student() -> None:
+    with composed(*(each for each in MERGED if each != "loss=sft"), "loss=kd", "teacher_cache=64") as cfg:
+        parts = estimated(resolve(cfg)).parts()
+    assert len({part.key for part in parts if part.stage == "capture"}) == 2
 
 
 def test_a_plan_counts_every_model_that_is_looked_at() -> None:

@@ -22,12 +22,13 @@ from sddx.data.sources import jsonl, texts
 from sddx.data.split import hold_out
 from sddx.data.tables import read_table
 from sddx.data.templates import line_breaks, rewriting_prompt
-from sddx.errors import UserError
+from sddx.errors import UserError, mistakes_of
 from sddx.files.lines import lines
 from sddx.records import Example
 from sddx.report.page import examples as shown_examples
 from sddx.runtime import Runtime
 from sddx.stages.check import precheck
+from sddx.stages.held_out import require_unseen
 from sddx.stages.prepare.run import prepare
 from sddx.train import settings, verify
 
@@ -256,6 +257,66 @@ def test_no_held_out_row_is_trained_on(tmp_path: Path, caplog: pytest.LogCapture
     settings = {"prompt": "q", "response": "a", "size": None, "seed": 0, "check": checkers.none, "rewrite": "math"}
     once, twice = (jsonl(path=str(each), **settings).examples for each in (alone, path))
     assert twice[:30] == once and held_out + training[:20] == once[: len(held_out + training[:20])]
+
+
+def test_no_held_out_prompt_is_trained_on_with_another_answer() -> None:
+    """In whatever case and white space; other prompts keep their order."""
+    prompts = ["2 + 3?", "a?", "2 - 3?", "2  + 3? ", "A?"]
+    examples = [Example(str(number), prompt, str(number)) for number, prompt in enumerate(prompts)]
+    held_out, training = hold_out(examples, 1)
+    assert [[each.id for each in rows] for rows in (held_out, training)] == [["0"], ["1", "2", "4"]]
+    assert [each.id for each in hold_out(examples, 2)[1]] == ["2"]
+
+
+HUB = {"_target_": "sddx.data.sources.hub", "name": "a/b", "subset": None, "split": "train", "revision": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({}, False),
+        ({"size": 12, "rewrite": "code"}, False),
+        ({"seed": 1}, True),
+        ({"response": "b"}, True),
+        ({"response": "b", "id": "q"}, True),
+        ({"response": "b", "id": "n", "seed": 1}, True),
+        ({"prompt": "b"}, False),
+    ],
+)
+def test_prompts_that_are_measured_on_are_not_trained_on(tmp_path: Path, change: dict, seen: bool) -> None:
+    """Whatever else two data sets differ in; the same with other answers, unless rows are held out by a name."""
+    rows = [{"q": f"what is {n}?", "a": f"it is {n}", "b": f"so {n}", "n": str(n)} for n in range(40)]
+    own = node(written(tmp_path / "rows.jsonl", rows))
+    student = {"dataset": {**own, **change}, "validation": 8}
+    assert told(lambda: require_unseen("a run", student, "drift", own, 8)) == seen
+    named = {"dataset": {**own, "response": "b", "id": "n"}, "validation": 8}
+    assert not told(lambda: require_unseen("a run", named, "drift", {**own, "id": "n"}, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "validation", "seen"),
+    [
+        ({}, 8, False),
+        ({"size": 4, "trains": ["x"]}, 8, False),
+        ({}, 4, True),
+        ({"seed": 1}, 8, True),
+        ({"prompt": "{q}!"}, 8, True),
+        ({"split": "test", "seed": 1}, 4, False),
+        ({"name": "a/c"}, 4, False),
+    ],
+)
+def test_rows_of_the_hub_are_told_apart_by_their_settings(change: dict, validation: int, seen: bool) -> None:
+    """They are not loaded before a run."""
+    own = {**HUB, "prompt": "q", "response": "a", "size": None, "seed": 0, "rewrite": "math", "trains": []}
+    student = {"dataset": {**own, **change}, "validation": validation}
+    assert told(lambda: require_unseen("a run", student, "drift", own, 8)) == seen
+
+
+def told(check: Callable[[], None]) -> bool:
+    """Whether a check says that held-out prompts are trained on."""
+    said = mistakes_of([check])
+    assert all(each.startswith("a run trains on prompts that are held out for drift.") for each in said)
+    return bool(said)
 
 
 def test_nothing_is_left_where_all_rows_repeat_the_held_out_ones(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import composed, resolve
+from composing import SMALL, composed, resolve
 from test_data import real_file
 from words import tiny_llama, word_tokenizer
 
@@ -28,6 +28,7 @@ from sddx.data.selfdata import (
 )
 from sddx.data.shards import read_examples, read_rows, write_rows
 from sddx.data.sources import pinned
+from sddx.errors import UserError
 from sddx.pipeline import Run
 from sddx.records import Example
 from sddx.runtime import Runtime
@@ -36,7 +37,7 @@ from sddx.stages.inputs import read_by
 from sddx.stages.prepare.run import prepare
 from sddx.stages.select.run import select
 from sddx.store import Store
-from sddx.train import method
+from sddx.train import method, verify
 
 CHECKPOINT = Path(sddx.__file__).parent / "tiny" / "checkpoint"
 
@@ -200,6 +201,39 @@ def test_another_check_writes_nothing_anew(tmp_path: Path) -> None:
     assert [row.stage for row in first.rows] == ["select"] * 2
 
 
+def test_whose_references_are_shown_counts_where_any_are(tmp_path: Path) -> None:
+    """Not in prompts without references, nor for no rows."""
+    short = ("dataset.size=4", "validation=0", "generation.max_new_tokens=4")
+    store, seen = Store(tmp_path / "store"), {}
+    for loss in ("sdd", "sdd_plain"):
+        for reference in ("right", "wrong"):
+            with composed(f"loss={loss}", *short, f"selfdata.reference={reference}") as cfg:
+                seen[loss, reference] = Run(store, Runtime(quiet=True), method(resolve(cfg))).answers
+    assert seen["sdd_plain", "right"] == seen["sdd_plain", "wrong"]
+    (none, right), (again, wrong) = seen["sdd", "right"], seen["sdd", "wrong"]
+    assert none == again and right != wrong
+
+
+WRONG = ("selfdata.reference=wrong", "selfdata.check=none")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["loss=sft", *WRONG], "there are none with loss.data=reference. Use loss=sdd, or"),
+        (["loss=sdd_plain", *WRONG], "there are none with loss.data=self_plain"),
+        (["loss=sdd", WRONG[0]], r"compares the answer with the row's own \(last_number\), which would refuse"),
+        (["loss=sdd", *WRONG, "dataset.size=257"], "dataset.size=257 leaves one row alone in its shard"),
+        (["loss=sdd", *WRONG, "validation=1"], "validation=1 leaves one row alone in its shard"),
+        (["loss=sdd", "generation.max_new_tokens=500"], "No prompt leaves room for generation.max_new_tokens=500"),
+        (["loss=sdd_plain", "generation.max_new_tokens=500"], "in 512 tokens, so that the model would write"),
+    ],
+)
+def test_self_data_that_cannot_be_written_is_refused_before_work(given: list[str], said: str) -> None:
+    with composed(*SMALL, *given) as cfg, pytest.raises(UserError, match=said):
+        verify(resolve(cfg))
+
+
 def example(id: str) -> Example:
     return Example(id, f"prompt {id}", "1 + 2 = 3\n#### 3")
 
@@ -213,7 +247,7 @@ ANSWERS = [
     Answer(""),
     Answer("3.0"),
 ]
-REWRITES = judge(EXAMPLES, ANSWERS, check=checkers.last_number)
+REWRITES = judge(EXAMPLES, ANSWERS, check=checkers.last_number, template="math")
 
 
 def test_a_wrong_rewrite_falls_back_to_the_reference() -> None:
@@ -225,6 +259,12 @@ def test_a_wrong_rewrite_falls_back_to_the_reference() -> None:
     for row, answer, source in zip(examples, ANSWERS, EXAMPLES, strict=True):
         kept = (source.response, "reference") if row.note else (answer.text, "self")
         assert (row.response, row.origin) == kept
+
+
+def test_what_saw_no_reference_gives_none_away() -> None:
+    """An answer in the words of a template that was not shown is as good as any."""
+    unguided = judge(EXAMPLES, ANSWERS, check=checkers.last_number)
+    assert [row.reason for row in unguided] == ["", "wrong answer", "", CUT_OFF, "empty", ""]
 
 
 def test_dropping_leaves_the_accepted_rows_only() -> None:

@@ -108,6 +108,10 @@ SEARCHED = (
             ["+merging.search.evaluation.side=selection", "merging.search.evaluation.tasks=[tiny_facts]"],
             "merging.search.evaluation.side=selection chooses by items of tiny_facts on which evaluation.side=null",
         ),
+        (
+            [f"merging.search.evaluation.{each}" for each in ("tasks=[tiny_facts]", "split={tiny_facts: report}")],
+            "chooses by items of tiny_facts on which evaluation.side=null reports too",
+        ),
         (["merging.search.evaluation.backend=vllm"], "Use merging.search.evaluation.backend=hf"),
         (["merging.search.by.levels=[2]"], r"merging.search.by.levels"),
         (["merging.search.evaluation.tasks=[no_selection]"], "no_selection"),

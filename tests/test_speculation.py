@@ -381,6 +381,19 @@ def test_what_cannot_be_drafted_is_refused_before_work(given: list[str], said: s
         verify(settings(*DRAFTED, *given))
 
 
+def test_drafts_are_tried_on_no_prompt_that_was_trained_on(tmp_path: Path) -> None:
+    """Of the same file in another order; a run without training, and one that holds the same rows out, may."""
+    rows = [{"prompt": f"what is {n}?", "response": f"it is {n}"} for n in range(40)]
+    (path := tmp_path / "rows.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))))
+    asked = (*DRAFTED[1:], "dataset=jsonl", f"dataset.path={path}", "dataset.size=24")
+    beside = ("+dataset@speculation.datasets.other=jsonl", f"speculation.datasets.other.path={path}")
+    for given, refused in (([], False), (["speculation.datasets.other.seed=1"], True)):
+        for loss in ("sft", "none"):
+            checks = draft_check.of_settings(settings(*asked, *beside, *given, f"loss={loss}"))
+            said = [each for each in mistakes_of(checks) if "held out for speculation.datasets.other" in each]
+            assert len(said) == (refused and loss == "sft")
+
+
 def test_drafts_in_shards_are_refused() -> None:
     config = settings(*DRAFTED)
     config["trainer"] = {**config["trainer"], "strategy": "fsdp"}

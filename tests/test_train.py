@@ -22,7 +22,8 @@ from sddx.errors import UserError
 from sddx.evaluation.tasks import OWN_TASKS
 from sddx.records import ROLES, Artifact, Example
 from sddx.report import table
-from sddx.stages.prune.check import _check_family, _check_pruning
+from sddx.stages.prune.check import _check_family
+from sddx.stages.score.check import _check_measured
 from sddx.train import look, run, verify
 
 pytestmark = [pytest.mark.runs, pytest.mark.usefixtures("quick_groups")]
@@ -83,7 +84,7 @@ def test_training_rows_that_stand_in_the_evaluation_are_told(
     question, answer = texts["tiny_facts"][2].split("\n", 1)
     write_rows([Example("x", question, answer)], tmp_path / "rows" / "shards" / "shard-00099.jsonl")
     settings = {"tasks": list(texts), "include": None, "limit": 6, "split": None, "runtime": Runtime(quiet=True)}
-    overlap(tmp_path, data=Artifact("prepare", "key", tmp_path / "rows"), files=[], **settings)
+    overlap(tmp_path, data=[Artifact("prepare", "key", tmp_path / "rows")], files=[], **settings)
     told = json.loads((tmp_path / "overlap.json").read_text())
     assert told["tasks"]["tiny_facts"]["overlapping"] == found["tiny_facts"]["overlapping"] + 1
     assert told["tasks"]["tiny_arithmetic"] == found["tiny_arithmetic"]
@@ -484,10 +485,10 @@ def test_a_family_whose_blocks_hang_on_their_numbers_is_told_before_any_work(tmp
 def test_a_real_model_is_not_cut_by_tasks_of_the_embedded_world() -> None:
     """Whose words it does not have; tasks of its own must be named."""
     with composed("pruning=shapley_task") as cfg:
-        pruning = {"pruning": resolve(cfg)["pruning"]}
+        metric = resolve(cfg)["pruning"]["metric"]
     with pytest.raises(UserError, match=r"tiny_arithmetic_selection, .*other words.*tasks=\[mmlu\]"):
-        _check_pruning(pruning, LlamaConfig())
-    _check_pruning(pruning, LlamaConfig(vocab_size=484))
+        _check_measured(metric, "blocks", LlamaConfig())
+    _check_measured(metric, "blocks", LlamaConfig(vocab_size=484))
 
 
 def test_what_this_machine_lacks_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,14 @@ def _other_choices(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, An
     return {
         key: settings.get(key, value)
         for key, value in overrides.items()
-        if key not in named and key.split(".")[0] not in beside
+        if (key not in named and key.split(".")[0] not in beside) or _is_users_experiment(key, value)
     }
+
+
+def _is_users_experiment(key: str, value: str) -> bool:
+    """Whether an override names a set of settings that is in no file of ours: what it sets has no other name."""
+    files = [CONF / key / f"{each.strip()}.yaml" for each in value.strip("[]").split(",")]
+    return key == "experiment" and not all(file.is_file() for file in files)
 
 
 def check(config: Mapping[str, Any], schema: Callable, *, also: Collection[str] = ()) -> None:

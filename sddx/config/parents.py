@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
+from os.path import exists, expanduser
 from typing import Any
 
 from hydra import compose
@@ -25,7 +25,7 @@ def named(run: str | Sequence[str]) -> str:
 def parent(run: str | Sequence[str], job: str, own: Sequence[str]) -> dict[str, Any] | str:
     """The settings of the run that these overrides make of this one, as plain values; the path of a finished run as
     it stands. `job` is the configuration's name. Raises UserError where there is no such configuration."""
-    if isinstance(run, str) and Path(run).expanduser().exists():
+    if isinstance(run, str) and exists(expanduser(run)):
         return run
     asked = _overrides(run)
     shared = [

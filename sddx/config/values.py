@@ -19,7 +19,7 @@ WORDS = {
     int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list",
     Mapping: "a group of settings", type(None): "null",
 }  # fmt: skip
-ITEMS = {str: "texts", int: "whole numbers", float: "numbers"}
+ITEMS = {str: "texts", int: "whole numbers", float: "numbers", list: "lists of such"}
 CONTAINERS = {dict: Mapping, Mapping: Mapping, list: list, Sequence: list}
 OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}"}
@@ -71,7 +71,8 @@ def _wrong_plain(where: str, annotation: Any, options: list[Any], value: Any) ->
     elif isinstance(value, list) and (lists := [each for each in options if _kind(each) is list]):
         item = _item(lists[0])
         odd = ", ".join(_shown(each) for each in value if [*wrong_value("", item, each)])
-        yield f"{where} holds {odd}, and {ITEMS[_kind(item)]} alone are allowed."
+        allowed = " or ".join(ITEMS.get(_kind(each)) or " or ".join(_words(each)) for each in _options(item))
+        yield f"{where} holds {odd}, and {allowed} alone are allowed."
     else:
         bounds = [bound for each in options if (bound := _bounds(each))]
         words = bounds if kinds & OUT_OF_RANGE and bounds else [word for each in options for word in _words(each)]

@@ -29,8 +29,10 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _LONGEST_NUMBER = 100
+# An exclamation mark that ends a sentence: a factorial goes on ("5! = 120", "5! ways").
+_EXCLAIMED = r"(?:\s*$|\s+(?-i:(?![a-z=+*/×÷<>-])))"
 # Where what is said ends, or begins to be explained.
-_END = r"(?=[.!?;](?:\s|$)|,\s|\s\(|\s(?:because|since|as|which|so)\b|\n|$)"
+_END = rf"(?=[.?;](?:\s|$)|!{_EXCLAIMED}|,\s(?![-−$€£(]*\d)|\s\(|\s(?:because|since|as|which|so)\b|\n|$)"
 _MARK = re.compile(rf"####[*_ ]*([^\n]+?){_END}")  # GSM8K's
 _STATEMENT = re.compile(
     r"(?:\banswer\b(?:[*_ ]*[:=]|[^.?!:\n\d]{0,60}?\b(?:is|was|would be|should be|should have been)\b:?)"
@@ -59,9 +61,24 @@ _ASIDE = re.compile(
     r"|solutions?|explanations?|examples?|exercises?)\b",
     re.IGNORECASE,
 )
-# After a number: it is a part of a formula, a range or a list, and no answer.
+# Where sentences end.
+_SENTENCES = re.compile(rf"(?<=[.?])\s+|(?<=!){_EXCLAIMED}|\n+")
+# Beside a number: it is a part of a formula, a range, a list or a time, and no answer.
 _JOINED = r"(?:[-−–+*/×÷^x]|\\(?:times|cdot|div)\b|(?:of|times|plus|minus)\b|(?:[^\W\d_]+\s+)?(?:or|and|to)\b)"
-_GOES_ON = re.compile(rf"\s*{_JOINED}\s*[-−$€£(]*\.?\d", re.IGNORECASE)
+_GOES_ON = re.compile(
+    rf"[^\W\d_]?\s*{_JOINED}\s*[-−$€£(]*\.?\d|:\d"
+    r"|,\s*[-−$€£(]*\.?\d[\d.,/]*\s*(?:[.;)\],]|$|and\b|or\b)",
+    re.IGNORECASE,
+)
+_FACTOR = re.compile(
+    r"\s*(?:\\(?!(?:text|mathrm|mbox|q?quad|approx|implies|[Rr]ightarrow)\b)[A-Za-z]|[√∛π]|(?:sqrt|pi)\b"
+    r"|\^(?!\{?(?:\\circ|°)))"
+    rf"|!(?!{_EXCLAIMED})|(?!(?:[kcm]m|[km]g|ml|mph|lbs?|oz|ft|hrs?|mins?)\b)[^\W\d_]"
+)
+_AFTER_FORMULA = re.compile(
+    r"(?:[√∛±<>≤≥_]|\^\{?|\\sqrt(?:\[\d+\])?\{?|(?:(?:\b|\d)[^\W\d_]|[)\]}])(?:\s*[-−–+/×÷]|\*|\s+\*\s))\s*$"
+)
+_OPENED, _CLOSED = re.compile(r"(?<!\\)[(\[]\s*$"), re.compile(r"[^()\[\],\d]*[)\]]")
 _INLINE = re.compile(r"\W*?(?:\$|\\\()(.+?)(?:\$|\\\))\W*")
 _TEXT = r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"
 _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|\bequals\b")
@@ -89,7 +106,8 @@ def final_number(text: str) -> Fraction | None:
     sign. None where there is no number, or where it has more than 100 characters (a model that repeats
     itself).
     """
-    numbers = list(_NUMBER.finditer(_plain(text.rsplit("####", 1)[-1])))
+    plain = re.sub(r"\^\{?[-−]?\d+\}?", "", _plain(text.rsplit("####", 1)[-1]))
+    numbers = list(_NUMBER.finditer(plain))
     return _value(numbers[-1]) if numbers else None
 
 
@@ -164,16 +182,17 @@ def _concluded(text: str) -> Fraction | None:
     """The number that the last sentence about the matter computes, concludes with, or repeats of what was computed;
     or its last one, where no other sentence has numbers. A calculator's `<<48/2=24>>` is no text."""
     plain = _plain(re.sub(r"<<[^<>]*>>", "", _CLOSING.split(text, maxsplit=1)[0]))
-    sentences = [each for each in re.split(r"(?<=[.!?])\s+|\n+", plain) if re.search(r"\d", each)]
+    sentences = [each for each in _SENTENCES.split(plain) if re.search(r"\d", each)]
     if not (telling := [each for each in sentences if not _is_aside(each)] or sentences):
         return None
     last, computed = telling[-1], [result for each in telling for result in _results(each)]
     numbers = list(_NUMBER.finditer(last))
     if computed and (_results(last) or computed[-1] in map(_value, numbers)):
         return computed[-1]
+    if not numbers or not (len(telling) == 1 or _CONCLUSION.match(last)):
+        return None
     joined = len(numbers) > 1 and _GOES_ON.match(last, numbers[-2].end())  # "3 or 4", "5 + 13"
-    alone = len(telling) == 1 or _CONCLUSION.match(last)
-    return _value(numbers[-1]) if numbers and alone and not joined else None
+    return None if joined or _is_part(numbers[-1], last) else _value(numbers[-1])
 
 
 def _is_aside(sentence: str) -> bool:
@@ -190,9 +209,17 @@ def _results(text: str) -> list[Fraction]:
 def _leading(text: str) -> Fraction | None:
     """The number that a text begins with, unless that goes on as a formula, a range or a list."""
     match = _NUMBER.search(text)
-    if match is None or re.search(r"\w", text[: match.start()]) or _GOES_ON.match(text, match.end()):
+    if match is None or re.search(r"\w", text[: match.start()]) or _is_part(match, text):
         return None
     return _value(match)
+
+
+def _is_part(number: re.Match[str], text: str) -> bool:
+    """Whether a number of a text is a part of something else: "3\\pi", "10^3", "2x - 3", "3:45", of "(3, 4)"."""
+    before, end = text[: max(number.start(), number.end("sign"))], number.end()
+    if _GOES_ON.match(text, end) or _FACTOR.match(text, end) or _AFTER_FORMULA.search(before):
+        return True
+    return bool(_OPENED.search(before)) and not _CLOSED.match(text, end)
 
 
 def _boxed(text: str) -> str | None:
@@ -335,8 +362,9 @@ def none(answer: str, reference: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text with LaTeX fractions, separators and exponents written so that numbers can be found."""
+    """The text with LaTeX fractions and separators written so that numbers can be found, and units without their
+    exponents."""
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
     text = re.sub(r"(\d)\s*\\[dt]?frac", r"\1 \\frac", text)
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    return re.sub(r"\^\{?[-−]?\d+\}?", "", text)
+    return re.sub(r"(?:(?<=[^\W\d_])|(?<=[^\W\d_]\}))\^\{?[-−]?\d+\}?", "", text)

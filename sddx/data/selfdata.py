@@ -142,15 +142,20 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def judge(
-    examples: Sequence[Example], answers: Sequence[Answer], *, check: Callable[[str, str], bool | Reason]
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    *,
+    check: Callable[[str, str], bool | Reason],
+    template: str | None = None,
 ) -> list[Rewrite]:
     """Set each answer against its example's reference; ids and order are kept.
 
-    Refused are, in this order: an answer with a fault (see `Answer`), an empty one, one that leaks the
-    template, and one that `check(answer, reference)` finds wrong, or gives a reason against.
+    Refused are, in this order: an answer with a fault (see `Answer`), an empty one, one that leaks the rewriting
+    `template` (None: none was shown), and one that `check(answer, reference)` finds wrong, or gives a reason
+    against.
     """
     pairs = zip(examples, answers, strict=True)
-    reasons = [_reason(answer, example.response, check) for example, answer in pairs]
+    reasons = [_reason(answer, example.response, check, template) for example, answer in pairs]
     return [
         Rewrite(example.id, example.prompt, example.response, answer.text, reason)
         for example, answer, reason in zip(examples, answers, reasons, strict=True)
@@ -309,12 +314,14 @@ def answer_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int
     return Answer(text.strip(), "" if stop is not None else CUT_OFF)
 
 
-def _reason(answer: Answer, reference: str, check: Callable[[str, str], bool | Reason]) -> str:
+def _reason(
+    answer: Answer, reference: str, check: Callable[[str, str], bool | Reason], template: str | None
+) -> str:
     if answer.fault:
         return answer.fault
     if not answer.text.strip():
         return "empty"
-    if leaks(answer.text):
+    if template is not None and leaks(answer.text, template):
         return "leak"
     verdict = check(answer.text, reference)
     return verdict if isinstance(verdict, Reason) else "" if verdict else WRONG

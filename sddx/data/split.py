@@ -16,11 +16,12 @@ def with_held_out(dataset: Mapping[str, Any], validation: int) -> dict[str, Any]
 
 
 def hold_out(examples: Sequence[Example], validation: int) -> tuple[list[Example], list[Example]]:
-    """The first `validation` examples, and of those after them the ones that repeat none of them: a row that was
-    trained on says nothing of what a model learned. Raises UserError where none is left to train on."""
+    """The first `validation` examples, and of those after them the ones that repeat no prompt of theirs, whatever
+    they answer: a prompt that was trained on says nothing of what a model learned. Raises UserError where none is
+    left to train on."""
     held_out = list(examples[:validation])
-    known = {(example.prompt, example.response) for example in held_out}
-    training = [each for each in examples[validation:] if (each.prompt, each.response) not in known]
+    known = {canonical(example.prompt) for example in held_out}
+    training = [each for each in examples[validation:] if canonical(each.prompt) not in known]
     if not training:
         raise UserError(
             f"The dataset has {len(examples)} rows and validation={validation} of them are held out, so none is "
@@ -28,7 +29,12 @@ def hold_out(examples: Sequence[Example], validation: int) -> tuple[list[Example
         )
     if repeated := len(examples) - len(held_out) - len(training):
         remark(
-            f"{repeated} rows repeat one of the {len(held_out)} held-out rows and are not trained on, "
+            f"{repeated} rows repeat a prompt of the {len(held_out)} held-out rows and are not trained on, "
             f"{len(training)} others are"
         )
     return held_out, training
+
+
+def canonical(prompt: str) -> str:
+    """A prompt without what makes no other question of it: case, and the amount of white space."""
+    return " ".join(prompt.casefold().split())

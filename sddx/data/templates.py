@@ -33,18 +33,19 @@ TEMPLATES = {
     "tiny": "{prompt} Reference: {reference} Rewrite the reference in your own words.",
 }
 
-_LEAKS = (
-    "reference answer",
-    "reference:",
-    "your response",
-    "my response",
-    "your own response",
-    "my own response",
-    "your own words",
-    "my own words",
-    "now it's your turn",
-    "as if no reference",
-)
+# What gives a template away, with the words of it that are spoken of; without any, it does so of every template.
+_LEAKS = {
+    "reference answer": "reference answer",
+    "reference:": "reference:",
+    "as if no reference": "as if no reference",
+    "your own words": "your own words",
+    "my own words": "your own words",
+    "your response": "",
+    "my response": "",
+    "your own response": "",
+    "my own response": "",
+    "now it's your turn": "",
+}
 
 
 # LaTeX's commands that begin with n.
@@ -77,9 +78,11 @@ def rewriting_prompt(kind: str, prompt: str, reference: str) -> str:
     return re.sub(r"\{(prompt|reference)\}", lambda field: texts[field[1]], template)
 
 
-def leaks(answer: str) -> bool:
-    """Whether an answer gives the rewriting template away, or is empty: it speaks of the reference, of its
-    own response, or hands the turn back. SDFT's filter (arXiv 2402.13669), with the words of our own templates
-    added."""
+def leaks(answer: str, kind: str | None = None) -> bool:
+    """Whether an answer gives the rewriting template of this kind away (None: any of ours), or is empty: it speaks
+    of the reference in the template's words, of its own response, or hands the turn back. SDFT's filter
+    (arXiv 2402.13669), with the words of our own templates added."""
     text = re.sub(r"\s+", " ", answer).strip().lower().replace("’", "'").replace(" :", ":")
-    return not text or text.startswith("your turn") or any(phrase in text for phrase in _LEAKS)
+    template = None if kind is None else TEMPLATES.get(kind, kind).lower()
+    phrases = [phrase for phrase, said in _LEAKS.items() if template is None or said in template]
+    return not text or text.startswith("your turn") or any(phrase in text for phrase in phrases)

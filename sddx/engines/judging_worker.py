@@ -1,4 +1,4 @@
-"""The process in which vLLM evaluates a model: `python -P vllm_worker.py REQUEST ANSWER`, two JSON files.
+"""The process in which vLLM evaluates a model: `python -P judging_worker.py REQUEST ANSWER`, two JSON files.
 
 The request holds `model` (what lm-eval's VLLM is made with), `evaluation` (the settings of `harness.evaluate`) and
 `answered` (a file that it goes on from);

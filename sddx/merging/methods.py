@@ -21,6 +21,7 @@ from sddx.records import PositiveShare, Seed, Share
 
 PIECE = 2**16  # numbers that a cache holds
 STRAIGHT = 0.9995  # a cosine above which an arc is a line, but for rounding
+NONE = 1e-8  # weights that sum to less divide nothing
 Weights = Sequence[float | Sequence[float]]  # one a student: a number, or one for each block
 Merged = tuple[Tensor, str]
 
@@ -109,18 +110,18 @@ def ties(
     density: PositiveShare = 0.2,
 ) -> Merged:
     """The base and, of what each student learned, the largest share `density` of its values, those whose sign their
-    sum has, averaged over the students that have it (TIES, 2306.01708).
-
-    peft divides by the number of these students, so weights are given it times the number of all: such that sum
-    to 1 average. Raises UserError as `linear` does."""
+    weighted sum has, averaged by weight over the students that have it (TIES, 2306.01708; weights as mergekit has
+    them: only their ratios count). Raises UserError as `linear` does."""
     from peft.utils import merge_utils
 
-    learned = [_pruned(each, density, "magnitude") for each in _learned(parents, base)]
-    stacked = torch.stack(learned)
-    shares = len(parents) * stacked.new_tensor(_shares(weights, len(parents), place))
-    agree = merge_utils.calculate_majority_sign_mask(stacked)
-    weighted = stacked * merge_utils.reshape_weight_task_tensors(stacked, shares)
-    return _onto(base, merge_utils.disjoint_merge(weighted, agree))
+    learned = torch.stack([_pruned(each, density, "magnitude") for each in _learned(parents, base)])
+    shares = learned.new_tensor(_shares(weights, len(parents), place))
+    shares = merge_utils.reshape_weight_task_tensors(learned, shares)
+    weighted = shares * learned
+    agree = merge_utils.calculate_majority_sign_mask(weighted)
+    total = (shares * agree).sum(0)
+    total[total.abs() < NONE] = 1
+    return _onto(base, (weighted * agree).sum(0) / total)
 
 
 def dare(

@@ -38,6 +38,7 @@ class RunArtifacts:
     rows: Sequence[Artifact] = ()
     captured: Sequence[Artifact] = ()
     student: Artifact | None = None
+    mixed: Artifact | None = None
     shares: Artifact | None = None
     merged: Artifact | None = None
     prompts: Sequence[str] = ()
@@ -66,7 +67,8 @@ class RunArtifacts:
     def built(self) -> dict[str, list[Artifact]]:
         """The artifacts that stages made, by stage; evaluations by what they evaluated."""
         one = {"prepare": self.data, "score": self.scores, "prune": self.pruned, "patch": self.patch}
-        late = {"train": self.student, "shares": self.shares, "merge": self.merged, "written": self.written}
+        late = {"train": self.student, "train_mixed": self.mixed, "shares": self.shares, "merge": self.merged}
+        late["written"] = self.written
         late |= {f"evaluate_{name}": result for name, result in self.judged.items()} | {"overlap": self.overlap}
         late |= {f"draft_{'_'.join(pair)}".removesuffix("_dataset"): made for pair, made in self.drafted.items()}
         late |= {f"drift_{name}": made for name, made in self.drifted.items()}

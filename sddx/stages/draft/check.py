@@ -7,7 +7,7 @@ from typing import Any
 from sddx.config.build import Settings, made
 from sddx.errors import UserError
 from sddx.records import OWN_PROMPTS
-from sddx.stages.held_out import prompts_here, require_held_out, require_whole
+from sddx.stages.held_out import prompts_here, require_held_out, require_unseen, require_whole
 from sddx.stages.local_model import Check, LocalModel
 
 
@@ -43,6 +43,8 @@ def _check(method: Settings) -> None:
             "data set a name of its own: +dataset@speculation.datasets.other=..."
         )
     require_held_out("speculation", size, method["validation"], "prompts are those of held-out rows")
+    for name, node in method["speculation"]["datasets"].items() if method["loss"]["terms"] else ():
+        require_unseen("This run", method, f"speculation.datasets.{name}", node, method["validation"])
     require_whole("speculation", method, "Drafts are tried")
 
 

@@ -21,11 +21,12 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     for name, hangs_on in estimate.compared:
         about = [asked, [estimate.config[each] for each in ("dataset", "text", "max_length", *own)], hangs_on]
         drawn = asked.get("samples", 0)
-        cached = asked["batch_size"] * (estimate.rows.prompt + _longest(estimate) / 2)
+        rows = asked["batch_size"]
+        step = {"rows": rows, "cached": rows * (estimate.rows.prompt + _longest(estimate) / 2)}
         effort = _read(estimate, estimate.unpruned) + _written(estimate, estimate.unpruned) * drawn
-        yield estimate.part(f"drift {name}", about, estimate.unpruned, effort, cached)
+        yield estimate.part(f"drift {name}", about, estimate.unpruned, effort, **step)
         effort = _read(estimate, estimate.pruned) + _written(estimate, estimate.pruned) * (1 + drawn)
-        yield estimate.part(f"drift {name}", [about, "model"], estimate.pruned, effort, cached)
+        yield estimate.part(f"drift {name}", [about, "model"], estimate.pruned, effort, **step)
 
 
 def peak(estimate: Estimate) -> float | None:

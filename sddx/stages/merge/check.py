@@ -5,6 +5,7 @@ from __future__ import annotations
 from sddx.config.build import Settings, build, made, tried, with_defaults
 from sddx.errors import UserError
 from sddx.run_folder import read_config
+from sddx.stages.held_out import require_unseen
 from sddx.stages.local_model import Check, LocalModel
 
 # How a student learns.
@@ -58,18 +59,14 @@ def _check_student(name: str, student: Settings, method: Settings) -> None:
 
 
 def _check_held_out(name: str, student: Settings, method: Settings) -> None:
-    """Where something is measured on rows that this run holds out, or trained on what is not, its student holds out
-    the same. Raises UserError."""
-    looked = method["merging"]["mixed"] or method.get("speculation") or method.get("drift")
-    one, other = ({k: v for k, v in each["dataset"].items() if k != "size"} for each in (student, method))
-    if not looked or {**one, "seed": None} != {**other, "seed": None}:
-        return
-    if (one.get("seed"), student["validation"]) != (other.get("seed"), method["validation"]):
-        raise UserError(
-            f"merging.students: {name!r} holds out other rows of the same data set, and trains on some of those "
-            "that this run measures on (merging.mixed, speculation, drift). Leave dataset.seed and validation as "
-            "they are, or leave these out."
-        )
+    """A student trains on no prompt that this run measures on. Raises UserError."""
+    others = (method.get("speculation") or {}).get("datasets", {})
+    measured = {f"speculation.datasets.{each}": node for each, node in others.items()}
+    looked = [each for each in ("speculation", "drift") if method.get(each)]
+    if looked := [*(["merging.mixed"] if method["merging"]["mixed"] else []), *looked]:
+        measured[", ".join(looked)] = method["dataset"]
+    for where, node in measured.items():
+        require_unseen(f"merging.students: {name!r}", student, where, node, method["validation"])
 
 
 def _check_finished(folder: str, method: Settings) -> Settings:

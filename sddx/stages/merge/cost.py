@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from sddx.estimate.costs import LEARNED, Estimate, Part
+from sddx.stages.capture import cost as capture
 from sddx.stages.distill import cost as distill
 from sddx.stages.evaluate import cost as evaluate
 from sddx.stages.train import cost as train
@@ -19,6 +20,7 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     students = [Estimate({**estimate.config, **each, "merging": None}, {}) for each in settings]
     for student in students:
         yield from distill.parts(student)
+        yield from capture.parts(student)
         yield from train.parts(student)
         yield evaluate.evaluated(student, "recovered", student.pruned, LEARNED)
     if merging["mixed"]:

@@ -19,10 +19,10 @@ def prepare(
 ) -> None:
     """Writes `validation.jsonl`, `shards/*.jsonl` and `dataset.json` (what the examples train).
 
-    The first `validation` rows are held out from training, with all rows that repeat them; `dataset.size` counts
-    the rows after them, so that the rows of a smaller set are the first of a larger one. `files` are the local
-    files that the dataset reads, for the key's sake. Raises UserError where the dataset does, and where no row is
-    left to train on.
+    The first `validation` rows are held out from training, with all rows that repeat their prompts; `dataset.size`
+    counts the rows after them, so that the rows of a smaller set are the first of a larger one. `files` are the
+    local files that the dataset reads, for the key's sake. Raises UserError where the dataset does, and where no
+    row is left to train on.
     """
     made: Dataset = build(with_held_out(dataset, validation))
     held_out, training = hold_out(made.examples, validation)

@@ -53,12 +53,13 @@ def _require_for_choosing(evaluation: Settings, reported: Settings) -> None:
         raise UserError(
             "merging.search judges candidates in this process. Use merging.search.evaluation.backend=hf."
         )
-    if evaluation.get("side") == "selection":
-        require_other_items("merging.search.evaluation", evaluation["tasks"], evaluation.get("split"), reported)
-        return
-    if for_report := [each for each in evaluation["tasks"] if not (each in split or each.endswith("_selection"))]:
+    named = [each for each in evaluation["tasks"] if each in split or each.endswith("_selection")]
+    for_report = [each for each in evaluation["tasks"] if each not in named]
+    if evaluation.get("side") != "selection" and for_report:
         raise UserError(
             f"merging.search.evaluation: the items of {', '.join(for_report)} are for the report, and nothing is "
             "chosen by them. Name an evaluation of selection items: evaluation@merging.search.evaluation=..., one "
             "of tiny_selection, small_selection, selection."
         )
+    asked = {name: evaluation.get(name) for name in ("side", "include")}
+    require_other_items("merging.search.evaluation", evaluation["tasks"], split, reported, **asked)
