@@ -12,11 +12,14 @@ import torch
 from composing import SMALL, composed, resolve
 from families import VOCABULARY, build
 from rich.console import Console
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING
 
 from sddx.commands import bench
 from sddx.compression.soundness import cache_bytes
 from sddx.errors import UserError
 from sddx.models.anatomy import blocks
+from sddx.models.narrow import built, smallest
 from sddx.train import run
 
 pytestmark = pytest.mark.runs
@@ -45,6 +48,16 @@ def test_half_the_blocks_are_twice_as_fast() -> None:
         assert found[name]["parameter_bytes"] == 4 * found[name]["parameters"]
         # The last token is written and not read.
         assert found[name]["cache_bytes"] == 2 * (16 + 5 - 1) * cache_bytes(model)
+
+
+def test_all_that_a_hybrid_model_remembers_counts() -> None:
+    """Of layers without keys and values what they keep instead, too."""
+    model = built(smallest(CONFIG_MAPPING["qwen3_next"](num_hidden_layers=4)), torch.float32).eval()
+    ids = torch.ones(2, 8, dtype=torch.long)
+    with torch.no_grad():
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    held = [each for each in tree_leaves([vars(layer) for layer in layers]) if isinstance(each, torch.Tensor)]
+    assert bench.measure(model, ids[:, :6], 3)["cache_bytes"] == sum(tensor.nbytes for tensor in held)
 
 
 def test_speeds_are_tokens_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

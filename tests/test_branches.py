@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from families import ALL_FAMILIES, VOCABULARY, adapt, build, tokens
+from families import ALL_FAMILIES, EAGER, VOCABULARY, adapt, build, tokens
 from torch import nn
 
 from sddx.compression.compressed import compress
@@ -59,7 +59,7 @@ def test_a_branch_that_is_gone_is_one_that_writes_nothing(name):
 def test_what_is_left_is_sound_and_comes_back_from_disk(name, tmp_path):
     """Cached = uncached though the first cache layer is empty; bit-equal after saving and loading."""
     build(name).save_pretrained(tmp_path / "base")
-    how = {"done": [Removal(CUT)], "base": "key", "attention": "eager" if name == "mpt" else "sdpa"}
+    how = {"done": [Removal(CUT)], "base": "key", "attention": "eager" if name in EAGER else "sdpa"}
     made = load_student(tmp_path / "base", None, **how)
     student = made.model.requires_grad_(True)
 

@@ -15,13 +15,14 @@ import pytest
 from composing import SMALL, composed, resolve
 from hydra.core.global_hydra import GlobalHydra
 
+from sddx.commands.__main__ import COMMANDS
 from sddx.config.entry import command
 from sddx.errors import mistakes_of
 from sddx.stages.cost import estimated
 from sddx.train import verify
 
 COMPOSED = ("sddx.train", "sddx.commands.plan", "sddx.commands.fetch")
-OTHERS = tuple(f"sddx.commands.{name}" for name in ("export", "bench", "compare", "report", "store", "sweep"))
+OTHERS = tuple(each for each, _ in COMMANDS.values() if each not in (*COMPOSED, "sddx.tiny.pretrain"))
 SAID = {
     "a misspelt setting": ("trainer.learning_rat=1", "Did you mean trainer.learning_rate?"),
     "a misspelt group": ("los=sft", "los is not a setting. Did you mean loss?"),
@@ -105,6 +106,14 @@ def test_every_other_command_has_help_and_knows_its_arguments(name: str, capsys:
     except SystemExit as error:
         status = error.code
     assert status == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMPOSED[1:])
+def test_the_other_composed_commands_say_what_they_do(name: str, tmp_path: Path) -> None:
+    """Before the settings, which are those of a run."""
+    told = forked.command(name, "--help", cwd=tmp_path)
+    assert told.returncode == 0 and told.stdout.startswith(import_module(name).__doc__)
+    assert "trainer" in told.stdout
 
 
 def test_as_a_program_a_command_checks_as_much(tmp_path: Path) -> None:

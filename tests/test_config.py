@@ -239,6 +239,16 @@ def test_what_was_set_by_hand_is_a_choice() -> None:
     assert chosen["seed"] == 3 and chosen["patch"] == "mean" and usual.keys() <= chosen.keys()
 
 
+def test_runs_of_two_experiments_of_ones_own_are_told_apart(tmp_path: Path) -> None:
+    """Whatever they set; a file of ours says it all in the choices that are named."""
+    (tmp_path / "experiment").mkdir()
+    for name, batch_size in (("mine", 2), ("other", 4)):
+        text = f"# @package _global_\ntrainer: {{batch_size: {batch_size}}}\n"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+    chosen = [checked(f"+experiment={name}", config_dir=tmp_path)["choices"] for name in ("mine", "other")]
+    assert [each["experiment"] for each in chosen] == ["mine", "other"]
+
+
 FREE = {"seed": [-1]}  # seeds are names, which a number below zero is too
 SHOWN = (
     (), ("generation=vllm", "pruning=shapley"), ("tuning=qlora", "pruning/patch=low_rank", "loss=jsd"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import ArgumentParser
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from composing import composed
@@ -71,9 +75,31 @@ def test_commands_are_found() -> None:
     assert len(commands()) > 40 and {"train", "plan", "fetch", "store"} <= {name for _, name, _ in commands()}
 
 
+class Understood(Exception):
+    """A command has parsed its arguments, and is stopped there."""
+
+
+def stopped(parse: Callable[..., Any]) -> Callable[..., Any]:
+    def parsed(*arguments: Any, **named: Any) -> Any:
+        parse(*arguments, **named)
+        raise Understood
+
+    return parsed
+
+
 @pytest.mark.parametrize(("page", "name", "given"), [each for each in commands() if each[1] not in COMPOSED])
-def test_a_command_is_known(page: str, name: str, given: str) -> None:
+def test_a_command_takes_its_arguments(page: str, name: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own parser, before any work. A name alone is no command line, and pretraining has settings."""
     assert name in COMMANDS
+    if not given or name == "pretrain":
+        return
+    module = import_module(COMMANDS[name][0])
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(ArgumentParser, method, stopped(getattr(ArgumentParser, method)))
+    if hasattr(module, "plain_arguments"):
+        monkeypatch.setattr(module, "plain_arguments", stopped(module.plain_arguments))
+    with pytest.raises(Understood):
+        module.main(shlex.split(given))
 
 
 @pytest.mark.parametrize("given", sorted({given for _, name, given in commands() if name in COMPOSED}))

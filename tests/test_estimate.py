@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from copy import deepcopy
 from io import StringIO
 from pathlib import Path
@@ -19,19 +20,31 @@ from forked import command
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING
 
 from sddx import stages
 from sddx.compression.remove import apply_cut
 from sddx.config.shared import sharing
 from sddx.errors import UserError
-from sddx.estimate import costs, memory
+from sddx.estimate import costs, devices, memory
 from sddx.estimate.costs import distinct, seconds
-from sddx.estimate.devices import DEVICES, _known, device_of, probed, this_machine
+from sddx.estimate.devices import (
+    DEVICES,
+    PROBED,
+    Device,
+    _duration,
+    _known,
+    _two_blocks,
+    device_of,
+    probed,
+    this_machine,
+)
 from sddx.estimate.efforts import Effort
 from sddx.estimate.peaks import peaks
-from sddx.estimate.show import device_for, hours, require, show
+from sddx.estimate.show import _way_out, device_for, heaviest, hours, require, show
 from sddx.estimate.skeleton import removed, shape_of, size_of, skeleton
 from sddx.models.anatomy import blocks, decoder
+from sddx.models.narrow import built, smallest
 from sddx.stages.cost import estimated
 from sddx.stages.evaluate import cost as evaluating
 from sddx.stages.folders import STAGES, modules
@@ -67,14 +80,23 @@ def test_parameters_agree_with_the_known_table(model: str) -> None:
         assert round(left / 1e9, 3) == billions and round(100 * (1 - left / whole), 2) == saving
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3", "gpt_neox"])
+EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "ernie4_5_moe")  # whose number each config calls otherwise
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3", "gpt_neox", *EXPERTS])
 def test_flops_are_those_that_pytorch_counts(family: str) -> None:
-    """Prefill with the last token's logits, and one step of decoding, with eager attention on the meta device."""
-    model = family_model(family).to("meta")
+    """Prefill with the last token's logits, and one step of decoding, with eager attention; of experts, those that
+    tokens were sent to."""
+    if family in ALL_FAMILIES:
+        model = family_model(family)
+    else:
+        model = built(smallest(CONFIG_MAPPING[family](num_hidden_layers=4)), torch.float32).eval()
+    if family in EXPERTS:
+        model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     size, context = size_of(model), 8  # within every window
-    mask = torch.zeros(1, 1, context, context, device="meta")
-    ids = torch.zeros(1, context, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, context, context)
+    ids = torch.zeros(1, context, dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
     assert counter.get_total_flops() == pytest.approx(context * size.prefill(context), rel=1e-3)
@@ -162,7 +184,7 @@ def test_work_that_runs_share_is_counted_once() -> None:
     again = [part.stage for part in both][len(one.parts()) :]
     assert again == ["train", "evaluate recovered"]
     added = {part.stage for part in distinct([*one.parts(), *less.parts()])[len(one.parts()) :]}
-    assert added == {"train", "evaluate recovered"}
+    assert added == {"train", "written", "evaluate recovered"}
     device = DEVICES["h100"]
     assert hours([one, other], device) < hours([one], device) + hours([other], device)  # type: ignore[operator]
 
@@ -202,7 +224,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     with pytest.raises(UserError) as caught:
         require([{**config, "device": "cuda"}], estimated)
     told = [mistake.split(" needs")[0].removeprefix("The stage ") for mistake in caught.value.args]
-    assert told == ["score", "prune", "distill", "train", "evaluate"]
+    assert told == ["score", "prune", "distill", "train", "written", "evaluate"]
     assert "batch_size" not in caught.value.args[-1] and "bfloat16" not in caught.value.args[-1]
 
 
@@ -213,6 +235,90 @@ def test_more_than_the_budget_is_refused() -> None:
     require([configured("gpu=h100", "budget.gpu_hours=10")], estimated)
 
 
+SLOW = Device("slow", 1e12, reading=1e6, learning=1e6, bandwidth=1e15, launch=0.0)
+
+
+def test_writing_takes_no_less_than_it_computes() -> None:
+    """On a device whose memory is no bound, as on a CPU: of every stage that writes at least the FLOPs of what it
+    writes, and of a batch twice as large twice as long."""
+    given = ("+speculation=draft", "+drift=full")
+    estimates = [estimated(configured(f"loss={loss}", *given)) for loss in ("on_policy", "sdd")]
+    writing = [part for estimate in estimates for part in estimate.parts() if part.steps]
+    assert {part.stage.split()[0] for part in writing} == {"distill", "train", "draft", "drift", "evaluate"}
+    size = estimates[0].pruned
+    for part in writing:
+        spent = part.seconds(SLOW) - (part.reading + part.learning) / 1e6
+        assert spent * 1e6 > 0.99 * part.tokens["written"] * size.decode(0), part.stage
+    effort = Effort(steps=8, written=8)
+    parts = [estimates[0].part("it", rows, size, effort, rows=rows, cached=9 * rows) for rows in (4, 8)]
+    few, many = (part.seconds(SLOW) for part in parts)
+    assert many == pytest.approx(2 * few)
+
+
+def judged(**changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A plan of one evaluation task, and the settings of the evaluation under these changes."""
+    estimate = estimated(configured("model=llama31_8b_instruct", "evaluation=full", "evaluation.tasks=[hellaswag]"))
+    return estimate, {**estimate.config["evaluation"], **changes}
+
+
+def test_a_plan_knows_where_beginnings_are_read_once() -> None:
+    """By the rule of the evaluation itself, and by a model of the same architecture."""
+    estimate, asked = judged()
+    assert estimate.judging(asked).packed
+    for changes in ({"encoding": "lm_eval"}, {"batch_size": 1}):
+        assert not estimate.judging({**asked, **changes}).packed
+    estimate.config["trainer"]["strategy"] = "fsdp"
+    assert not estimate.judging(asked).packed
+    for family in ("mpt", "gemma3"):  # which counts its places itself; whose windows are shorter than the texts
+        other = estimated(configured())
+        other.shape = family_model(family).config
+        assert not other.judging(other.config["evaluation"]).packed
+
+
+@sharing()  # as within a grid
+def test_a_smaller_batch_is_advised_where_it_helps() -> None:
+    """Shared beginnings are read so many tokens at once whatever the batch is; apart from each other they are read
+    in batches with all their logits."""
+    estimate, asked = judged(batch_size=256)
+    packed, fewer, apart = (
+        estimate.varied(evaluation={**asked, **changes})
+        for changes in ({}, {"batch_size": 8}, {"encoding": "lm_eval"})
+    )
+    need = peaks(packed)["evaluate"]
+    assert need == peaks(fewer)["evaluate"] < 1.2 * estimate.unpruned.weight_bytes < peaks(apart)["evaluate"]
+    assert "batch_size" not in _way_out(packed, "evaluate", need)
+    assert "lower evaluation.batch_size" in _way_out(apart, "evaluate", 40e9)
+
+
+def test_devices_that_are_in_use_are_not_advised() -> None:
+    """Nor anything where nothing would do."""
+    config = configured("tuning=full")
+    shared = {**config, "trainer": {**config["trainer"], "strategy": "fsdp", "devices": 2}}
+    for name in ("train", "evaluate"):
+        assert "fsdp" in _way_out(estimated(config), name, 1e6)
+        assert "fsdp" not in (said := _way_out(estimated(shared), name, 1e6)) and "more memory" in said
+
+
+@sharing()  # as within a grid
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [
+        ("sdd", ["+speculation=draft"]),
+        ("sdd", ["+drift=full"]),
+        ("on_policy", ["trainer.accumulate=16"]),
+    ],
+)
+def test_what_needs_most_is_among_the_heaviest(loss: str, given: list[str]) -> None:
+    """Of a run that is pruned more and asks for more, no stage is forgotten for one that is pruned less."""
+    few, more = (
+        estimated(configured(f"loss={loss}", "pruning.remove=2")),
+        estimated(configured(f"loss={loss}", "pruning.remove=4", *given)),
+    )
+    told = [peaks(estimate) for estimate in heaviest([few, more])]
+    for stage, held in peaks(more).items():
+        assert max(found.get(stage, 0) for found in told) >= held, stage
+
+
 def test_a_probe_measures_this_machine() -> None:
     """A speed that is measured gives hours where a CPU's stated one gives none."""
     estimate = estimated(configured())
@@ -220,6 +326,45 @@ def test_a_probe_measures_this_machine() -> None:
     assert seconds(estimate.parts(), device) is None
     found = seconds(estimate.parts(), probed(device, estimate.shape, "float32", 0.3))
     assert found is not None and all(spent > 0 for spent in found.values())
+
+
+def test_a_probe_counts_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock by which everything takes a second, speeds are the FLOPs that PyTorch counts; of decoding, as
+    many times the weights as there were steps."""
+    counted: list[int] = []
+
+    def a_second(work: Any, *_: Any) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops())
+        return 1.0
+
+    monkeypatch.setattr(devices, "_duration", a_second)
+    dimensions = dict(model_type="llama", hidden_size=512, intermediate_size=4096, num_attention_heads=4)
+    config = shape_of({"dimensions": dimensions})
+    config._attn_implementation = "eager"
+    found = probed(device_of("cpu"), config, "float32", 0.3)
+    read, decoded, learned = counted
+    assert found.reading == pytest.approx(read, rel=0.01) and found.learning == pytest.approx(learned, rel=0.1)
+    two = _two_blocks(config, "float32", "cpu")
+    held = sum(weight.nbytes for weight in decoder(two).parameters())
+    steps = decoded / size_of(two).body(PROBED)
+    assert steps > 1 and found.bandwidth == pytest.approx(steps * held, rel=0.05)
+
+
+def test_a_clock_counts_seconds() -> None:
+    """Of the calls that it times, of which the first is not one."""
+    slept = iter([0.5, *[0.01] * 9])
+    assert 0.01 <= _duration(lambda: time.sleep(next(slept)), 0.03, "cpu") < 0.25
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_models_that_forget_are_probed_too(family: str) -> None:
+    """One whose windows are shorter than the text, and one of whose blocks some remember no keys at all."""
+    narrow = smallest(CONFIG_MAPPING[family](num_hidden_layers=4)) if family == "qwen3_next" else None
+    config = narrow or family_model(family).config
+    found = probed(device_of("cpu"), config, "float32", 0.01)
+    assert found.reading and found.learning and found.bandwidth
 
 
 def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +388,10 @@ def test_a_probe_is_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="in no table"):
         this_machine(None)
     assert this_machine("h100").name == card.name
+    for name in ("NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB"):
+        card.name = name
+        with pytest.raises(UserError, match="and gpu=cpu"):
+            this_machine("cpu")
 
 
 def test_large_data_is_counted_on_disk() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from composing import SMALL
+from families import VOCABULARY
+from families import build as family_model
 from test_coalitions import scored
 from test_estimate import configured
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,13 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from sddx import train
 from sddx.compression.branches import NoAttention, NoFeedForward
 from sddx.config.build import build
+from sddx.data.shards import read_rows
+from sddx.estimate import costs
+from sddx.estimate.efforts import Judging
+from sddx.estimate.skeleton import size_of
+from sddx.estimate.texts import CHARACTERS, Items
+from sddx.evaluation.likelihoods import likelihoods
 from sddx.importance import coalitions
 from sddx.importance.ablation import LeaveOneOut, Shapley
 from sddx.importance.coalitions import TaskScore
 from sddx.importance.score import score_units, works
 from sddx.models.anatomy import blocks, branches
 from sddx.pipeline import Run
-from sddx.records import Artifact
+from sddx.records import REWRITES_FILE, Artifact, Rewrite
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
 from sddx.store import Inputs, Store
@@ -92,6 +100,26 @@ def test_a_task_is_evaluated_on_as_many_blocks_as_it_says(units: str, monkeypatc
         assert work.models == pytest.approx(sum(judged) / 4) and not work.body
 
 
+@pytest.mark.parametrize("size", [4, 12])
+def test_answers_that_share_a_question_cost_what_a_plan_says(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question once and every answer, with the head on answers alone; so many tokens an answer."""
+    model, count, passes = family_model("llama"), 12, 4
+    items = Items(count, passes, CHARACTERS * (32 + size), CHARACTERS * size)
+    monkeypatch.setattr("sddx.estimate.efforts.items_of", lambda *_: items)
+    monkeypatch.setattr("sddx.estimate.texts.items_of", lambda *_: items)
+    draw = torch.Generator().manual_seed(0)
+    asked = []
+    for _ in range(count):
+        question = torch.randint(2, VOCABULARY, (32,), generator=draw).tolist()
+        answers = torch.randint(2, VOCABULARY, (passes, size), generator=draw).tolist()
+        asked += [((question + answer)[:-1], answer) for answer in answers]
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        assert len(list(likelihoods(model, asked))) == count * passes
+    planned = Judging(tasks=["it"], packed=True).effort(size_of(model)).reading
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
 class Metered(Store):
     """A store that counts the FLOPs of what it builds, by stage."""
 
@@ -121,3 +149,17 @@ def test_stages_compute_what_a_plan_says(tmp_path: Path) -> None:
     for stage, flops in planned.items():
         assert store.flops[stage] == pytest.approx(flops, rel=0.15), stage
     assert {stage for stage, flops in store.flops.items() if flops} == {*planned, "prune"}
+
+
+def test_looking_at_answers_computes_what_a_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is told how long they are, which no plan knows."""
+    config = configured(*SMALL, "dataset.size=16", "calibration.size=8", "loss=sdd", "model.attention=eager")
+    store = Metered(tmp_path)
+    store.flops = Counter()
+    run = Run(store, Runtime(quiet=True), train.method(config))
+    assert run.written
+    written = read_rows(Rewrite, *(shard.path / REWRITES_FILE for shard in run.rows))
+    own, references = (sum(len(getattr(row, name)) for row in written) for name in ("answer", "reference"))
+    monkeypatch.setattr(costs, "WRITTEN", own / references)
+    planned = sum(part.reading for part in estimated(config).parts() if part.stage == "written")
+    assert store.flops["written"] == pytest.approx(planned, rel=0.15)

@@ -322,6 +322,18 @@ def test_every_family_comes_back_from_a_folder_that_runtimes_can_read(family: st
         inspect_model(tmp_path / "to")
 
 
+def test_a_text_model_beside_others_is_looked_at(tmp_path: Path) -> None:
+    """Its depth and its lists, which stand in a config within the config."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+    config = Gemma3Config(text_config=build("gemma3").config.to_dict(), vision_config={**vision, "patch_size": 8})
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = inspect_model(tmp_path)
+    assert found["blocks"] == 5 and found["per_layer_lists"] == ["layer_types"]
+
+
 def test_a_config_keeps_the_form_that_the_base_model_has(tmp_path: Path) -> None:
     """Older readers look for `rope_theta` and take a default in its absence; transformers 5 writes it elsewhere."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

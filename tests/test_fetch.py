@@ -172,6 +172,15 @@ def test_a_grid_fetches_each_repository_once(
     assert "dataset.revision" not in pins and f"text.revision={'c' * 40}" in pins
 
 
+def test_pins_are_settings_of_a_run(hub: Hub) -> None:
+    """Of what has none, as the rows on which drafts are tried, no pin is printed."""
+    COMMITS.setdefault("tatsu-lab/alpaca", "4" * 40)
+    given = ("+experiment=llama_26L", "+speculation=draft", "+dataset@speculation.datasets.other=alpaca")
+    pins = fetched(*given).strip().splitlines()[-1].split()
+    assert pins
+    configured(*given, *pins)
+
+
 def test_a_repository_of_many_subsets_is_asked_for_and_counted_once(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,4 +52,14 @@ def test_what_was_timed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (found["seconds"], arm["device"], arm["threads"]) == (60, "cpu", 1)
     assert found["arms"][0] | {"steps": 300, "timed_steps": 10, "runs": ["sdd0"]} == found["arms"][0]
     assert "300" in capsys.readouterr().out
-    assert pace.main([str(tmp_path), "--seconds", "0"]) == 2
+    for seconds in ("0", "inf", "nan", "-1", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            pace.main([str(tmp_path), "--seconds", seconds])
+
+
+def test_a_place_that_is_not_known_is_one_of_its_own() -> None:
+    """Runs that do not say where they were trained go with each other, and not with those that do."""
+    unknown = [{k: v for k, v in timed("sdd", seed, 2.0).items() if k not in pace.TIMED_ON} for seed in (0, 1)]
+    assert pace.paces(unknown, 60)[0]["device"] is None
+    with pytest.raises(UserError, match="different places"):
+        pace.paces([*unknown, timed("on_policy", 0, 2.0)], 60)

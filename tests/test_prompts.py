@@ -447,10 +447,11 @@ def test_the_cards_command_line_gives_the_runs_answers(settings: dict, tmp_path:
     folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(own | settings))
-    line, unlike = lm_eval(folder, {"chat_template": True})
-    assert not unlike and ("--gen_kwargs" in line) == bool(settings)
-    asked = HarnessCLI()._parser.parse_args(["run", *shlex.split(line)[1:], "--tasks", "x"])
+    line, unlike = lm_eval(folder, {"chat_template": True, "tasks": ["tiny_arithmetic"]})
+    assert all("--include_path" in told for told in unlike) and ("--gen_kwargs" in line) == bool(settings)
+    asked = HarnessCLI()._parser.parse_args(["run", *shlex.split(line)[1:]])
     assert asked.apply_chat_template and asked.model_args == {"pretrained": "."}
+    assert asked.tasks == ["tiny_arithmetic"]
 
     model, tokenizer = frozen_model(folder, dtype="float32", attention="sdpa", device="cpu"), load_tokenizer(folder)
     given: dict[str, Any] = {"tasks": ["tiny_arithmetic"], "limit": 6}
@@ -487,12 +488,34 @@ def test_the_card_says_what_no_argument_does(tmp_path: Path) -> None:
         folder = tmp_path / f"{kind}{len(extra)}"
         adding(kind).save_pretrained(folder)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END, **extra}))
-        line, unlike = lm_eval(folder, {"chat_template": True})
+        line, unlike = lm_eval(folder, {"chat_template": True, "tasks": ["piqa"]})
         assert [part for part in told if part in " ".join(unlike)] == told and len(unlike) == len(told)
         assert ("add_bos_token=False" in line) == (kind == "end")
-        assert lm_eval(folder, {"encoding": "lm_eval", "generation_config": "model"}) == (
-            "lm_eval --model hf --model_args pretrained=.", [],
+        assert lm_eval(folder, {"encoding": "lm_eval", "generation_config": "model", "tasks": ["piqa"]}) == (
+            "lm_eval --model hf --model_args pretrained=. --tasks piqa", [],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "told"),
+    [
+        ({"tasks": ["piqa", "copa"], "shots": 2}, ["--num_fewshot", "2"], []),
+        ({"tasks": ["piqa", "copa"], "shots": {"piqa": 1, "copa": 1}}, ["--num_fewshot", "1"], []),
+        ({"tasks": ["piqa", "copa"], "shots": {"piqa": 1}}, [], ["piqa 1, copa as it says"]),
+        ({"tasks": ["piqa"], "limit": {"piqa": 9, "copa": 8}}, ["--limit", "9"], ["takes the first"]),
+        ({"tasks": ["piqa"], "max_new_tokens": 7}, ["--gen_kwargs", '{"max_gen_toks": 7}'], []),
+        ({"tasks": ["piqa"], "side": "report", "data_dir": "rows"}, [], ["one side", "from files"]),
+        ({"tasks": ["piqa", "mine"], "include": "here"}, [], ["piqa, mine come with"]),
+        ({}, [], ["name them with --tasks"]),
+    ],
+)
+def test_the_card_asks_for_what_the_run_asked(asked: dict, words: list, told: list, tmp_path: Path) -> None:
+    """Tasks, examples, items and lengths, where lm-eval has an argument that says it; else what it has none for."""
+    adding("neither").save_pretrained(tmp_path)
+    line, unlike = lm_eval(tmp_path, asked)
+    given = shlex.split(line)[5:]
+    assert given == [*(["--tasks", ",".join(asked["tasks"])] if asked else []), *words]
+    assert len(unlike) == len(told) and all(part in said for part, said in zip(told, unlike, strict=True))
 
 
 def test_prompts_are_looked_at_before_the_first_is_answered() -> None:

@@ -34,7 +34,7 @@ from sddx.report.page import failed
 from sddx.runtime import Runtime
 from sddx.sweep import cells, launcher, loading
 from sddx.sweep.engines import Job
-from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels
+from sddx.sweep.plan import Plan, Step, clock, describe, estimate, levels, work
 from sddx.sweep.worker import perform
 
 pytestmark = pytest.mark.runs
@@ -613,3 +613,19 @@ def test_cells_that_differ_in_their_seeds_are_checked_once() -> None:
     assert [(config["remove"], config["seed"]) for config in checked] == [(3, 0), (3, -1), (4, 0), (4, -1)]
     assert "5 of 8 cells cannot run" in str(told.value)
     assert "4-0, 4-1, 4-2: remove=4 with seed=any" in str(told.value) and "3--1: remove=3" in str(told.value)
+
+
+@pytest.mark.parametrize("place", ["pace", "2026-01-02/03-04-05"])
+def test_the_newest_sweep_is_found_wherever_it_stands(place: str, tmp_path: Path) -> None:
+    """Under a date and a time, or in a folder that was given for it."""
+    with pytest.raises(UserError, match="no sweep"):
+        look.newest(tmp_path)
+    (tmp_path / place / "0-s0").mkdir(parents=True)
+    cells.write(tmp_path / place / "0-s0", number=0, name="s0", overrides=[], launcher="basic", state="done")
+    assert look.newest(tmp_path) == tmp_path / place
+
+
+def test_the_work_of_steps_is_counted_by_all_their_rows() -> None:
+    """However a step is accumulated."""
+    steps = [{"budget": "steps", "steps": 5, "batch_size": 32 // n, "accumulate": n} for n in (1, 4)]
+    assert {work("train", [], {"trainer": trainer}) for trainer in steps} == {("steps of 32", 5)}

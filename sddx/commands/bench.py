@@ -36,6 +36,7 @@ from sddx.store.manifest import replace_text
 from sddx.students.recovered import find_own
 
 MODELS = ("unpruned", "pruned")
+STATES = ("conv_states", "recurrent_states")  # by number, in a cache of transformers
 Make = Callable[[], Any]
 
 
@@ -89,8 +90,10 @@ def _allocated(device: torch.device) -> int:
 
 
 def _cache_bytes(cache: Any) -> int:
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    """Of keys and values, and of what layers of another kind remember instead."""
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", *STATES)]
+    held = [tensor for each in held for tensor in (each.values() if isinstance(each, dict) else [each])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
 def race(

@@ -6,7 +6,6 @@
 
 only  names of families, as `model_type` in a model's config.json has them (default: all that transformers knows)
 to    a file to write the table to as well, as Markdown
-depth blocks of the models that are tried (default: 8)
 
 Each is tried on a narrow model with random weights: two of its blocks are taken out, and what is left is proven as
 any pruned model is (the logits of the kept blocks run by hand, padding, decoding with and without the cache, saving
@@ -104,7 +103,9 @@ def page(rows: Sequence[Row]) -> str:
         "with random weights and stay sound, and an adapter on them learns. One that fails is refused with its "
         "reason before work starts; where no narrow model can be made, the model itself is tried when it is there. "
         "*Branches*: attention and feed-forward branches can be removed apart, and patches fitted to the "
-        "feed-forward branch or folded into it; other patches need no branches.\n\n"
+        "feed-forward branch or folded into it; other patches need no branches. *Attention*: the first of sdpa and "
+        "eager that the family knows; where attention scores are capped (`attn_logit_softcapping`: Gemma2, "
+        "VaultGemma) sdpa would leave the cap out, and `model.attention=eager` is asked for.\n\n"
         + "\n".join([HEAD, *map(str, rows)])
         + "\n"
     )

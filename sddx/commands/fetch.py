@@ -31,6 +31,8 @@ from sddx.stages.score.asked import scored_by
 from sddx.sweep import launcher, sweeper
 from sddx.train import check_settings
 
+PINNED = ("model", "dataset", "calibration", "text")  # groups that have a setting `revision`
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -240,10 +242,8 @@ def _show(seen: Sequence[Seen], console: Console) -> None:
     for one in seen:
         for group in one.wanted.groups:
             commits.setdefault(group, set()).add(one.commit)
-    single = {group: revisions for group, revisions in commits.items() if group not in ("teacher", "evaluation")}
-    if pins := [
-        f"{group}.revision={revisions.pop()}" for group, revisions in single.items() if len(revisions) == 1
-    ]:
+    single = {group: revisions for group, revisions in commits.items() if len(revisions) == 1}
+    if pins := [f"{group}.revision={revisions.pop()}" for group, revisions in single.items() if group in PINNED]:
         console.print("To run on exactly these also where it can be, add:")
         console.print(" ".join(pins), soft_wrap=True, highlight=False)
 
@@ -292,6 +292,8 @@ def _source(arguments: list[str]) -> str:
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
     register()
     with mistakes_told():
         look_up, bring_all = SOURCES[_source(sys.argv)]

@@ -9,8 +9,10 @@ are, so that the mean step of a short training is that of a long one. What was t
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -41,14 +43,15 @@ def paces(runs: Sequence[Run], seconds: float) -> list[dict[str, Any]]:
 def _pace(where: str, arm: str, runs: Sequence[Run], seconds: float) -> dict[str, Any]:
     step = mean(run["training_seconds"] / run["steps"] for run in runs)
     timed = {"runs": [run["artifacts"]["train"] for run in runs], "timed_steps": sum(run["steps"] for run in runs)}
-    timed |= {name: runs[0][name] for name in TIMED_ON}
+    timed |= {name: runs[0].get(name) for name in TIMED_ON}
     return {"where": where, "arm": arm, **timed, "seconds_a_step": step, "steps": max(round(seconds / step), 1)}
 
 
 def _require_one_machine(runs: Sequence[Run]) -> None:
-    places = {tuple(run[name] for name in TIMED_ON) for run in runs}
+    places = {tuple(run.get(name) for name in TIMED_ON) for run in runs}
     if len(places) > 1:
-        shown = "; ".join(f"{device} with {threads} threads" for device, threads in sorted(places, key=str))
+        named = [[each or "unknown" for each in place] for place in sorted(places, key=str)]
+        shown = "; ".join(f"{device} with {threads} threads" for device, threads in named)
         raise UserError(
             f"These runs were trained in different places, so that their seconds do not compare: {shown}. Time all "
             "arms on one machine, with as many threads."
@@ -65,16 +68,22 @@ def _table(arms: Sequence[dict[str, Any]], seconds: float) -> Table:
     return table
 
 
+def _seconds(text: str) -> float:
+    """A time to train in, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 600, for example.")
+
+
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the steps of each arm; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="sddx pace", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of short runs, or of a sweep of them")
-    parser.add_argument("--seconds", type=float, required=True, help="that the training of each arm is to take")
+    parser.add_argument("--seconds", type=_seconds, required=True, help="that the training of each arm is to take")
     parser.add_argument("--out", type=Path, default=Path("."), help="where pace.json goes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if not options.seconds > 0:
-        raise UserError(f"--seconds {options.seconds:g} is no time to train in. Give more than 0.")
     runs = page.of_folders(options.folders)
     page.require_runs(runs, ", ".join(map(str, options.folders)))
     arms = paces(runs, options.seconds)

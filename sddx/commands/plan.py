@@ -1,7 +1,12 @@
-"""What a run or a grid will cost, before anything is paid for or downloaded: `sddx plan`."""
+"""What a run or a grid will cost, before anything is paid for or downloaded: `sddx plan +experiment=llama_26L`.
+
+It takes the same settings as `python -m sddx.train`, also a grid (`--multirun +sweeps=paper_blocks`), and these
+beside them: gpu=h100, probe=60s, context=2048, budget.gpu_hours=40.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +48,8 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
     register()
     launcher.install(verify, estimated, tell)
     sweeper.install()

@@ -48,7 +48,8 @@ def _seconds(text: str) -> float:
 
 def newest(root: Path) -> Path:
     """The sweep under `root` that was changed last. Raises UserError where there is none."""
-    folders = {record.parent.parent for record in root.glob(f"*/*/*/{cells.RECORD}")}
+    records = (record for depth in ("*/*", "*/*/*") for record in root.glob(f"{depth}/{cells.RECORD}"))
+    folders = {record.parent.parent for record in records}
     if not folders:
         raise UserError(f"There is no sweep under {root.absolute()}. Give the folder of one.")
     return max(folders, key=lambda folder: folder.stat().st_mtime)

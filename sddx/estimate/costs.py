@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import torch
 
 from sddx.config.build import build, only, with_defaults
 from sddx.config.shared import once
+from sddx.errors import UserError
 from sddx.estimate.devices import Device
-from sddx.estimate.efforts import Effort
+from sddx.estimate.efforts import Effort, Judging
 from sddx.estimate.skeleton import Size, removed, shape_of, size_of, skeleton
 from sddx.estimate.texts import (
     DOWNLOADS,
+    LONGEST,
     STATED,
     Rows,
     Texts,
@@ -27,6 +29,7 @@ from sddx.estimate.texts import (
     texts_of,
 )
 from sddx.models.anatomy import is_adapted
+from sddx.models.narrow import built, refusals, smallest
 from sddx.records import Cut
 from sddx.store.digest import digest
 from sddx.training.tuning import adapted_weights, lora
@@ -43,7 +46,7 @@ ADAPTER = ("rank", "alpha", "dropout", "targets")
 @dataclass(frozen=True)
 class Part:
     """A piece of work that is done once however many runs need it (`key`): FLOPs of reading and of learning, steps
-    of decoding and the bytes that each reads, and tokens by kind, for the table."""
+    of decoding with the bytes and the FLOPs of each, and tokens by kind, for the table."""
 
     stage: str
     key: str
@@ -51,6 +54,7 @@ class Part:
     learning: float = 0.0
     steps: float = 0.0
     step_bytes: float = 0.0
+    step_flops: float = 0.0
     blocks: int = 0
     tokens: dict[str, float] = field(default_factory=dict)
 
@@ -58,7 +62,8 @@ class Part:
         """On this device; None where its speed is not known."""
         if device.reading is None or device.learning is None or device.bandwidth is None:
             return None
-        step = max(self.step_bytes / device.bandwidth, self.blocks * device.launch)
+        computed = self.step_flops / device.reading
+        step = max(self.step_bytes / device.bandwidth, computed, self.blocks * device.launch)
         return self.reading / device.reading + self.learning / device.learning + self.steps * step
 
 
@@ -223,15 +228,41 @@ class Estimate:
         """All pieces of work of a run, in the order of its stages; those that run no model on much have none."""
         return [part for stage in self.stages.values() if hasattr(stage, "parts") for part in stage.parts(self)]
 
-    def part(self, stage: str, about: Any, size: Size, effort: Effort, cached: float = 0) -> Part:
+    def judging(self, settings: Mapping[str, Any]) -> Judging:
+        """The tasks that a model is judged by under these settings."""
+        asked = Judging.of(settings)
+        same = settings.get("encoding", "same") == "same" and self.config["trainer"].get("strategy") != "fsdp"
+        return replace(asked, packed=same and asked.batch_size > 1 and self._is_packable(asked))
+
+    def _is_packable(self, asked: Judging) -> bool:
+        """Whether what texts begin with can be read once, as a narrow model of the same architecture tells."""
+        from sddx.evaluation.likelihoods import is_packable
+
+        longest = int(LONGEST * asked.longest(written=False))
+
+        def ask() -> bool:
+            try:
+                options = {"attn_implementation": self.model["attention"]}
+                return is_packable(built(smallest(self.shape), torch.float32, **options), longest)
+            except UserError:
+                return False
+            except refusals():
+                return False
+
+        return once(["packable", self.model, longest], ask)
+
+    def part(
+        self, stage: str, about: Any, size: Size, effort: Effort, *, cached: float = 0, rows: float = 0
+    ) -> Part:
         """A piece of work by a model of this size, which hangs on the settings `about`. `cached`: tokens that a
-        step of decoding attends to, over all rows."""
+        step of decoding attends to, over all `rows` that it writes one to."""
         loading = {name: self.model[name] for name in ("path", "revision", "dtype", "attention")}
         flops = {"reading": effort.reading, "learning": effort.learning, "steps": effort.steps}
         tokens = {"read": effort.read, "written": effort.written, "trained": effort.trained}
         step = size.weight_bytes + cached * size.cache_bytes
         key = digest([stage, loading, about])
-        return Part(stage, key, **flops, step_bytes=step, blocks=size.blocks, tokens=tokens)
+        computed = size.step(rows, cached)
+        return Part(stage, key, **flops, step_bytes=step, step_flops=computed, blocks=size.blocks, tokens=tokens)
 
     @property
     def captured(self) -> float:

@@ -20,6 +20,7 @@ from sddx.models.load import DTYPES
 # What this code reaches of a stated peak. Ours, not yet measured on a GPU: a probe replaces them.
 READING, LEARNING, DECODING = 0.40, 0.35, 0.60
 PROBED = 512  # tokens of the text on which speed is measured
+STEPS = 16  # of decoding behind it, from one copy of what the text left in the cache
 LAUNCH = 0.9e-3  # seconds a block and step that decoding cannot fall below in eager transformers; ours too
 
 
@@ -75,9 +76,11 @@ def this_machine(name: str | None) -> Device:
                 "GPU by its maker's figures, or gpu to measure the CPU."
             )
         return device_of("cpu")
-    known = _known(torch.cuda.get_device_name())
-    if name is not None and known not in (None, name):
-        raise UserError(f"probe measures this machine, whose GPU is an {known}, and gpu={name}. Leave out one.")
+    card = torch.cuda.get_device_name()
+    known = _known(card)
+    if name == "cpu" or (name is not None and known not in (None, name)):
+        gpu = known or card
+        raise UserError(f"probe measures this machine, whose GPU is an {gpu}, and gpu={name}. Leave out one.")
     return _here(name)
 
 
@@ -113,7 +116,7 @@ def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
 
     reading = flops / _duration(read, share, where)
     held = sum(weight.numel() * weight.element_size() for weight in body.parameters())
-    step = _duration(_decoder(body, ids), share, where)
+    step = _duration(_decoder(body, ids), share, where) / STEPS
     learning = 2 * flops / _duration(_learner(model, ids, mask), share, where)
     return replace(
         device, name=f"{device.name}, probed", reading=reading, learning=learning, bandwidth=held / step, launch=0.0
@@ -121,7 +124,8 @@ def probed(device: Device, config: Any, dtype: str, seconds: float) -> Device:
 
 
 def _two_blocks(config: Any, dtype: str, where: str) -> nn.Module:
-    """Two blocks of these dimensions and a vocabulary of one token, so that they are all there is."""
+    """Two blocks of these dimensions, one of each kind where there are several, and next to no vocabulary, so that
+    they are all there is."""
     from transformers import AutoModelForCausalLM
 
     small = deepcopy(config)
@@ -129,22 +133,24 @@ def _two_blocks(config: Any, dtype: str, where: str) -> nn.Module:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, 0)
     if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:2]
+        kinds = list(dict.fromkeys(small.layer_types))[:2]
+        small.layer_types = (2 * kinds)[:2]
     with torch.device(where):
         return AutoModelForCausalLM.from_config(small, dtype=DTYPES[dtype]).eval().requires_grad_(False)
 
 
 def _decoder(body: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """One step after the text, again and again at the same place."""
+    """A few steps after the text, each time from there: not every cache can forget what it took in."""
     with torch.no_grad():
-        cache = body(input_ids=ids, use_cache=True).past_key_values
+        read = body(input_ids=ids, use_cache=True).past_key_values
 
     @torch.no_grad()
-    def step() -> None:
-        body(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+    def steps() -> None:
+        cache = deepcopy(read)
+        for _ in range(STEPS):
+            body(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
 
-    return step
+    return steps
 
 
 def _learner(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], None]:

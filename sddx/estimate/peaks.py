@@ -25,6 +25,11 @@ def peaks(estimate: Estimate) -> dict[str, float]:
     return {name: FRAGMENTS * size for name, size in held.items() if size is not None}
 
 
+def fits(held: float | None, room: float) -> bool:
+    """Whether what a stage holds has room in so many bytes of a device."""
+    return FRAGMENTS * (held or 0.0) + CONTEXT <= room
+
+
 def traced(trace: Callable[..., int], *arguments: Any, **settings: Any) -> int:
     """What a traced pass (`memory`) holds; nothing, with a word, where a family cannot run without numbers
     (experts, in some dtypes)."""
@@ -48,11 +53,33 @@ def passing(estimate: Estimate, rows: int, length: int, *, states: bool = False)
 
 
 def judging(estimate: Estimate, asked: Judging) -> float:
-    """A pass over the longest prompts, of which lm-eval holds the logits in the model's dtype and their logarithms
-    in float32."""
-    length = int(LONGEST * asked.longest) or 1
-    logits = asked.batch_size * length * estimate.shape.vocab_size * (DTYPES[estimate.model["dtype"]].itemsize + 4)
-    return logits + passing(estimate, asked.batch_size, length)
+    """What lm-eval holds beyond the weights over the longest requests: of answers that are compared or, if that is
+    more, of those that are written."""
+    compared, written = (int(LONGEST * asked.longest(written=each)) for each in (False, True))
+    held = [_comparing(estimate, asked, compared)] if compared else []
+    return max([*held, *([_writing(estimate, asked, written)] if written else [])], default=0)
+
+
+def _comparing(estimate: Estimate, asked: Judging, length: int) -> float:
+    """A pass over a batch with all its logits, or over the rows of shared beginnings that are read at once with the
+    logits that are there at once: in the model's dtype, and their logarithms in float32."""
+    from sddx.evaluation.likelihoods import LOGITS, PASS_TOKENS, ROW_TOKENS
+
+    rows, vocabulary = asked.batch_size, estimate.shape.vocab_size
+    if asked.packed:
+        length = max(ROW_TOKENS, 2 * length)
+        rows = max(PASS_TOKENS // length, 1)
+    logits = rows * length * vocabulary
+    logits = min(logits, max(LOGITS, vocabulary)) if asked.packed else logits
+    return logits * (DTYPES[estimate.model["dtype"]].itemsize + 4) + passing(estimate, rows, length)
+
+
+def _writing(estimate: Estimate, asked: Judging, length: int) -> float:
+    """The cache of a batch whose answers are as long as allowed, and a pass over its prompts with the logits of
+    their last tokens."""
+    cache = estimate.unpruned.cache_bytes * (length + asked.longest_answer)
+    each = cache + 2 * 4 * estimate.shape.vocab_size
+    return asked.batch_size * each + passing(estimate, asked.batch_size, length)
 
 
 def looked_at(estimate: Estimate, others: float = 0.0) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from sddx.errors import UserError
 from sddx.estimate.costs import Estimate, Part, distinct, seconds
 from sddx.estimate.devices import DEVICES, Device, device_of, probed, this_machine
-from sddx.estimate.peaks import CONTEXT, peaks
+from sddx.estimate.peaks import CONTEXT, fits, in_shards, peaks
 from sddx.models.load import DTYPES
 from sddx.store import default_root
 from sddx.store.digest import digest
@@ -25,10 +26,13 @@ from sddx.training.tuning import lora, qlora
 # Settings on which memory hangs, beside what is removed.
 HELD = (
     "model", "calibration", "metrics", "generation", "tuning", "max_length", "teacher", "teacher_cache",
-    "evaluation", "text",
+    "evaluation", "text", "speculation", "drift", "merging",
 )  # fmt: skip
-HELD_BY_TRAINER = ("batch_size", "gradient_checkpointing", "precision", "strategy", "devices", "head_chunk")
+HELD_BY_TRAINER = (
+    "batch_size", "accumulate", "gradient_checkpointing", "precision", "strategy", "devices", "head_chunk",
+)  # fmt: skip
 FSDP = "trainer.strategy=fsdp over several devices"
+LEAST = (1, 2)  # rows at once that a batch size can be lowered to; of one, evaluation shares no beginnings
 
 
 def device_for(config: Mapping[str, Any], estimate: Estimate) -> Device:
@@ -137,14 +141,31 @@ def _within_memory(estimates: Sequence[Estimate], room: float) -> None:
 
 
 def _way_out(estimate: Estimate, stage: str, room: float) -> str:
-    cost = estimate.stages[stage]
+    cost, larger = estimate.stages[stage], "use a GPU with more memory"
+    shards = [] if in_shards(estimate) else [FSDP]
     if hasattr(cost, "remedies"):
-        return f"Each of these would do: {'; '.join([*cost.remedies(estimate, room), FSDP])}."
-    smaller = getattr(cost, "SMALLER", None)
-    ways = [f"lower {smaller}"] if smaller and room > estimate.unpruned.weight_bytes else []
+        ways = [*cost.remedies(estimate, room), *shards]
+        return f"Each of these would do: {'; '.join(ways)}." if ways else f"To make it fit, {larger}."
+    ways = [f"lower {cost.SMALLER}"] if hasattr(cost, "SMALLER") and _fits_smaller(estimate, cost, room) else []
     ways += ["set model.dtype=bfloat16"] if DTYPES[estimate.model["dtype"]].itemsize > 2 else []
-    ways += [f"take {FSDP}"] if estimate.config["trainer"].get("strategy") != "fsdp" else []
-    return f"To make it fit, {', '.join([*ways, 'use a GPU with more memory'])}."
+    ways += [f"take {way}" for way in shards]
+    return f"To make it fit, {', '.join([*ways, larger])}."
+
+
+def _fits_smaller(estimate: Estimate, cost: Any, room: float) -> bool:
+    """Whether a stage fits with the least of what it does at once."""
+    group, *inner, setting = cost.SMALLER.split(".")
+    changed = {group: deepcopy(estimate.config[group])}
+    node = changed[group]
+    for name in inner:
+        node = node[name]
+    if setting not in node or room < estimate.unpruned.weight_bytes:
+        return False
+    for rows in LEAST:
+        node[setting] = rows
+        if fits(cost.peak(estimate.varied(**changed)), room):
+            return True
+    return False
 
 
 def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
@@ -152,7 +173,7 @@ def heaviest(estimates: Sequence[Estimate]) -> list[Estimate]:
     largest: dict[Any, Estimate] = {}
     for each in sorted(estimates, key=lambda estimate: estimate.pruned.parameters):
         config, pruning, trainer = each.config, each.config["pruning"], each.config["trainer"]
-        about = [config[name] for name in HELD] + [trainer.get(name) for name in HELD_BY_TRAINER]
+        about = [config.get(name) for name in HELD] + [trainer.get(name) for name in HELD_BY_TRAINER]
         about += [
             pruning.get("metric"),
             pruning["patch"],

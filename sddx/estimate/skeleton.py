@@ -20,6 +20,7 @@ from sddx.models.narrow import refusals
 from sddx.records import Cut, Units
 
 TRACED = "sddx_traced"
+MET = ("num_experts_per_tok", "moe_topk")  # what configs call the experts that a token is sent to
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Size:
     def decode(self, context: float) -> float:
         """FLOPs of the one token that follows `context - 1` others in the cache."""
         return self.body(context) + 2 * self.head
+
+    def step(self, rows: float, cached: float) -> float:
+        """FLOPs of one step of decoding in which so many rows write a token each, and attend to `cached` tokens
+        together."""
+        return 2 * (rows * (self.matrices + self.head) + self.attention * cached)
 
 
 def shape_of(model: dict[str, Any]) -> Any:
@@ -112,11 +118,15 @@ def size_of(model: Any) -> Size:
 
 
 def _matrices(body: nn.Module, config: Any) -> int:
-    """The weights of linear layers; of fused experts [experts, .., ..] the share that a token meets."""
-    share = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_local_experts", None) or 1)
+    """The weights of linear layers and of routers [experts, ..]; of stacked experts [experts, .., ..] those that a
+    token meets."""
+    met = next((count for name in MET if (count := getattr(config, name, None))), 1)
     total = sum(m.weight.numel() for m in body.modules() if isinstance(m, nn.Linear))
-    stacked = [w for name, w in body.named_parameters() if "experts" in name and w.dim() == 3]
-    return total + int(sum(weight.numel() for weight in stacked) * share)
+    others = [m for m in body.modules() if not isinstance(m, (nn.Linear, nn.Embedding, nn.Conv1d))]
+    weights = [w for m in others for name, w in m.named_parameters(recurse=False) if "bias" not in name]
+    stacked = [w for w in weights if w.dim() == 3]
+    routers = [w for w in weights if w.dim() == 2 and len(w) in {len(each) for each in stacked}]
+    return total + sum(w.numel() for w in routers) + sum(w[0].numel() * min(met, len(w)) for w in stacked)
 
 
 class _Attention(torch.autograd.Function):

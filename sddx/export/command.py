@@ -14,12 +14,20 @@ from typing import Any
 from transformers import GenerationConfig
 
 from sddx.data.encode import around, render
+from sddx.evaluation.tasks import named_in_files, of_task, task_folders
 from sddx.models.generation import TOKENS
 from sddx.models.load import load_tokenizer
 
 # lm-eval says itself how long answers may be and whether they are sampled.
 SAID = (*TOKENS, "max_length", "max_new_tokens", "do_sample", "temperature")
 ABOUT = ("transformers_version", "_from_model_config")
+# What lm-eval's arguments have no word for, where the run's evaluation has it.
+UNTOLD = {
+    "limit": "The items were drawn from all of a task's, and --limit takes the first.",
+    "split": "Some items are of another split of a task's data than its own.",
+    "side": "Items were those on one side of a task's data.",
+    "data_dir": "Rows were read from files, and lm-eval asks the hub for them.",
+}
 
 
 def lm_eval(folder: Path, evaluation: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -29,17 +37,38 @@ def lm_eval(folder: Path, evaluation: Mapping[str, Any]) -> tuple[str, list[str]
     same = evaluation.get("encoding", "same") == "same"
     greedy = evaluation.get("generation_config", "neutral") == "neutral"
     reads, unlike = _reads(folder, chat) if same else ("", [])
-    words = ["lm_eval", "--model", "hf", "--model_args", "pretrained=." + reads]
+    asked, untold = _asked(evaluation)
+    unlike += untold
+    words = ["lm_eval", "--model", "hf", "--model_args", "pretrained=." + reads, *asked]
     words += ["--apply_chat_template"] if chat else []
-    own = _own(folder)
-    if greedy and (aside := _aside(own)):
-        words += ["--gen_kwargs", json.dumps(aside)]
+    own, longest = _own(folder), evaluation.get("max_new_tokens")
+    aside = (_aside(own) if greedy else {}) | ({"max_gen_toks": longest} if longest else {})
+    words += ["--gen_kwargs", json.dumps(aside)] if aside else []
     if greedy and own.max_new_tokens is not None:
         unlike.append(
             f"Answers end after {own.max_new_tokens} tokens: generation_config.json says so (max_new_tokens), and "
             "no argument of lm-eval sets it aside. Remove it there for the numbers above."
         )
     return shlex.join(words), unlike
+
+
+def _asked(evaluation: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The tasks, with how many examples and items where one number holds for all; and what cannot be told of them
+    so."""
+    if not (tasks := evaluation.get("tasks")):
+        return [], ["Which tasks the run evaluated is no longer known: name them with --tasks."]
+    words, untold = ["--tasks", ",".join(tasks)], [UNTOLD[name] for name in UNTOLD if evaluation.get(name)]
+    for setting, option in (("shots", "--num_fewshot"), ("limit", "--limit")):
+        numbers = {task: of_task(evaluation.get(setting), task) for task in tasks}
+        if len({*numbers.values()}) > 1:
+            listed = ", ".join(f"{task} {'as it says' if n is None else n}" for task, n in numbers.items())
+            untold.append(f"{option} is one for all tasks, and they had {listed}: evaluate them one by one.")
+        elif (number := numbers[tasks[0]]) is not None:
+            words += [option, str(number)]
+    known = named_in_files(task_folders(None))
+    if own := [task for task in tasks if evaluation.get("include") or task in known]:
+        untold.append(f"Not all of {', '.join(own)} come with lm-eval: --include_path must name their folder.")
+    return words, untold
 
 
 def _own(folder: Path) -> GenerationConfig:

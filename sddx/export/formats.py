@@ -38,13 +38,14 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     is missing.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    names, depth = _tensor_names(folder), config.num_hidden_layers
+    text, names = config.get_text_config(), _tensor_names(folder)
+    depth = text.num_hidden_layers
     architecture = (
         json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
     )[0]
     numbers = _block_numbers(names, config)
     tied = bool(config.tie_word_embeddings)
-    lists = {name: len(value) for name, value in vars(config).items() if name.endswith("layer_types") and value}
+    lists = {name: len(value) for name, value in vars(text).items() if name.endswith("layer_types") and value}
     checks = {
         f"{architecture} is no causal language model of transformers": architecture
         in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -57,7 +58,7 @@ def inspect_model(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{folder} is not what runtimes expect: {'; '.join(wrong)}.")
     facts = {"architecture": architecture, "blocks": depth, "tensors": len(names), "tied_embeddings": tied}
-    return facts | {"per_layer_lists": sorted(per_layer_lists(config)), "runtimes": _expected(architecture, config)}
+    return facts | {"per_layer_lists": sorted(per_layer_lists(text)), "runtimes": _expected(architecture, text)}
 
 
 def runtimes(architecture: str) -> tuple[str, ...]:
@@ -97,5 +98,7 @@ def _block_numbers(names: list[str], config: Any) -> list[int]:
     """The numbers of the blocks that weights are named after, ascending."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    prefix = re.compile(rf"{re.escape(layout(model).blocks)}\.(\d+)\.")
-    return sorted({int(match[1]) for name in names if (match := prefix.match(name))})
+    # In files of a text model beside others the parts of its path stand in another order.
+    path, numbered = sorted(layout(model).blocks.split(".")), re.compile(r"(.+?)\.(\d+)\.")
+    matches = [match for name in names if (match := numbered.match(name))]
+    return sorted({int(match[2]) for match in matches if sorted(match[1].split(".")) == path})

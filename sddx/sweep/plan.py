@@ -91,7 +91,7 @@ def work(stage: str, inputs: Sequence[str], spec: dict[str, Any]) -> tuple[str, 
         return stage, 1
     trainer = spec["trainer"]
     if trainer["budget"] == "steps":
-        return f"steps of {trainer['batch_size']}", trainer["steps"]
+        return f"steps of {trainer['batch_size'] * trainer.get('accumulate', 1)}", trainer["steps"]
     if trainer["budget"] == "tokens":
         return "tokens", trainer["tokens"]
     # Of them one is held out. Trainings of before answers were selected by themselves had those that were written.

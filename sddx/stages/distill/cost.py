@@ -22,11 +22,12 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     about = [{k: v for k, v in config["dataset"].items() if k != "size"}, generation, config["loss"]["data"]]
     about.append(config["selfdata"].get("reference", "right"))
     longest = min(LONGEST * estimate.answer, generation["max_new_tokens"])
-    cached = _side_by_side(estimate) * (_shown(estimate) + longest / 2)
+    side_by_side = _side_by_side(estimate)
+    step = {"rows": side_by_side, "cached": side_by_side * (_shown(estimate) + longest / 2)}
     for number, rows in enumerate([config["validation"], *_shards(estimate.rows.count)]):
         if rows:
             effort = _effort(estimate, rows)
-            yield estimate.part("distill", [*about, number, rows], estimate.unpruned, effort, cached)
+            yield estimate.part("distill", [*about, number, rows], estimate.unpruned, effort, **step)
 
 
 def peak(estimate: Estimate) -> float | None:

@@ -14,17 +14,21 @@ SMALLER = "speculation.batch_size"  # what to lower where its memory does not su
 
 
 def parts(estimate: Estimate) -> Iterator[Part]:
-    """Of each draft, the steps of the target and those of its own: to write alone, and at every lookahead."""
+    """Of each draft, the steps of the target, each over all tokens that were drafted for it, and those of its own:
+    to write alone, and at every lookahead."""
     if not (asked := estimate.config.get("speculation")):
         return
     passes = {ahead: _written(estimate) / _length(ahead) for ahead in asked["lookaheads"]}
+    steps = _written(estimate) + sum(passes.values())
+    drafted = sum(ahead * count for ahead, count in passes.items())
     for name, hangs_on in estimate.compared:
         about = [asked, estimate.config["dataset"], hangs_on]
-        cached = asked["batch_size"] * (estimate.rows.prompt + _written(estimate) / 2)
-        steps = _written(estimate) + sum(passes.values())
-        yield estimate.part(f"draft {name}", about, estimate.unpruned, _effort(estimate, steps), cached)
-        steps = _written(estimate) + sum(ahead * count for ahead, count in passes.items())
-        yield estimate.part(f"draft {name}", [about, "draft"], estimate.pruned, _effort(estimate, steps), cached)
+        rows = asked["batch_size"]
+        cached = rows * (estimate.rows.prompt + _written(estimate) / 2)
+        step = {"cached": cached, "rows": rows * (1 + drafted / steps)}
+        yield estimate.part(f"draft {name}", about, estimate.unpruned, _effort(estimate, steps), **step)
+        effort, step = _effort(estimate, _written(estimate) + drafted), {"cached": cached, "rows": rows}
+        yield estimate.part(f"draft {name}", [about, "draft"], estimate.pruned, effort, **step)
 
 
 def peak(estimate: Estimate) -> float | None:

@@ -8,7 +8,6 @@ from typing import Any
 from sddx.config.build import build
 from sddx.estimate import peaks
 from sddx.estimate.costs import LEARNED, Estimate, Part
-from sddx.estimate.efforts import Judging
 
 SMALLER = "merging.search.evaluation.batch_size"  # what to lower where its memory does not suffice
 
@@ -17,17 +16,17 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """The plain merge and, at most, all candidates beside it."""
     if not (search := _search(estimate)):
         return
-    asked = Judging.of(search["evaluation"])
+    asked = estimate.judging(search["evaluation"])
     effort = asked.effort(estimate.pruned) * (1 + build(search["by"]).most)
     about = [estimate.config["merging"], [estimate.config[each] for each in LEARNED]]
-    yield estimate.part("shares", about, estimate.pruned, effort, asked.side_by_side)
+    yield estimate.part("shares", about, estimate.pruned, effort, cached=asked.cached, rows=asked.batch_size)
 
 
 def peak(estimate: Estimate) -> float | None:
     """One candidate and a pass of lm-eval over it; before that a base model, of which the students are made."""
     if not (search := _search(estimate)):
         return None
-    passing = peaks.judging(estimate, Judging.of(search["evaluation"]))
+    passing = peaks.judging(estimate, estimate.judging(search["evaluation"]))
     return max(estimate.pruned.weight_bytes + passing, estimate.unpruned.weight_bytes)
 
 

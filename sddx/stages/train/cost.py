@@ -22,14 +22,14 @@ def parts(estimate: Estimate) -> Iterator[Part]:
     """The student's training, where there is a term to train by."""
     if estimate.trains:
         about = [estimate.config[name] for name in LEARNED]
-        yield estimate.part("train", about, estimate.pruned, _effort(estimate), _remembered(estimate))
+        yield estimate.part("train", about, estimate.pruned, _effort(estimate), **_step(estimate))
 
 
 def of_all(estimate: Estimate, others: Sequence[Estimate]) -> Part:
     """The training of one student on the rows of these runs, as long as all of theirs."""
     about = [[each.config[name] for name in LEARNED] for each in others]
     efforts = sum(map(_effort, others), Effort())
-    return estimate.part("train mixed", about, estimate.pruned, efforts, _remembered(estimate))
+    return estimate.part("train mixed", about, estimate.pruned, efforts, **_step(estimate))
 
 
 def peak(estimate: Estimate) -> float | None:
@@ -53,10 +53,11 @@ def remedies(estimate: Estimate, room: float) -> list[str]:
         ("tuning=qlora", {"tuning": {**tuning, "quantization": {}}}),
         *([("teacher_cache=64", {"teacher_cache": 64})] if _may_capture(estimate) else []),
     ]
-    fitting = [name for name, change in changes if _fits(estimate.varied(**change), room)]
+    fitting = [name for name, change in changes if peaks.fits(peak(estimate.varied(**change)), room)]
     while rows > 1:
         rows, steps = rows // 2, steps * 2
-        if _fits(estimate.varied(trainer={**trainer, "batch_size": rows, "accumulate": steps}), room):
+        smaller = {**trainer, "batch_size": rows, "accumulate": steps}
+        if peaks.fits(peak(estimate.varied(trainer=smaller)), room):
             return [*fitting, f"trainer.batch_size={rows} trainer.accumulate={steps}"]
     return fitting
 
@@ -65,10 +66,6 @@ def _may_capture(estimate: Estimate) -> bool:
     """Whether a teacher that runs beside the student could be read from disk."""
     objective = build(estimate.config["loss"])
     return objective.needs_teacher and not (objective.needs_states or objective.rollouts)
-
-
-def _fits(estimate: Estimate, room: float) -> bool:
-    return peaks.FRAGMENTS * (peak(estimate) or 0.0) + peaks.CONTEXT <= room
 
 
 def _passing(estimate: Estimate) -> float:
@@ -184,11 +181,12 @@ def _writing(estimate: Estimate, examples: float) -> Effort:
     )
 
 
-def _remembered(estimate: Estimate) -> float:
-    """Tokens that a step of the student's writing attends to, over all rows side by side."""
+def _step(estimate: Estimate) -> dict[str, float]:
+    """Rows that the student writes side by side, and the tokens that a step of it attends to, over all of them."""
     if (rollouts := _rollouts(estimate)) is None:
-        return 0
-    return _side_by_side(estimate, rollouts) * (estimate.rows.prompt + _rollout(estimate) / 2)
+        return {}
+    rows = _side_by_side(estimate, rollouts)
+    return {"rows": rows, "cached": rows * (estimate.rows.prompt + _rollout(estimate) / 2)}
 
 
 def _side_by_side(estimate: Estimate, rollouts: Rollouts) -> float:
