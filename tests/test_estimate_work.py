@@ -88,7 +88,7 @@ def test_a_task_is_evaluated_on_as_many_blocks_as_it_says(units: str, monkeypatc
         with counted(model) as rows, torch.no_grad():
             model(given.batches[0].input_ids[:1])
         judged.append(sum(rows) / 2)
-        return {"tasks": {"it": {"samples": [{"score": 1.0}]}}}
+        return {"tasks": {"it": {"samples": [{"score": 1.0}], "part_of": "it"}}}
 
     monkeypatch.setattr(coalitions, "evaluate", judge)
     given = replace(given, tokenizer=type("Tokenizer", (), {"chat_template": None})())
