@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sddx.config import CONF, register, resolve
+from sddx.config.arguments import asks_for_help
 from sddx.config.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.errors import UserError
 from sddx.gguf.packaged import Package, fetch_package, package_of
@@ -292,7 +293,7 @@ def _source(arguments: list[str]) -> str:
 
 def main() -> None:
     """The command line. A run folder is neither needed nor made."""
-    if {"-h", "--help"} & set(sys.argv):
+    if asks_for_help(sys.argv):
         print(__doc__)
     register()
     with mistakes_told():

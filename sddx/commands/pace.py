@@ -9,10 +9,8 @@ are, so that the mean step of a short training is that of a long one. What was t
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sddx.config import writable_folder
-from sddx.config.arguments import exit_status
+from sddx.config.arguments import duration, exit_status
 from sddx.errors import UserError
 from sddx.report import page
 from sddx.report.curves import Run, arms, is_trained
@@ -68,20 +66,12 @@ def _table(arms: Sequence[dict[str, Any]], seconds: float) -> Table:
     return table
 
 
-def _seconds(text: str) -> float:
-    """A time to train in, as argparse takes it."""
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 600, for example.")
-
-
 @exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints and writes the steps of each arm; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="sddx pace", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of short runs, or of a sweep of them")
-    parser.add_argument("--seconds", type=_seconds, required=True, help="that the training of each arm is to take")
+    parser.add_argument("--seconds", type=duration, required=True, help="that the training of each arm is to take")
     parser.add_argument("--out", type=Path, default=Path("."), help="where pace.json goes (default: %(default)s)")
     options = parser.parse_args(arguments)
     runs = page.of_folders(options.folders)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from sddx.config import CONF, register, resolve
+from sddx.config.arguments import asks_for_help
 from sddx.config.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
@@ -48,7 +49,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
+    if asks_for_help(sys.argv):
         print(__doc__)
     register()
     launcher.install(verify, estimated, tell)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sddx.config.arguments import exit_status
+from sddx.config.arguments import duration, exit_status
 from sddx.errors import UserError
 from sddx.sweep import cells
 from sddx.sweep.plan import clock
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sddx sweep", description="Look at a sweep.")
     parser.add_argument("command", choices=("status", "watch"), help="the table once, or again and again")
     parser.add_argument("folder", nargs="?", help="the sweep's folder (default: the newest under multirun/)")
-    parser.add_argument("--every", type=_seconds, default=5, metavar="SECONDS", help="how often watch looks")
+    parser.add_argument("--every", type=duration, default=5, metavar="SECONDS", help="how often watch looks")
     options = parser.parse_intermixed_args(arguments)
     folder = Path(options.folder) if options.folder else newest(Path("multirun"))
     print(table(folder))
@@ -36,14 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(options.every)
             print(f"\033[H\033[2J{table(folder)}")
     return 0
-
-
-def _seconds(text: str) -> float:
-    """A time to wait, as argparse takes it."""
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 5, for example.")
 
 
 def newest(root: Path) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -28,6 +31,11 @@ def exit_status(main: Callable[..., int]) -> Callable[..., int]:
     return guarded
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks what the command takes."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
 def plain_arguments(arguments: Sequence[str], usage: str | None, **defaults: str | None) -> dict[str, Any]:
     """The values of `key=value` arguments, as text, over their defaults; `null` is None where that is the
     default. Where help is asked for, `usage` is printed and the program ends.
@@ -35,7 +43,7 @@ def plain_arguments(arguments: Sequence[str], usage: str | None, **defaults: str
     Raises UserError, with all that is wrong at once, for a key that is not among the defaults, one that is given
     twice, and one that has no value.
     """
-    if {"-h", "--help"} & set(arguments):
+    if asks_for_help(arguments):
         print(usage)
         raise SystemExit(0)
     pairs = [argument.partition("=") for argument in arguments]
@@ -49,6 +57,14 @@ def plain_arguments(arguments: Sequence[str], usage: str | None, **defaults: str
     if wrong:
         raise UserError(*wrong)
     return values
+
+
+def duration(text: str) -> float:
+    """A time of more than no seconds, as argparse takes it."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0. Give 5, for example.")
 
 
 def _unknown(key: str, known: list[str]) -> str:

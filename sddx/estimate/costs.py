@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -241,13 +242,10 @@ class Estimate:
         longest = int(LONGEST * asked.longest(written=False))
 
         def ask() -> bool:
-            try:
+            with suppress(UserError, *refusals()):
                 options = {"attn_implementation": self.model["attention"]}
                 return is_packable(built(smallest(self.shape), torch.float32, **options), longest)
-            except UserError:
-                return False
-            except refusals():
-                return False
+            return False
 
         return once(["packable", self.model, longest], ask)
 

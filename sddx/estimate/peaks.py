@@ -56,8 +56,8 @@ def judging(estimate: Estimate, asked: Judging) -> float:
     """What lm-eval holds beyond the weights over the longest requests: of answers that are compared or, if that is
     more, of those that are written."""
     compared, written = (int(LONGEST * asked.longest(written=each)) for each in (False, True))
-    held = [_comparing(estimate, asked, compared)] if compared else []
-    return max([*held, *([_writing(estimate, asked, written)] if written else [])], default=0)
+    passes = ((_comparing, compared), (_writing, written))
+    return max((held(estimate, asked, length) for held, length in passes if length), default=0)
 
 
 def _comparing(estimate: Estimate, asked: Judging, length: int) -> float:

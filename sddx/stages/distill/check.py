@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from sddx.config.build import Settings, build
@@ -85,11 +85,11 @@ def _training(method: Settings) -> Sequence[Example]:
     return examples_here(method["dataset"], method["validation"])[1]
 
 
-def _shown(method: Settings, rows: Sequence[Example]) -> Sequence[Example]:
+def _shown(method: Settings, rows: Sequence[Example]) -> Iterable[Example]:
     """The rows with the prompts that the model answers: where it is guided, with their references in them."""
     from sddx.data.templates import rewriting_prompt
 
     if method["loss"]["data"] != "self":
         return rows
     kind = method["dataset"]["rewrite"]
-    return [replace(row, prompt=rewriting_prompt(kind, row.prompt, row.response)) for row in rows]
+    return (replace(row, prompt=rewriting_prompt(kind, row.prompt, row.response)) for row in rows)

@@ -35,9 +35,11 @@ def _check(method: Settings) -> None:
             "they change here: \"merging.students=['dataset=tiny_arithmetic','dataset=tiny_comparison']\"."
         )
     for name, student in zip(merging["names"], merging["students"], strict=True):
-        settings = student if isinstance(student, dict) else _check_finished(student, method)
-        if settings is student:
+        settings: Settings = student
+        if isinstance(student, dict):
             _check_student(name, student, method)
+        else:
+            settings = _check_finished(student, method)
         _check_held_out(name, settings, method)
         _check_mixed(merging["mixed"], name, student, method)
     if not made(method["pruning"], Pruning, "pruning").is_stock:
