@@ -144,6 +144,20 @@ def test_greedy_text_is_the_targets(family: str) -> None:
         assert speculate(target, draft, asked, **how)[0] == expected
 
 
+def test_rounding_of_the_models_own_dtype_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide models in bfloat16 round as much as this from one batch to another; in float32 it would be a fault."""
+    read = Route.read
+
+    def rounded(route: Route, *given: Any) -> torch.Tensor:
+        logits = read(route, *given)
+        return logits * (1 + 2**-8 * torch.rand_like(logits))
+
+    model = build("llama")
+    monkeypatch.setattr(Route, "read", rounded)
+    assert not can_draft(model, 60)
+    assert can_draft(model.to(torch.bfloat16), 60)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("lost", ["no_attention", "no_feedforward"])
 def test_drafts_without_branches_draft(family: str, lost: str) -> None:
