@@ -315,6 +315,13 @@ def test_every_cell_has_a_folder_of_its_own_in_the_sweep(tmp_path: Path) -> None
             assert len(cell.name) <= 50 and len(cell.config["wandb"]["group"]) <= 120
 
 
+def test_cells_keep_the_users_own_name_and_group() -> None:
+    given = ("run.name=mine-${hydra:job.num}", "wandb.group=of-${run.name}")
+    found = cells.compose(loaded, [[*given, f"seed={seed}"] for seed in (0, 1)], 3)
+    assert [cell.name for cell in found] == ["mine-3", "mine-4"]
+    assert [cell.config["wandb"]["group"] for cell in found] == ["of-mine-3", "of-mine-4"]
+
+
 def test_two_cells_in_one_folder_are_refused(sweep, capsys) -> None:
     status, folders = sweep("--multirun", "seed=0,1", "hydra.sweep.subdir=same")
     assert status == 2 and not folders and "one folder: same" in capsys.readouterr().err

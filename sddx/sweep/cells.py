@@ -77,30 +77,12 @@ class Cell:
     overrides: tuple[str, ...]
     composed: DictConfig
     config: dict[str, Any]
-
-    @property
-    def overridden(self) -> dict[str, str]:
-        """The overrides by name, without Hydra's signs for adding."""
-        return dict(override.lstrip("+").partition("=")[::2] for override in self.overrides)
+    folder: Path  # below that of its sweep
 
     @property
     def name(self) -> str:
         """The run's name, made of what varies."""
         return self.config["run"]["name"]
-
-    @property
-    def folder(self) -> Path:
-        """The folder of this cell below that of its sweep."""
-        HydraConfig.instance().set_config(self.composed)  # the folder's name is an interpolation
-        sweep = self.composed.hydra.sweep
-        return (Path(sweep.dir) / file_name(str(sweep.subdir))).absolute()
-
-    def labelled(self, name: str, group: str) -> Cell:
-        """The same cell under this name, and in this W&B group unless the user gave one."""
-        with open_dict(self.composed):
-            self.composed.run.name = name
-            self.composed.wandb.group = self.composed.wandb.group or group
-        return _cell(self.composed, self.overrides, self.number)
 
 
 def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequence[str]], first: int) -> list[Cell]:
@@ -109,11 +91,14 @@ def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequenc
     `load` composes Hydra's configuration of one cell. Raises UserError where two cells would have one name or one
     folder.
     """
-    numbered = [(first + place, tuple(arguments)) for place, arguments in enumerate(overrides)]
-    cells = [_cell(_numbered(load(list(arguments)), number), arguments, number) for number, arguments in numbered]
-    parts = varying(cells)
-    group = "-".join([*(part.split(".")[-1] for part in parts), digest([cell.config for cell in cells])[:8]])
-    cells = [cell.labelled(_name(cell, parts), shortened(group, GROUP)) for cell in cells]
+    composed = [load(list(arguments)) for arguments in overrides]
+    given = [_by_name(arguments) for arguments in overrides]
+    parts = varying(given)
+    settings = digest([OmegaConf.to_container(_settings(each)) for each in composed])
+    group = shortened("-".join([*(part.split(".")[-1] for part in parts), settings[:8]]), GROUP)
+    for place, (config, own) in enumerate(zip(composed, given, strict=True)):
+        _label(config, first + place, _name(own, parts), group)
+    cells = [_cell(*each) for each in zip(composed, overrides, strict=True)]
     if doubled := _doubled(cell.name for cell in cells):
         raise UserError(
             f"Several cells of the sweep have one name: {', '.join(doubled)}. Leave run.name to sddx, or make it "
@@ -155,22 +140,37 @@ def require_vacant(cells: Sequence[Cell]) -> None:
         )
 
 
-def _numbered(composed: DictConfig, number: int) -> DictConfig:
+def _by_name(overrides: Sequence[str]) -> dict[str, str]:
+    """The overrides of a cell by name, without Hydra's signs for adding."""
+    return dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+
+
+def _label(composed: DictConfig, number: int, name: str | None, group: str) -> None:
+    """Number a cell, call it by a name, and put it in a W&B group unless the user gave one."""
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
-    return composed
+        if name:
+            composed.run.name = name
+        if not OmegaConf.is_interpolation(composed.wandb, "group"):
+            composed.wandb.group = composed.wandb.group or group
 
 
-def _cell(composed: DictConfig, overrides: tuple[str, ...], number: int) -> Cell:
-    HydraConfig.instance().set_config(composed)
-    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    return Cell(number, overrides, composed, located(resolve(plain)))
+def _cell(composed: DictConfig, overrides: Sequence[str]) -> Cell:
+    HydraConfig.instance().set_config(composed)  # what is interpolated may name Hydra's settings of this cell
+    hydra = composed.hydra
+    folder = (Path(hydra.sweep.dir) / file_name(str(hydra.sweep.subdir))).absolute()
+    return Cell(hydra.job.num, tuple(overrides), composed, located(resolve(_settings(composed))), folder)
 
 
-def varying(cells: Sequence[Cell]) -> list[str]:
-    """The groups and settings that the cells were given different values of."""
-    keys = dict.fromkeys(key for cell in cells for key in cell.overridden)
-    return sorted([key for key in keys if len({cell.overridden.get(key) for cell in cells}) > 1], key=_place)
+def _settings(composed: DictConfig) -> DictConfig:
+    """All but Hydra's own."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
+def varying(given: Sequence[dict[str, str]]) -> list[str]:
+    """The groups and settings that the overrides of cells, by name, give different values."""
+    keys = dict.fromkeys(key for each in given for key in each)
+    return sorted([key for key in keys if len({each.get(key) for each in given}) > 1], key=_place)
 
 
 def _place(part: str) -> tuple[int, str]:
@@ -178,11 +178,11 @@ def _place(part: str) -> tuple[int, str]:
     return (99 if part == "seed" else known.index(part) if part in known else 50, part)
 
 
-def _name(cell: Cell, parts: Sequence[str]) -> str:
-    if "run.name" in cell.overridden or not parts:
-        return cell.name
-    named = [_short(part, cell.overridden[part]) for part in parts if part in cell.overridden]
-    return "-".join(named) or cell.name  # a cell of a grid that gives only others something
+def _name(given: dict[str, str], parts: Sequence[str]) -> str | None:
+    """What a cell is called by what varies; nothing where the user names it, or its grid gives it none of that."""
+    if "run.name" in given:
+        return None
+    return "-".join(_short(part, given[part]) for part in parts if part in given) or None
 
 
 def _short(key: str, value: str) -> str:
