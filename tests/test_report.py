@@ -606,6 +606,23 @@ def test_arms_are_held_against_each_other_under_every_filter() -> None:
         assert "38.0 %" in text and strict[5] in text and flexible[5] in text
 
 
+def test_a_task_is_told_of_all_runs_where_one_left_an_answer_unread() -> None:
+    """The mean under its filter is over all seeds, as the score beside it is."""
+
+    def one_filter(seed: int, score: float, unparsed: float) -> dict:
+        return run("sdd", seed=seed) | {
+            "part_of": {"trained": "trained"},
+            "primary": {"trained": "match,only"},
+            "metrics": {"recovered": {"trained": {"match,only": score}}},
+            "unparsed": {"recovered": {"trained": {"only": unparsed}}},
+        }
+
+    found = page.contents([one_filter(0, 0.9, 0.0), one_filter(1, 0.5, 0.2)], [])
+    assert [row[1:] for row in rows_of(found)["readings"]] == [
+        ["sdd", "trained", "match,only (primary)", "70.0 %", "10.0 %"]
+    ]
+
+
 def untrained(removed: int, kept: float, perplexity: float) -> dict:
     """A run of loss=none, as its summary stands on disk."""
     found = run("none", removed=removed)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
 from typing import Any
 
 from sddx.report.curves import Run, alike, distinction, is_trained, losses
-from sddx.report.extraction import Key, Reading, named, readings
+from sddx.report.extraction import Key, Reading, named, read_variously, readings
 from sddx.report.paired import in_average, over_both, over_pairs, samples_of
 from sddx.report.subjects import having
 from sddx.report.table import is_choosing
@@ -117,9 +117,10 @@ def reading_differences(runs: Runs) -> list[ReadingDifference]:
     """As `differences`, over two seeds at least, for every task whose answers can be read in several ways, or not
     at all."""
     unadjusted, kinds = [], []
+    tasks = read_variously(runs)
     for where, arm, ours, theirs in _pairs(runs, seeds=2):
-        for key in _readings(ours[0]):
-            if all(key in _readings(run) for run in (*ours, *theirs)):
+        for key in _readings(ours[0], tasks):
+            if all(key in _readings(run, tasks) for run in (*ours, *theirs)):
                 interval, p = _paired(ours, theirs, partial(_read_by, key))
                 unadjusted.append(
                     ReadingDifference(where, arm, len(ours), key[0], named(ours[0], key), interval, p)
@@ -129,12 +130,12 @@ def reading_differences(runs: Runs) -> list[ReadingDifference]:
     return [replace(difference, p=p) for difference, p in zip(unadjusted, adjusted, strict=True)]
 
 
-def _readings(run: Run) -> dict[Key, Reading]:
-    return readings(run).get(having(run, "student") or "", {})
+def _readings(run: Run, tasks: Collection[str]) -> dict[Key, Reading]:
+    return readings(run, tasks).get(having(run, "student") or "", {})
 
 
 def _read_by(key: Key, run: Run) -> float:
-    return _readings(run)[key].score
+    return _readings(run, key[:1])[key].score
 
 
 def _pairs(runs: Runs, *, seeds: int) -> Iterator[tuple[str, str, list[Run], list[Run]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -17,15 +17,19 @@ class Reading(NamedTuple):
     unparsed: float | None
 
 
-def readings(summary: Mapping[str, Any]) -> dict[str, dict[Key, Reading]]:
-    """By model, the readings of every task with more than one filter, or of which a model left an answer unparsed.
-    The parts of a task count equally, as they do in its score."""
-    by_model = {model: _all(summary, model) for model in summary.get("metrics", {})}
-    filters = {(task, metric.partition(",")[2]) for read in by_model.values() for task, metric in read}
+def read_variously(summaries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The tasks with more than one filter, and those of which any model of these runs left an answer unparsed."""
+    models = [_all(summary, model) for summary in summaries for model in summary.get("metrics", {})]
+    filters = {(task, metric.partition(",")[2]) for read in models for task, metric in read}
     several = [task for task, _ in filters]
-    shown = {task for task in several if several.count(task) > 1}
-    shown |= {task for read in by_model.values() for (task, _), reading in read.items() if reading.unparsed}
-    return {model: {key: read[key] for key in read if key[0] in shown} for model, read in by_model.items()}
+    unparsed = {task for read in models for (task, _), reading in read.items() if reading.unparsed}
+    return {task for task in several if several.count(task) > 1} | unparsed
+
+
+def readings(summary: Mapping[str, Any], tasks: Collection[str]) -> dict[str, dict[Key, Reading]]:
+    """By model, the readings of these tasks. The parts of a task count equally, as they do in its score."""
+    by_model = {model: _all(summary, model) for model in summary.get("metrics", {})}
+    return {model: {key: read[key] for key in read if key[0] in tasks} for model, read in by_model.items()}
 
 
 def _all(summary: Mapping[str, Any], model: str) -> dict[Key, Reading]:

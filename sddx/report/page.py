@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,7 +24,7 @@ from sddx.report.contrasts import Difference, differences, reading_differences
 from sddx.report.curves import Family, Point, Run, arms, families, is_share, is_trained, mean_of
 from sddx.report.drafts import draft_sections
 from sddx.report.drift import drift_sections
-from sddx.report.extraction import named, readings
+from sddx.report.extraction import named, read_variously, readings
 from sddx.report.headline import headline
 from sddx.report.law import fit, seed_curves
 from sddx.report.merges import merge_sections
@@ -216,11 +217,12 @@ def _likelihood(runs: Sequence[Run], model: str, measure: str, task: str) -> tup
 def reading_table(runs: Sequence[Run]) -> Table:
     """The score under each filter, and the share of answers that it could not read, of every model (means over
     seeds); for tasks whose answers can be read in several ways, or not at all."""
-    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": by_model(runs, _read)}
+    about = partial(_read, read_variously(runs))
+    return {"header": ["runs", "model", "task", "read by", "score", "unparsed"], "rows": by_model(runs, about)}
 
 
-def _read(runs: Sequence[Run], model: str) -> list[list[str]]:
-    by_run = [readings(run).get(model, {}) for run in runs]
+def _read(tasks: Collection[str], runs: Sequence[Run], model: str) -> list[list[str]]:
+    by_run = [readings(run, tasks).get(model, {}) for run in runs]
     rows = []
     for key in dict.fromkeys(key for read in by_run for key in read):
         read = [each[key] for each in by_run if key in each]

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sddx.records import OWN_PROMPTS, Rewrite
-from sddx.report.extraction import Reading, named, readings
+from sddx.report.extraction import Reading, named, read_variously, readings
 from sddx.report.subjects import reference, roles
 
 ABSENT = "-"
@@ -223,7 +223,7 @@ def _text(summary: Mapping[str, Any], measure: str, form: str, unit: str) -> str
 
 def _readings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each model's score under each filter that reads a task's answers, and the share that the filter could not."""
-    by_model = readings(summary)
+    by_model = readings(summary, read_variously([summary]))
     keys = dict.fromkeys(key for read in by_model.values() for key in read)
     return [
         (
