@@ -931,10 +931,15 @@ def test_merges_are_drawn_over_the_share_between_their_students() -> None:
     assert points[0].interval == t_interval([0.65, 0.66])
     assert (mixed := one.mixed("recovery")) and mixed.interval.estimate == 0.8 and two.mixed("recovery") is None
     assert (one.name, two.name) == ("dataset=a to dataset=b", "seed=0 to seed=1")
-    (section,) = merge_sections(runs)
+    section, gains = merge_sections(runs)
     assert [figure.title for figure in section.figures] == list(MEASURES.values())
     shown = ["seed=0 to seed=1", "merged, t = 0.75", "75.0 %", "75.0 % to 75.0 % over items", "1"]
     assert (table := section.figures[2].table) and shown in table["rows"]
+    # The students bring back 0.6 and 0.7, one of all rows 0.8, the merged ones 0.65 and 0.66.
+    first = ["merged, t = 0.25", "+0.5 (-5.9 to +6.9)", "2"]
+    assert gains.table and gains.table["rows"][0][1::2] == first
+    assert gains.table["rows"][0][4] == "-14.5 (-20.9 to -8.1)"
+    assert {row[0] for row in gains.table["rows"]} == {one.name}  # two has one seed
 
 
 def control_run(share: float, seed: int) -> dict:
@@ -963,7 +968,7 @@ def test_methods_without_a_share_are_told_beside_others() -> None:
     ties = merged_run(None)
     runs = [merged_run([0.1, 0.9]), merged_run([0.9, 0.1])]
     runs.append(ties | {"choices": {**ties["choices"], "merging": "ties"}})
-    (section,) = merge_sections(runs)
+    section, _ = merge_sections(runs)
     names = [row[1] for row in section.table["rows"] if row[1].startswith("merged")] if section.table else []
     assert sorted(names) == ["merged", "merged, t = [0.1, 0.9]", "merged, t = [0.9, 0.1]"]
 
@@ -990,7 +995,8 @@ def test_a_student_counts_once_however_often_it_is_merged() -> None:
 
 
 def test_one_share_is_told_and_not_drawn() -> None:
-    (section,) = merge_sections([merged_run(0.5)])
+    section, gains = merge_sections([merged_run(0.5)])
+    assert gains.table and not gains.table["rows"]
     assert not section.figures and section.table and section.table["rows"][-1][:3] == [
         "dataset=a to dataset=b", "merged, t = 0.5", "70.0 %"
     ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import mean
 
 from markupsafe import Markup
 
@@ -13,12 +14,18 @@ from sddx.report import figures
 from sddx.report.curves import MEASURES, Point, Run, alike, called, distinction, interval_of
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import having
-from sddx.report.table import ABSENT, percent
+from sddx.report.table import ABSENT, percent, within
+from sddx.statistics.intervals import Interval, t_interval
 
+Named = Callable[[Run], str | None]  # what a run calls one of its models
 SHARE = "merging.method.t"  # the choice that a merge is drawn over
 NOTE = (
     "Recovery of what students become. Intervals are 95 % over seeds, or over items where there is one seed. The "
     "merge of two seeds of one data set is the control: it says what averaging alone does."
+)
+GAIN_NOTE = (
+    "Recovery of what students became minus the mean of theirs, and minus that of one student of the rows of all, "
+    "in points; 95 % over seeds, paired."
 )
 
 
@@ -37,22 +44,21 @@ class Merge:
         ends = " to ".join(self.students)
         return f"{ends}, {self.where}" if self.where else ends
 
+    @property
+    def kinds(self) -> dict[str, list[Run]]:
+        """The runs of each merged model, by what it is called: first those of one share each, by that."""
+        ordered = sorted(self.runs, key=lambda run: (_share(run) is None, _share(run) or 0))
+        kinds: dict[str, list[Run]] = {}
+        for run in ordered:
+            share, given = _share(run), run["choices"].get(SHARE)
+            of = given if share is None else f"{share:g}"
+            kinds.setdefault("merged" if given is None else f"merged, t = {of}", []).append(run)
+        return kinds
+
     def over_share(self, measure: str) -> list[Point]:
         """The merged model at each share that is one number."""
-        shares = sorted(
-            {share for run in self.runs if isinstance(share := run["choices"].get(SHARE), (int, float))}
-        )
-        points = [(share, [run for run in self.runs if run["choices"][SHARE] == share]) for share in shares]
-        return [point for share, runs in points if (point := _point(share, runs, _merged, measure))]
-
-    def others(self, measure: str) -> dict[str, Point]:
-        """The merged models of a method that knows no share, or has one for each block, by what they are called."""
-        kinds: dict[str, list[Run]] = {}
-        for run in (run for run in self.runs if _share(run) is None):
-            given = run["choices"].get(SHARE)
-            kinds.setdefault("merged" if given is None else f"merged, t = {given}", []).append(run)
-        points = {name: _point(0.5, runs, _merged, measure) for name, runs in kinds.items()}
-        return {name: point for name, point in points.items() if point}
+        shared = [(share, runs) for runs in self.kinds.values() if (share := _share(runs[0])) is not None]
+        return [point for share, runs in shared if (point := _point(share, runs, _merged, measure))]
 
     def ends(self, measure: str) -> list[Point]:
         """The students themselves."""
@@ -65,6 +71,20 @@ class Merge:
     def mixed(self, measure: str) -> Point | None:
         """The student of the rows of all."""
         return _point(0.5, self._once(), partial(having, role="mixed"), measure)
+
+    def gain(self, runs: Sequence[Run], measure: str, *, over_mixed: bool = False) -> Interval | None:
+        """What is merged in these runs minus the mean of its students, or minus the student of the rows of all, in
+        points with an interval over seeds; None below two seeds that have both."""
+        theirs: list[Named] = [partial(_subject, student=student) for student in self.students]
+        if over_mixed:
+            theirs = [partial(having, role="mixed")]
+        points = []
+        for run in runs:
+            found = [_level(run, named, measure) for named in (_merged, *theirs)]
+            levels = [level for level in found if level is not None]
+            if len(levels) == len(found):
+                points.append(100 * (levels[0] - mean(levels[1:])))
+        return t_interval(points) if len(points) > 1 else None
 
     def _once(self) -> list[Run]:
         """One run of each seed: students do not hang on the share."""
@@ -104,9 +124,12 @@ def _subject(run: Run, student: str) -> str | None:
     return name if name in run["recoveries"] else having(run, "student")
 
 
-def _point(x: float, runs: Sequence[Run], named: Callable[[Run], str | None], measure: str) -> Point | None:
-    found = [run["recoveries"].get(named(run)) for run in runs]
-    records = [record for record in found if record and record[measure] is not None]
+def _level(run: Run, named: Named, measure: str) -> float | None:
+    return (run["recoveries"].get(named(run)) or {}).get(measure)
+
+
+def _point(x: float, runs: Sequence[Run], named: Named, measure: str) -> Point | None:
+    records = [run["recoveries"][named(run)] for run in runs if _level(run, named, measure) is not None]
     return Point(x, interval_of(records, measure), len(records)) if records else None
 
 
@@ -119,7 +142,29 @@ def merge_sections(runs: Sequence[Run]) -> list[Section]:
         for measure, title in MEASURES.items()
         if any(merge.over_share(measure) for merge in varied)
     ]
-    return [Section("merges", "Students merged", None if drawn else _table(merged, "recovery"), NOTE, drawn)]
+    return [
+        Section("merges", "Students merged", None if drawn else _table(merged, "recovery"), NOTE, drawn),
+        Section("merge_gains", "Merged, minus its students", gain_table(merged), GAIN_NOTE),
+    ]
+
+
+GAIN_HEADER = ["students", "model", "measure", "minus their mean", "minus one of all rows", "seeds"]
+
+
+def gain_table(merged: Sequence[Merge]) -> Table:
+    """Of each merged model that several seeds have, how much more it brought back than its students."""
+    rows = []
+    for merge in merged:
+        for name, runs in merge.kinds.items():
+            for measure, title in MEASURES.items():
+                gains = [merge.gain(runs, measure, over_mixed=mixed) for mixed in (False, True)]
+                if any(gains):
+                    rows.append([merge.name, name, title, *map(_points, gains), str(len(runs))])
+    return {"header": GAIN_HEADER, "rows": rows}
+
+
+def _points(gain: Interval | None) -> str:
+    return ABSENT if gain is None else within(gain, "+.1f")
 
 
 def _table(merged: Sequence[Merge], measure: str) -> Table:
@@ -127,8 +172,8 @@ def _table(merged: Sequence[Merge], measure: str) -> Table:
     for merge in merged:
         points = [(f"student {point.x + 1:g}", point) for point in merge.ends(measure)]
         points += [("of the rows of all", point) for point in [merge.mixed(measure)] if point]
-        points += [(f"merged, t = {point.x:g}", point) for point in merge.over_share(measure)]
-        points += merge.others(measure).items()
+        became = [(name, _point(0.5, runs, _merged, measure)) for name, runs in merge.kinds.items()]
+        points += [(name, point) for name, point in became if point]
         rows += [[merge.name, name, *_cells(point)] for name, point in points]
     return {"header": ["students", "model", "recovery", "95 % interval", "seeds"], "rows": rows}
 
