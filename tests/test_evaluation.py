@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sddx.data.encode import IGNORED, TEMPLATE_SETTINGS, Encoded, collate, render
 from sddx.errors import UserError
-from sddx.evaluation import harness, likelihoods, tasks, text
+from sddx.evaluation import harness, likelihoods, scored, tasks, text
 from sddx.evaluation import items as sampling
 from sddx.evaluation.right_answers import MEASURES
 from sddx.records import Batch, Outputs
@@ -249,8 +249,8 @@ def test_a_quiet_run_prints_nothing(model, tokenizer, folder: Path, capfd) -> No
 
 def test_compact_keeps_scores_hashes_and_settings(results) -> None:
     """One score and one distinct hash per item, JSON all through, and stable from call to call."""
-    found = harness.compact(results)
-    assert json.loads(json.dumps(found)) == harness.compact(json.loads(json.dumps(results)))
+    found = scored.compact(results)
+    assert json.loads(json.dumps(found)) == scored.compact(json.loads(json.dumps(results)))
     assert found["choosing"]["scores"] == [s["score"] for s in results["tasks"]["choosing"]["samples"]]
     assert len(set(found["choosing"]["hashes"])) == 12
     assert found["answering"]["part_of"] == "answering"
@@ -329,8 +329,8 @@ def test_a_limit_is_shared_out_among_the_parts(model, tokenizer, nested: str) ->
     whole = harness.evaluate(model, tokenizer, QUIET, **{**given, "limit": None})["tasks"]
     assert all(record["settings"] == whole[name]["settings"] for name, record in found.items())
     assert (
-        harness.compact({"tasks": found})["choosing"]["hashes"]
-        != harness.compact({"tasks": whole})["choosing"]["hashes"]
+        scored.compact({"tasks": found})["choosing"]["hashes"]
+        != scored.compact({"tasks": whole})["choosing"]["hashes"]
     )
 
 

@@ -21,8 +21,9 @@ from sddx.config import CONF
 from sddx.config.build import build
 from sddx.errors import UserError
 from sddx.evaluation import task_data, tasks
-from sddx.evaluation.harness import compact, evaluate
+from sddx.evaluation.harness import evaluate
 from sddx.evaluation.recovery import summarise
+from sddx.evaluation.scored import compact
 from sddx.evaluation.task_data import described, task_datasets
 from sddx.hub import unpacked
 from sddx.importance.coalitions import TaskScore

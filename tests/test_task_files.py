@@ -26,7 +26,8 @@ from sddx.commands.fetch import _task_data
 from sddx.config.build import build
 from sddx.errors import UserError
 from sddx.evaluation import items, task_data, tasks
-from sddx.evaluation.harness import _calm, _precision, compact, evaluate, require_tasks, task_texts
+from sddx.evaluation.harness import _calm, _precision, evaluate, require_tasks, task_texts
+from sddx.evaluation.scored import compact
 from sddx.evaluation.seeds import seeded
 from sddx.importance.coalitions import TaskScore
 from sddx.runtime import Runtime

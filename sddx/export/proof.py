@@ -12,7 +12,7 @@ from sddx.config.build import build
 from sddx.data.encode import encode
 from sddx.data.shards import read_examples
 from sddx.errors import UserError
-from sddx.evaluation.harness import compact
+from sddx.evaluation.scored import compact
 from sddx.models.load import DTYPES, load_tokenizer, text_config
 from sddx.report.paired import compare, load_samples
 from sddx.run_folder import read_config

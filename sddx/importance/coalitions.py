@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sddx.compression.branches import without
 from sddx.compression.remove import apply_cut
 from sddx.errors import UserError
-from sddx.evaluation.harness import clusters_of, evaluate, require_tasks
+from sddx.evaluation.harness import evaluate, require_tasks
+from sddx.evaluation.scored import clusters_of
 from sddx.evaluation.tasks import named_in_files, no_names, task_folders
 from sddx.importance.score import Subject, Work
 from sddx.models.anatomy import blocks, branches, decoder, final_norm, set_blocks

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from sddx.data.shards import read_rows
-from sddx.evaluation.harness import clusters_of, compact
 from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
+from sddx.evaluation.scored import clusters_of, compact
 from sddx.files.shapes import FORMAT
 from sddx.gguf.packaged import origin
 from sddx.records import CUT_FILE, REWRITES_FILE, Artifact, Cut, Rewrite

@@ -14,7 +14,7 @@ from sddx.compression.compressed import Compressed, Compression
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import by_length, text_batches
-from sddx.evaluation.harness import responses
+from sddx.evaluation.scored import responses
 from sddx.evaluation.task_files import placed
 from sddx.evaluation.text import held_out
 from sddx.models.anatomy import is_adapted

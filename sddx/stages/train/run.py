@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sddx.training.loop  # noqa: F401  with this stage, so that an edit meanwhile changes nothing of what runs
-from sddx.compression.compressed import Compressed, compress
+from sddx.compression.compressed import Compressed, Compression, compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import Encoded, encode_all, padding_id
@@ -27,7 +27,7 @@ from sddx.runtime import Runtime, free_held
 from sddx.stages.rows import examples_of, room
 from sddx.students.cached import CachedTeacher, origin
 from sddx.students.student import save_student
-from sddx.students.teacher import SeparateTeacher, SharedTeacher
+from sddx.students.teacher import SeparateTeacher, SharedTeacher, Teacher
 from sddx.training.rollouts import Rollouts
 from sddx.training.tuning import adapted_weights
 from sddx.training.writer import Writer
@@ -87,27 +87,20 @@ def train(
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if sharded else runtime.device, **loading)
-    made = compress(load(base.path, quantization=tuning.get("quantization")), read(compressions))
-    made.model = build(tuning)(made.model, seed)
-    made.thaw()
-    trains = adapted_weights(made.model)
-    if rank() == 0:
-        log.info(trains)
+    made = _student(load, base, read(compressions), tuning, seed)
     if objective.needs_teacher and beside is None:
-        shares = is_adapted(made.model) and teacher is None and not (made.has_twins and sharded)
-        beside = SharedTeacher(made) if shares else SeparateTeacher(load((teacher or base).path))
+        beside = _teacher(load, made, base, teacher, sharded=sharded)
     if not isinstance(beside, SharedTeacher):
         made.whole = {}  # a large model's removed blocks are freed
-    pad, more = padding_id(tokenizer), {}
-    if objective.rollouts is not None:
-        form: dict[str, Any] = {"max_length": learned.length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
-        more["writer"] = Writer(made.model, objective.rollouts, learned.rows, seed, **form)
+    pad = padding_id(tokenizer)
+    form: dict[str, Any] = {"max_length": learned.length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
+    writer = objective.rollouts and Writer(made.model, objective.rollouts, learned.rows, seed, **form)
     with made.held(), _put_together(made):
         fitted = learned.rows, learned.held_out, pad, seed, out, runtime
-        metrics = build(trainer)(made.model, beside, objective, made.cut, *fitted, **more)
+        metrics = build(trainer)(made.model, beside, objective, made.cut, *fitted, writer=writer)
     if rank() == 0:
         save_student(made, out, base=base.key)
-        summary = metrics | {"dropped_rows": learned.dropped, "trains": trains}
+        summary = metrics | {"dropped_rows": learned.dropped, "trains": adapted_weights(made.model)}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
@@ -147,6 +140,28 @@ def _captured(
     teacher = CachedTeacher([each.path for each in captured], about)
     teacher.require([*learned.rows, *learned.held_out])
     return teacher
+
+
+def _student(
+    load: Callable[..., Any], base: Artifact, done: Sequence[Compression], tuning: dict[str, Any], seed: int
+) -> Compressed:
+    """The compressed model, with what of it learns."""
+    made = compress(load(base.path, quantization=tuning.get("quantization")), done)
+    made.model = build(tuning)(made.model, seed)
+    made.thaw()
+    if rank() == 0:
+        log.info(adapted_weights(made.model))
+    return made
+
+
+def _teacher(
+    load: Callable[..., Any], made: Compressed, base: Artifact, other: Artifact | None, *, sharded: bool
+) -> Teacher:
+    """The unpruned model in the student's own weights, where these are still as they were; else, or where it is
+    another one, a model beside it."""
+    if is_adapted(made.model) and other is None and not (made.has_twins and sharded):
+        return SharedTeacher(made)
+    return SeparateTeacher(load((other or base).path))
 
 
 @contextmanager
