@@ -28,7 +28,7 @@ from sddx.config.build import build, with_defaults
 from sddx.config.entry import command, mistakes_told, require_one_run
 from sddx.config.shared import sharing
 from sddx.errors import UserError, mistakes_of, require_none
-from sddx.gguf.packaged import located
+from sddx.gguf.located import located
 from sddx.pipeline import Method, Run
 from sddx.records import PROFILE_FILE, Artifact
 from sddx.run_folder import CONFIG, SUMMARY, claimed

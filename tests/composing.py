@@ -15,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from sddx import config
 from sddx.config import CONF, register
-from sddx.gguf.packaged import located
+from sddx.gguf.located import located
 
 # A run of seconds: a few rows, steps and items.
 SMALL = (

@@ -20,8 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sddx
 from sddx.config import resolve
 from sddx.errors import UserError
+from sddx.gguf.located import located
 from sddx.gguf.model import dequantise, read
-from sddx.gguf.packaged import Package, fetch_package, located, origin
+from sddx.gguf.origin import origin
+from sddx.gguf.packaged import Package, fetch_package
 from sddx.gguf.tokenizer import PROBES, merged_by_scores, require_same, tokenizer_of
 from sddx.models.load import load_model, load_tokenizer
 from sddx.train import run

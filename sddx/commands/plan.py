@@ -19,7 +19,7 @@ from sddx.config.arguments import asks_for_help
 from sddx.config.entry import command, mistakes_told, require_one_run, without_run_folder
 from sddx.estimate.costs import Estimate
 from sddx.estimate.show import show
-from sddx.gguf.packaged import located
+from sddx.gguf.located import located
 from sddx.stages.cost import estimated
 from sddx.stages.evaluate.check import check_names
 from sddx.sweep import launcher, sweeper

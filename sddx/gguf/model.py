@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sddx.errors import UserError
-from sddx.gguf.packaged import ORIGIN, PLAIN
+from sddx.gguf.origin import ORIGIN, PLAIN
 from sddx.gguf.tokenizer import require_same, tokenizer_of
 from sddx.models.load import DTYPES, load_tokenizer, said
 

@@ -15,7 +15,7 @@ from sddx.data.shards import read_rows
 from sddx.evaluation.recovery import likelihoods, reported_chance, summarise
 from sddx.evaluation.scored import clusters_of, compact
 from sddx.files.shapes import FORMAT
-from sddx.gguf.packaged import origin
+from sddx.gguf.origin import origin
 from sddx.records import CUT_FILE, REWRITES_FILE, Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.store import manifest

@@ -22,7 +22,7 @@ from sddx.errors import UserError
 from sddx.files import lock
 from sddx.files.naming import file_name, shortened
 from sddx.files.shapes import Form, read_json
-from sddx.gguf.packaged import located
+from sddx.gguf.located import located
 from sddx.run_folder import CONFIG, LOCK, holds_another, is_another
 from sddx.store import manifest
 from sddx.store.digest import digest
