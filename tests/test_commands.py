@@ -60,6 +60,23 @@ def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: s
     return ended.value.code
 
 
+def test_a_setting_of_one_option_is_shown_its_place_in_a_sweep_over_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Hydra sets what does not vary before it knows what the sweep chooses."""
+    import_module("sddx.train").install()
+    main, beta = import_module("sddx.train").main, "loss.terms.jsd_beta.loss.beta"
+    where = (f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}", "--multirun")
+    assert run(main, monkeypatch, "loss=on_policy,on_policy_guided", f"{beta}=0", *where) == 2
+    assert f"'hydra.sweeper.grids=[{{loss: ..., {beta}: ...}}]'" in capsys.readouterr().err
+    grids = f'hydra.sweeper.grids=[{{loss: "on_policy,on_policy_guided", {beta}: "0,1"}}]'
+    command_line = ["sddx", grids, "dry_run=true", *where]
+    monkeypatch.setattr(sys, "argv", command_line)
+    GlobalHydra.instance().clear()
+    command(main)
+    assert "4 cells" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", SAID)
 def test_what_hydra_refuses_is_told_as_every_other_mistake(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
