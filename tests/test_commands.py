@@ -67,8 +67,17 @@ def test_a_setting_of_one_option_is_shown_its_place_in_a_sweep_over_options(
     import_module("sddx.train").install()
     main, beta = import_module("sddx.train").main, "loss.terms.jsd_beta.loss.beta"
     where = (f"hydra.sweep.dir={tmp_path}", f"store={tmp_path}", "--multirun")
-    assert run(main, monkeypatch, "loss=on_policy,on_policy_guided", f"{beta}=0", *where) == 2
-    assert f"'hydra.sweeper.grids=[{{loss: ..., {beta}: ...}}]'" in capsys.readouterr().err
+    for chosen, key in (
+        ("loss=on_policy,on_policy_guided", beta),
+        ("+merging=slerp,ties", "merging.method.t"),
+        ("pruning/patch=linear,none", "pruning.patch.fit.ridge"),
+    ):
+        assert run(main, monkeypatch, chosen, f"{key}=0", *where) == 2
+        place = f"'hydra.sweeper.grids=[{{{chosen.lstrip('+').partition('=')[0]}: ..., {key}: ...}}]'"
+        assert place in capsys.readouterr().err
+    assert run(main, monkeypatch, "loss=sft,sdd", "trainer.step=1", *where) == 2
+    told = capsys.readouterr().err
+    assert "Did you mean trainer.steps?" in told and "grids" not in told
     grids = f'hydra.sweeper.grids=[{{loss: "on_policy,on_policy_guided", {beta}: "0,1"}}]'
     command_line = ["sddx", grids, "dry_run=true", *where]
     monkeypatch.setattr(sys, "argv", command_line)

@@ -936,9 +936,9 @@ def test_merges_are_drawn_over_the_share_between_their_students() -> None:
     shown = ["seed=0 to seed=1", "merged, t = 0.75", "75.0 %", "75.0 % to 75.0 % over items", "1"]
     assert (table := section.figures[2].table) and shown in table["rows"]
     # The students bring back 0.6 and 0.7, one of all rows 0.8, the merged ones 0.65 and 0.66.
-    first = ["merged, t = 0.25", "+0.5 (-5.9 to +6.9)", "2"]
+    first = ["merged, t = 0.25", "+0.5 (-5.9 to +6.9), 2 seeds"]
     assert gains.table and gains.table["rows"][0][1::2] == first
-    assert gains.table["rows"][0][4] == "-14.5 (-20.9 to -8.1)"
+    assert gains.table["rows"][0][4] == "-14.5 (-20.9 to -8.1), 2 seeds"
     assert {row[0] for row in gains.table["rows"]} == {one.name}  # two has one seed
 
 
@@ -959,6 +959,7 @@ def test_students_that_the_seed_names_are_one_merge() -> None:
     (merge,) = merges(runs)
     assert merge.name == "seed=1${seed} to seed=${seed}"
     assert [point.seeds for point in [*merge.ends("recovery"), *merge.over_share("recovery")]] == [2] * 4
+    assert merge.gains(merge.kinds["merged, t = 0.25"], "recovery") == pytest.approx([0, 1])
     (parent,) = [row for row in scores(runs, "average") if row.role == "parent"]
     assert parent.model == "sft, seed=1${seed}" and len(parent.seeds) == 2
 

@@ -158,6 +158,15 @@ def test_rounding_of_the_models_own_dtype_is_no_fault(monkeypatch: pytest.Monkey
     assert can_draft(model.to(torch.bfloat16), 60)
 
 
+@pytest.mark.parametrize("family", sorted({*ALL_FAMILIES, "granite"} - {*WINDOWED}))
+def test_a_fault_is_found_in_half_precision_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A route that does not go back reads on behind what was refused."""
+    model = build(family).to(torch.bfloat16)
+    assert can_draft(model, 60)
+    monkeypatch.setattr(Route, "back", lambda route, lengths: None)
+    assert not can_draft(model, 60)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("lost", ["no_attention", "no_feedforward"])
 def test_drafts_without_branches_draft(family: str, lost: str) -> None:

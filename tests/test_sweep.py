@@ -322,6 +322,17 @@ def test_cells_keep_the_users_own_name_and_group() -> None:
     assert [cell.config["wandb"]["group"] for cell in found] == ["of-mine-3", "of-mine-4"]
 
 
+def test_cells_of_one_sweep_share_a_group_of_their_own() -> None:
+    def groups(*given: str) -> set[str]:
+        found = cells.compose(loaded, [[*given, f"seed={seed}"] for seed in (0, 1)], 0)
+        return {cell.config["wandb"]["group"] for cell in found}
+
+    one, other = groups(), groups("dataset.size=8")
+    assert len(one) == len(other) == 1 and one != other and one == groups()
+    nothing = groups("wandb.group=${oc.env:SDDX_NO_SUCH,null}")
+    assert len(nothing) == 1 and all(group.startswith("seed-") for group in one | other | nothing)
+
+
 def test_two_cells_in_one_folder_are_refused(sweep, capsys) -> None:
     status, folders = sweep("--multirun", "seed=0,1", "hydra.sweep.subdir=same")
     assert status == 2 and not folders and "one folder: same" in capsys.readouterr().err

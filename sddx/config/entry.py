@@ -155,22 +155,24 @@ def _unknown(key: str, root: str) -> str:
         return f"{key} is chosen with a plus: +{key}=... {_listed(key)}"
     if (CONF / (group := key.replace(".", "/"))).is_dir():
         return f"{key} is a group of settings, chosen with a slash: {group}=... {_listed(group)}"
-    if swept := _swept_group(key):
-        return (
-            f"{key} is no setting of all runs while the sweep chooses {swept}. Give it to options that have it: "
-            f"'hydra.sweeper.grids=[{{{swept}: ..., {key}: ...}}]'."
-        )
     GlobalHydra.instance().clear()  # of a sweep, which ends here
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = flatten(OmegaConf.to_container(compose(root)))  # type: ignore[arg-type]
     groups = [path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()]
-    return f"{key} is not a setting.{near(key, [*settings, *groups], '')} {ALL}"
+    return f"{key} is not a setting.{near(key, [*settings, *groups], '')}{_in_grids(key)} {ALL}"
 
 
-def _swept_group(key: str) -> str | None:
-    """The group of this setting, where a sweep's command line names several of its options."""
-    several = [name for name, _, value in (each.partition("=") for each in sys.argv[1:]) if "," in value]
-    return next((name for name in several if (CONF / name).is_dir() and key.startswith(f"{name}.")), None)
+def _in_grids(key: str) -> str:
+    """Where a setting goes that not all options of a group have, among which a sweep's command line chooses."""
+    given = (each.lstrip("+").partition("=") for each in sys.argv[1:])
+    several = [name.partition("@")[0] for name, _, value in given if "," in value]
+    for group in several:
+        if (CONF / group).is_dir() and key.startswith(f"{group.replace('/', '.')}."):
+            return (
+                f" While the sweep chooses {group}, what one option has is given beside it: "
+                f"'hydra.sweeper.grids=[{{{group}: ..., {key}: ...}}]'."
+            )
+    return ""
 
 
 def _listed(group: str) -> str:

@@ -15,17 +15,18 @@ from sddx.report.curves import MEASURES, Point, Run, alike, called, distinction,
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import having
 from sddx.report.table import ABSENT, percent, within
-from sddx.statistics.intervals import Interval, t_interval
+from sddx.statistics.intervals import t_interval
 
 Named = Callable[[Run], str | None]  # what a run calls one of its models
 SHARE = "merging.method.t"  # the choice that a merge is drawn over
 NOTE = (
     "Recovery of what students become. Intervals are 95 % over seeds, or over items where there is one seed. The "
-    "merge of two seeds of one data set is the control: it says what averaging alone does."
+    "merge of two seeds of one data set is the control: it says what averaging alone does. Trained skills are "
+    "those of the run's own data set; another student's may be among the others."
 )
 GAIN_NOTE = (
     "Recovery of what students became minus the mean of theirs, and minus that of one student of the rows of all, "
-    "in points; 95 % over seeds, paired."
+    "in points; 95 % over seeds, paired, adjusted for nothing."
 )
 
 
@@ -72,9 +73,9 @@ class Merge:
         """The student of the rows of all."""
         return _point(0.5, self._once(), partial(having, role="mixed"), measure)
 
-    def gain(self, runs: Sequence[Run], measure: str, *, over_mixed: bool = False) -> Interval | None:
-        """What is merged in these runs minus the mean of its students, or minus the student of the rows of all, in
-        points with an interval over seeds; None below two seeds that have both."""
+    def gains(self, runs: Sequence[Run], measure: str, *, over_mixed: bool = False) -> list[float]:
+        """What is merged in each of these runs minus the mean of its students, or minus the student of the rows of
+        all, in points; of the runs that have both."""
         theirs: list[Named] = [partial(_subject, student=student) for student in self.students]
         if over_mixed:
             theirs = [partial(having, role="mixed")]
@@ -84,7 +85,7 @@ class Merge:
             levels = [level for level in found if level is not None]
             if len(levels) == len(found):
                 points.append(100 * (levels[0] - mean(levels[1:])))
-        return t_interval(points) if len(points) > 1 else None
+        return points
 
     def _once(self) -> list[Run]:
         """One run of each seed: students do not hang on the share."""
@@ -134,7 +135,7 @@ def _point(x: float, runs: Sequence[Run], named: Named, measure: str) -> Point |
 
 
 def merge_sections(runs: Sequence[Run]) -> list[Section]:
-    """Recoveries over the share, drawn where it varies."""
+    """Recoveries over the share, drawn where it varies, and what they are above the students'."""
     merged = merges(runs)
     varied = [merge for merge in merged if len(merge.students) == 2 and len(merge.over_share("recovery")) > 1]
     drawn = [
@@ -148,7 +149,7 @@ def merge_sections(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
-GAIN_HEADER = ["students", "model", "measure", "minus their mean", "minus one of all rows", "seeds"]
+GAIN_HEADER = ["students", "model", "measure", "minus their mean", "minus one of all rows"]
 
 
 def gain_table(merged: Sequence[Merge]) -> Table:
@@ -157,14 +158,14 @@ def gain_table(merged: Sequence[Merge]) -> Table:
     for merge in merged:
         for name, runs in merge.kinds.items():
             for measure, title in MEASURES.items():
-                gains = [merge.gain(runs, measure, over_mixed=mixed) for mixed in (False, True)]
-                if any(gains):
-                    rows.append([merge.name, name, title, *map(_points, gains), str(len(runs))])
+                gains = [merge.gains(runs, measure, over_mixed=mixed) for mixed in (False, True)]
+                if any(len(points) > 1 for points in gains):
+                    rows.append([merge.name, name, title, *map(_points, gains)])
     return {"header": GAIN_HEADER, "rows": rows}
 
 
-def _points(gain: Interval | None) -> str:
-    return ABSENT if gain is None else within(gain, "+.1f")
+def _points(gains: Sequence[float]) -> str:
+    return f"{within(t_interval(gains), '+.1f')}, {len(gains)} seeds" if len(gains) > 1 else ABSENT
 
 
 def _table(merged: Sequence[Merge], measure: str) -> Table:
@@ -181,5 +182,5 @@ def _table(merged: Sequence[Merge], measure: str) -> Table:
 def _cells(point: Point) -> list[str]:
     interval = point.interval
     bounds = f"{percent(interval.low)} to {percent(interval.high)} over {interval.contains}"
-    within = ABSENT if interval.contains == "nothing" else bounds
-    return [percent(interval.estimate), within, str(point.seeds)]
+    spread = ABSENT if interval.contains == "nothing" else bounds
+    return [percent(interval.estimate), spread, str(point.seeds)]

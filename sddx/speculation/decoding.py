@@ -266,4 +266,6 @@ def _there_and_back(model: Any) -> tuple[Tensor, Tensor]:
         back = route.read([first, second], 2)
     rows = [torch.tensor([row], device=route.device) for row in (first, second)]
     hidden = torch.cat([route.body(input_ids=row, use_cache=False).last_hidden_state[:, -2:] for row in rows])
-    return back, route.head(hidden)  # its dtype says how far rounding goes
+    once = route.head(hidden)  # whose dtype says how far rounding goes
+    # What all tokens of a vocabulary have in common moves no probability, and would outweigh a fault.
+    return back - back.mean(-1, keepdim=True), once - once.mean(-1, keepdim=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from sddx.config import resolve, writable_folder
 from sddx.errors import UserError
@@ -96,9 +97,8 @@ def compose(load: Callable[[list[str]], DictConfig], overrides: Sequence[Sequenc
     parts = varying(given)
     settings = digest([OmegaConf.to_container(_settings(each)) for each in composed])
     group = shortened("-".join([*(part.split(".")[-1] for part in parts), settings[:8]]), GROUP)
-    for place, (config, own) in enumerate(zip(composed, given, strict=True)):
-        _label(config, first + place, _name(own, parts), group)
-    cells = [_cell(*each) for each in zip(composed, overrides, strict=True)]
+    named = zip(composed, overrides, [_name(each, parts) for each in given], strict=True)
+    cells = [_cell(number, *each, group) for number, each in enumerate(named, start=first)]
     if doubled := _doubled(cell.name for cell in cells):
         raise UserError(
             f"Several cells of the sweep have one name: {', '.join(doubled)}. Leave run.name to sddx, or make it "
@@ -145,21 +145,18 @@ def _by_name(overrides: Sequence[str]) -> dict[str, str]:
     return dict(override.lstrip("+").partition("=")[::2] for override in overrides)
 
 
-def _label(composed: DictConfig, number: int, name: str | None, group: str) -> None:
-    """Number a cell, call it by a name, and put it in a W&B group unless the user gave one."""
+def _cell(number: int, composed: DictConfig, overrides: Sequence[str], name: str | None, group: str) -> Cell:
+    """The cell of this number, under this name, and in this W&B group, unless the user gave others."""
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
+        HydraConfig.instance().set_config(composed)  # what is interpolated may name Hydra's settings of this cell
         if name:
             composed.run.name = name
-        if not OmegaConf.is_interpolation(composed.wandb, "group"):
+        with suppress(OmegaConfBaseException):  # what it names is not there, as `resolve` says
             composed.wandb.group = composed.wandb.group or group
-
-
-def _cell(composed: DictConfig, overrides: Sequence[str]) -> Cell:
-    HydraConfig.instance().set_config(composed)  # what is interpolated may name Hydra's settings of this cell
-    hydra = composed.hydra
-    folder = (Path(hydra.sweep.dir) / file_name(str(hydra.sweep.subdir))).absolute()
-    return Cell(hydra.job.num, tuple(overrides), composed, located(resolve(_settings(composed))), folder)
+    sweep = composed.hydra.sweep
+    folder = (Path(sweep.dir) / file_name(str(sweep.subdir))).absolute()
+    return Cell(number, tuple(overrides), composed, located(resolve(_settings(composed))), folder)
 
 
 def _settings(composed: DictConfig) -> DictConfig:

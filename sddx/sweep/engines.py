@@ -32,10 +32,15 @@ OUTPUT = "output.txt"  # what a cell in a process of its own printed
 
 def in_process(levels: Levels, task: str) -> None:
     """One cell after the other in this process, which pays for its imports once."""
-    for folder in (folder for level in levels for folder in level):
-        gc.collect()  # what the cell before left
-        gc.freeze()  # what lives on between cells are modules: not to be searched again each time memory is freed
-        perform(folder, task)
+    try:
+        for number, folder in enumerate(folder for level in levels for folder in level):
+            gc.collect()  # what the cell before left
+            if number < 2:
+                gc.freeze()  # modules, and those that a first cell needs: not searched whenever memory is freed
+            perform(folder, task)
+    finally:
+        gc.unfreeze()
+        gc.collect()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sddx.training.loop  # noqa: F401  with this stage, so that an edit meanwhile changes nothing of what runs
-from sddx.compression.compressed import Compressed, Compression, compress
+from sddx.compression.compressed import Compressed, compress
 from sddx.compression.kinds import read
 from sddx.config.build import build
 from sddx.data.encode import Encoded, encode_all, padding_id
@@ -87,20 +87,25 @@ def train(
 
     # What is to be cut into shards may not fit on one device.
     load: Any = partial(load_model, device="cpu" if sharded else runtime.device, **loading)
-    made = _student(load, base, read(compressions), tuning, seed)
+    made = compress(load(base.path, quantization=tuning.get("quantization")), read(compressions))
+    made.model = build(tuning)(made.model, seed)
+    made.thaw()
+    trains = adapted_weights(made.model)
+    if rank() == 0:
+        log.info(trains)
     if objective.needs_teacher and beside is None:
         beside = _teacher(load, made, base, teacher, sharded=sharded)
     if not isinstance(beside, SharedTeacher):
         made.whole = {}  # a large model's removed blocks are freed
-    pad = padding_id(tokenizer)
-    form: dict[str, Any] = {"max_length": learned.length, "ends": end_ids(made.model, tokenizer), "pad_id": pad}
-    writer = objective.rollouts and Writer(made.model, objective.rollouts, learned.rows, seed, **form)
+    pad, more = padding_id(tokenizer), {}
+    if objective.rollouts is not None:
+        more["writer"] = _writer(made.model, objective.rollouts, tokenizer, learned, seed)
     with made.held(), _put_together(made):
         fitted = learned.rows, learned.held_out, pad, seed, out, runtime
-        metrics = build(trainer)(made.model, beside, objective, made.cut, *fitted, writer=writer)
+        metrics = build(trainer)(made.model, beside, objective, made.cut, *fitted, **more)
     if rank() == 0:
         save_student(made, out, base=base.key)
-        summary = metrics | {"dropped_rows": learned.dropped, "trains": adapted_weights(made.model)}
+        summary = metrics | {"dropped_rows": learned.dropped, "trains": trains}
         (out / "training.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
@@ -142,16 +147,10 @@ def _captured(
     return teacher
 
 
-def _student(
-    load: Callable[..., Any], base: Artifact, done: Sequence[Compression], tuning: dict[str, Any], seed: int
-) -> Compressed:
-    """The compressed model, with what of it learns."""
-    made = compress(load(base.path, quantization=tuning.get("quantization")), done)
-    made.model = build(tuning)(made.model, seed)
-    made.thaw()
-    if rank() == 0:
-        log.info(adapted_weights(made.model))
-    return made
+def _writer(model: Any, rollouts: Rollouts, tokenizer: Any, learned: Learned, seed: int) -> Writer:
+    """By which the student writes answers to the rows of a step."""
+    form: dict[str, Any] = {"max_length": learned.length, "ends": end_ids(model, tokenizer)}
+    return Writer(model, rollouts, learned.rows, seed, pad_id=padding_id(tokenizer), **form)
 
 
 def _teacher(
