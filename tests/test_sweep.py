@@ -322,6 +322,12 @@ def test_cells_keep_the_users_own_name_and_group() -> None:
     assert [cell.config["wandb"]["group"] for cell in found] == ["of-mine-3", "of-mine-4"]
 
 
+@pytest.mark.parametrize("where", ["run.name", "wandb.group"])
+def test_what_a_name_lacks_is_told_in_words(where: str) -> None:
+    with pytest.raises(UserError, match="no.such"):
+        cells.compose(loaded, [[f"{where}=${{no.such}}", f"seed={seed}"] for seed in (0, 1)], 0)
+
+
 def test_cells_of_one_sweep_share_a_group_of_their_own() -> None:
     def groups(*given: str) -> set[str]:
         found = cells.compose(loaded, [[*given, f"seed={seed}"] for seed in (0, 1)], 0)

@@ -154,9 +154,9 @@ def _cell(number: int, composed: DictConfig, overrides: Sequence[str], name: str
             composed.run.name = name
         with suppress(OmegaConfBaseException):  # what it names is not there, as `resolve` says
             composed.wandb.group = composed.wandb.group or group
-    sweep = composed.hydra.sweep
+    config, sweep = located(resolve(_settings(composed))), composed.hydra.sweep
     folder = (Path(sweep.dir) / file_name(str(sweep.subdir))).absolute()
-    return Cell(number, tuple(overrides), composed, located(resolve(_settings(composed))), folder)
+    return Cell(number, tuple(overrides), composed, config, folder)
 
 
 def _settings(composed: DictConfig) -> DictConfig:
