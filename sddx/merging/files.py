@@ -61,7 +61,8 @@ def sound(made: Any, origin: torch.Tensor, name: str) -> Merged:
     if (merged.dtype, merged.shape) != (origin.dtype, origin.shape):
         given, wanted = (f"{each.dtype} {list(each.shape)}" for each in (merged, origin))
         raise UserError(f"merging.method made {given} of {name}, and its students have {wanted}. Return the like.")
-    if not merged.isfinite().all():
+    # The least and the largest are NaN where one is, and take no copy of the tensor as `isfinite` of it does.
+    if merged.numel() and not all(each.isfinite() for each in merged.aminmax()):
         raise UserError(f"merging.method made numbers of {name} that are not finite. Nothing was merged.")
     return merged, way
 
