@@ -108,6 +108,8 @@ def plain(folder: Path, meter: Meter) -> dict[str, Any]:
 
 def drafted(folder: Path, meter: Meter, *, copies: bool = False) -> dict[str, Any]:
     """The target and its draft, in one set of weights or in two."""
+    import peft  # noqa: F401 (an import on first use would count as memory)
+
     from sddx.compression.compressed import compress
     from sddx.compression.remove import Removal
     from sddx.records import Cut
@@ -132,6 +134,8 @@ def drafted(folder: Path, meter: Meter, *, copies: bool = False) -> dict[str, An
 
 def on_policy(folder: Path, meter: Meter) -> dict[str, Any]:
     """Steps of a student that writes its answers, with the teacher in its own weights."""
+    import peft  # noqa: F401 (as above)
+
     from sddx.compression.compressed import compress
     from sddx.compression.remove import Removal
     from sddx.data.encode import Encoded
@@ -286,7 +290,9 @@ def case(name: str, folder: Path, threads: int, python: Path | str = sys.executa
     done = subprocess.run([str(python), __file__, *asked], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    print(f"{name}: {seconds:.0f} s", file=sys.stderr)
+    return {**json.loads(done.stdout.splitlines()[-1]), "process": seconds}
 
 
 def _here(package: str) -> Path | None:
