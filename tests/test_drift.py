@@ -144,6 +144,21 @@ def measured(cut: Cut, given: Material, **settings: Any) -> dict[str, Any]:
     return Drift(**{**how, **settings})(unpruned, model, cut.kept, given, reading())
 
 
+@pytest.mark.parametrize(("written", "apart"), [(False, 1), (True, 2)])
+def test_progress_ends_where_it_was_said_to(written: bool, apart: int) -> None:
+    """And answers that are the same, as references and those that are learned are here, are read once."""
+    seen: list[int] = []
+    given = material(written=written)
+    drift = Drift(size=6, max_new_tokens=8, batch_size=4, temperature=0.0, seed=0)
+    found = drift(*routes(CUT), CUT.kept, given, reading(read=seen.append), seen.append)
+    assert len({*given.apart.values()}) == apart
+    assert drift.steps(given) == 6 * (4 + 2 * apart) + 2 * 24
+    assert sum(seen) == drift.steps(given) - 24  # blocks are compared over one batch, which nobody goes on from
+    for judged in found["surprise"].values():
+        assert judged["learned"] == judged["reference"] == judged.get("replaced", judged["reference"])
+        assert judged.get("self", {}) != judged["reference"]
+
+
 def test_divergence_by_token_is_torchs() -> None:
     """At the places asked for, in their order, whatever the chunk; 0 of a model to itself."""
     unpruned, model = routes()

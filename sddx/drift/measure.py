@@ -57,6 +57,12 @@ class Material:
         of_own = {"self": own, "replaced": replaced} if accepted else {}
         return {"reference": [*self.rows], "learned": [*self.learned], **of_own}
 
+    @property
+    def apart(self) -> dict[str, str]:
+        """By kind of answers the first one that has the same: references, where it is these that are learned."""
+        answers = self.answers
+        return {kind: next(one for one in answers if answers[one] == answers[kind]) for kind in answers}
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -82,10 +88,13 @@ class Drift:
                 "the same. Use drift.temperature=1."
             )
 
-    @property
-    def answers(self) -> int:
-        """How many answers are written to a prompt, by both models."""
-        return 1 + 2 * self.samples
+    def steps(self, material: Material) -> int:
+        """What there is to do, as answers that are written and rows that are read: by `_divergences` prompts,
+        references, answers and texts, by `surprise` each kind of answers once a model, by `similarity` the texts
+        again, or some of them."""
+        asked = material.first(self.size)
+        judged = [asked.answers[kind] for kind in {*asked.apart.values()}]
+        return len(asked.rows) * (4 + 2 * self.samples) + 2 * sum(map(len, judged)) + 2 * len(asked.texts)
 
     def __call__(
         self,
@@ -107,17 +116,14 @@ class Drift:
         """
         asked = material.first(self.size)
         written = self._written(model, asked.rows, reading, progress, self.seed)
-        answers, models = asked.answers, {"unpruned": unpruned, "model": model}
+        models = {"unpruned": unpruned, "model": model}
         drawn = {
             name: self._passes(each, asked, reading, progress) for name, each in models.items() if self.samples
         }
         return {
             "rows": len(asked.rows),
             "kl": _divergences(unpruned, model, asked, written, reading),
-            "surprise": {
-                name: {kind: surprise(judged, rows, reading) for kind, rows in answers.items()}
-                for name, judged in models.items()
-            },
+            "surprise": {name: _surprises(each, asked, reading) for name, each in models.items()},
             "similarity": similarity(unpruned, model, kept, reading.texts(material.texts)),
             "answers": _looked_at(asked.rows, written),
             **({"passes": drawn} if drawn else {}),
@@ -178,6 +184,13 @@ def _divergences(
 def _spread(nats: torch.Tensor) -> dict[str, Any]:
     average = float(nats.mean()) if len(nats) else None
     return {"nats": average, "top": concentration(nats), "tokens": len(nats)}
+
+
+def _surprises(model: Any, material: Material, reading: Reading) -> dict[str, dict[str, float | None]]:
+    """By kind of answers, those that are the same read once."""
+    answers, apart = material.answers, material.apart
+    found = {kind: surprise(model, answers[kind], reading) for kind in dict.fromkeys(apart.values())}
+    return {kind: found[same] for kind, same in apart.items()}
 
 
 def _looked_at(rows: Sequence[Example], written: Sequence[Answer]) -> dict[str, Any]:

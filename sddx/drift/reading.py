@@ -13,19 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from sddx.data import encode
 from sddx.data.encode import Encoded, collate, encode_all, padding_id, render, text_batches
 from sddx.evaluation.text import held_out
+from sddx.models.decoding import Progress
 from sddx.records import Batch, Example
 
 
 @dataclass(frozen=True)
 class Reading:
     """How rows and texts are read: rows cut at `max_length` tokens and so many at once; texts, and all else, at the
-    model's `context` (None: without end)."""
+    model's `context` (None: without end). `read` is told how many rows a batch had, once it is done with."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     context: int | None
     batch_size: int
     device: str
+    read: Progress = lambda rows: None
 
     def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
         """Texts in their order; every token but the first is a label."""
@@ -55,7 +57,9 @@ class Reading:
         return encode_all(self.tokenizer, rows, max_length=min(lengths))[0]
 
     def _here(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (batch.to(self.device) for batch in batches)
+        for batch in batches:
+            yield batch.to(self.device)
+            self.read(len(batch.input_ids))
 
 
 def surprise(model: Any, rows: Sequence[Example], reading: Reading) -> dict[str, float | None]:

@@ -45,11 +45,11 @@ def _longest(estimate: Estimate) -> float:
 
 def _read(estimate: Estimate, size: Size) -> Effort:
     """Held-out texts, twice, since blocks are compared apart from what they lead to; and the rows: their prompts,
-    their references for divergence and for surprise, the model's own answers, and twice two answers where
-    the unpruned model wrote. The head is applied to every token."""
+    their references for divergence and for surprise, the model's own answers, and where the unpruned model wrote
+    those that are learned, its own and the references that these replace. The head is applied to every token."""
     rows, texts, asked = estimate.rows, estimate.text, estimate.config["drift"]
     answered = rows.prompt + WRITTEN * rows.answer
-    tokens = asked["size"] * (rows.prompt + (4 + 2 * estimate.rewrites) * answered)
+    tokens = asked["size"] * (rows.prompt + (3 + 3 * estimate.rewrites) * answered)
     reading = 2 * texts.count * texts.padded * (size.body(texts.padded) + 2 * size.head)
     reading += tokens * (size.body(answered) + 2 * size.head)
     return Effort(reading=reading, read=2 * texts.count * texts.mean + tokens)

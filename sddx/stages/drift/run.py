@@ -46,12 +46,13 @@ def drift(
     done, measure = read(compressions), build(measured)
     unpruned, model = both(base, done, student, **loading)
     context = context_of(model.config)
-    reading = Reading(load_tokenizer(base.path), max_length, context, measure.batch_size, runtime.device)
+    tokenizer = load_tokenizer(base.path)
     material = _material(rows, rewrites, selfdata, build(text))
     material = replace(material, check=build(check)) if check else material
-    total = len(material.rows[: measure.size]) * measure.answers
-    with runtime.progress(total=total, what="drift", unit="answer") as bar:
+    with runtime.progress(total=measure.steps(material), what="drift", unit="row") as bar:
+        reading = Reading(tokenizer, max_length, context, measure.batch_size, runtime.device, bar.update)
         record = measure(unpruned, model, cut_of(done).kept, material, reading, bar.update)
+        bar.update(bar.total - bar.n)  # texts that were not needed
     (out / "drift.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     runtime.log({f"drift/kl_{name}": each["nats"] for name, each in record["kl"].items()})
 
