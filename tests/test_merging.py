@@ -19,7 +19,9 @@ from sddx.merging import methods
 from sddx.merging.files import merge_files
 from sddx.merging.methods import Place
 from sddx.pipeline import Run, _longer
+from sddx.report import table
 from sddx.report.summary import RunArtifacts
+from sddx.report.summary import _training as trained
 from sddx.run_folder import CONFIG, read_config
 from sddx.runtime import Runtime
 from sddx.stages.cost import estimated
@@ -364,8 +366,12 @@ def test_one_student_of_all_rows_stands_beside_what_is_merged(tmp_path: Path) ->
         assert mixed[count] == sum(student[count] for student in students)
     names = [subject.name for subject in here.subjects]
     assert names == ["unpruned", "pruned", "recovered", "dataset=tiny_comparison", "mixed", "merged"]
-    built = RunArtifacts(here.base, here.pruned, [], [], student=here.student, mixed=here.mixed).built()
+    artifacts = RunArtifacts(here.base, here.pruned, [], [], student=here.student, mixed=here.mixed)
+    built = artifacts.built()
     assert built["train"] == [here.student] and built["train_mixed"] == [here.mixed]
+    told = trained(artifacts)
+    assert told["mixed"]["supervised_tokens"] == mixed["supervised_tokens"] > told["supervised_tokens"] > 0
+    assert f"{mixed['supervised_tokens']:,} supervised tokens" in dict(table.lines(told))["training, rows of all"]
     plan = Run(Plan(tmp_path / "store", []), Runtime(quiet=True), method(config))
     assert dict(plan._in_order())["mixed"] == here.mixed
     parts = {part.stage: part.learning for part in estimated(config).parts()}

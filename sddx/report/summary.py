@@ -20,6 +20,8 @@ from sddx.records import CUT_FILE, REWRITES_FILE, Artifact, Cut, Rewrite
 from sddx.report import table
 from sddx.store import manifest
 
+TRAINED = ("examples", "supervised_tokens", "steps", "tokens_per_second", "dropped_rows")
+
 
 @dataclass(frozen=True)
 class RunArtifacts:
@@ -164,9 +166,10 @@ def _cut(artifacts: RunArtifacts) -> dict[str, Any]:
 def _training(artifacts: RunArtifacts) -> dict[str, Any]:
     training: dict[str, Any] = _read(artifacts.student, "training.json") if artifacts.student else {}
     answers = rewrites(artifacts.rows[1:])
-    counted = ("examples", "supervised_tokens", "steps", "tokens_per_second", "dropped_rows")
+    of_all = _read(artifacts.mixed, "training.json") if artifacts.mixed else None
     return {
-        **{name: training.get(name, 0) for name in counted},
+        **{name: training.get(name, 0) for name in TRAINED},
+        "mixed": {name: of_all[name] for name in TRAINED} if of_all else None,
         "rollouts": training.get("rollouts"),
         "training_seconds": training.get("seconds"),
         "captured": _captured(artifacts.captured[1:]),

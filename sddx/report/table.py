@@ -68,6 +68,7 @@ def header(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What stands under the table, as (label, text): the recoveries and what the run cost."""
+    seconds = summary.get("seconds") or {}
     pairs = [
         ("gap closed", percent(summary.get("gap_closed"))),
         ("recovery", _with_interval(summary)),
@@ -88,7 +89,8 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("answers of its own", _written(summary.get("written"))),
         ("surprise by them", _surprise(summary.get("written"))),
         ("captured of the teacher", _captured(summary.get("captured"))),
-        ("training", _training(summary)),
+        ("training", _training(summary, seconds.get("train"))),
+        ("training, rows of all", _training(summary.get("mixed"), seconds.get("train_mixed"))),
         ("rollouts", _rollouts(summary.get("rollouts"))),
         ("parameters", _parameters(summary.get("parameters"))),
         ("left", summary.get("depth") or ABSENT),
@@ -99,7 +101,7 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_drafts(summary.get("drafts") or {}),
         ("drafts were timed on", _timed(summary.get("drafts") or {})),
         *_drift(summary.get("drift") or {}),
-        ("seconds", _stages(summary.get("seconds") or {})),
+        ("seconds", _stages(seconds)),
     ]
     return [(label, text) for label, text in pairs if text != ABSENT]
 
@@ -286,13 +288,12 @@ def _with_interval(summary: Mapping[str, Any]) -> str:
     return f"{percent(summary['recovery'])} (95 % interval over {contains}: {bounds})"
 
 
-def _training(summary: Mapping[str, Any]) -> str:
-    if summary.get("steps") == 0:
+def _training(trained: Mapping[str, Any] | None, seconds: float | None) -> str:
+    if not trained or trained.get("steps") == 0:
         return ABSENT
     costs = [("examples", "examples"), ("supervised_tokens", "supervised tokens"), ("steps", "steps")]
-    known = [f"{summary[name]:,} {words}" for name, words in costs if summary.get(name) is not None]
-    known += [f"{dropped:,} rows dropped as too long"] if (dropped := summary.get("dropped_rows")) else []
-    seconds = (summary.get("seconds") or {}).get("train")
+    known = [f"{trained[name]:,} {words}" for name, words in costs if trained.get(name) is not None]
+    known += [f"{dropped:,} rows dropped as too long"] if (dropped := trained.get("dropped_rows")) else []
     return ", ".join(known + ([f"{seconds:.0f} s"] if seconds is not None else [])) or ABSENT
 
 
