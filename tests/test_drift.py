@@ -373,6 +373,7 @@ def made_up(arm: str, seed: int, removed: int, moved: float, lost: float) -> dic
         "scores": {"unpruned": {}, "pruned": {}, "recovered": {}},
         "flipped": {"pruned": flipped, "recovered": flipped},
         "recovery_held_out": 1 - lost,
+        "likelihoods": {"recovered": {"bits_per_byte": {"average": 3 - lost}}},
     }
 
 
@@ -396,6 +397,7 @@ def test_arms_are_compared_over_seeds_and_predictors_within_cuts() -> None:
     told = found["predictors"].table["rows"]
     assert [row[0] for row in told[:2]] == ["KL on prompts", "surprise of data"]
     assert told[0][1:4] == ["beforehand", "12", "9"] and told[0][4].startswith("1.00")
+    assert told[0][5].startswith("-1.00")  # bits that were made to fall where skills are lost
     assert told[1][4].startswith("0.00") and {row[1] for row in told[2:]} == {"exploratory"}
     assert len(found["predictors"].figures) == 2
     assert found["passes"].table["rows"] == []

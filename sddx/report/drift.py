@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -16,7 +16,7 @@ from sddx.report.drafts import FEWEST
 from sddx.report.sections import Figure, Section, Table
 from sddx.report.subjects import UNTUNED, having, shown_as
 from sddx.report.table import within
-from sddx.statistics.intervals import rank_correlation, t_interval
+from sddx.statistics.intervals import Interval, rank_correlation, t_interval
 
 # What is measured, by its name in tables: where it stands in a record of `drift`. The first two are the predictors
 # that were named beforehand; all others are exploratory.
@@ -47,25 +47,39 @@ PASSED = (
 )
 PAIRED = "On the same rows and seeds; 95 % over seeds."
 PREDICTORS = (
-    "Skills lost are 1 minus the recovery on skills that were not trained on. A point is an arm at one cut, the "
-    "mean over its seeds less that of the cut's arms, which leaves one point fewer free at each cut. Rank "
-    f"correlations are told from {FEWEST} free points on, with 95 % as if those were drawn independently. The "
+    "Skills lost are 1 minus the recovery on skills that were not trained on; bits per byte are those of right "
+    "answers, which vary less. A point is an arm at one cut, the mean over its seeds less that of the cut's arms, "
+    "which leaves one point fewer free at each cut. Rank correlations are told from "
+    f"{FEWEST} free points on, with 95 % as if those were drawn independently. The "
     "first two predictors were named beforehand; the rest is exploratory."
 )
 Key = tuple[str, str]  # what tells runs from others, the arm
 Record = dict[str, Any]
+Lost = Callable[[Run, str], float | None]
 
 
 def drift_sections(runs: Sequence[Run]) -> list[Section]:
     """How far each arm moved, the arms' paired differences to SFT, and what of it goes with skills lost."""
-    records, points = drifts(runs), centred(runs)
-    table, drawn = predictor_table(points), predictor_figures(points)
+    records, points = drifts(runs), {name: centred(runs, lost) for name, lost in LOST.items()}
+    table, drawn = predictor_table(points), predictor_figures(points[SKILLS])
     return [
         Section("drift", "How far models moved", drift_table(records), NOTE),
         Section("drift_differences", "Drift, paired differences to SFT", difference_table(records), PAIRED),
         Section("passes", "Whether one of several answers is right", pass_table(records), PASSED),
         Section("predictors", "What goes with skills lost", table, PREDICTORS, drawn),
     ]
+
+
+def _skills(run: Run, student: str) -> float | None:
+    return _less(1, run.get("recovery_held_out"))
+
+
+def _bits(run: Run, student: str) -> float | None:
+    return value_of(run.get("likelihoods", {}).get(student), "bits_per_byte.average")
+
+
+SKILLS = "skills lost"
+LOST: dict[str, Lost] = {SKILLS: _skills, "bits per byte": _bits}  # what a student lost by; more is worse
 
 
 def drifts(runs: Sequence[Run]) -> dict[Key, dict[int, Record]]:
@@ -142,8 +156,8 @@ def _less(mine: float | None, theirs: float | None) -> float | None:
 
 @dataclass
 class Points:
-    """What arms lost against one measure, by arm: (the measure, skills lost), both less their means over the arms
-    of the same cut; and of how many cuts."""
+    """What arms lost against one measure, by arm: (the measure, what was lost), both less their means over the
+    arms of the same cut; and of how many cuts."""
 
     by_arm: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     cuts: int = 0
@@ -154,52 +168,61 @@ class Points:
         return sum(map(len, self.by_arm.values())) - self.cuts
 
 
-def centred(runs: Sequence[Run]) -> dict[str, Points]:
+def centred(runs: Sequence[Run], lost: Lost) -> dict[str, Points]:
     """By measure what each arm lost against it; of measures and cuts that two arms have."""
     cuts: dict[tuple, list[tuple[str, list[Run]]]] = defaultdict(list)
     for where, arm, group in arms([run for run in runs if run.get("drift")]):
-        if (run := group[0]).get("recovery_held_out") is not None:
-            cuts[where, run["artifacts"]["model"], tuple(run["cut"])].append((arm, group))
-    found = {measure: _centred(place, list(cuts.values())) for measure, place in MEASURES.items()}
+        cuts[where, group[0]["artifacts"]["model"], tuple(group[0]["cut"])].append((arm, group))
+    found = {measure: _centred(place, list(cuts.values()), lost) for measure, place in MEASURES.items()}
     return {measure: points for measure, points in found.items() if points.cuts}
 
 
-def _centred(place: str, cuts: Sequence[Sequence[tuple[str, list[Run]]]]) -> Points:
+def _centred(place: str, cuts: Sequence[Sequence[tuple[str, list[Run]]]], lost: Lost) -> Points:
     points = Points()
     for held in cuts:
-        pairs = {arm: pair for arm, group in held if (pair := _point(group, place)) is not None}
+        pairs = {arm: pair for arm, group in held if (pair := _point(group, place, lost)) is not None}
         if len(pairs) > 1:
-            moved, lost = (mean(side) for side in zip(*pairs.values(), strict=True))
+            middle = [mean(side) for side in zip(*pairs.values(), strict=True)]
             points.cuts += 1
             for arm, pair in pairs.items():
-                points.by_arm[arm].append((pair[0] - moved, pair[1] - lost))
+                points.by_arm[arm].append((pair[0] - middle[0], pair[1] - middle[1]))
     return points
 
 
-def _point(runs: Sequence[Run], place: str) -> tuple[float, float] | None:
+def _point(runs: Sequence[Run], place: str, lost: Lost) -> tuple[float, float] | None:
     """An arm's measure and what it lost, means over its seeds; None where one of them does not have either."""
     pairs = []
     for run in runs:
         if not (student := having(run, "student")) or not (record := run["drift"].get(student)):
             return None
-        pairs.append((value_of(_looked_at(run, student, record), place), run["recovery_held_out"]))
-    if any(None in pair for pair in pairs):
-        return None
-    return mean(measure for measure, _ in pairs), 1 - mean(recovery for _, recovery in pairs)
+        moved, less = value_of(_looked_at(run, student, record), place), lost(run, student)
+        if moved is None or less is None:
+            return None
+        pairs.append((moved, less))
+    return mean(moved for moved, _ in pairs), mean(less for _, less in pairs)
 
 
-def predictor_table(points: Mapping[str, Points]) -> Table:
+def predictor_table(found: Mapping[str, Mapping[str, Points]]) -> Table:
     """A row for each measure, those that were named beforehand first, the others by how far their rank correlation
-    is from 0."""
+    with skills lost is from 0."""
     rows = []
-    for measure, of in points.items():
-        pairs = [pair for each in of.by_arm.values() for pair in each]
-        if of.free >= FEWEST:
-            correlation = rank_correlation(*zip(*pairs, strict=True), free=of.free)
-            row = [measure, _kind(measure), str(len(pairs)), str(of.free), within(correlation, ".2f")]
-            rows.append((measure not in NAMED, -abs(correlation.estimate), row))
-    header = ["measure", "named", "points", "free", "rank correlation"]
+    for measure, of in found[SKILLS].items():
+        ranked = [_ranked(points.get(measure)) for points in found.values()]
+        if first := ranked[0]:
+            count = sum(map(len, of.by_arm.values()))
+            told = [within(each, ".2f") if each else "-" for each in ranked]
+            row = [measure, _kind(measure), str(count), str(of.free), *told]
+            rows.append((measure not in NAMED, -abs(first.estimate), row))
+    header = ["measure", "named", "points", "free", *(f"rank correlation with {name}" for name in found)]
     return {"header": header, "rows": [row for *_, row in sorted(rows)]}
+
+
+def _ranked(points: Points | None) -> Interval | None:
+    """The rank correlation; None of too few points."""
+    if points is None or points.free < FEWEST:
+        return None
+    pairs = [pair for each in points.by_arm.values() for pair in each]
+    return rank_correlation(*zip(*pairs, strict=True), free=points.free)
 
 
 def _kind(measure: str) -> str:
