@@ -8,13 +8,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_object
 
 from sddx.config.build import Settings, build
 from sddx.errors import UserError
 from sddx.store.digest import digest
+from sddx.tracking.loggers import REQUIRED, require_logger, wandb
+from sddx.tracking.shows import Shows
+from sddx.tracking.tracked import Tracked, numbers
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -27,24 +30,7 @@ class Run:
     name: str
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """What a logger is made for. `identity` is derived from what was configured, so that a repeated run is the same
-    run; `job` tells a run from the report of a sweep."""
-
-    folder: Path
-    identity: str
-    name: str
-    job: Literal["run", "report"] = "run"
-
-
-def __getattr__(name: str) -> Any:
-    """W&B's logger, as files of older versions call it."""
-    if name != "track":
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    from sddx.tracking.loggers import wandb
-
-    return wandb
+track = wandb  # as files of older versions call it
 
 
 class Tracker:
@@ -119,8 +105,6 @@ def _made(name: str, node: Settings, tracked: Tracked) -> Logger | None:
 
 def _is_logger(made: Any) -> bool:
     """Whether this is one of ours, or of Lightning's, which is not imported for ours."""
-    from sddx.tracking.shows import Shows
-
     if isinstance(made, Shows):
         return True
     from lightning.pytorch.loggers import Logger
@@ -128,21 +112,10 @@ def _is_logger(made: Any) -> bool:
     return isinstance(made, Logger)
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """What a logger can draw."""
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
 def require(nodes: Mapping[str, Settings]) -> None:
     """Raises UserError, before any work, where a logger lacks its library, cannot be called as it will be, or where
     W&B would refuse its settings or knows no login. Of the settings of a logger of the user's own nothing is
     known."""
-    from sddx.tracking.loggers import REQUIRED, require_logger
-
     for name, node in nodes.items():
         REQUIRED.get(get_object(node["_target_"]), require_logger)(name, node)
 

@@ -23,7 +23,7 @@ from sddx.config.build import Settings
 from sddx.errors import UserError
 from sddx.files import lock
 from sddx.store.digest import digest
-from sddx.tracking import Tracked
+from sddx.tracking.tracked import Tracked
 
 if TYPE_CHECKING:
     from sddx.tracking.of_lightning import Csv, MLflow, TensorBoard

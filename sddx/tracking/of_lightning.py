@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from sddx.files.naming import file_name
-from sddx.tracking import numbers
 from sddx.tracking.shows import Curves, Shows
+from sddx.tracking.tracked import numbers
 
 
 class Csv(CSVLogger, Shows):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sddx.tracking import Tracked
 from sddx.tracking.shows import Curves, Shows
+from sddx.tracking.tracked import Tracked
 
 
 class Wandb(Shows):
