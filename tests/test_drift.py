@@ -413,6 +413,11 @@ def test_arms_are_compared_over_seeds_and_predictors_within_cuts() -> None:
     assert passed["rows"][2][3] == "20.0 (-4.8 to 44.8)" and passed["rows"][0][3:] == ["90.0", "100.0"]
     few = {section.name: section for section in report_drift.drift_sections(runs[:9])}
     assert few["predictors"].table["rows"] == []
+    for number, each in enumerate(runs[:9]):  # three writers of one cut are nine arms of it
+        each["choices"] = each["choices"] | {"dataset.response": number % 3, "seed": 0}
+        each["cut"] = runs[0]["cut"]
+    told = {section.name: section for section in report_drift.drift_sections(runs[:9])}["predictors"].table["rows"]
+    assert told[0][2:4] == ["9", "8"]
 
 
 def test_a_plan_counts_drift() -> None:

@@ -169,10 +169,11 @@ class Points:
 
 
 def centred(runs: Sequence[Run], lost: Lost) -> dict[str, Points]:
-    """By measure what each arm lost against it; of measures and cuts that two arms have."""
+    """By measure what each arm lost against it, whatever else its training differed in; of measures and cuts that
+    two arms have."""
     cuts: dict[tuple, list[tuple[str, list[Run]]]] = defaultdict(list)
-    for where, arm, group in arms([run for run in runs if run.get("drift")]):
-        cuts[where, group[0]["artifacts"]["model"], tuple(group[0]["cut"])].append((arm, group))
+    for _, arm, group in arms([run for run in runs if run.get("drift")]):
+        cuts[group[0]["artifacts"]["model"], tuple(group[0]["cut"])].append((arm, group))
     found = {measure: _centred(place, list(cuts.values()), lost) for measure, place in MEASURES.items()}
     return {measure: points for measure, points in found.items() if points.cuts}
 
@@ -180,11 +181,11 @@ def centred(runs: Sequence[Run], lost: Lost) -> dict[str, Points]:
 def _centred(place: str, cuts: Sequence[Sequence[tuple[str, list[Run]]]], lost: Lost) -> Points:
     points = Points()
     for held in cuts:
-        pairs = {arm: pair for arm, group in held if (pair := _point(group, place, lost)) is not None}
+        pairs = [(arm, pair) for arm, group in held if (pair := _point(group, place, lost)) is not None]
         if len(pairs) > 1:
-            middle = [mean(side) for side in zip(*pairs.values(), strict=True)]
+            middle = [mean(side) for side in zip(*(pair for _, pair in pairs), strict=True)]
             points.cuts += 1
-            for arm, pair in pairs.items():
+            for arm, pair in pairs:
                 points.by_arm[arm].append((pair[0] - middle[0], pair[1] - middle[1]))
     return points
 
