@@ -22,7 +22,7 @@ from sddx.report.agreement import correlation, lowest, per_unit, stability
 from sddx.report.contrasts import differences
 from sddx.report.curves import AXES, KEPT, MEASURES, Point, arms, families, variant_differences, variants
 from sddx.report.headline import SAME, headline, verdict
-from sddx.report.merges import merge_sections, merges
+from sddx.report.merges import gains, merge_sections, merges
 from sddx.report.publish import _scalars, publish, to_loggers
 from sddx.report.sections import heat_maps, variant_sections
 from sddx.report.tasks import scores, task_table, tasks_of
@@ -959,7 +959,7 @@ def test_students_that_the_seed_names_are_one_merge() -> None:
     (merge,) = merges(runs)
     assert merge.name == "seed=1${seed} to seed=${seed}"
     assert [point.seeds for point in [*merge.ends("recovery"), *merge.over_share("recovery")]] == [2] * 4
-    assert merge.gains(merge.kinds["merged, t = 0.25"], "recovery") == pytest.approx([0, 1])
+    assert gains(merge.kinds["merged, t = 0.25"], "recovery", merge.own) == pytest.approx([0, 1])
     (parent,) = [row for row in scores(runs, "average") if row.role == "parent"]
     assert parent.model == "sft, seed=1${seed}" and len(parent.seeds) == 2
 

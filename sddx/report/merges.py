@@ -61,31 +61,19 @@ class Merge:
         shared = [(share, runs) for runs in self.kinds.values() if (share := _share(runs[0])) is not None]
         return [point for share, runs in shared if (point := _point(share, runs, _merged, measure))]
 
+    @property
+    def own(self) -> list[Named]:
+        """Its students, as runs call them."""
+        return [partial(_subject, student=student) for student in self.students]
+
     def ends(self, measure: str) -> list[Point]:
         """The students themselves."""
-        points = [
-            _point(float(end), self._once(), partial(_subject, student=student), measure)
-            for end, student in enumerate(self.students)
-        ]
+        points = [_point(float(end), self._once(), student, measure) for end, student in enumerate(self.own)]
         return [point for point in points if point]
 
     def mixed(self, measure: str) -> Point | None:
         """The student of the rows of all."""
-        return _point(0.5, self._once(), partial(having, role="mixed"), measure)
-
-    def gains(self, runs: Sequence[Run], measure: str, *, over_mixed: bool = False) -> list[float]:
-        """What is merged in each of these runs minus the mean of its students, or minus the student of the rows of
-        all, in points; of the runs that have both."""
-        theirs: list[Named] = [partial(_subject, student=student) for student in self.students]
-        if over_mixed:
-            theirs = [partial(having, role="mixed")]
-        points = []
-        for run in runs:
-            found = [_level(run, named, measure) for named in (_merged, *theirs)]
-            levels = [level for level in found if level is not None]
-            if len(levels) == len(found):
-                points.append(100 * (levels[0] - mean(levels[1:])))
-        return points
+        return _point(0.5, self._once(), _mixed, measure)
 
     def _once(self) -> list[Run]:
         """One run of each seed: students do not hang on the share."""
@@ -119,6 +107,10 @@ def _merged(run: Run) -> str | None:
     return having(run, "merged")
 
 
+def _mixed(run: Run) -> str | None:
+    return having(run, "mixed")
+
+
 def _subject(run: Run, student: str) -> str | None:
     """The name under which a run evaluated a student that it merged: its own, or the run's where they are one."""
     name = called(student, run)
@@ -149,23 +141,32 @@ def merge_sections(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
-GAIN_HEADER = ["students", "model", "measure", "minus their mean", "minus one of all rows"]
-
-
 def gain_table(merged: Sequence[Merge]) -> Table:
     """Of each merged model that several seeds have, how much more it brought back than its students."""
     rows = []
     for merge in merged:
         for name, runs in merge.kinds.items():
             for measure, title in MEASURES.items():
-                gains = [merge.gains(runs, measure, over_mixed=mixed) for mixed in (False, True)]
-                if any(len(points) > 1 for points in gains):
-                    rows.append([merge.name, name, title, *map(_points, gains)])
-    return {"header": GAIN_HEADER, "rows": rows}
+                gained = [gains(runs, measure, others) for others in (merge.own, [_mixed])]
+                if any(len(points) > 1 for points in gained):
+                    rows.append([merge.name, name, title, *map(_points, gained)])
+    return {"header": ["students", "model", "measure", "minus their mean", "minus one of all rows"], "rows": rows}
 
 
-def _points(gains: Sequence[float]) -> str:
-    return f"{within(t_interval(gains), '+.1f')}, {len(gains)} seeds" if len(gains) > 1 else ABSENT
+def gains(runs: Sequence[Run], measure: str, others: Sequence[Named]) -> list[float]:
+    """What is merged in each of these runs minus the mean of others of its models, in points; of the runs that have
+    all of them."""
+    points = []
+    for run in runs:
+        found = [_level(run, named, measure) for named in (_merged, *others)]
+        levels = [level for level in found if level is not None]
+        if len(levels) == len(found):
+            points.append(100 * (levels[0] - mean(levels[1:])))
+    return points
+
+
+def _points(values: Sequence[float]) -> str:
+    return f"{within(t_interval(values), '+.1f')}, {len(values)} seeds" if len(values) > 1 else ABSENT
 
 
 def _table(merged: Sequence[Merge], measure: str) -> Table:
