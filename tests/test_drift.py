@@ -150,7 +150,7 @@ def test_progress_ends_where_it_was_said_to(written: bool, apart: int) -> None:
     seen: list[int] = []
     given = material(written=written)
     drift = Drift(size=6, max_new_tokens=8, batch_size=4, temperature=0.0, seed=0)
-    found = drift(*routes(CUT), CUT.kept, given, reading(read=seen.append), seen.append)
+    found = drift(*routes(CUT), CUT.kept, given, reading(progress=seen.append))
     assert len({*given.apart.values()}) == apart
     assert drift.steps(given) == 6 * (4 + 2 * apart) + 2 * 24
     assert sum(seen) == drift.steps(given) - 24  # blocks are compared over one batch, which nobody goes on from
@@ -271,7 +271,7 @@ def test_first_tokens_are_left_out() -> None:
 def test_seeds_share_no_answer_and_prompts_without_room_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def written(self: Drift, model: Any, rows: Any, reading: Any, progress: Any, seed: int) -> list[Answer]:
+    def written(self: Drift, model: Any, rows: Any, reading: Any, seed: int) -> list[Answer]:
         seen.append(seed)
         return [Answer("right"), Answer("wrong"), Answer("", TOO_LONG)]
 
@@ -279,7 +279,7 @@ def test_seeds_share_no_answer_and_prompts_without_room_do_not_count(monkeypatch
     rows = [Example(name, "asked", "right") for name in "abc"]
     material: Any = Material(rows, rows, [], [], check=lambda answer, reference: answer == reference)
     how: dict[str, Any] = {"size": 3, "max_new_tokens": 4, "batch_size": 2, "temperature": 1.0, "samples": 4}
-    found = [Drift(**how, seed=seed)._passes(None, material, None, lambda rows: None) for seed in (0, 1)]  # type: ignore
+    found = [Drift(**how, seed=seed)._passes(None, material, None) for seed in (0, 1)]  # type: ignore
     assert found == [{"1": 0.5}, {"1": 0.5}] and sorted(seen) == [*range(8)]
 
 

@@ -16,7 +16,6 @@ from sddx.drift.reading import Reading, surprise
 from sddx.drift.similarity import cka, concentration
 from sddx.errors import UserError
 from sddx.evaluation.text import Places, attended, divergences, labelled
-from sddx.models.decoding import Progress
 from sddx.models.outputs import block_states, run
 from sddx.records import Batch, Count, Example, Natural, NonNegative, Rewrite, Seed
 from sddx.statistics.answers import mean_length, repetition
@@ -93,8 +92,9 @@ class Drift:
         references, answers and texts, by `surprise` each kind of answers once a model, by `similarity` the texts
         again, or some of them."""
         asked = material.first(self.size)
-        judged = [asked.answers[kind] for kind in {*asked.apart.values()}]
-        return len(asked.rows) * (4 + 2 * self.samples) + 2 * sum(map(len, judged)) + 2 * len(asked.texts)
+        answers = asked.answers
+        judged = sum(len(answers[kind]) for kind in {*asked.apart.values()})
+        return len(asked.rows) * (4 + 2 * self.samples) + 2 * judged + 2 * len(asked.texts)
 
     def __call__(
         self,
@@ -103,7 +103,6 @@ class Drift:
         kept: Sequence[int],
         material: Material,
         reading: Reading,
-        progress: Progress = lambda rows: None,
     ) -> dict[str, Any]:
         """How far `model`, whose blocks are the `kept` ones of the `unpruned` one, moved from it.
 
@@ -115,11 +114,9 @@ class Drift:
         where no text holds a token.
         """
         asked = material.first(self.size)
-        written = self._written(model, asked.rows, reading, progress, self.seed)
+        written = self._written(model, asked.rows, reading, self.seed)
         models = {"unpruned": unpruned, "model": model}
-        drawn = {
-            name: self._passes(each, asked, reading, progress) for name, each in models.items() if self.samples
-        }
+        drawn = {name: self._passes(each, asked, reading) for name, each in models.items() if self.samples}
         return {
             "rows": len(asked.rows),
             "kl": _divergences(unpruned, model, asked, written, reading),
@@ -129,7 +126,7 @@ class Drift:
             **({"passes": drawn} if drawn else {}),
         }
 
-    def _passes(self, model: Any, material: Material, reading: Reading, progress: Progress) -> dict[str, float]:
+    def _passes(self, model: Any, material: Material, reading: Reading) -> dict[str, float]:
         """pass@k by k, the mean over rows whose prompt leaves room for an answer: right is a whole answer that the
         check finds right."""
         assert material.check is not None
@@ -137,7 +134,7 @@ class Drift:
         for number in range(self.samples):
             # No answer of one seed is one of another's.
             seed = self.seed * self.samples + number
-            written = self._written(model, material.rows, reading, progress, seed)
+            written = self._written(model, material.rows, reading, seed)
             for row, answer in zip(material.rows, written, strict=True):
                 if answer.fault != TOO_LONG:
                     good = not answer.fault and material.check(answer.text, row.response) is True
@@ -145,15 +142,13 @@ class Drift:
         tries = [k for k in PASSES if right and 2 * k <= self.samples]
         return {str(k): mean(pass_at(k, each, self.samples) for each in right.values()) for k in tries}
 
-    def _written(
-        self, model: Any, rows: Sequence[Example], reading: Reading, progress: Progress, seed: int
-    ) -> list[Answer]:
+    def _written(self, model: Any, rows: Sequence[Example], reading: Reading, seed: int) -> list[Answer]:
         """The model's own answers."""
         return write_answers(
             model,
             reading.tokenizer,
             [row.prompt for row in rows],
-            progress,
+            reading.progress,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             temperature=self.temperature,

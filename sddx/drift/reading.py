@@ -20,14 +20,14 @@ from sddx.records import Batch, Example
 @dataclass(frozen=True)
 class Reading:
     """How rows and texts are read: rows cut at `max_length` tokens and so many at once; texts, and all else, at the
-    model's `context` (None: without end). `read` is told how many rows a batch had, once it is done with."""
+    model's `context` (None: without end). `progress` is told how many rows a batch had, once it is done with."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     context: int | None
     batch_size: int
     device: str
-    read: Progress = lambda rows: None
+    progress: Progress = lambda rows: None
 
     def texts(self, texts: Sequence[str]) -> Iterator[Batch]:
         """Texts in their order; every token but the first is a label."""
@@ -59,7 +59,7 @@ class Reading:
     def _here(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             yield batch.to(self.device)
-            self.read(len(batch.input_ids))
+            self.progress(len(batch.input_ids))
 
 
 def surprise(model: Any, rows: Sequence[Example], reading: Reading) -> dict[str, float | None]:

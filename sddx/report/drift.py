@@ -60,7 +60,8 @@ Lost = Callable[[Run, str], float | None]
 
 def drift_sections(runs: Sequence[Run]) -> list[Section]:
     """How far each arm moved, the arms' paired differences to SFT, and what of it goes with skills lost."""
-    records, points = drifts(runs), {name: centred(runs, lost) for name, lost in LOST.items()}
+    records, cuts = drifts(runs), _by_cut(runs)
+    points = {name: centred(cuts, lost) for name, lost in LOST.items()}
     table, drawn = predictor_table(points), predictor_figures(points[SKILLS])
     return [
         Section("drift", "How far models moved", drift_table(records), NOTE),
@@ -168,13 +169,17 @@ class Points:
         return sum(map(len, self.by_arm.values())) - self.cuts
 
 
-def centred(runs: Sequence[Run], lost: Lost) -> dict[str, Points]:
-    """By measure what each arm lost against it, whatever else its training differed in; of measures and cuts that
-    two arms have."""
+def _by_cut(runs: Sequence[Run]) -> list[list[tuple[str, list[Run]]]]:
+    """The arms of each cut with their runs, whatever else their training differed in."""
     cuts: dict[tuple, list[tuple[str, list[Run]]]] = defaultdict(list)
     for _, arm, group in arms([run for run in runs if run.get("drift")]):
         cuts[group[0]["artifacts"]["model"], tuple(group[0]["cut"])].append((arm, group))
-    found = {measure: _centred(place, list(cuts.values()), lost) for measure, place in MEASURES.items()}
+    return list(cuts.values())
+
+
+def centred(cuts: Sequence[Sequence[tuple[str, list[Run]]]], lost: Lost) -> dict[str, Points]:
+    """By measure what each arm lost against it; of measures and cuts that two arms have."""
+    found = {measure: _centred(place, cuts, lost) for measure, place in MEASURES.items()}
     return {measure: points for measure, points in found.items() if points.cuts}
 
 

@@ -51,7 +51,7 @@ def drift(
     material = replace(material, check=build(check)) if check else material
     with runtime.progress(total=measure.steps(material), what="drift", unit="row") as bar:
         reading = Reading(tokenizer, max_length, context, measure.batch_size, runtime.device, bar.update)
-        record = measure(unpruned, model, cut_of(done).kept, material, reading, bar.update)
+        record = measure(unpruned, model, cut_of(done).kept, material, reading)
         bar.update(bar.total - bar.n)  # texts that were not needed
     (out / "drift.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     runtime.log({f"drift/kl_{name}": each["nats"] for name, each in record["kl"].items()})
